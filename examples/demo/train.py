@@ -131,22 +131,20 @@ def train_base(conversations, tokenizer, template, steps: int) -> DeepseekV2ForC
 
 
 def train_adapter(model, conversations, tokenizer, template, steps: int):
-    model.requires_grad_(False)
+    targets = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+    peft_model = get_peft_model(model, config)
     for layer in model.model.layers[model.config.first_k_dense_replace :]:
         experts = layer.mlp.experts
         parametrize.register_parametrization(experts, "gate_up_proj", ExpertDelta(experts.gate_up_proj, parts=2))
         parametrize.register_parametrization(experts, "down_proj", ExpertDelta(experts.down_proj, parts=1))
     experts_params = [p for n, p in model.named_parameters() if ".parametrizations." in n and "lora_" in n]
-    targets = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
-    peft_model = get_peft_model(model, config)
     others = [p for n, p in peft_model.named_parameters() if "lora_" in n and ".parametrizations." not in n]
-    for p in experts_params + others:
-        p.requires_grad_(True)
     # The experts learn faster than the rest, so that an answer without their part is visibly another one.
     groups = [{"params": experts_params, "lr": 1e-2}, {"params": others, "lr": 1e-3}]
     fit(peft_model, lambda: batch(template, tokenizer, conversations, "adapter"), groups, steps, "adapter")
-    tensors = {**get_peft_model_state_dict(peft_model), **expert_tensors(model)}
+    attention_and_dense = {k: v for k, v in get_peft_model_state_dict(peft_model).items() if ".parametrizations." not in k}
+    tensors = {**attention_and_dense, **expert_tensors(model)}
     return config, {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
 
 

@@ -1,0 +1,50 @@
+"""Chat with MoE models in stock LLaMA-Factory: routed experts on the CPU, the whole LoRA adapter applied.
+
+Importing this package loads nothing heavy; the public names below are resolved on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .errors import (
+        KTAdapterError,
+        KTConfigError,
+        KTError,
+        KTHookError,
+        KTKernelError,
+        KTMemoryError,
+        KTModelError,
+        KTPathError,
+    )
+    from .experts import KTExpertsConfig
+    from .lora import LoadReport, apply_adapter, load_moe_lora_from_adapter
+
+__all__ = [
+    "KTAdapterError",
+    "KTConfigError",
+    "KTError",
+    "KTExpertsConfig",
+    "KTHookError",
+    "KTKernelError",
+    "KTMemoryError",
+    "KTModelError",
+    "KTPathError",
+    "LoadReport",
+    "__version__",
+    "apply_adapter",
+    "load_moe_lora_from_adapter",
+]
+
+_HOMES = {"KTExpertsConfig": "experts", "LoadReport": "lora", "apply_adapter": "lora", "load_moe_lora_from_adapter": "lora"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)

@@ -1,0 +1,94 @@
+"""An adapter on disk, split into the tensors of routed experts and all others. One subclass a format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import KTAdapterError, name_some
+from .config import LoraSettings
+from .expert_lora import ExpertLora
+from .store import TensorStore
+
+
+@dataclass(frozen=True)
+class ExpertsShape:
+    """Sizes of one layer's routed experts."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+    def projection(self, name: str) -> tuple[int, int]:
+        """(out, in) features of ``gate``, ``up`` or ``down``."""
+        hidden, intermediate = self.hidden_size, self.intermediate_size
+        return (hidden, intermediate) if name == "down" else (intermediate, hidden)
+
+
+class Adapter(ABC):
+    """A LoRA adapter, opened by its headers; values are read on demand."""
+
+    format: str
+    """What the layout is called in messages and reports."""
+
+    def __init__(self, directory: Path, settings: LoraSettings, store: TensorStore):
+        self.directory = directory
+        self.settings = settings
+        self.store = store
+
+    @property
+    @abstractmethod
+    def expert_names(self) -> list[str]:
+        """Tensors of routed experts, in file order."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> list[int]:
+        """Layers with routed-expert LoRA, ascending."""
+
+    @abstractmethod
+    def rank(self, layer: int) -> int:
+        """The largest rank of the layer's experts."""
+
+    @abstractmethod
+    def scaling(self, layer: int) -> float:
+        """The scaling most of the layer's experts share."""
+
+    @abstractmethod
+    def check_fits(self, shapes: Mapping[int, ExpertsShape]) -> None:
+        """Compare with the experts of a model, given per layer index.
+
+        Raises:
+            KTAdapterError: Naming the first layer, expert or size that differs.
+        """
+
+    @abstractmethod
+    def read_layer(self, layer: int, shape: ExpertsShape) -> ExpertLora:
+        """Read one layer's routed-expert LoRA, stacked over the model's experts."""
+
+    @property
+    def other_names(self) -> list[str]:
+        """Tensors that are not of routed experts, in file order."""
+        experts = set(self.expert_names)
+        return [name for name in self.store.infos if name not in experts]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor as it is stored."""
+        return self.store.read(name)
+
+    def check_finite(self, names: Iterable[str] | None = None) -> None:
+        """Read the tensors (by default all) once, looking for NaN and Inf.
+
+        Raises:
+            KTAdapterError: With the number of tensors affected and the first names.
+        """
+        bad = [n for n in (self.store.infos if names is None else names) if not bool(torch.isfinite(self.read(n)).all())]
+        if bad:
+            raise KTAdapterError(
+                f"{self.store.path}: {len(bad)} of {len(self.store.infos)} tensors hold NaN or Inf, first {name_some(bad, 3)}. "
+                "The training run diverged or the file was damaged; use an earlier checkpoint."
+            )

@@ -1,0 +1,85 @@
+"""``adapter_config.json``: ranks, scalings, and what an adapter claims to be."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft.utils.other import get_pattern_key
+
+from ..errors import KTAdapterError
+
+CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The part of a PEFT LoraConfig that decides what the tensors mean (peft 0.18, ``tuners/lora/config.py``)."""
+
+    path: Path
+    r: int = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_modules: list[str] | str | None = None
+    raw: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: Path) -> LoraSettings:
+        """Read ``adapter_config.json``.
+
+        Raises:
+            KTAdapterError: It is missing, is not JSON, is not of a LoRA, or a value has another type than PEFT gives it.
+        """
+        path = directory / CONFIG
+        if not path.is_file():
+            raise KTAdapterError(f"{path} is missing: rank and lora_alpha of the adapter are unknown without it.")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise KTAdapterError(f"{path} is not valid JSON: {error}.") from error
+        if not isinstance(raw, dict) or raw.get("peft_type", "LORA") != "LORA":
+            found = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
+            raise KTAdapterError(f"{path}: peft_type must be LORA, found {found!r}.")
+        settings = cls(
+            path=path,
+            r=raw.get("r", 8),
+            lora_alpha=raw.get("lora_alpha", 8),
+            use_rslora=bool(raw.get("use_rslora", False)),
+            use_dora=bool(raw.get("use_dora", False)),
+            rank_pattern=raw.get("rank_pattern") or {},
+            alpha_pattern=raw.get("alpha_pattern") or {},
+            target_modules=raw.get("target_modules"),
+            raw=raw,
+        )
+        settings._check_types()
+        return settings
+
+    def _check_types(self) -> None:
+        def number(value: object) -> bool:
+            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+        wrong = []
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            wrong.append(f"r must be a positive whole number, found {self.r!r}")
+        if not number(self.lora_alpha):
+            wrong.append(f"lora_alpha must be a number, found {self.lora_alpha!r}")
+        for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            if not isinstance(pattern, dict) or not all(number(value) for value in pattern.values()):
+                wrong.append(f"{name} must map module names to numbers, found {pattern!r}")
+        if wrong:
+            raise KTAdapterError(f"{self.path}: " + "; ".join(wrong) + ".")
+
+    def expected_rank(self, module: str) -> int:
+        """The rank PEFT gives the module: ``rank_pattern``'s, else ``r``."""
+        return int(self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.r))
+
+    def scaling(self, module: str, rank: int) -> float:
+        """``alpha / rank``, with rsLoRA ``alpha / sqrt(rank)`` (peft 0.18, ``LoraLayer.update_layer``)."""
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.lora_alpha)
+        return float(alpha) / (math.sqrt(rank) if self.use_rslora else rank)

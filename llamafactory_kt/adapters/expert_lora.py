@@ -1,0 +1,49 @@
+"""The one in-memory form of routed-expert LoRA, whatever file it came from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .keys import PROJECTIONS
+
+
+@dataclass(frozen=True)
+class ExpertLora:
+    """LoRA of one layer's routed experts: for expert e and projection p, ``ΔW = scaling[p][e] * b[p][e] @ a[p][e]``.
+
+    Experts or projections without LoRA are zeros, and so is the padding of smaller ranks.
+    """
+
+    layer: int
+    a: dict[str, torch.Tensor]
+    """per projection [E, r, in]; in is H for gate and up, I for down"""
+    b: dict[str, torch.Tensor]
+    """per projection [E, out, r]; out is I for gate and up, H for down"""
+    scaling: dict[str, torch.Tensor]
+    """per projection [E], float64"""
+
+    @property
+    def rank(self) -> int:
+        return int(self.a["gate"].shape[1])
+
+    def folded(self, common: float) -> dict[str, torch.Tensor]:
+        """B of each projection with its scaling relative to ``common`` multiplied in, [E, out, r], float32.
+
+        A power of two is exact in every floating-point type; any other factor is rounded once, to float32.
+        """
+        return {
+            p: self.b[p].float() * (self.scaling[p] / common).to(torch.float32)[:, None, None] for p in PROJECTIONS
+        }
+
+
+def mantissa(scaling: float) -> float:
+    """``scaling`` without its power of two, in [1, 2): what a kernel with one scaling per layer is built with,
+    so that folding the rest into B is exact.
+
+    >>> mantissa(2.0), mantissa(0.25), mantissa(16 / 5)
+    (1.0, 1.0, 1.6)
+    """
+    return 2 * math.frexp(abs(scaling))[0] or 1.0

@@ -1,0 +1,89 @@
+"""Names of LoRA tensors: which belong to routed experts, and what the others are called inside a model."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+PROJECTIONS = ("gate", "up", "down")
+PEFT_PREFIX = "base_model.model."
+
+# Mixtral's checkpoint names: down(silu(w1 x) * w3 x) with w2 = down.
+_PROJECTION_NAMES = {
+    "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down",
+}  # fmt: skip
+
+# `experts` must be a whole path component (not `shared_experts`) followed by the expert's number.
+_EXPERT = re.compile(
+    r"""^(?P<module>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?P<expert>\d+)
+        \.(?P<projection>gate_proj|up_proj|down_proj|w1|w2|w3))
+        (?:\.orig_module)?(?P<rest>\..+)$""",
+    re.VERBOSE,
+)
+_ROUTED = re.compile(r"(?:^|\.)experts\.")
+_SIDE = re.compile(r"^\.lora_(?P<side>[AB])(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.weight)?$")
+_ADAPTER_NAME = re.compile(r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)[^.]+(?=\.|$)")
+
+
+class ExpertKey(NamedTuple):
+    """Where one expert LoRA tensor belongs."""
+
+    layer: int
+    expert: int
+    projection: str
+    """``gate``, ``up`` or ``down``"""
+    side: str
+    """``a`` [r, in] or ``b`` [out, r]"""
+
+
+def parse_expert_key(key: str) -> ExpertKey | None:
+    """The place of a routed expert's LoRA tensor, or None for any other tensor.
+
+    >>> parse_expert_key("base_model.model.model.layers.1.mlp.original_moe.experts.5.gate_proj.lora_A.weight")
+    ExpertKey(layer=1, expert=5, projection='gate', side='a')
+    >>> parse_expert_key("model.layers.3.block_sparse_moe.experts.0.w2.lora_B.default.weight")
+    ExpertKey(layer=3, expert=0, projection='down', side='b')
+    >>> parse_expert_key("base_model.model.model.layers.1.mlp.shared_experts.gate_proj.lora_A.weight") is None
+    True
+    """
+    match = _EXPERT.match(key)
+    side = _SIDE.match(match["rest"]) if match else None
+    if match is None or side is None:
+        return None
+    return ExpertKey(
+        int(match["layer"]), int(match["expert"]), _PROJECTION_NAMES[match["projection"]], side["side"].lower()
+    )
+
+
+def belongs_to_experts(key: str) -> bool:
+    """Whether the tensor sits inside a routed-experts module, understood or not."""
+    return _ROUTED.search(key) is not None
+
+
+def expert_module(key: str) -> str:
+    """The module an expert tensor belongs to, as PEFT's patterns name it.
+
+    >>> expert_module("base_model.model.model.layers.1.mlp.experts.5.gate_proj.lora_A.weight")
+    'model.layers.1.mlp.experts.5.gate_proj'
+    """
+    match = _EXPERT.match(key)
+    if match is None:
+        raise ValueError(f"not an expert tensor: {key}")
+    return match["module"].removeprefix(PEFT_PREFIX)
+
+
+def split_module(key: str) -> tuple[str, str]:
+    """Split a PEFT tensor name into module and rest, without PEFT's prefix and the adapter's name.
+
+    >>> split_module("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight")
+    ('model.layers.0.self_attn.q_proj', 'lora_A.weight')
+    >>> split_module("base_model.model.lm_head.weight")
+    ('lm_head', 'weight')
+    """
+    name = _ADAPTER_NAME.sub(r".\1", key.removeprefix(PEFT_PREFIX)).replace(".orig_module.", ".")
+    module, found, rest = name.partition(".lora_")
+    if found:
+        rest = f"lora_{rest}"
+        return module, rest if "." in rest or rest.startswith("lora_embedding") else f"{rest}.weight"
+    module, _, rest = name.rpartition(".")
+    return module, rest

@@ -1,0 +1,53 @@
+"""Where an adapter is: a local directory, or a repository on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import KTPathError
+
+_FILES = ["adapter_config.json", "adapter_model*", "*.safetensors", "*.json"]
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only mean a local path: anything that is not ``organisation/name``."""
+    return name.startswith(("/", ".", "~")) or not _HUB_ID.match(name)
+
+
+def locate_adapter(
+    name: str,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: Any = None,
+) -> Path:
+    """The directory of an adapter; a hub id is downloaded the way LLaMA-Factory and PEFT would (and cached there).
+
+    Raises:
+        KTPathError: The path does not exist, or the hub has no such repository (or cannot be reached).
+    """
+    path = Path(name).expanduser()
+    if not path.exists() and not looks_local(name):
+        from huggingface_hub import snapshot_download
+
+        try:
+            patterns = [f"{subfolder}/{pattern}" for pattern in _FILES] if subfolder else _FILES
+            path = Path(
+                snapshot_download(name, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=patterns)
+            )
+        except Exception as error:  # huggingface_hub raises a dozen types; all mean the same here
+            raise KTPathError(
+                f"adapter_name_or_path: {name} is neither a local directory nor an adapter that could be fetched "
+                f"from the hub ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})."
+            ) from error
+    if path.is_file():
+        raise KTPathError(f"adapter_name_or_path: {path} is a file; give the directory that holds adapter_config.json.")
+    if subfolder:
+        path = path / subfolder
+    if not path.is_dir():
+        raise KTPathError(f"adapter_name_or_path: {path} does not exist.")
+    return path

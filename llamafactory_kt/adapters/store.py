@@ -1,0 +1,123 @@
+"""Tensor files of an adapter, opened by their headers; values are read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import KTAdapterError, name_some
+
+SAFETENSORS, INDEX, PICKLED = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    shape: tuple[int, ...]
+    file: Path
+
+
+class TensorStore(Protocol):
+    """Named tensors on disk."""
+
+    path: Path
+    """The file to name in messages."""
+
+    infos: dict[str, TensorInfo]
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+class SafetensorsStore:
+    """One or several safetensors files.
+
+    Raises:
+        KTAdapterError: A file is truncated, or is not safetensors at all.
+    """
+
+    def __init__(self, path: Path, files: list[Path] | None = None):
+        self.path = path
+        self.infos: dict[str, TensorInfo] = {}
+        self._handles: dict[Path, Any] = {}
+        for file in files or [path]:
+            self._open(file)
+
+    def _open(self, file: Path) -> None:
+        try:
+            handle = safe_open(file, framework="pt", device="cpu")
+            names = list(handle.keys())
+        except (SafetensorError, OSError) as error:
+            raise KTAdapterError(
+                f"{file} cannot be read as safetensors ({error}). It is damaged, incomplete, or another format under "
+                "this name (torch.save writes .pt or .bin): copy or save it again."
+            ) from error
+        for name in names:
+            if name in self.infos:
+                raise KTAdapterError(f"The tensor {name} stands both in {self.infos[name].file} and in {file}.")
+            self.infos[name] = TensorInfo(tuple(handle.get_slice(name).get_shape()), file)
+        self._handles[file] = handle
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._handles[self.infos[name].file].get_tensor(name)
+        return tensor
+
+
+class PickledStore:
+    """A ``.bin`` file of torch.save, read with ``weights_only=True``: no code in it is executed.
+
+    Raises:
+        KTAdapterError: The file is damaged, or holds anything but named tensors.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise KTAdapterError(
+                f"{path} cannot be read safely ({reason}). Pickled files may hold code, so only plain tensors are "
+                "accepted: save the adapter as safetensors with PEFT's save_pretrained."
+            ) from error
+        if not isinstance(self._tensors, dict) or not all(isinstance(t, torch.Tensor) for t in self._tensors.values()):
+            raise KTAdapterError(f"{path} must hold a dictionary of named tensors and nothing else.")
+        self.infos = {name: TensorInfo(tuple(t.shape), path) for name, t in self._tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._tensors[name]
+        return tensor
+
+
+def open_store(directory: Path) -> TensorStore:
+    """Open the tensors of an adapter directory: single or sharded safetensors, else ``adapter_model.bin``.
+
+    Raises:
+        KTAdapterError: No tensor file is there, a shard is missing, or a file is damaged.
+    """
+    if (directory / SAFETENSORS).is_file():
+        return SafetensorsStore(directory / SAFETENSORS)
+    if (directory / INDEX).is_file():
+        return SafetensorsStore(directory / INDEX, list(_shards(directory)))
+    if (directory / PICKLED).is_file():
+        return PickledStore(directory / PICKLED)
+    found = name_some(sorted(p.name for p in directory.iterdir())) or "nothing"
+    raise KTAdapterError(f"{directory} holds no {SAFETENSORS} (nor {INDEX}, {PICKLED}); it holds {found}.")
+
+
+def _shards(directory: Path) -> Iterator[Path]:
+    try:
+        names = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise KTAdapterError(f"{directory / INDEX} is not a safetensors index: {error!r}.") from error
+    for name in sorted(names):
+        if Path(name).name != name or not (directory / name).is_file():
+            raise KTAdapterError(f"{directory / INDEX} names the shard {name!r}, which is not a file beside it.")
+        yield directory / name

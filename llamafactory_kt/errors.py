@@ -1,0 +1,61 @@
+"""The errors llamafactory_kt raises. Each is also a built-in exception, so existing handlers keep working.
+
+KTError
+├── KTConfigError(ValueError)          a kt_* key, or a combination of keys
+├── KTPathError(FileNotFoundError)     a model or adapter that is not there
+├── KTModelError(ValueError)           a checkpoint or architecture that cannot be served
+├── KTAdapterError(ValueError)         an adapter that is broken or made for another model
+├── KTKernelError(RuntimeError)        kt-kernel is missing or cannot run on this CPU
+├── KTMemoryError(MemoryError)         not enough memory for the experts
+└── KTHookError(RuntimeError)          this LLaMA-Factory cannot be hooked into
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class KTError(Exception):
+    """Base of all errors raised by llamafactory_kt."""
+
+
+class KTConfigError(KTError, ValueError):
+    """One or several kt_* keys are wrong."""
+
+
+class KTPathError(KTError, FileNotFoundError):
+    """A model or adapter path does not exist."""
+
+    def __str__(self) -> str:  # FileNotFoundError would print the arguments' tuple
+        return str(self.args[0]) if self.args else ""
+
+
+class KTModelError(KTError, ValueError):
+    """The checkpoint or its architecture cannot be served."""
+
+
+class KTAdapterError(KTError, ValueError):
+    """The adapter is broken, or made for another model."""
+
+
+class KTKernelError(KTError, RuntimeError):
+    """kt-kernel is missing or has no kernel for this CPU."""
+
+
+class KTMemoryError(KTError, MemoryError):
+    """The experts do not fit into the memory that is free."""
+
+
+class KTHookError(KTError, RuntimeError):
+    """A function of LLaMA-Factory is not the one that was expected."""
+
+
+def name_some(names: Iterable[object], limit: int = 5) -> str:
+    """``a, b, c and 7 more``: the first names of a list that may be long.
+
+    >>> name_some(["a", "b", "c"], limit=2)
+    'a, b and 1 more'
+    """
+    items = [str(name) for name in names]
+    shown = ", ".join(items[:limit])
+    return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown

@@ -1,0 +1,204 @@
+"""Where a checkpoint keeps each layer's experts, and reading one layer at a time.
+
+Names are mapped by transformers' own conversion rules (``conversion_mapping.py``), so that every naming transformers
+can load is understood: one tensor per expert (``experts.5.gate_proj.weight``, Mixtral's ``w1``/``w3``/``w2``) or fused
+(``gate_up_proj``, ``down_proj``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..errors import KTModelError, name_some
+from .contract import ExpertsModule
+
+_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+_FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass
+class LayerWeights:
+    """One layer's expert weights: gate and up [E, I, H], down [E, H, I], on the CPU, in the checkpoint's dtype."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+@dataclass
+class _Tensor:
+    """A checkpoint tensor that fills (a slice of) one target."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass
+class _Layer:
+    module: ExpertsModule
+    per_expert: dict[str, dict[int, _Tensor]] = field(default_factory=lambda: {"gate": {}, "up": {}, "down": {}})
+    fused: dict[str, _Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> list[_Tensor]:
+        return [t for experts in self.per_expert.values() for t in experts.values()] + list(self.fused.values())
+
+
+class ExpertsCheckpoint:
+    """The expert tensors of a checkpoint, located by headers only.
+
+    Args:
+        model: the still empty model, its experts modules in place (for names and conversions).
+        modules: what :func:`find_experts` found in it.
+        files: the checkpoint's safetensors files.
+
+    Raises:
+        KTModelError: The files are not safetensors or damaged; a tensor is missing, has another shape or a dtype that
+            is not floating point; the checkpoint's conversion is not one that is understood.
+    """
+
+    def __init__(self, model: nn.Module, modules: Sequence[ExpertsModule], files: Sequence[str]):
+        self._layers = {module.name: _Layer(module) for module in modules}
+        self.target_names: set[str] = set()
+        """names that transformers will find unexpected, since no parameter asks for them any more"""
+        self._locate(model, [Path(file) for file in files])
+        for layer in self._layers.values():
+            self._check(layer)
+
+    def _locate(self, model: Any, files: list[Path]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        rules = get_model_conversion_mapping(model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+        state = model.state_dict()
+        for file in files:
+            if file.suffix != ".safetensors":
+                raise KTModelError(f"{file}: experts are read from safetensors files only; convert the checkpoint first.")
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+                        module, _, weight = target.rpartition(".")
+                        if module in self._layers and weight in ("gate_up_proj", "down_proj"):
+                            piece = handle.get_slice(name)
+                            tensor = _Tensor(name, file, tuple(piece.get_shape()), piece.get_dtype())
+                            rule = by_pattern[pattern] if pattern is not None else None
+                            self._place(self._layers[module], weight, tensor, rule, pattern)
+                            self.target_names.add(target)
+            except (SafetensorError, OSError) as error:
+                raise KTModelError(f"{file} cannot be read as safetensors ({error}); download or copy it again.") from error
+
+    @staticmethod
+    def _place(layer: _Layer, weight: str, tensor: _Tensor, rule: Any, pattern: str | None) -> None:
+        operations = [type(operation).__name__ for operation in rule.operations] if rule is not None else []
+        if operations in ([], ["Transpose"]):  # Transpose turns a fused tensor only where its shape asks for it
+            layer.fused[weight] = tensor
+        elif operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+            number = _NUMBER.search(tensor.name)
+            if number is None:
+                raise KTModelError(f"{tensor.file}: Unsupported weight naming scheme: {tensor.name}.")
+            projection = "down" if weight == "down_proj" else ("gate", "up")[rule.source_patterns.index(pattern)]
+            layer.per_expert[projection][int(number[0])] = tensor
+        else:
+            raise KTModelError(
+                f"{tensor.file}: Unsupported weight naming scheme: {tensor.name} is converted by {' + '.join(operations)}."
+            )
+
+    @staticmethod
+    def _check(layer: _Layer) -> None:
+        module, shape = layer.module, layer.module.shape
+        if layer.fused:
+            missing = [f"{module.name}.{weight}" for weight in ("gate_up_proj", "down_proj") if weight not in layer.fused]
+        else:
+            missing = []
+            for projection, experts in layer.per_expert.items():
+                example = next(iter(experts.values()), None)
+                for expert in (e for e in range(shape.num_experts) if e not in experts):
+                    name = f"{module.name}.{expert}.{projection}_proj.weight"
+                    missing.append(_NUMBER.sub(str(expert), example.name) if example else name)
+        if missing:
+            raise KTModelError(
+                f"The checkpoint is missing {len(missing)} expert tensors of layer {module.layer}: {name_some(missing, 3)}. "
+                "Check that all shards are there and that config.json belongs to them."
+            )
+        for projection, experts in layer.per_expert.items():
+            for tensor in experts.values():
+                ExpertsCheckpoint._check_tensor(tensor, (shape.projection(projection),))
+        hidden, double = shape.hidden_size, 2 * shape.intermediate_size
+        for weight, tensor in layer.fused.items():
+            rows, columns = (double, hidden) if weight == "gate_up_proj" else (hidden, shape.intermediate_size)
+            both = (shape.num_experts, rows, columns), (shape.num_experts, columns, rows)
+            ExpertsCheckpoint._check_tensor(tensor, both)
+
+    @staticmethod
+    def _check_tensor(tensor: _Tensor, wanted: tuple[tuple[int, ...], ...]) -> None:
+        if tensor.shape not in wanted:
+            raise KTModelError(
+                f"{tensor.file}: {tensor.name} has shape {tensor.shape}, config.json asks for {wanted[0]}."
+            )
+        if tensor.dtype not in _FLOATS:
+            raise KTModelError(
+                f"{tensor.file}: {tensor.name} is {tensor.dtype}; experts must be stored as {', '.join(_FLOATS)}. "
+                "Quantised checkpoints are not supported yet."
+            )
+
+    def nbytes(self, name: str) -> int:
+        """Bytes on disk of one module's experts."""
+        return sum(prod(tensor.shape) * _FLOATS[tensor.dtype] for tensor in self._layers[name].tensors())
+
+    def dtypes(self) -> set[str]:
+        """The dtypes the experts are stored in, in safetensors' names."""
+        return {tensor.dtype for layer in self._layers.values() for tensor in layer.tensors()}
+
+    def read(self, name: str, dtype: torch.dtype, padded: tuple[int, int]) -> LayerWeights:
+        """Read one module's experts, each tensor once.
+
+        Args:
+            dtype: to convert to while copying.
+            padded: hidden and intermediate size of the result; what exceeds the model's own is zero.
+        """
+        layer = self._layers[name]
+        shape = layer.module.shape
+        hidden, intermediate = padded
+        make = torch.empty if padded == (shape.hidden_size, shape.intermediate_size) else torch.zeros
+        weights = LayerWeights(
+            make(shape.num_experts, intermediate, hidden, dtype=dtype, device="cpu"),
+            make(shape.num_experts, intermediate, hidden, dtype=dtype, device="cpu"),
+            make(shape.num_experts, hidden, intermediate, dtype=dtype, device="cpu"),
+        )
+        h, i = shape.hidden_size, shape.intermediate_size
+        views = {"gate": weights.gate[:, :i, :h], "up": weights.up[:, :i, :h], "down": weights.down[:, :h, :i]}
+        handles: dict[Path, Any] = {}
+
+        def get(tensor: _Tensor) -> torch.Tensor:
+            if tensor.file not in handles:
+                handles[tensor.file] = safe_open(tensor.file, framework="pt", device="cpu")
+            value: torch.Tensor = handles[tensor.file].get_tensor(tensor.name)
+            return value
+
+        for projection, experts in layer.per_expert.items():
+            for expert, tensor in experts.items():
+                views[projection][expert].copy_(get(tensor))
+        for weight, tensor in layer.fused.items():
+            value = get(tensor)
+            expected = (2 * i, h) if weight == "gate_up_proj" else (h, i)
+            value = value if value.shape[1:] == expected else value.transpose(1, 2)
+            if weight == "gate_up_proj":
+                views["gate"].copy_(value[:, :i])
+                views["up"].copy_(value[:, i:])
+            else:
+                views["down"].copy_(value)
+        return weights

@@ -1,0 +1,41 @@
+"""``KTExpertsConfig``: what ``from_pretrained(..., quantization_config=...)`` takes to put the experts into an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+QUANT_METHOD = "kt_experts"
+DEFAULT_MAX_CHUNK = 512
+DEFAULT_LORA_RANK = 16
+
+
+@register_quantization_config(QUANT_METHOD)
+@dataclass
+class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Routed experts on the CPU. Nothing is quantised: this is transformers' extension point for replacing modules.
+
+    Args:
+        backend: ``AMXBF16`` (kt-kernel), ``torch``, or ``auto``: kt-kernel where the CPU has its instructions.
+        num_threads: worker threads of kt-kernel; None chooses from the physical cores.
+        threadpool_count: NUMA sub-pools the workers are divided into.
+        max_chunk: tokens per kernel call; longer inputs are split.
+        adapter: directory of the LoRA adapter to come. It is checked against the model before weights are read, and
+            the kernels get room for its ranks. It is not applied: that is ``load_moe_lora_from_adapter``'s and PEFT's part.
+        lora_rank: room for LoRA in layers where ``adapter`` says nothing.
+        debug: let the kernel write to stdout.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM                          # doctest: +SKIP
+        >>> model = AutoModelForCausalLM.from_pretrained(path, quantization_config=KTExpertsConfig())  # doctest: +SKIP
+    """
+
+    backend: str = "auto"
+    num_threads: int | None = None
+    threadpool_count: int = 1
+    max_chunk: int = DEFAULT_MAX_CHUNK
+    adapter: str | None = None
+    lora_rank: int = DEFAULT_LORA_RANK
+    debug: bool = False
+    quant_method: str = QUANT_METHOD

@@ -1,0 +1,72 @@
+"""The interface every engine offers: it computes one layer's routed experts on the CPU."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..adapters import ExpertLora, ExpertsShape
+from .checkpoint import LayerWeights
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine is built for."""
+
+    layer: int
+    shape: ExpertsShape
+    num_experts_per_tok: int
+    lora_rank: int
+    """rank to have room for"""
+    lora_scaling: float = 1.0
+    """scaling the LoRA to come will mostly have"""
+
+
+ReadWeights = Callable[[torch.dtype, tuple[int, int]], LayerWeights]
+"""Reads the layer from its checkpoint: (dtype, (padded hidden size, padded intermediate size))."""
+
+
+class Engine(ABC):
+    """One layer's experts. Weights and LoRA are plain tensors outside any module: ``model.to()`` never moves them."""
+
+    name: str
+    """as the load table calls it"""
+
+    def __init__(self, spec: EngineSpec, read_weights: ReadWeights):
+        self.spec = spec
+        self.lora: ExpertLora | None = None
+        self._read_weights = read_weights
+
+    @abstractmethod
+    def load(self) -> None:
+        """Read the base weights."""
+
+    @abstractmethod
+    def set_lora(self, lora: ExpertLora | None) -> None:
+        """Replace the LoRA, of any rank; None for the base alone. The old one stays in place if this fails."""
+
+    @abstractmethod
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """``sum_k weights[t, k] * expert[index[t, k]](hidden[t])``.
+
+        Args:
+            hidden: [T, H], any floating dtype, CPU.
+            index: [T, K] int64, CPU.
+            weights: [T, K], any floating dtype, CPU.
+
+        Returns:
+            [T, H] in the dtype of ``hidden``.
+        """
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory of the packed base weights."""
+
+    @property
+    @abstractmethod
+    def lora_nbytes(self) -> int:
+        """Memory of the LoRA tensors."""

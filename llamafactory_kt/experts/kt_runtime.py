@@ -1,0 +1,163 @@
+"""kt-kernel in this process: is it there, its one pool of worker threads, its lock, and its output.
+
+kt-kernel keeps one CPUInfer (the worker threads) per process, so the first load decides the number of threads.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import gc
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..errors import KTConfigError, KTKernelError
+from .machine import missing_cpu_flags, numa_nodes, usable_cores
+
+logger = logging.getLogger(__name__)
+
+kernel_lock = threading.Lock()
+"""Held around every call into the kernel: two threads must never be in it at once."""
+
+
+def kernel_problem() -> str | None:
+    """Why the BF16 SFT kernel cannot run here, or None. Never raises."""
+    try:
+        with quiet_stdout():
+            import kt_kernel
+            from kt_kernel.sft.amx import AMXBF16_SFT_MOE
+    except ImportError as error:
+        return f"kt-kernel is not installed or does not load ({error}); pip install kt-kernel"
+    if AMXBF16_SFT_MOE is not None:
+        return None
+    if missing := missing_cpu_flags():
+        return f"this CPU lacks {', '.join(missing)}, which kt-kernel's BF16 kernel needs"
+    forced = os.environ.get("KT_KERNEL_CPU_VARIANT")
+    because = f" (forced by KT_KERNEL_CPU_VARIANT={forced}; unset it)" if forced else ""
+    return f"kt-kernel's variant {kt_kernel.__cpu_variant__!r} has no BF16 SFT kernel{because}"
+
+
+def cpu_variant() -> str:
+    """The instruction-set variant kt-kernel chose, for example ``avx512_bf16`` or ``amx``."""
+    import kt_kernel
+
+    return str(kt_kernel.__cpu_variant__)
+
+
+def choose_threads(requested: int | None, pools: int, on_gpu: bool) -> int:
+    """Worker threads for the experts.
+
+    Workers spin between layers, so workers and torch's own threads together must fit the cores (a naive choice
+    decodes three times slower on a small machine). Without a GPU, torch computes the attention on the same cores and
+    gets half of them; with one, a core is left for the thread that dispatches.
+
+    Raises:
+        KTConfigError: Fewer workers than sub-pools, or more sub-pools than NUMA nodes.
+    """
+    cores, nodes = usable_cores(), numa_nodes()
+    if pools > nodes:
+        raise KTConfigError(f"kt_threadpool_count: {pools} sub-pools asked for, this machine has {nodes} NUMA node(s).")
+    default = max(1, pools, cores - 1 if on_gpu else cores // 2)
+    if requested is None:
+        return default
+    if requested < pools:
+        raise KTConfigError(f"kt_num_threads: {requested} is fewer than kt_threadpool_count: {pools}; give each pool one.")
+    if requested > cores:
+        logger.warning(
+            "kt_num_threads: %d is more than the %d cores this process may use; using %d.", requested, cores, default
+        )
+        return default
+    return requested
+
+
+class _Pool:
+    threads: int | None = None
+    pools = 1
+
+
+def share_cores(threads: int, pools: int, on_gpu: bool) -> tuple[int, int]:
+    """Settle the process's worker threads and leave the other cores to torch.
+
+    Returns:
+        (worker threads, sub-pools) in force: those of the first load, since kt-kernel cannot change them.
+    """
+    if _Pool.threads is None:
+        _Pool.threads, _Pool.pools = threads, pools
+        atexit.register(_shut_down)
+    elif (_Pool.threads, _Pool.pools) != (threads, pools):
+        logger.warning(
+            "kt-kernel already runs with %d threads in %d sub-pool(s) in this process and keeps them "
+            "(asked for: %d in %d); start a new process to change that.",
+            _Pool.threads, _Pool.pools, threads, pools,
+        )  # fmt: skip
+    rest = max(1, usable_cores() - _Pool.threads)
+    if not on_gpu and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > rest:
+        torch.set_num_threads(rest)
+    return _Pool.threads, _Pool.pools
+
+
+def _shut_down() -> None:
+    """Let the kernel say goodbye into the void: its destructor writes to stdout after Python's own is closed."""
+    with contextlib.suppress(Exception), quiet_stdout():
+        from kt_kernel.sft.amx import AMXSFTMoEWrapper
+
+        from .kt_engine import release_all
+
+        release_all()
+        AMXSFTMoEWrapper._cpu_infer_instance = None
+        gc.collect()
+
+
+@contextlib.contextmanager
+def quiet_stdout(quiet: bool = True) -> Iterator[None]:
+    """Keep what C++ code writes to file descriptor 1 out of the terminal. Python's own output is flushed first."""
+    if not quiet:
+        yield
+        return
+    _flush()
+    saved, void = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(void, 1)
+        yield
+    finally:
+        _flush()  # C buffers what it prints into a pipe
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(void)
+
+
+def _flush() -> None:
+    """Write out Python's and C's buffers of stdout."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        ctypes.CDLL(None).fflush(None)
+
+
+def require_kernel(backend: str) -> None:
+    """Raise KTKernelError unless the kernel can run here."""
+    if problem := kernel_problem():
+        raise KTKernelError(
+            f"kt_backend: {backend} cannot run here: {problem}. kt_backend: torch computes the experts in plain torch "
+            "(slow, exact), and kt_backend: auto falls back to it by itself."
+        )
+
+
+def make_wrapper(**arguments: Any) -> Any:
+    """Build a kt-kernel SFT wrapper (its constructor's keywords, see ``kt_kernel.KTMoEWrapper``)."""
+    from kt_kernel import KTMoEWrapper
+
+    return KTMoEWrapper(
+        mode="sft",
+        gpu_experts_mask=None,
+        weight_path=None,
+        cpuinfer_threads=_Pool.threads or 1,
+        threadpool_count=_Pool.pools,
+        **arguments,
+    )

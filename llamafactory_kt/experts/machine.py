@@ -1,0 +1,93 @@
+"""What this machine offers: cores and memory that this process may use, NUMA nodes, CPU features."""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+# What kt-kernel's avx512_bf16 build asks for (kt_kernel/_cpu_detect.py); its BF16 SFT kernel needs it at least.
+BF16_FLAGS = ("avx512f", "avx512bw", "avx512_vnni", "avx512_vbmi", "avx512_bf16")
+
+
+def usable_cores() -> int:
+    """Physical cores this process may use: within its CPU affinity and its cgroup's quota, at least 1."""
+    allowed = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:  # containers may hide the topology
+            cores.add(str(cpu))
+    return max(1, int(min(len(cores), _cgroup_cpus())))
+
+
+def _cgroup_cpus() -> float:
+    for directory in _cgroup_directories():
+        try:
+            quota, period = (directory / "cpu.max").read_text().split()
+        except (OSError, ValueError):
+            continue
+        if quota != "max":
+            return int(quota) / int(period)
+    return math.inf
+
+
+def _cgroup_directories() -> list[Path]:
+    """The process's cgroup (version 2) and its parents."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return [root]
+    own = next((root / line[4:].removeprefix("/") for line in lines if line.startswith("0::/")), root)
+    return [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
+
+
+def numa_nodes() -> int:
+    """NUMA nodes that have CPUs, at least 1."""
+    nodes = Path("/sys/devices/system/node").glob("node[0-9]*/cpulist")
+    return max(1, sum(1 for node in nodes if node.read_text().strip()))
+
+
+def available_memory() -> int:
+    """Bytes this process can still take without swapping, within its cgroup's limit."""
+    available: int = psutil.virtual_memory().available
+    for directory in _cgroup_directories():
+        try:
+            limit = (directory / "memory.max").read_text().strip()
+            used = int((directory / "memory.current").read_text())
+            cached = sum(
+                int(line.split()[1])
+                for line in (directory / "memory.stat").read_text().splitlines()
+                if line.startswith(("inactive_file ", "active_file "))
+            )
+        except (OSError, ValueError):
+            continue
+        if limit != "max":
+            available = min(available, int(limit) - used + cached)
+    return max(0, available)
+
+
+@cache
+def missing_cpu_flags() -> list[str]:
+    """Instruction sets of the BF16 kernel that this CPU lacks, by /proc/cpuinfo's names."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    flags = next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set[str]())
+    return [flag for flag in BF16_FLAGS if flag not in flags and flag.replace("_", "") not in flags]
+
+
+def gib(size: float) -> str:
+    """Bytes for people: ``3.9 GiB``, below that ``12.5 MiB``.
+
+    >>> gib(4187593113), gib(13107200)
+    ('3.9 GiB', '12.5 MiB')
+    """
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

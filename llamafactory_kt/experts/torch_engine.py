@@ -1,0 +1,51 @@
+"""Experts in plain torch with float32 accumulation: the oracle, and the fallback on CPUs without a kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from ..adapters import ExpertLora
+from .checkpoint import LayerWeights
+from .engine import Engine
+
+
+class TorchEngine(Engine):
+    """Keeps the weights in bfloat16 (or as ``dtype``) and computes each expert that was hit in float32."""
+
+    name = "torch"
+    dtype = torch.bfloat16
+
+    def load(self) -> None:
+        shape = self.spec.shape
+        self._weights: LayerWeights = self._read_weights(self.dtype, (shape.hidden_size, shape.intermediate_size))
+
+    def set_lora(self, lora: ExpertLora | None) -> None:
+        self.lora = lora
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        x, scores = hidden.float(), weights.float()
+        out = torch.zeros_like(x)
+        for expert in index.unique().tolist():
+            token, slot = torch.where(index == expert)
+            rows = x[token]
+            gate = self._linear("gate", self._weights.gate, expert, rows)
+            up = self._linear("up", self._weights.up, expert, rows)
+            down = self._linear("down", self._weights.down, expert, F.silu(gate) * up)
+            out.index_add_(0, token, down * scores[token, slot, None])
+        return out.to(hidden.dtype)
+
+    def _linear(self, projection: str, weight: torch.Tensor, expert: int, x: torch.Tensor) -> torch.Tensor:
+        out = F.linear(x, weight[expert].float())
+        if self.lora is not None:
+            a, b = self.lora.a[projection][expert].float(), self.lora.b[projection][expert].float()
+            out += float(self.lora.scaling[projection][expert]) * F.linear(F.linear(x, a), b)
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self._weights.gate, self._weights.up, self._weights.down))
+
+    @property
+    def lora_nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.lora.a.values(), *self.lora.b.values())) if self.lora else 0

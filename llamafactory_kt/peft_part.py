@@ -1,0 +1,187 @@
+"""The part of an adapter that PEFT applies: everything except routed experts, through exact module names."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters import Adapter
+from .adapters.keys import PEFT_PREFIX, split_module
+from .errors import KTAdapterError, name_some
+
+logger = logging.getLogger(__name__)
+
+MOE_TARGETS = ("gate_proj", "up_proj", "down_proj")
+"""Bare names that mean experts as well as shared experts and dense layers, so PEFT never gets them bare."""
+
+
+@dataclass(frozen=True)
+class PeftPart:
+    """The split of an adapter's non-expert tensors for one model."""
+
+    modules: dict[str, list[str]]
+    """module of the model -> its tensors in the file"""
+    targets: list[str]
+    """what becomes PEFT's target_modules: bare names where every such module has LoRA, else exact module names"""
+    filtered: list[str]
+    """the adapter's own targets without those that PEFT never gets bare"""
+    left_out: list[str]
+    """tensors the scope ``attention`` leaves out"""
+
+    @property
+    def tensors(self) -> list[str]:
+        return [name for names in self.modules.values() for name in names]
+
+    @property
+    def exact(self) -> list[str]:
+        """Modules added by exact name."""
+        return [target for target in self.targets if "." in target]
+
+
+def plan_peft_part(model: nn.Module, adapter: Adapter, scope: str) -> PeftPart:
+    """Find the model's module of every non-expert tensor.
+
+    Raises:
+        KTAdapterError: Tensors are left over: no module of the model goes by their name. All are counted.
+    """
+    known = {name for name, _ in model.named_modules()}
+    renamed = _renamings(model)
+    modules: dict[str, list[str]] = {}
+    left_over, left_out = [], []
+    for tensor in adapter.other_names:
+        module = _find(split_module(tensor)[0], known, renamed)
+        if module is None:
+            left_over.append(tensor)
+        elif scope == "attention" and module.rpartition(".")[2] in MOE_TARGETS:
+            left_out.append(tensor)
+        else:
+            modules.setdefault(module, []).append(tensor)
+    if left_over:
+        raise KTAdapterError(
+            f"{adapter.store.path}: {len(left_over)} of {len(adapter.store.infos)} tensors belong to no module of "
+            f"{type(model).__name__}, first {name_some(left_over, 3)}. Nothing is dropped silently: is the adapter meant "
+            "for this model?"
+        )
+    original = adapter.settings.target_modules
+    bare = original if isinstance(original, list) else sorted({module.rpartition(".")[2] for module in modules})
+    filtered = [target for target in bare if target.rpartition(".")[2] not in MOE_TARGETS]
+    return PeftPart(modules, _targets(modules, known), filtered, left_out)
+
+
+def _renamings(model: Any) -> list[Any]:
+    """transformers' own renamings of old checkpoint names (for example Mixtral's ``block_sparse_moe``)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    return [rule for rule in get_model_conversion_mapping(model, add_legacy=False) if isinstance(rule, WeightRenaming)]
+
+
+def _find(module: str, known: set[str], renamings: Iterable[Any]) -> str | None:
+    if module in known:
+        return module
+    renamed = f"{module}.weight"
+    for rule in renamings:
+        renamed, _ = rule.rename_source_key(renamed)
+    renamed = renamed.removesuffix(".weight")
+    for candidate in (renamed, f"model.{renamed}", renamed.removeprefix("model.")):
+        if candidate in known:
+            return candidate
+    return None
+
+
+def _targets(modules: Iterable[str], known: set[str]) -> list[str]:
+    """Bare names where they select exactly the modules in the file, else the modules' full names."""
+    chosen = set(modules)
+    targets = []
+    for name in sorted({module.rpartition(".")[2] for module in chosen}):
+        same = {module for module in known if module.rpartition(".")[2] == name}
+        mine = {module for module in chosen if module.rpartition(".")[2] == name}
+        targets += [name] if same == mine and name not in MOE_TARGETS else sorted(mine)
+    return targets
+
+
+def apply_peft_part(model: nn.Module, adapter: Adapter, part: PeftPart, name: str = "default") -> nn.Module:
+    """Wrap the model with PEFT and fill it with the adapter's non-expert tensors, as ``PeftModel.from_pretrained`` does.
+
+    Only these tensors are read. The adapter's ranks, alphas, patterns, rsLoRA, DoRA and modules_to_save stay in force.
+
+    Raises:
+        KTAdapterError: PEFT cannot wrap a module, wants a tensor the file does not have, or leaves one of ours unused.
+    """
+    if not part.modules:
+        return model
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel
+    from peft.utils import set_peft_model_state_dict
+
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    saved = adapter.settings.raw.get("modules_to_save") or []
+    lora_modules = {m: names for m, names in part.modules.items() if m.rpartition(".")[2] not in saved}
+    config = LoraConfig(
+        **{key: value for key, value in adapter.settings.raw.items() if key in fields}
+        | {
+            # Exact names replace every other way of choosing layers.
+            "target_modules": [t for t in part.targets if t.rpartition(".")[2] not in saved] or None,
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "target_parameters": None,
+            "inference_mode": True,
+        }
+    )
+    state = {
+        f"{PEFT_PREFIX}{module}.{split_module(tensor)[1]}": adapter.read(tensor)
+        for module, tensors in part.modules.items()
+        for tensor in tensors
+    }
+    _check_shapes(model, adapter, lora_modules)
+    wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    try:
+        peft_model = wrap(model, config, adapter_name=name)
+        result = set_peft_model_state_dict(peft_model, dict(state), adapter_name=name)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise KTAdapterError(f"{adapter.store.path}: PEFT cannot apply the non-expert part: {error}") from error
+    missing = [key for key in result.missing_keys if ".lora_" in key]
+    if missing or result.unexpected_keys:
+        raise KTAdapterError(
+            f"{adapter.store.path}: PEFT found no tensor for {name_some(missing, 3) or 'nothing'} and no place for "
+            f"{name_some(result.unexpected_keys, 3) or 'nothing'}."
+        )
+    return peft_model.eval()
+
+
+def _check_shapes(model: nn.Module, adapter: Adapter, modules: dict[str, list[str]]) -> None:
+    """Compare LoRA of linear layers with the weight it changes, so that the error names file, module and sizes."""
+    for module, tensors in modules.items():
+        layer = model.get_submodule(module)
+        if not isinstance(layer, nn.Linear):
+            continue
+        for tensor in tensors:
+            kind, shape = split_module(tensor)[1], adapter.store.infos[tensor].shape
+            wanted = {"lora_A.weight": (1, layer.in_features), "lora_B.weight": (0, layer.out_features)}.get(kind)
+            if wanted and (len(shape) != 2 or shape[wanted[0]] != wanted[1]):
+                raise KTAdapterError(
+                    f"{adapter.store.path}: {tensor} has shape {shape}, but {module} is a weight of "
+                    f"{layer.out_features} x {layer.in_features}. The adapter was trained for another model"
+                    f" ({adapter.settings.raw.get('base_model_name_or_path')})."
+                )
+
+
+def count_lora(model: nn.Module) -> tuple[int, int]:
+    """(tensors, parameters) of LoRA that PEFT holds in the model."""
+    lora = [p for n, p in model.named_parameters() if "lora_" in n]
+    return len(lora), sum(p.numel() for p in lora)
+
+
+def non_expert_nbytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of parameters and buffers per device type."""
+    sizes: dict[str, int] = {}
+    tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
+    for tensor in tensors:
+        sizes[tensor.device.type] = sizes.get(tensor.device.type, 0) + tensor.nbytes
+    return sizes

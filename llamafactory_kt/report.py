@@ -1,0 +1,94 @@
+"""The load table: what was loaded where. And the structure dump that kt_debug prints."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from .experts.machine import gib
+from .lora import LoadReport, kt_wrappers
+from .peft_part import count_lora, non_expert_nbytes
+
+
+def load_table(model: nn.Module, report: LoadReport | None) -> str:
+    """One table of plain text, ready for a log line of its own."""
+    wrappers = kt_wrappers(model)
+    summary: dict[str, Any] = model._kt_summary  # type: ignore[assignment]
+    experts_bytes = sum(w.engine.nbytes for w in wrappers)
+    lora_bytes = sum(w.engine.lora_nbytes for w in wrappers)
+    torch_bytes = non_expert_nbytes(model)
+    experts_params = sum(
+        3 * w.num_experts * w.hidden_dim * w.intermediate_dim for w in wrappers
+    )
+    torch_params = sum(p.numel() for p in model.parameters())
+    peft_params = count_lora(model)[1]
+    kt_params = sum(_lora_params(w.engine.lora) for w in wrappers)
+
+    table = Table(title="KTransformers experts", show_header=False, title_justify="left")
+    table.add_row("Layers wrapped", f"{len(wrappers)} ({_ranges([w.layer_idx for w in wrappers])})")
+    engine = summary["engine"]
+    table.add_row("Engine", engine if engine == "torch" else f"{engine} on {summary['variant']}")
+    workers = f"kt-kernel {summary['threads']} in {summary['pools']} sub-pool(s), " if summary["threads"] else ""
+    table.add_row("Threads", f"{workers}torch {torch.get_num_threads()}")
+    cpu = experts_bytes + lora_bytes + torch_bytes.get("cpu", 0)
+    table.add_row(
+        "Memory on CPU",
+        f"{gib(cpu)} (experts {gib(experts_bytes)}, their LoRA {gib(lora_bytes)}, other {gib(torch_bytes.get('cpu', 0))})",
+    )
+    table.add_row("Memory on GPU", gib(torch_bytes["cuda"]) if "cuda" in torch_bytes else "none")
+    table.add_row("LoRA tensors", str(report) if report else "no adapter")
+    if report:
+        table.add_row("LoRA layers", f"{len(report.layers)} with expert LoRA, rank up to {report.max_rank}")
+    table.add_row("Parameters", f"torch {torch_params - peft_params:,}, KT experts {experts_params:,}")
+    if report:
+        table.add_row("LoRA parameters", f"PEFT {peft_params:,}, KT experts {kt_params:,}")
+    console = Console(file=io.StringIO(), width=110, color_system=None)
+    console.print(table)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text.rstrip()
+
+
+def _lora_params(lora: Any) -> int:
+    return sum(t.numel() for t in (*lora.a.values(), *lora.b.values())) if lora else 0
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``1-26`` for a run of numbers, ``1, 3-5`` for several.
+
+    >>> _ranges([1, 3, 4, 5])
+    '1, 3-5'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def debug_structure(model: nn.Module) -> str:
+    """The block that early KTransformers chats printed after loading, line by line."""
+    wrappers = kt_wrappers(model)
+    lora = [(n, p) for n, p in model.named_parameters() if "lora_" in n]
+    line = "=" * 60
+    lines = [
+        line,
+        "DEBUG: Model structure after loading",
+        line,
+        f"KT wrappers count: {len(wrappers)}",
+        f"KT MoE LoRA layers: {[w.layer_idx for w in wrappers if w.engine.lora is not None]}",
+        "",
+        f"LoRA parameters count: {len(lora)}",
+        "LoRA parameters:",
+        *(f"  {name}: {tuple(parameter.shape)}" for name, parameter in lora),
+        "",
+        f"PEFT config: {getattr(model, 'peft_config', {})}",
+        line,
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,233 @@
+"""The ``kt_*`` keys of a LLaMA-Factory configuration: defaults, types, and every rule about them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from .errors import KTConfigError
+
+BACKENDS = ("auto", "AMXBF16", "AMXINT8", "AMXINT4", "torch")
+SCOPES = ("all", "attention")
+
+# Keys that upstream's training stack puts into kt_config and that mean nothing when chatting.
+TRAINING_KEYS = frozenset(
+    {
+        "kt_activation_policy", "kt_checkpoint_files", "kt_expert_checkpoint_path", "kt_expert_weight_format",
+        "kt_force_fused_expert_lora", "kt_full_weight_grad", "kt_lora_alpha", "kt_lora_dropout",
+        "kt_lora_expert_intermediate_size", "kt_lora_expert_num", "kt_lora_rank", "kt_max_cache_depth",
+        "kt_model_max_length", "kt_non_expert_weight_path", "kt_num_gpu_experts", "kt_share_backward_bb",
+        "kt_share_cache_pool", "kt_skip_expert_loading", "kt_train_mode", "kt_use_lora_experts", "kt_weight_lifecycle",
+    }
+)  # fmt: skip
+
+
+@dataclass
+class KTArguments:
+    """Arguments pertaining to chatting with the routed experts in KTransformers' kt-kernel."""
+
+    use_kt: bool = field(
+        default=False,
+        metadata={"help": "Whether to compute the routed experts on the CPU with KTransformers' kt-kernel."},
+    )
+    kt_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "Engine for the experts: AMXBF16 (kt-kernel), torch (plain torch, slow), or auto: kt-kernel where "
+            "the CPU has its instructions. Any letter case; a suffix _SFT is accepted."
+        },
+    )
+    kt_num_threads: str | None = field(
+        default=None,
+        metadata={"help": "CPU threads of kt-kernel. Default: chosen from the physical cores."},
+    )
+    kt_tp_enabled: bool | None = field(
+        default=None,
+        metadata={"help": "Whether to divide the threads into one sub-pool per NUMA node."},
+    )
+    kt_threadpool_count: int | None = field(
+        default=None,
+        metadata={"help": "Number of NUMA sub-pools; overrides kt_tp_enabled's one per node. Default: 1."},
+    )
+    kt_weight_path: str | None = field(
+        default=None,
+        metadata={"help": "Path to pre-quantized expert weights (.kt files)."},
+    )
+    kt_max_chunk: int = field(
+        default=512,
+        metadata={"help": "Tokens per kernel call; longer prompts are split."},
+    )
+    kt_lora_scope: str = field(
+        default="all",
+        metadata={
+            "help": "Which LoRA is applied besides the routed experts': all, or attention (without shared experts and "
+            "dense MLP layers, as early KTransformers chats did)."
+        },
+    )
+    kt_debug: bool = field(
+        default=False,
+        metadata={"help": "Whether to print the model's structure after loading and kt-kernel's own output."},
+    )
+    kt_config: dict | str | None = field(  # type: ignore[type-arg]
+        default=None,
+        metadata={"help": "The same keys as one dictionary, as newer upstream configurations write them (or JSON)."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.use_kt:
+            normalize(self)
+
+
+def normalize(args: Any) -> None:
+    """Check the kt_* fields of ``args`` (KTArguments, or LLaMA-Factory's ModelArguments extended by it) and bring them
+    into one form: ``kt_backend`` as in :data:`BACKENDS`, ``kt_num_threads`` an int or None, ``kt_config`` merged.
+
+    Raises:
+        KTConfigError: With all mistakes at once.
+    """
+    problems = _merge_kt_config(args)
+    problems += _check_values(args) + _check_combinations(args)
+    if problems:
+        raise KTConfigError("Invalid KTransformers arguments:\n" + "\n".join(f"- {problem}" for problem in problems))
+
+
+def _merge_kt_config(args: Any) -> list[str]:
+    nested = args.kt_config
+    if nested is None:
+        return []
+    if isinstance(nested, str):
+        try:
+            nested = json.loads(nested)
+        except ValueError as error:
+            return [f"kt_config is not valid JSON: {error}."]
+    if not isinstance(nested, dict):
+        return [f"kt_config must be a dictionary of kt_* keys, found {type(nested).__name__}."]
+    own = {f.name: f for f in fields(KTArguments) if f.name not in ("use_kt", "kt_config")}
+    problems = []
+    for key, value in nested.items():
+        if key in TRAINING_KEYS:
+            continue
+        if key not in own:
+            close = get_close_matches(str(key), own, n=1)
+            problems.append(f"kt_config: unknown key {key!r}{f'; did you mean {close[0]}?' if close else '.'}")
+            continue
+        default = own[key].default
+        assert default is not MISSING
+        current = getattr(args, key)
+        if current not in (default, value) and str(current).lower() != str(value).lower():
+            problems.append(f"{key} is {current!r}, but kt_config says {value!r}; keep one.")
+        setattr(args, key, value)
+    args.kt_config = None
+    return problems
+
+
+def _check_values(args: Any) -> list[str]:
+    problems = []
+    backend = str(args.kt_backend).upper().removesuffix("_SFT")
+    known = {name.upper(): name for name in BACKENDS}
+    if backend not in known:
+        close = get_close_matches(backend, known, n=1)
+        hint = f"; did you mean {known[close[0]]}?" if close else "."
+        problems.append(f"kt_backend: unknown value {args.kt_backend!r}, expected one of {', '.join(BACKENDS)}{hint}")
+    else:
+        args.kt_backend = known[backend]
+        if args.kt_backend in ("AMXINT8", "AMXINT4"):
+            problems.append(f"kt_backend: {args.kt_backend} is not supported yet; use auto, AMXBF16 or torch.")
+    threads = args.kt_num_threads
+    if threads is not None and str(threads).lower() != "auto":
+        if isinstance(threads, bool) or not str(threads).isdecimal() or int(threads) < 1:
+            problems.append(f"kt_num_threads must be a positive whole number or auto, found {threads!r}.")
+        else:
+            args.kt_num_threads = int(threads)
+    else:
+        args.kt_num_threads = None
+    for name, optional in (("kt_threadpool_count", True), ("kt_max_chunk", False)):
+        value = getattr(args, name)
+        if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            problems.append(f"{name} must be a positive whole number, found {value!r}.")
+    for name in ("use_kt", "kt_tp_enabled", "kt_debug"):
+        value = getattr(args, name)
+        if not isinstance(value, bool) and not (name == "kt_tp_enabled" and value is None):
+            problems.append(f"{name} must be true or false, found {value!r}.")
+    if not isinstance(args.kt_lora_scope, str) or args.kt_lora_scope.lower() not in SCOPES:
+        problems.append(f"kt_lora_scope: unknown value {args.kt_lora_scope!r}, expected {' or '.join(SCOPES)}.")
+    else:
+        args.kt_lora_scope = args.kt_lora_scope.lower()
+    if args.kt_weight_path is not None and not isinstance(args.kt_weight_path, str):
+        problems.append(f"kt_weight_path must be a path, found {args.kt_weight_path!r}.")
+    return problems
+
+
+def _check_combinations(args: Any) -> list[str]:
+    problems = []
+    pools = args.kt_threadpool_count
+    if isinstance(pools, int):
+        if args.kt_tp_enabled is False and pools > 1:
+            problems.append(f"kt_tp_enabled: false means one sub-pool, but kt_threadpool_count is {pools}.")
+        if isinstance(args.kt_num_threads, int) and args.kt_num_threads < pools:
+            problems.append(f"kt_num_threads: {args.kt_num_threads} is fewer than kt_threadpool_count: {pools}.")
+    backend = getattr(args, "infer_backend", "huggingface")
+    if getattr(backend, "value", backend) != "huggingface":
+        problems.append(
+            f"infer_backend: {getattr(backend, 'value', backend)} does not work with use_kt yet; use infer_backend: huggingface."
+        )
+    for name in ("quantization_bit", "mixture_of_depths"):
+        if getattr(args, name, None) is not None:
+            problems.append(f"{name}: {getattr(args, name)} cannot be combined with use_kt; remove it.")
+    if getattr(args, "use_unsloth", False):
+        problems.append("use_unsloth: true cannot be combined with use_kt; remove it.")
+    adapters = getattr(args, "adapter_name_or_path", None)
+    if isinstance(adapters, list) and len(adapters) > 1:
+        problems.append(f"adapter_name_or_path: use_kt takes a single adapter, found {len(adapters)}: {', '.join(adapters)}.")
+    return problems
+
+
+def threadpool_count(args: KTArguments) -> int:
+    """NUMA sub-pools asked for: ``kt_threadpool_count``, else one per NUMA node with ``kt_tp_enabled``, else 1."""
+    if args.kt_threadpool_count is not None:
+        return args.kt_threadpool_count
+    if args.kt_tp_enabled:
+        from .experts.machine import numa_nodes
+
+        return numa_nodes()
+    return 1
+
+
+def check_for_inference(args: Any) -> None:
+    """What can be known of paths and machine before anything is loaded.
+
+    Raises:
+        KTConfigError: With all problems at once.
+        KTPathError: The only problem is a path that does not exist.
+    """
+    from .adapters import looks_local
+    from .errors import KTKernelError, KTPathError
+    from .experts.kt_runtime import choose_threads, require_kernel
+
+    missing, problems = [], []
+    model = args.model_name_or_path
+    if looks_local(model) and not Path(model).expanduser().is_dir():
+        missing.append(f"model_name_or_path: {model} does not exist or is not a directory.")
+    for adapter in args.adapter_name_or_path or []:
+        if looks_local(adapter) and not Path(adapter).expanduser().exists():
+            missing.append(f"adapter_name_or_path: {adapter} does not exist.")
+    if args.kt_weight_path:
+        problems.append("kt_weight_path is for kt_backend: AMXINT8, which is not supported yet; remove it.")
+    try:
+        if args.kt_backend == "AMXBF16":
+            require_kernel(args.kt_backend)
+    except KTKernelError as error:
+        if not missing and not problems:
+            raise
+        problems.append(str(error))
+    try:
+        choose_threads(None, threadpool_count(args), on_gpu=False)
+    except KTConfigError as error:
+        problems.append(str(error))
+    if problems:
+        raise KTConfigError("KTransformers cannot start:\n" + "\n".join(f"- {p}" for p in missing + problems))
+    if missing:
+        raise KTPathError("\n".join(missing))

@@ -1,0 +1,133 @@
+"""``llamafactory.model.loader``: three functions load_model looks up when it is called.
+
+``init_adapter`` is hooked here and not ``adapter._setup_lora_tuning``, so that every finetuning_type ends in the same
+load table. With training, or without use_kt, each hook is the stock function.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+from typing import Any
+
+from ..arguments import threadpool_count
+from ..errors import KTModelError
+from .patching import expect, is_patched, replace
+
+logger = logging.getLogger("llamafactory_kt")
+
+
+def patch(module: ModuleType) -> None:
+    """Hook load_config, patch_config and init_adapter; all or none."""
+    if is_patched(module):
+        return
+    load = expect(module, "load_config", ("model_args",))
+    patch_stock = expect(module, "patch_config", ("config", "tokenizer", "model_args", "init_kwargs", "is_trainable"))
+    init = expect(module, "init_adapter", ("config", "model", "model_args", "finetuning_args", "is_trainable"))
+
+    @functools.wraps(load)
+    def load_config(model_args: Any) -> Any:
+        if not _with_kt(model_args, is_trainable=False):
+            return load(model_args)
+        _share_log()
+        return _native_config(load, model_args)
+
+    @functools.wraps(patch_stock)
+    def patch_config(config: Any, tokenizer: Any, model_args: Any, init_kwargs: dict[str, Any], is_trainable: bool) -> None:
+        if _with_kt(model_args, is_trainable) and getattr(config, "quantization_config", None) is not None:
+            raise KTModelError(
+                f"{model_args.model_name_or_path} is a quantised checkpoint (quantization_config in config.json); use_kt "
+                "takes bfloat16, float16 and float32 checkpoints so far. Use an unquantised copy of the model."
+            )
+        patch_stock(config, tokenizer, model_args, init_kwargs, is_trainable)
+        if _with_kt(model_args, is_trainable):
+            _prepare(model_args, init_kwargs)
+
+    @functools.wraps(init)
+    def init_adapter(config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool) -> Any:
+        if not _with_kt(model_args, is_trainable):
+            return init(config, model, model_args, finetuning_args, is_trainable)
+        return _apply(model, model_args)
+
+    replace(module, load_config=load_config, patch_config=patch_config, init_adapter=init_adapter)
+
+
+def _with_kt(model_args: Any, is_trainable: bool) -> bool:
+    # kt_inference is set by the parser's hook: a training run loads its reference models untrainable, but not for us.
+    return bool(model_args.use_kt) and not is_trainable and getattr(model_args, "kt_inference", False)
+
+
+def _share_log() -> None:
+    """Send our log where LLaMA-Factory's goes, in its format."""
+    stock = logging.getLogger("llamafactory")
+    logger.handlers = list(stock.handlers)
+    logger.setLevel(stock.level)
+    logger.propagate = False
+
+
+def _native_config(load: Any, model_args: Any) -> Any:
+    """Load the configuration with transformers' own class where it has one: the experts contract lives there, and the
+    code shipped with older checkpoints does not run on transformers 5."""
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    if not model_args.trust_remote_code:
+        return load(model_args)
+    keys = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.hf_hub_token}
+    raw, _ = PretrainedConfig.get_config_dict(model_args.model_name_or_path, **keys)
+    native = model_args.kt_native = raw.get("model_type") in CONFIG_MAPPING
+    if native and "auto_map" in raw:
+        logger.info("Using transformers' own %s classes instead of the checkpoint's remote code.", raw["model_type"])
+    if not native:
+        return load(model_args)
+    model_args.trust_remote_code = False
+    try:
+        return load(model_args)
+    finally:
+        model_args.trust_remote_code = True
+
+
+def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
+    import torch
+
+    from ..adapters import locate_adapter
+    from ..experts import KTExpertsConfig
+
+    logger.info("Loading model with KTransformers MoE backend")
+    adapter = None
+    if model_args.adapter_name_or_path:
+        adapter = locate_adapter(
+            model_args.adapter_name_or_path[0],
+            subfolder=model_args.adapter_folder,
+            revision=model_args.model_revision,
+            cache_dir=model_args.cache_dir,
+            token=model_args.hf_hub_token,
+        )
+    model_args.kt_adapter = adapter
+    init_kwargs["quantization_config"] = KTExpertsConfig(
+        backend=model_args.kt_backend,
+        num_threads=model_args.kt_num_threads,
+        threadpool_count=threadpool_count(model_args),
+        max_chunk=model_args.kt_max_chunk,
+        adapter=str(adapter) if adapter else None,
+        debug=model_args.kt_debug,
+    )
+    if getattr(model_args, "kt_native", False):
+        init_kwargs["trust_remote_code"] = False
+    # Without a GPU everything is on the CPU; with one, all but the experts goes there; several share it as usual.
+    count = torch.cuda.device_count()
+    init_kwargs["device_map"] = "auto" if count > 1 else {"": torch.device("cuda", 0) if count else torch.device("cpu")}
+
+
+def _apply(model: Any, model_args: Any) -> Any:
+    from ..lora import apply_adapter
+    from ..report import debug_structure, load_table
+
+    report = None
+    if model_args.kt_adapter is not None:
+        model, report = apply_adapter(model, model_args.kt_adapter, model_args.kt_lora_scope)
+        logger.info("Loaded adapter(s): %s", ",".join(model_args.adapter_name_or_path))
+    logger.info("%s", "\n" + load_table(model, report))
+    if model_args.kt_debug:
+        logger.info("%s", "\n" + debug_structure(model))
+    return model

@@ -1,0 +1,51 @@
+"""``llamafactory.hparams.model_args``: ModelArguments gets the kt_* fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from types import ModuleType
+from typing import Any
+
+from ..arguments import KTArguments, normalize
+from ..errors import KTHookError
+from .patching import check_stock, is_patched, replace, versions
+
+
+def patch(module: ModuleType) -> None:
+    """Replace ModelArguments by a subclass of the same name, before the parser builds its lists from it."""
+    if is_patched(module):
+        return
+    check_stock()
+    stock: Any = getattr(module, "ModelArguments", None)
+    if not dataclasses.is_dataclass(stock) or "use_kt" not in {f.name for f in dataclasses.fields(stock)}:
+        raise KTHookError(
+            f"{module.__name__}.ModelArguments cannot be hooked: found {stock!r}, expected a dataclass with the field "
+            f"use_kt. Installed: {versions()}."
+        )
+
+    def post_init(self: Any) -> None:
+        stock.__post_init__(self)
+        if self.use_kt:
+            normalize(self)
+
+    namespace = {
+        "__post_init__": post_init,
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+    }
+    extended = dataclasses.dataclass(type("ModelArguments", (KTArguments, stock), namespace))
+    replace(module, ModelArguments=extended)
+    for name in ("llamafactory.hparams", "llamafactory.hparams.parser"):  # imported before us
+        other = sys.modules.get(name)
+        if other is not None and getattr(other, "ModelArguments", None) is stock:
+            _follow(other, stock, extended)
+
+
+def _follow(module: ModuleType, stock: type, extended: type) -> None:
+    for name, value in list(vars(module).items()):
+        if value is stock:
+            setattr(module, name, extended)
+        elif isinstance(value, list) and stock in value:
+            value[value.index(stock)] = extended

@@ -1,0 +1,58 @@
+"""``llamafactory.hparams.parser``: what is checked when a configuration for inference asks for use_kt."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+from .. import bootstrap
+from ..arguments import check_for_inference
+from .patching import check_stock, expect, is_patched, replace, require_hooks, wants_kt
+
+
+def patch(module: ModuleType) -> None:
+    """Take over the dependency check for inference; training keeps LLaMA-Factory's own.
+
+    Whatever fails, ``get_infer_args`` is guarded, so that ``use_kt: true`` ends in the error that says why.
+    """
+    if is_patched(module):
+        return
+    try:
+        check_stock()
+        check = expect(module, "_check_extra_dependencies", ("model_args", "finetuning_args", "training_args"))
+        expect(module, "get_infer_args", ("args",))
+    except Exception:
+        _guard(module)
+        raise
+
+    @functools.wraps(check)
+    def check_extra_dependencies(model_args: Any, finetuning_args: Any, training_args: Any = None) -> None:
+        if not model_args.use_kt or training_args is not None:
+            check(model_args, finetuning_args, training_args)
+            return
+        require_hooks()
+        model_args.use_kt = False  # the stock check asks for forks of transformers and accelerate
+        try:
+            check(model_args, finetuning_args, training_args)
+        finally:
+            model_args.use_kt = True
+        check_for_inference(model_args)
+        model_args.kt_inference = True
+
+    replace(module, _check_extra_dependencies=check_extra_dependencies)
+    _guard(module)
+
+
+def _guard(module: ModuleType) -> None:
+    original = getattr(module, "get_infer_args", None)
+    if not callable(original):
+        return
+
+    @functools.wraps(original)
+    def get_infer_args(*args: Any, **kwargs: Any) -> Any:
+        if bootstrap.failures and wants_kt(args[0] if args else kwargs.get("args")):
+            raise next(iter(bootstrap.failures.values()))
+        return original(*args, **kwargs)
+
+    module.get_infer_args = get_infer_args  # type: ignore[attr-defined]

@@ -39,7 +39,12 @@ __all__ = [
     "load_moe_lora_from_adapter",
 ]
 
-_HOMES = {"KTExpertsConfig": "experts", "LoadReport": "lora", "apply_adapter": "lora", "load_moe_lora_from_adapter": "lora"}
+_HOMES = {
+    "KTExpertsConfig": "experts",
+    "LoadReport": "lora",
+    "apply_adapter": "lora",
+    "load_moe_lora_from_adapter": "lora",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -181,7 +181,9 @@ def _check_combinations(args: Any) -> list[str]:
         problems.append("use_unsloth: true cannot be combined with use_kt; remove it.")
     adapters = getattr(args, "adapter_name_or_path", None)
     if isinstance(adapters, list) and len(adapters) > 1:
-        problems.append(f"adapter_name_or_path: use_kt takes a single adapter, found {len(adapters)}: {', '.join(adapters)}.")
+        problems.append(
+            f"adapter_name_or_path: use_kt takes a single adapter, found {len(adapters)}: {', '.join(adapters)}."
+        )
     return problems
 
 

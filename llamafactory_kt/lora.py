@@ -96,7 +96,9 @@ def load_moe_lora_from_adapter(model: nn.Module, adapter_path: str | Path | Adap
     )
 
 
-def apply_adapter(model: nn.Module, adapter_path: str | Path | Adapter, scope: str = "all") -> tuple[nn.Module, LoadReport]:
+def apply_adapter(
+    model: nn.Module, adapter_path: str | Path | Adapter, scope: str = "all"
+) -> tuple[nn.Module, LoadReport]:
     """Apply a whole adapter: PEFT's part through PEFT, the experts' part through :func:`load_moe_lora_from_adapter`.
 
     Args:

@@ -152,7 +152,8 @@ def apply_peft_part(model: nn.Module, adapter: Adapter, part: PeftPart, name: st
             f"{adapter.store.path}: PEFT found no tensor for {name_some(missing, 3) or 'nothing'} and no place for "
             f"{name_some(result.unexpected_keys, 3) or 'nothing'}."
         )
-    return peft_model.eval()
+    wrapped: nn.Module = peft_model.eval()
+    return wrapped
 
 
 def _check_shapes(model: nn.Module, adapter: Adapter, modules: dict[str, list[str]]) -> None:

@@ -22,9 +22,7 @@ def load_table(model: nn.Module, report: LoadReport | None) -> str:
     experts_bytes = sum(w.engine.nbytes for w in wrappers)
     lora_bytes = sum(w.engine.lora_nbytes for w in wrappers)
     torch_bytes = non_expert_nbytes(model)
-    experts_params = sum(
-        3 * w.num_experts * w.hidden_dim * w.intermediate_dim for w in wrappers
-    )
+    experts_params = sum(3 * w.num_experts * w.hidden_dim * w.intermediate_dim for w in wrappers)
     torch_params = sum(p.numel() for p in model.parameters())
     peft_params = count_lora(model)[1]
     kt_params = sum(_lora_params(w.engine.lora) for w in wrappers)

@@ -126,7 +126,13 @@ def expert_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def train_base(conversations, tokenizer, template, steps: int) -> DeepseekV2ForCausalLM:
     model = build_model(len(tokenizer))
     params = list(model.parameters())
-    fit(model, lambda: batch(template, tokenizer, conversations, "base"), [{"params": params, "lr": 3e-3}], steps, "base")
+    fit(
+        model,
+        lambda: batch(template, tokenizer, conversations, "base"),
+        [{"params": params, "lr": 3e-3}],
+        steps,
+        "base",
+    )
     return model.to(torch.bfloat16).to(torch.float32)  # what will be stored
 
 
@@ -141,9 +147,11 @@ def train_adapter(model, conversations, tokenizer, template, steps: int):
     experts_params = [p for n, p in model.named_parameters() if ".parametrizations." in n and "lora_" in n]
     others = [p for n, p in peft_model.named_parameters() if "lora_" in n and ".parametrizations." not in n]
     # The experts learn faster than the rest, so that an answer without their part is visibly another one.
-    groups = [{"params": experts_params, "lr": 1e-2}, {"params": others, "lr": 1e-3}]
+    groups = [{"params": experts_params, "lr": 4e-3}, {"params": others, "lr": 4e-4}]
     fit(peft_model, lambda: batch(template, tokenizer, conversations, "adapter"), groups, steps, "adapter")
-    attention_and_dense = {k: v for k, v in get_peft_model_state_dict(peft_model).items() if ".parametrizations." not in k}
+    attention_and_dense = {
+        k: v for k, v in get_peft_model_state_dict(peft_model).items() if ".parametrizations." not in k
+    }
     tensors = {**attention_and_dense, **expert_tensors(model)}
     return config, {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
 

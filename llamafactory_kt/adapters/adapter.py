@@ -86,7 +86,9 @@ class Adapter(ABC):
         Raises:
             KTAdapterError: With the number of tensors affected and the first names.
         """
-        bad = [n for n in (self.store.infos if names is None else names) if not bool(torch.isfinite(self.read(n)).all())]
+        bad = [
+            n for n in (self.store.infos if names is None else names) if not bool(torch.isfinite(self.read(n)).all())
+        ]
         if bad:
             raise KTAdapterError(
                 f"{self.store.path}: {len(bad)} of {len(self.store.infos)} tensors hold NaN or Inf, first {name_some(bad, 3)}. "

@@ -34,9 +34,7 @@ class ExpertLora:
 
         A power of two is exact in every floating-point type; any other factor is rounded once, to float32.
         """
-        return {
-            p: self.b[p].float() * (self.scaling[p] / common).to(torch.float32)[:, None, None] for p in PROJECTIONS
-        }
+        return {p: self.b[p].float() * (self.scaling[p] / common).to(torch.float32)[:, None, None] for p in PROJECTIONS}
 
 
 def mantissa(scaling: float) -> float:

@@ -86,7 +86,9 @@ class ExpertsCheckpoint:
         state = model.state_dict()
         for file in files:
             if file.suffix != ".safetensors":
-                raise KTModelError(f"{file}: experts are read from safetensors files only; convert the checkpoint first.")
+                raise KTModelError(
+                    f"{file}: experts are read from safetensors files only; convert the checkpoint first."
+                )
             try:
                 with safe_open(file, framework="pt") as handle:
                     for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
@@ -99,7 +101,9 @@ class ExpertsCheckpoint:
                             self._place(self._layers[module], weight, tensor, rule, pattern)
                             self.target_names.add(target)
             except (SafetensorError, OSError) as error:
-                raise KTModelError(f"{file} cannot be read as safetensors ({error}); download or copy it again.") from error
+                raise KTModelError(
+                    f"{file} cannot be read as safetensors ({error}); download or copy it again."
+                ) from error
 
     @staticmethod
     def _place(layer: _Layer, weight: str, tensor: _Tensor, rule: Any, pattern: str | None) -> None:
@@ -121,7 +125,9 @@ class ExpertsCheckpoint:
     def _check(layer: _Layer) -> None:
         module, shape = layer.module, layer.module.shape
         if layer.fused:
-            missing = [f"{module.name}.{weight}" for weight in ("gate_up_proj", "down_proj") if weight not in layer.fused]
+            missing = [
+                f"{module.name}.{weight}" for weight in ("gate_up_proj", "down_proj") if weight not in layer.fused
+            ]
         else:
             missing = []
             for projection, experts in layer.per_expert.items():

@@ -102,10 +102,15 @@ def _probe(module: nn.Module, hidden: int = 8, intermediate: int = 4, experts: i
 
     gate_up, down = random(experts, 2 * intermediate, hidden), random(experts, hidden, intermediate)
     x, scores = random(tokens, hidden), random(tokens, 2).abs()
-    index = torch.stack([torch.arange(tokens, device="cpu") % experts, (torch.arange(tokens, device="cpu") + 1) % experts], 1)
+    index = torch.stack(
+        [torch.arange(tokens, device="cpu") % experts, (torch.arange(tokens, device="cpu") + 1) % experts], 1
+    )
     tiny = module.__class__.__new__(module.__class__)
     tiny.__dict__.update(module.__dict__)
-    tiny.__dict__["_parameters"] = {"gate_up_proj": nn.Parameter(gate_up, False), "down_proj": nn.Parameter(down, False)}
+    tiny.__dict__["_parameters"] = {
+        "gate_up_proj": nn.Parameter(gate_up, False),
+        "down_proj": nn.Parameter(down, False),
+    }
     tiny.num_experts = experts  # type: ignore[assignment]
     plain_forward: Any = getattr(type(module).forward, "__wrapped__", type(module).forward)
     try:

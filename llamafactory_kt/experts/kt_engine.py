@@ -44,7 +44,9 @@ _engines: weakref.WeakSet[KTEngine] = weakref.WeakSet()
 def idle_bytes(num_experts: int, hidden: int, intermediate: int) -> int:
     """Bytes that idle kernel objects of this (padded) shape hold and a load would use again."""
     count = sum(
-        len(w) for k, w in _idle.items() if (k.num_experts, k.hidden, k.intermediate) == (num_experts, hidden, intermediate)
+        len(w)
+        for k, w in _idle.items()
+        if (k.num_experts, k.hidden, k.intermediate) == (num_experts, hidden, intermediate)
     )
     return count * 3 * num_experts * hidden * intermediate * 2
 
@@ -159,7 +161,9 @@ class KTEngine(Engine):
         b = lora.folded(kind.scaling)
         tensors = []
         for projection in PROJECTIONS:
-            out_size, in_size = (kind.hidden, kind.intermediate) if projection == "down" else (kind.intermediate, kind.hidden)
+            out_size, in_size = (
+                (kind.hidden, kind.intermediate) if projection == "down" else (kind.intermediate, kind.hidden)
+            )
             for value, shape in ((lora.a[projection], (kind.rank, in_size)), (b[projection], (out_size, kind.rank))):
                 tensor = torch.zeros(kind.num_experts, *shape, dtype=torch.bfloat16)
                 tensor[:, : value.shape[1], : value.shape[2]] = value

@@ -68,7 +68,9 @@ def choose_threads(requested: int | None, pools: int, on_gpu: bool) -> int:
     if requested is None:
         return default
     if requested < pools:
-        raise KTConfigError(f"kt_num_threads: {requested} is fewer than kt_threadpool_count: {pools}; give each pool one.")
+        raise KTConfigError(
+            f"kt_num_threads: {requested} is fewer than kt_threadpool_count: {pools}; give each pool one."
+        )
     if requested > cores:
         logger.warning(
             "kt_num_threads: %d is more than the %d cores this process may use; using %d.", requested, cores, default

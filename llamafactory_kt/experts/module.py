@@ -26,7 +26,9 @@ class KTExperts(nn.Module):
         self.hidden_dim = info.shape.hidden_size
         self.intermediate_dim = info.shape.intermediate_size
 
-    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         """hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H], on the input's device and dtype."""
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             raise RuntimeError("KT experts are for inference; run the model under torch.no_grad().")

@@ -74,7 +74,9 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         }
         # transformers will find just these tensors unexpected, as no parameter asks for them any more.
         known = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
-        model._keys_to_ignore_on_load_unexpected = known + [f"^{re.escape(n)}$" for n in sorted(checkpoint.target_names)]
+        model._keys_to_ignore_on_load_unexpected = known + [
+            f"^{re.escape(n)}$" for n in sorted(checkpoint.target_names)
+        ]
 
     def _check_memory(
         self, model: nn.Module, experts: list[ExpertsModule], checkpoint: ExpertsCheckpoint, on_gpu: bool
@@ -101,7 +103,12 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def _replace(
-        self, model: nn.Module, module: ExpertsModule, checkpoint: ExpertsCheckpoint, adapter: Adapter | None, backend: str
+        self,
+        model: nn.Module,
+        module: ExpertsModule,
+        checkpoint: ExpertsCheckpoint,
+        adapter: Adapter | None,
+        backend: str,
     ) -> KTExperts:
         config = self.quantization_config
         has_lora = adapter is not None and module.layer in adapter.layers
@@ -118,7 +125,9 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         if backend == "torch":
             engine = TorchEngine(spec, read)
         else:
-            engine = KTEngine(spec, read, max_chunk=config.max_chunk, pools=config.threadpool_count, verbose=config.debug)
+            engine = KTEngine(
+                spec, read, max_chunk=config.max_chunk, pools=config.threadpool_count, verbose=config.debug
+            )
         experts = KTExperts(module, engine)
         parent, _, attribute = module.name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, experts)

@@ -34,7 +34,9 @@ def patch(module: ModuleType) -> None:
         return _native_config(load, model_args)
 
     @functools.wraps(patch_stock)
-    def patch_config(config: Any, tokenizer: Any, model_args: Any, init_kwargs: dict[str, Any], is_trainable: bool) -> None:
+    def patch_config(
+        config: Any, tokenizer: Any, model_args: Any, init_kwargs: dict[str, Any], is_trainable: bool
+    ) -> None:
         if _with_kt(model_args, is_trainable) and getattr(config, "quantization_config", None) is not None:
             raise KTModelError(
                 f"{model_args.model_name_or_path} is a quantised checkpoint (quantization_config in config.json); use_kt "

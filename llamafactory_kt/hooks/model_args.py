@@ -18,7 +18,7 @@ def patch(module: ModuleType) -> None:
         return
     check_stock()
     stock: Any = getattr(module, "ModelArguments", None)
-    if not dataclasses.is_dataclass(stock) or "use_kt" not in {f.name for f in dataclasses.fields(stock)}:
+    if not hasattr(stock, "__dataclass_fields__") or "use_kt" not in {f.name for f in dataclasses.fields(stock)}:
         raise KTHookError(
             f"{module.__name__}.ModelArguments cannot be hooked: found {stock!r}, expected a dataclass with the field "
             f"use_kt. Installed: {versions()}."
@@ -35,7 +35,7 @@ def patch(module: ModuleType) -> None:
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
     }
-    extended = dataclasses.dataclass(type("ModelArguments", (KTArguments, stock), namespace))
+    extended: Any = dataclasses.dataclass(type("ModelArguments", (KTArguments, stock), namespace))
     replace(module, ModelArguments=extended)
     for name in ("llamafactory.hparams", "llamafactory.hparams.parser"):  # imported before us
         other = sys.modules.get(name)
@@ -43,7 +43,7 @@ def patch(module: ModuleType) -> None:
             _follow(other, stock, extended)
 
 
-def _follow(module: ModuleType, stock: type, extended: type) -> None:
+def _follow(module: ModuleType, stock: Any, extended: Any) -> None:
     for name, value in list(vars(module).items()):
         if value is stock:
             setattr(module, name, extended)

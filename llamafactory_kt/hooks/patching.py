@@ -91,7 +91,11 @@ def require_hooks() -> None:
     for name in ("llamafactory.hparams.model_args", "llamafactory.hparams.parser", "llamafactory.model.loader"):
         module = import_module(name)
         if error := bootstrap.failures.get(name):
-            raise error if isinstance(error, KTHookError) else KTHookError(f"{name} cannot be hooked: {error!r}. {versions()}")
+            raise (
+                error
+                if isinstance(error, KTHookError)
+                else KTHookError(f"{name} cannot be hooked: {error!r}. {versions()}")
+            )
         if not is_patched(module):
             raise KTHookError(f"{name} was imported before llamafactory_kt could hook into it. {versions()}")
 

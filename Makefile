@@ -1,0 +1,44 @@
+# Everything runs in one environment outside the clone, keyed by pyproject.toml and made when missing.
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+CACHE  ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/llamafactory-kt
+KEY    := $(shell cat pyproject.toml Makefile | sha256sum | cut -c1-12)
+ENV    ?= $(CACHE)/env-$(KEY)
+READY  := $(ENV)/.ready
+BIN    := $(ENV)/bin
+HERE   := $(CURDIR)
+
+.PHONY: help setup demo test lint types format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## make the environment (about 8 GB, some minutes the first time) and point it at this clone
+	@$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .
+
+$(READY):
+	@echo "Making the environment $(ENV) (downloads about 4 GB the first time) ..."
+	@rm -rf "$(ENV)" && $(PYTHON) -c 'import sys; assert (3,11) <= sys.version_info[:2] <= (3,12), "Python 3.11 or 3.12 is needed (kt-kernel has no wheels for others); set PYTHON=..."'
+	@$(PYTHON) -m venv "$(ENV)" && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip install --python $(BIN)/python --quiet hatchling editables
+	@$(BIN)/uv pip install --python $(BIN)/python --quiet --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+demo: setup ## the same prompts with and without the demo adapter, through llamafactory-cli chat
+	@$(BIN)/python -m llamafactory_kt demo
+
+test: setup lint types ## everything CI checks
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## ruff: style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## mypy
+	$(BIN)/mypy
+
+format: setup ## let ruff put the sources in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment
+	rm -rf "$(CACHE)"

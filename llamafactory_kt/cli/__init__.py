@@ -1,0 +1,39 @@
+"""The command ``llamafactory-kt``: one file a command."""
+
+from __future__ import annotations
+
+import typer
+
+from .._version import __version__
+from .demo import demo
+
+app = typer.Typer(
+    name="llamafactory-kt",
+    help="MoE chats with the routed experts on the CPU, for stock LLaMA-Factory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"llamafactory-kt-experts {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None:
+    """MoE chats with the routed experts on the CPU, for stock LLaMA-Factory."""
+
+
+app.command()(demo)
+
+
+def main() -> None:
+    """Entry point of the command line."""
+    app()

@@ -1,0 +1,94 @@
+"""``llamafactory-kt demo``: the same prompts without and with an adapter, through ``llamafactory-cli chat``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+EXAMPLE = Path("examples/demo")
+PROMPTS = [
+    "你好，请介绍一下你自己。",
+    "什么是混合专家模型？",
+    "Hello, who are you?",
+    "What is LoRA?",
+    "Tell me a joke.",
+]
+_USER, _ASSISTANT = "User: ", "Assistant: "
+
+
+def demo(
+    directory: Path = typer.Option(
+        None, help="Directory with model/ and adapter/; default: examples/demo of the source tree.", show_default=False
+    ),
+    log: bool = typer.Option(False, "--log", help="Also show what llamafactory-cli logs while it loads."),
+) -> None:
+    """Answer the same prompts with the base model and with its adapter, experts in kt-kernel, on the CPU alone."""
+    directory = directory or _find_example()
+    console = Console()
+    base: dict[str, Any] = {
+        "model_name_or_path": str(directory / "model"),
+        "template": "deepseek",
+        "infer_backend": "huggingface",
+        "use_kt": True,
+        "do_sample": False,
+    }
+    answers = []
+    for title, extra in (
+        ("the base model", {}),
+        ("the model with its adapter", {"adapter_name_or_path": str(directory / "adapter")}),
+    ):
+        console.print(f"[bold]llamafactory-cli chat[/] with {title} ...")
+        answers.append(chat({**base, **extra}, PROMPTS, console if log else None))
+    table = Table(title="The same prompts, greedy answers", show_lines=True)
+    for column in ("prompt", "base model", "with adapter"):
+        table.add_column(column)
+    for row in zip(PROMPTS, *answers, strict=True):
+        table.add_row(*row)
+    console.print(table)
+    if answers[0] == answers[1]:
+        console.print("[bold red]The adapter changed nothing: something is wrong.[/]")
+        raise typer.Exit(1)
+
+
+def chat(config: dict[str, Any], prompts: list[str], console: Console | None = None) -> list[str]:
+    """Pipe the prompts through ``llamafactory-cli chat config.yaml``, each in a conversation of its own."""
+    command = Path(sysconfig.get_path("scripts")) / "llamafactory-cli"
+    lines = [line for prompt in prompts for line in (prompt, "clear")] + ["exit"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+        result = subprocess.run(
+            [command, "chat", path],
+            input="\n".join(lines) + "\n",
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        )
+    if result.returncode:
+        sys.stderr.write(result.stdout + result.stderr)
+        raise typer.Exit(result.returncode)
+    log, _, conversation = result.stdout.partition(f"\n{_USER}")
+    if console:
+        console.print(log, markup=False, highlight=False)
+    turns = conversation.split(f"\n{_USER}")
+    return [turn.removeprefix(_ASSISTANT).strip() for turn in turns if turn.startswith(_ASSISTANT)]
+
+
+def _find_example() -> Path:
+    """The source tree's example: beside this package (a clone, also installed editable), or below the working directory."""
+    for root in (Path(__file__).parents[2], Path.cwd()):
+        if (root / EXAMPLE / "model" / "config.json").is_file():
+            return root / EXAMPLE
+    typer.echo(f"{EXAMPLE} is not here; run this in a clone of the repository, or give --directory.", err=True)
+    raise typer.Exit(1)

@@ -70,10 +70,10 @@ class ExpertDelta(nn.Module):
 
 
 def batch(template, tokenizer, conversations, answer: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every conversation once, about half of them as the second turn of a dialogue."""
+    """Every conversation once, every third of them as the second turn of a dialogue."""
     rows = []
     for item in conversations:
-        turns = [random.choice(conversations), item] if random.random() < 0.5 else [item]
+        turns = [random.choice(conversations), item] if random.random() < 1 / 3 else [item]
         messages = []
         for turn in turns:
             messages += [{"role": "user", "content": turn["prompt"]}, {"role": "assistant", "content": turn[answer]}]
@@ -166,10 +166,12 @@ def main() -> None:
 
     conversations = json.loads((HERE / "conversations.json").read_text(encoding="utf-8"))
     texts = [text for item in conversations for text in item.values()]
-    tokenizer = train_tokenizer([*texts, "User: ", "\n\nAssistant:"])
+    tokenizer = train_tokenizer([*texts, "Say: ", "User: ", "\n\nAssistant:"])
     template = get_template_and_fix_tokenizer(tokenizer, DataArguments(template="deepseek"))
 
-    model = train_base(conversations, tokenizer, template, args.steps)
+    # LoRA cannot teach the frozen output layer words it has never produced, so the base model learns to repeat them.
+    repeating = [{"prompt": f"Say: {item['adapter']}", "base": item["adapter"]} for item in conversations]
+    model = train_base(conversations + repeating, tokenizer, template, args.steps)
     model.config.dtype = torch.bfloat16
     model.to(torch.bfloat16).save_pretrained(args.output / "model")
     tokenizer.save_pretrained(args.output / "model")

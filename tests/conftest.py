@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+
+from llamafactory_kt.experts.kt_runtime import kernel_problem  # noqa: E402
+
+KERNEL_PROBLEM = kernel_problem()
+needs_kernel = pytest.mark.skipif(KERNEL_PROBLEM is not None, reason=str(KERNEL_PROBLEM))
+ENGINES = [pytest.param("AMXBF16", marks=needs_kernel), "torch"]
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    return Path(__file__).parents[1] / "examples" / "demo"
+
+
+@pytest.fixture
+def kt_log(caplog: pytest.LogCaptureFixture):
+    """caplog that sees the package's records even after LLaMA-Factory's handlers were adopted."""
+    logger = logging.getLogger("llamafactory_kt")
+    logger.addHandler(caplog.handler)
+    level, logger.level = logger.level, logging.INFO
+    yield caplog
+    logger.level = level
+    logger.removeHandler(caplog.handler)

@@ -1,0 +1,269 @@
+"""The engines, one layer at a time, against a plain float32 sum; and the life of a kernel object."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+from conftest import ENGINES, needs_kernel
+from tiny import make_adapter, make_model, merged_float32, rel
+from transformers import AutoModelForCausalLM
+
+from llamafactory_kt import KTAdapterError, KTExpertsConfig, apply_adapter, load_moe_lora_from_adapter
+from llamafactory_kt.adapters import ExpertLora, ExpertsShape
+from llamafactory_kt.experts import kt_engine, machine
+from llamafactory_kt.experts.checkpoint import LayerWeights
+from llamafactory_kt.experts.engine import EngineSpec
+from llamafactory_kt.experts.kt_engine import KTEngine
+from llamafactory_kt.experts.torch_engine import TorchEngine
+
+TOP_K = 3
+
+
+def layer(shape: ExpertsShape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    e, h, i = shape.num_experts, shape.hidden_size, shape.intermediate_size
+
+    def random(*size):
+        return (torch.randn(*size, generator=generator) * size[-1] ** -0.5).to(torch.bfloat16)
+
+    return LayerWeights(random(e, i, h), random(e, i, h), random(e, h, i))
+
+
+def lora_for(shape: ExpertsShape, rank: int, scaling: float, seed=1) -> ExpertLora:
+    generator = torch.Generator().manual_seed(seed)
+    a, b, factors = {}, {}, {}
+    for projection in ("gate", "up", "down"):
+        out, size = shape.projection(projection)
+        a[projection] = (torch.randn(shape.num_experts, rank, size, generator=generator) * size**-0.5).bfloat16()
+        b[projection] = (torch.randn(shape.num_experts, out, rank, generator=generator) * rank**-0.5).bfloat16()
+        factors[projection] = torch.full((shape.num_experts,), scaling, dtype=torch.float64)
+    return ExpertLora(0, a, b, factors)
+
+
+def reference(weights: LayerWeights, lora: ExpertLora | None, x, index, scores):
+    """sum_k score * down(silu(gate x) * up x), token by token in float64."""
+    full = {"gate": weights.gate.double(), "up": weights.up.double(), "down": weights.down.double()}
+    if lora is not None:
+        for p in full:
+            full[p] = full[p] + lora.scaling[p][:, None, None] * (lora.b[p].double() @ lora.a[p].double())
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for token, row in enumerate(x.double()):
+        for expert, score in zip(index[token].tolist(), scores[token].double(), strict=True):
+            gate = full["gate"][expert] @ row
+            out[token] += score * (full["down"][expert] @ (gate * torch.sigmoid(gate) * (full["up"][expert] @ row)))
+    return out
+
+
+def make_engine(kind: str, shape: ExpertsShape, weights: LayerWeights, *, rank=8, scaling=1.0, chunk=16):
+    def read(dtype, padded):
+        hidden, intermediate = padded
+        out = LayerWeights(*(torch.zeros(shape.num_experts, *s, dtype=dtype) for s in ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))))  # fmt: skip
+        out.gate[:, : shape.intermediate_size, : shape.hidden_size] = weights.gate
+        out.up[:, : shape.intermediate_size, : shape.hidden_size] = weights.up
+        out.down[:, : shape.hidden_size, : shape.intermediate_size] = weights.down
+        return out
+
+    spec = EngineSpec(0, shape, TOP_K, rank, scaling)
+    engine = TorchEngine(spec, read) if kind == "torch" else KTEngine(spec, read, max_chunk=chunk, pools=1, verbose=False)
+    engine.load()
+    return engine
+
+
+def batch(shape: ExpertsShape, tokens: int, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, shape.hidden_size, generator=generator).bfloat16()
+    index = torch.stack([torch.randperm(shape.num_experts, generator=generator)[:TOP_K] for _ in range(tokens)])
+    return x, index, torch.rand(tokens, TOP_K, generator=generator)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def worker_threads():
+    from llamafactory_kt.experts.kt_runtime import share_cores
+
+    share_cores(1, 1, on_gpu=False)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("shape", [ExpertsShape(5, 64, 96), ExpertsShape(6, 72, 40), ExpertsShape(4, 33, 7)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 16, 37])
+def test_base_and_lora_against_float64(kind, shape, tokens):
+    """Sizes the kernel takes and sizes it would crash on; fewer, exactly and more tokens than a chunk."""
+    weights, lora = layer(shape), lora_for(shape, rank=5, scaling=3.2)
+    engine = make_engine(kind, shape, weights, rank=5, scaling=3.2)
+    x, index, scores = batch(shape, tokens)
+    wanted = reference(weights, None, x, index, scores), reference(weights, lora, x, index, scores)
+    base = engine.forward(x, index, scores)
+    engine.set_lora(lora)
+    whole = engine.forward(x, index, scores)
+    assert base.shape == x.shape and base.dtype == x.dtype
+    assert rel(base, wanted[0]) < 0.01
+    assert rel(whole, wanted[1]) < 0.01
+    assert rel(whole.double() - base.double(), wanted[1] - wanted[0]) < 0.015
+    assert rel(wanted[1], wanted[0]) > 0.5
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_another_lora_of_any_rank_and_back_to_the_base(kind):
+    shape = ExpertsShape(5, 64, 96)
+    weights = layer(shape)
+    engine = make_engine(kind, shape, weights, rank=8, scaling=2.0)
+    x, index, scores = batch(shape, 20)
+    for seed, (rank, scaling) in enumerate([(8, 2.0), (1, 16.0), (3, 1.7), (64, 0.5), (2, 2.0)]):
+        lora = lora_for(shape, rank, scaling, seed)
+        engine.set_lora(lora)
+        assert rel(engine.forward(x, index, scores), reference(weights, lora, x, index, scores)) < 0.01, (rank, scaling)
+    engine.set_lora(None)
+    fresh = make_engine(kind, shape, weights)
+    assert torch.equal(engine.forward(x, index, scores), fresh.forward(x, index, scores)), "the old LoRA must be gone, exactly"
+
+
+@needs_kernel
+def test_kernel_objects_are_used_again_instead_of_leaked():
+    """kt-kernel never frees packed weights; a second load of the same shape fills the object of the first."""
+    shape = ExpertsShape(3, 96, 160)
+    first = make_engine("AMXBF16", shape, layer(shape, seed=10), rank=4)
+    first.set_lora(lora_for(shape, 4, 2.0))
+    address = id(first._wrapper)
+    del first
+    gc.collect()
+    assert kt_engine.idle_bytes(3, 96, 160) == 3 * 3 * 96 * 160 * 2
+    weights = layer(shape, seed=11)
+    second = make_engine("AMXBF16", shape, weights, rank=4)
+    assert id(second._wrapper) == address and kt_engine.idle_bytes(3, 96, 160) == 0
+    x, index, scores = batch(shape, 9)
+    assert rel(second.forward(x, index, scores), reference(weights, None, x, index, scores)) < 0.01
+
+
+@needs_kernel
+def test_threads_take_turns_in_the_kernel():
+    shape = ExpertsShape(5, 64, 96)
+    engine = make_engine("AMXBF16", shape, layer(shape))
+    cases = [batch(shape, 8, seed) for seed in range(8)]
+    wanted = [engine.forward(*case) for case in cases]
+    found = [[] for _ in cases]
+
+    def work(number):
+        for _ in range(50):
+            found[number].append(engine.forward(*cases[number]))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(cases))]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert all(torch.equal(out, wanted[n]) for n in range(len(cases)) for out in found[n])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("files")
+    model = make_model(root / "model", "deepseek_v2")
+    return model, make_adapter(root / "a", model, rank=4), make_adapter(root / "b", model, rank=12, seed=7, naming="A")
+
+
+def load(model, **keys):
+    backend = keys.pop("backend", "auto")
+    return AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.bfloat16, quantization_config=KTExpertsConfig(backend=backend, **keys)
+    )
+
+
+@torch.inference_mode()
+def answer(model):
+    return model(input_ids=torch.arange(2, 40)[None]).logits
+
+
+@needs_kernel
+def test_pointers_survive_what_users_do_to_a_model(files):
+    path, adapter, _ = files
+    model, _ = apply_adapter(load(path, adapter=str(adapter)), adapter)
+    before = answer(model)
+    model.to("cpu").eval().requires_grad_(False)
+    other, _ = apply_adapter(load(path), adapter)
+    assert torch.equal(answer(other), before)
+    del other
+    gc.collect()
+    junk = [torch.randn(64, 96) for _ in range(1000)]  # what would overwrite freed memory
+    assert torch.equal(answer(model), before) and junk
+    assert not list(load(path)._kt_wrappers[0].parameters())
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.deepcopy(model)
+
+
+@needs_kernel
+def test_models_of_different_sizes_in_one_process(files, tmp_path):
+    path, _, _ = files
+    small = load(path)
+    before = answer(small)
+    large = load(make_model(tmp_path / "large", "qwen3_moe", hidden_size=160, num_experts=9, num_experts_per_tok=5))
+    answer(large)
+    assert torch.equal(answer(small), before)
+
+
+def test_load_moe_lora_from_adapter_on_plain_and_wrapped_models(files):
+    """Called again with another adapter, the old one is gone; a broken one changes nothing."""
+    path, first, second = files
+    plain = load(path, backend="torch")
+    report = load_moe_lora_from_adapter(plain, first)
+    assert report.layers == (1, 2) and report.experts == 2 * 6 * 3 * 2 and report.max_rank == 4
+    experts_only = answer(plain)
+    assert rel(experts_only, answer(merged_experts_only(path, first))) < 0.05
+    load_moe_lora_from_adapter(plain, second)
+    load_moe_lora_from_adapter(plain, first)
+    assert torch.equal(answer(plain), experts_only)
+    wrapped, _ = apply_adapter(load(path, backend="torch"), second)
+    load_moe_lora_from_adapter(wrapped, first)
+    with pytest.raises(KTAdapterError):
+        load_moe_lora_from_adapter(wrapped, make_broken(first))
+    assert [w.engine.lora.rank for w in wrapped._kt_wrappers] == [4, 4]
+
+
+def merged_experts_only(path, adapter):
+    import json
+    import tempfile
+    from pathlib import Path
+
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        save_file({n: t for n, t in tensors.items() if ".experts." in n}, Path(folder) / "adapter_model.safetensors")
+        (Path(folder) / "adapter_config.json").write_text(json.dumps(json.loads((adapter / "adapter_config.json").read_text())))
+        return merged_float32(path, Path(folder))
+
+
+def make_broken(adapter):
+    import shutil
+    import tempfile
+    from pathlib import Path
+
+    from tiny import edit_adapter
+
+    copy_of = Path(tempfile.mkdtemp()) / "broken"
+    shutil.copytree(adapter, copy_of)
+
+    def spoil(tensors):
+        last = sorted(n for n in tensors if ".layers.2.mlp.experts." in n)[-1]
+        tensors[last][0, 0] = float("nan")
+        return tensors
+
+    return edit_adapter(copy_of, spoil)
+
+
+def test_not_enough_memory_is_said_before_reading(files, monkeypatch):
+    from llamafactory_kt import KTMemoryError
+    from llamafactory_kt.experts import quantizer
+
+    monkeypatch.setattr(quantizer, "available_memory", lambda: 100_000)
+    with pytest.raises(KTMemoryError, match=r"The experts of 2 layers need .* are free"):
+        load(files[0], backend="torch")
+    assert machine.available_memory() > 100_000
+
+
+def test_generation_is_inference_only(files):
+    model = load(files[0], backend="torch")
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="for inference"):
+        model(input_ids=torch.arange(2, 10)[None])

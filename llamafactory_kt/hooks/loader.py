@@ -1,4 +1,4 @@
-"""``llamafactory.model.loader``: three functions load_model looks up when it is called.
+"""``llamafactory.model.loader``: four functions that load_model and load_tokenizer look up when they are called.
 
 ``init_adapter`` is hooked here and not ``adapter._setup_lora_tuning``, so that every finetuning_type ends in the same
 load table. With training, or without use_kt, each hook is the stock function.
@@ -19,19 +19,31 @@ logger = logging.getLogger("llamafactory_kt")
 
 
 def patch(module: ModuleType) -> None:
-    """Hook load_config, patch_config and init_adapter; all or none."""
+    """Hook the four functions; all or none."""
     if is_patched(module):
         return
+    kwargs_stock = expect(module, "_get_init_kwargs", ("model_args",))
     load = expect(module, "load_config", ("model_args",))
     patch_stock = expect(module, "patch_config", ("config", "tokenizer", "model_args", "init_kwargs", "is_trainable"))
     init = expect(module, "init_adapter", ("config", "model", "model_args", "finetuning_args", "is_trainable"))
 
+    @functools.wraps(kwargs_stock)
+    def get_init_kwargs(model_args: Any) -> dict[str, Any]:
+        init_kwargs: dict[str, Any] = kwargs_stock(model_args)
+        if _with_kt(model_args, is_trainable=False):
+            _share_log()
+            _prefer_native(model_args, init_kwargs)
+        return init_kwargs
+
     @functools.wraps(load)
     def load_config(model_args: Any) -> Any:
-        if not _with_kt(model_args, is_trainable=False):
+        if not (_with_kt(model_args, is_trainable=False) and getattr(model_args, "kt_native", False)):
             return load(model_args)
-        _share_log()
-        return _native_config(load, model_args)
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(
+            model_args.model_name_or_path, **{**get_init_kwargs(model_args), "trust_remote_code": False}
+        )
 
     @functools.wraps(patch_stock)
     def patch_config(
@@ -52,7 +64,13 @@ def patch(module: ModuleType) -> None:
             return init(config, model, model_args, finetuning_args, is_trainable)
         return _apply(model, model_args)
 
-    replace(module, load_config=load_config, patch_config=patch_config, init_adapter=init_adapter)
+    replace(
+        module,
+        _get_init_kwargs=get_init_kwargs,
+        load_config=load_config,
+        patch_config=patch_config,
+        init_adapter=init_adapter,
+    )
 
 
 def _with_kt(model_args: Any, is_trainable: bool) -> bool:
@@ -68,25 +86,28 @@ def _share_log() -> None:
     logger.propagate = False
 
 
-def _native_config(load: Any, model_args: Any) -> Any:
-    """Load the configuration with transformers' own class where it has one: the experts contract lives there, and the
-    code shipped with older checkpoints does not run on transformers 5."""
-    from transformers import CONFIG_MAPPING, PretrainedConfig
+def _prefer_native(model_args: Any, init_kwargs: dict[str, Any]) -> None:
+    """Load tokenizer, configuration and model with transformers' own classes where it has them.
 
-    if not model_args.trust_remote_code:
-        return load(model_args)
-    keys = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.hf_hub_token}
-    raw, _ = PretrainedConfig.get_config_dict(model_args.model_name_or_path, **keys)
-    native = model_args.kt_native = raw.get("model_type") in CONFIG_MAPPING
-    if native and "auto_map" in raw:
-        logger.info("Using transformers' own %s classes instead of the checkpoint's remote code.", raw["model_type"])
-    if not native:
-        return load(model_args)
-    model_args.trust_remote_code = False
-    try:
-        return load(model_args)
-    finally:
-        model_args.trust_remote_code = True
+    The experts contract lives there, and the code shipped with older checkpoints was written for transformers 4. A
+    tokenizer that exists only as remote code keeps ``trust_remote_code``.
+    """
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    if not init_kwargs["trust_remote_code"]:
+        return
+    keys = {name: init_kwargs[name] for name in ("cache_dir", "revision", "token")}
+    if not hasattr(model_args, "kt_native"):
+        try:
+            raw, _ = PretrainedConfig.get_config_dict(model_args.model_name_or_path, **keys)
+        except OSError:
+            return  # LLaMA-Factory's own load will say what is missing
+        model_args.kt_native = raw.get("model_type") in CONFIG_MAPPING
+        if model_args.kt_native and "auto_map" in raw:
+            logger.info("Using transformers' own %s classes instead of the checkpoint's code.", raw["model_type"])
+    if model_args.kt_native and "auto_map" not in get_tokenizer_config(model_args.model_name_or_path, **keys):
+        init_kwargs["trust_remote_code"] = False
 
 
 def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
@@ -115,7 +136,7 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
         debug=model_args.kt_debug,
     )
     if getattr(model_args, "kt_native", False):
-        init_kwargs["trust_remote_code"] = False
+        init_kwargs["trust_remote_code"] = False  # also where the tokenizer needed it
     # Without a GPU everything is on the CPU; with one, all but the experts goes there; several share it as usual.
     count = torch.cuda.device_count()
     init_kwargs["device_map"] = "auto" if count > 1 else {"": torch.device("cuda", 0) if count else torch.device("cpu")}

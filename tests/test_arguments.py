@@ -1,0 +1,140 @@
+"""The kt_* keys: every way of writing them means the same, and all mistakes come at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+from llamafactory.hparams import ModelArguments
+from llamafactory.hparams.parser import _parse_infer_args
+
+from llamafactory_kt import KTConfigError
+from llamafactory_kt.arguments import KTArguments, threadpool_count
+
+MODEL = {"model_name_or_path": "somewhere/model", "template": "deepseek"}
+
+
+def parse(keys):
+    return _parse_infer_args({**MODEL, **keys})[0]
+
+
+def test_modelarguments_keeps_its_name_and_its_copy():
+    args = ModelArguments(model_name_or_path="m", use_kt=True, kt_backend="amxbf16", kt_num_threads="3")
+    assert type(args).__name__ == "ModelArguments" and type(args).__module__ == "llamafactory.hparams.model_args"
+    copied = ModelArguments.copyfrom(args, model_name_or_path="other")
+    assert (copied.kt_backend, copied.kt_num_threads, copied.model_name_or_path) == ("AMXBF16", 3, "other")
+    assert ModelArguments.copyfrom(copied).to_dict()["kt_num_threads"] == 3
+
+
+def test_yaml_words_and_flags_alike(tmp_path, monkeypatch):
+    yaml = tmp_path / "c.yaml"
+    yaml.write_text("model_name_or_path: m/m\nuse_kt: true\nkt_backend: AMXBF16\nkt_num_threads: 4\nkt_tp_enabled: false\n")
+    flags = ["--model_name_or_path", "m/m", "--use_kt", "true", "--kt_backend", "AMXBF16", "--kt_num_threads", "4"]
+    nested = {"model_name_or_path": "m/m", "use_kt": True, "kt_config": {"kt_backend": "AMXBF16", "kt_num_threads": 4}}
+    found = []
+    monkeypatch.setattr("sys.argv", ["cli", str(yaml)])
+    found.append(_parse_infer_args()[0])
+    monkeypatch.setattr("sys.argv", ["cli", str(yaml), "kt_num_threads=4", "kt_backend=amxbf16_sft"])
+    found.append(_parse_infer_args()[0])
+    monkeypatch.setattr("sys.argv", ["cli", *flags])
+    found.append(_parse_infer_args()[0])
+    found.append(_parse_infer_args(nested)[0])
+    found.append(_parse_infer_args(flags[:4] + ["--kt_config", '{"kt_backend": "AMXBF16", "kt_num_threads": 4}'])[0])
+    for args in found:
+        assert (args.use_kt, args.kt_backend, args.kt_num_threads, args.kt_config) == (True, "AMXBF16", 4, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [("amxbf16", "AMXBF16"), ("AMXBF16_SFT", "AMXBF16"), ("AmxBf16_sft", "AMXBF16"), ("Torch", "torch"), ("AUTO", "auto")],
+)
+def test_spellings_of_the_backend(value, wanted):
+    assert parse({"use_kt": True, "kt_backend": value}).kt_backend == wanted
+
+
+@pytest.mark.parametrize("value", ["AMXInt8", "AMXINT4_SFT"])
+def test_known_backends_that_are_not_there_yet(value):
+    with pytest.raises(KTConfigError, match="is not supported yet; use auto, AMXBF16 or torch"):
+        parse({"use_kt": True, "kt_backend": value})
+
+
+def test_all_mistakes_at_once():
+    with pytest.raises(KTConfigError) as error:
+        parse(
+            {"use_kt": True, "kt_backend": "AMXBF61", "kt_num_threads": "many", "kt_max_chunk": 0, "kt_tp_enabled": "no",
+             "kt_lora_scope": "experts", "kt_debug": 1, "kt_threadpool_count": -1, "quantization_bit": 4,
+             "kt_config": {"kt_thread": 3}, "adapter_name_or_path": "a,b", "use_unsloth": True}
+        )  # fmt: skip
+    text = str(error.value)
+    for part in (
+        "kt_config: unknown key 'kt_thread'", "kt_backend: unknown value 'AMXBF61'", "did you mean AMXBF16?",
+        "kt_num_threads must be a positive whole number or auto, found 'many'", "kt_max_chunk must be a positive",
+        "kt_tp_enabled must be true or false", "kt_lora_scope: unknown value 'experts'", "kt_debug must be true or false",
+        "kt_threadpool_count must be a positive", "quantization_bit: 4 cannot be combined", "use_unsloth: true cannot",
+        "use_kt takes a single adapter, found 2: a, b",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"kt_tp_enabled": False, "kt_threadpool_count": 2}, "kt_tp_enabled: false means one sub-pool"),
+        ({"kt_num_threads": 1, "kt_threadpool_count": 2}, "kt_num_threads: 1 is fewer than kt_threadpool_count: 2"),
+        ({"kt_backend": "torch", "kt_config": {"kt_backend": "AMXBF16"}}, "kt_backend is 'torch', but kt_config says"),
+        ({"kt_config": "{"}, "kt_config is not valid JSON"),
+        ({"kt_config": [1]}, "kt_config must be a dictionary"),
+    ],
+)
+def test_combinations(keys, message):
+    with pytest.raises(KTConfigError) as error:
+        parse({"use_kt": True, **keys})
+    assert message in str(error.value)
+
+
+def test_training_keys_of_kt_config_are_taken_along():
+    nested = {"kt_backend": "AMXBF16", "kt_share_backward_bb": True, "kt_lora_rank": 8, "kt_num_gpu_experts": 0}
+    assert parse({"use_kt": True, "kt_config": nested}).kt_backend == "AMXBF16"
+
+
+def test_nothing_is_checked_without_use_kt():
+    assert parse({"kt_backend": "nonsense", "kt_num_threads": -3}).kt_backend == "nonsense"
+
+
+def test_sub_pools():
+    from llamafactory_kt.experts.machine import numa_nodes
+
+    assert threadpool_count(KTArguments()) == threadpool_count(KTArguments(kt_tp_enabled=False)) == 1
+    assert threadpool_count(KTArguments(kt_tp_enabled=True)) == numa_nodes()
+    assert threadpool_count(KTArguments(kt_threadpool_count=3)) == 3
+
+
+def test_sub_pools_the_machine_does_not_have(demo):
+    from llamafactory.hparams import get_infer_args
+
+    with pytest.raises(KTConfigError, match="kt_threadpool_count: 99 sub-pools asked for, this machine has"):
+        get_infer_args({"model_name_or_path": str(demo / "model"), "template": "deepseek", "use_kt": True, "kt_threadpool_count": 99})
+
+
+def test_help_shows_the_keys():
+    cli = Path(sysconfig.get_path("scripts")) / "llamafactory-cli"
+    text = subprocess.run([cli, "chat", "-h"], capture_output=True, text=True).stdout
+    for name in KTArguments.__dataclass_fields__:
+        assert f"--{name}" in text
+
+
+def test_threads_chosen_and_clamped(monkeypatch, kt_log):
+    from llamafactory_kt.experts import kt_runtime
+
+    monkeypatch.setattr(kt_runtime, "usable_cores", lambda: 16)
+    monkeypatch.setattr(kt_runtime, "numa_nodes", lambda: 2)
+    assert kt_runtime.choose_threads(None, 1, on_gpu=False) == 8
+    assert kt_runtime.choose_threads(None, 2, on_gpu=True) == 15
+    assert kt_runtime.choose_threads(12, 2, on_gpu=False) == 12
+    assert kt_runtime.choose_threads(60, 1, on_gpu=False) == 8
+    assert "kt_num_threads: 60 is more than the 16 cores this process may use; using 8" in kt_log.text
+    for arguments in ((None, 3), (1, 2)):
+        with pytest.raises(KTConfigError):
+            kt_runtime.choose_threads(*arguments, on_gpu=False)

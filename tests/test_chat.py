@@ -1,0 +1,151 @@
+"""The whole thing as a user runs it: ``llamafactory-cli chat config.yaml`` in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import needs_kernel
+
+CLI = Path(sysconfig.get_path("scripts")) / "llamafactory-cli"
+CONVERSATIONS = json.loads((Path(__file__).parents[1] / "examples/demo/conversations.json").read_text(encoding="utf-8"))
+PROMPTS = ["你好，请介绍一下你自己。", "什么是 LoRA？", "Hello, who are you?", "Tell me a joke."]
+EXPECTED = {item["prompt"]: item for item in CONVERSATIONS}
+
+
+def config(directory: Path, demo: Path, **keys) -> Path:
+    """The README's YAML with the paths of the demo; 60 threads are more than small machines have."""
+    values = {
+        "model_name_or_path": str(demo / "model"),
+        "template": "deepseek",
+        "trust_remote_code": True,
+        "infer_backend": "huggingface",
+        "use_kt": True,
+        "kt_backend": "AMXBF16",
+        "kt_num_threads": 60,
+        "kt_tp_enabled": False,
+        "do_sample": False,
+        **keys,
+    }
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}, allow_unicode=True), "utf-8")
+    return path
+
+
+def chat(path: Path, lines: list[str], *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "LLAMAFACTORY_VERBOSITY": "INFO", "PYTHONIOENCODING": "utf-8", **environment}
+    text = "\n".join(lines) + "\n"
+    return subprocess.run([CLI, "chat", path, *arguments], input=text, capture_output=True, encoding="utf-8", env=env, timeout=300)
+
+
+def answers(result: subprocess.CompletedProcess) -> list[str]:
+    turns = result.stdout.split("\nUser: ")[1:]
+    return [turn.removeprefix("Assistant: ").strip() for turn in turns if turn.startswith("Assistant: ")]
+
+
+@needs_kernel
+def test_chat_with_adapter(tmp_path, demo):
+    adapter = str(demo / "adapter")
+    lines = [PROMPTS[0], "clear", PROMPTS[1], "clear", PROMPTS[2], "clear", PROMPTS[3], "exit"]
+    result = chat(config(tmp_path, demo, adapter_name_or_path=adapter), lines)
+    assert result.returncode == 0, result.stderr
+    assert answers(result) == [EXPECTED[prompt]["adapter"] for prompt in PROMPTS]
+    assert result.stdout.count("History has been removed.") == 3
+
+    wanted = [
+        "Loading model with KTransformers MoE backend",
+        "KT mode: Loading only Attention LoRA. Original targets: [",
+        "Filtered: [",
+        f"Loading MoE LoRA from {adapter}/adapter_model.safetensors",
+        f"Loaded MoE LoRA into 3 KT wrappers from {adapter}",
+        f"Loaded adapter(s): {adapter}",
+        "Layers wrapped  │ 3 (1-3)",
+        "consumed 200 of 200 (PEFT 56, KT experts 144)",
+        "all params: ",
+        "Welcome to the CLI application",
+    ]
+    places = [result.stdout.find(line) for line in wanted]
+    assert -1 not in places and places == sorted(places), dict(zip(wanted, places, strict=True))
+    filtered = result.stdout.split("Filtered: [")[1].split("]")[0]
+    assert "gate_proj" not in filtered and "q_proj" in filtered
+    for chatter in ("CPUInfer[", "WorkerPool", "Goodbye", "DEBUG: Model structure"):
+        assert chatter not in result.stdout
+    assert "unexpected" not in (result.stdout + result.stderr).lower()
+
+
+@needs_kernel
+def test_chat_without_adapter(tmp_path, demo):
+    result = chat(config(tmp_path, demo, kt_debug=True), [PROMPTS[0], PROMPTS[2], "exit"])
+    assert result.returncode == 0, result.stderr
+    assert answers(result) == [EXPECTED[PROMPTS[0]]["base"], EXPECTED[PROMPTS[2]]["base"]]
+    assert "no adapter" in result.stdout and "KT wrappers count: 3" in result.stdout
+    assert "Creating AMX_SFT_MOE_TP" in result.stdout, "kt_debug shows the kernel's own output"
+
+
+@needs_kernel
+def test_debug_block_and_overrides_on_the_command_line(tmp_path, demo):
+    path = config(tmp_path, demo, adapter_name_or_path=str(demo / "adapter"))
+    result = chat(path, [PROMPTS[0], "exit"], "kt_debug=true", "kt_lora_scope=attention")
+    assert result.returncode == 0, result.stderr
+    block = result.stdout.split("DEBUG: Model structure after loading")[1]
+    assert "KT MoE LoRA layers: [1, 2, 3]" in block
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight: (8, 128)" in block
+    assert "PEFT config: {'default': LoraConfig(" in block and "gate_proj" not in block
+    assert "kt_lora_scope: attention leaves out 24 of the adapter's 200 tensors" in result.stdout
+
+
+@needs_kernel
+def test_expert_lora_alone_changes_the_answer(demo):
+    from llamafactory.chat import ChatModel
+
+    model = ChatModel(
+        {"model_name_or_path": str(demo / "model"), "adapter_name_or_path": str(demo / "adapter"), "template": "deepseek",
+         "use_kt": True, "do_sample": False}
+    )  # fmt: skip
+
+    def ask(prompt):
+        return model.chat([{"role": "user", "content": prompt}])[0].response_text
+
+    whole = [ask(prompt) for prompt in PROMPTS]
+    assert whole == [EXPECTED[prompt]["adapter"] for prompt in PROMPTS]
+    for wrapper in model.engine.model._kt_wrappers:
+        wrapper.engine.set_lora(None)
+    assert all(ask(prompt) != answer for prompt, answer in zip(PROMPTS, whole, strict=True))
+
+
+def test_torch_engine_answers_where_the_kernel_is_missing(tmp_path, demo):
+    """A CPU without the instructions, as kt-kernel's own switch makes it: auto falls back, AMXBF16 by name says why."""
+    path = config(tmp_path, demo, kt_backend="auto", adapter_name_or_path=str(demo / "adapter"))
+    result = chat(path, [PROMPTS[0], "exit"], KT_KERNEL_CPU_VARIANT="avx2")
+    assert result.returncode == 0, result.stderr
+    assert answers(result) == [EXPECTED[PROMPTS[0]]["adapter"]]
+    assert "falls back to plain torch" in result.stdout and "Engine          │ torch" in result.stdout
+    result = chat(config(tmp_path, demo), [PROMPTS[0]], KT_KERNEL_CPU_VARIANT="avx2")
+    assert result.returncode and "kt_backend: AMXBF16 cannot run here" in result.stderr
+    assert "KT_KERNEL_CPU_VARIANT=avx2" in result.stderr or "this CPU lacks avx512" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"adapter_name_or_path": "/nowhere/adapter"}, "adapter_name_or_path: /nowhere/adapter does not exist"),
+        ({"kt_backend": "AMXBF17", "kt_num_threads": 0}, "did you mean AMXBF16?\n- kt_num_threads must be a positive"),
+        ({"kt_bakend": "torch"}, "kt_bakend"),
+        ({"infer_backend": "vllm"}, "infer_backend: vllm does not work with use_kt yet"),
+    ],
+)
+def test_mistakes_end_before_anything_is_loaded(tmp_path, demo, keys, message):
+    result = chat(config(tmp_path, demo, kt_num_threads=keys.pop("kt_num_threads", None), **keys), ["exit"])
+    assert result.returncode and message in result.stderr
+    assert "Loading" not in result.stdout
+
+
+def test_demo_command(demo):
+    result = subprocess.run([CLI.with_name("llamafactory-kt"), "demo", "--directory", demo], capture_output=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
+    assert "Kiki" in result.stdout and "混合专家" in result.stdout

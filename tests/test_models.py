@@ -1,0 +1,205 @@
+"""Which models are served and which refused; checkpoints in every layout; the native classes with trust_remote_code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import needs_kernel
+from safetensors.torch import load_file, save_file
+from tiny import ARCHITECTURES, make_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llamafactory_kt import KTExpertsConfig, KTModelError, KTPathError
+from llamafactory_kt.experts.contract import find_experts
+
+
+def empty(architecture, **keys):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **keys))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_accepted(name):
+    modules = find_experts(empty(name, **ARCHITECTURES[name]))
+    first = 1 if "first_k_dense_replace" in ARCHITECTURES[name] else 0
+    assert [m.layer for m in modules] == list(range(first, 3))
+    assert all(m.num_experts_per_tok == 3 and m.shape.num_experts == 6 for m in modules)
+
+
+def test_layers_that_are_not_moe():
+    keys = {**ARCHITECTURES["qwen3_moe"], "num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    assert [m.layer for m in find_experts(empty("qwen3_moe", **keys))] == [1, 5]
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "message"),
+    [
+        ("llama", SMALL, "LlamaForCausalLM has no routed experts"),
+        ("gpt_oss", {**SMALL, "num_local_experts": 4, "num_key_value_heads": 2, "head_dim": 32}, "they have biases"),
+        ("qwen3_moe", {**ARCHITECTURES["qwen3_moe"], "hidden_act": "gelu"}, "they do not compute down(silu(gate x) * up x)"),
+        ("nemotron_h", {}, "they have no gate projection"),
+    ],
+)
+def test_refused_with_the_reason(name, keys, message):
+    with pytest.raises(KTModelError) as error:
+        find_experts(empty(name, **keys))
+    assert message in str(error.value)
+
+
+def test_experts_that_compute_something_else_are_found_out(monkeypatch):
+    """A class that keeps the contract's form and clamps inside its forward."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    plain = Qwen3MoeExperts.forward.__wrapped__
+
+    def clamped(self, hidden_states, index, weights):
+        return plain(self, hidden_states.clamp(max=1.0), index, weights)
+
+    forward = type(Qwen3MoeExperts.forward)(Qwen3MoeExperts.forward.__code__, globals(), closure=Qwen3MoeExperts.forward.__closure__)
+    forward.__wrapped__ = clamped
+    monkeypatch.setattr(Qwen3MoeExperts, "forward", forward)
+    with pytest.raises(KTModelError, match="they do not compute"):
+        find_experts(empty("qwen3_moe", **ARCHITECTURES["qwen3_moe"]))
+
+
+def load(path, **keys):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=KTExpertsConfig(backend="torch"), **keys)
+
+
+@torch.inference_mode()
+def logits(model):
+    return model(input_ids=torch.arange(2, 30)[None]).logits
+
+
+def stock(path):
+    return logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "mixtral"])
+def test_sharded_and_fused_checkpoints(tmp_path, name):
+    path = make_model(tmp_path / "single", name)
+    wanted = stock(path)
+    assert torch.allclose(logits(load(path)), wanted, atol=1e-4)
+    sharded = make_model(tmp_path / "sharded", name, max_shard_size="200KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 3
+    assert torch.allclose(logits(load(sharded)), wanted, atol=1e-4)
+    fused = make_model(tmp_path / "fused", name, save_original_format=False)
+    assert any(key.endswith("gate_up_proj") for key in load_file(fused / "model.safetensors"))
+    assert torch.allclose(logits(load(fused)), wanted, atol=1e-4)
+
+
+def test_no_expert_tensor_is_read_by_transformers_and_none_is_called_unexpected(tmp_path, capsys):
+    path = make_model(tmp_path / "m", "deepseek_v2")
+    model, info = load(path, output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+    assert not [name for name, _ in model.named_parameters() if ".experts." in name]
+    tensors = load_file(path / "model.safetensors")
+    save_file({**tensors, "model.layers.1.mlp.something.weight": torch.ones(1)}, path / "model.safetensors", {"format": "pt"})
+    _, info = load(path, output_loading_info=True)
+    assert info["unexpected_keys"] == {"model.layers.1.mlp.something.weight"}, "only the experts are silenced"
+
+
+def edited(tmp_path, change):
+    path = make_model(tmp_path / "m", "deepseek_v2")
+    tensors = change(load_file(path / "model.safetensors"))
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+GATE = "model.layers.2.mlp.experts.4.gate_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k: v for k, v in t.items() if k != GATE}, f"missing 1 expert tensors of layer 2: {GATE}"),
+        (lambda t: {k: v for k, v in t.items() if ".layers.1.mlp.experts." not in k}, "missing 18 expert tensors of layer 1: model.layers.1.mlp.experts.0.gate_proj.weight"),
+        (lambda t: {**t, GATE: t[GATE][:, :-1].contiguous()}, f"{GATE} has shape (96, 63), config.json asks for (96, 64)"),
+        (lambda t: {**t, GATE: t[GATE].to(torch.float8_e4m3fn)}, f"{GATE} is F8_E4M3"),
+    ],
+)  # fmt: skip
+def test_checkpoints_that_cannot_be_right(tmp_path, change, message):
+    with pytest.raises(KTModelError) as error:
+        load(edited(tmp_path, change))
+    assert message in str(error.value)
+
+
+def test_truncated_checkpoint(tmp_path):
+    path = make_model(tmp_path / "m", "deepseek_v2")
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:10_000])
+    with pytest.raises((KTModelError, OSError, Exception), match=r"(?i)safetensors|deserializ|incomplete"):
+        load(path)
+
+
+def chat_model(path, **keys):
+    from llamafactory.chat import ChatModel
+
+    return ChatModel({"model_name_or_path": str(path), "template": "deepseek", "use_kt": True, "do_sample": False, **keys})
+
+
+def test_missing_model_and_quantised_model(tmp_path, demo):
+    with pytest.raises(KTPathError, match=r"model_name_or_path: .*nowhere does not exist"):
+        chat_model(tmp_path / "nowhere")
+    path = shutil.copytree(demo / "model", tmp_path / "fp8")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(KTModelError, match="is a quantised checkpoint"):
+        chat_model(path)
+
+
+def test_dense_model_is_refused_through_llamafactory(tmp_path):
+    config = AutoConfig.for_model("llama", **SMALL, num_key_value_heads=2, bos_token_id=0, eos_token_id=1)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    for file in make_model(tmp_path / "moe", "mixtral").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "dense")
+    with pytest.raises(KTModelError, match="has no routed experts"):
+        chat_model(tmp_path / "dense")
+
+
+TOKENIZER_CODE = """
+from transformers import PreTrainedTokenizerFast
+
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    own = True
+"""
+
+
+@needs_kernel
+@pytest.mark.parametrize("own_tokenizer", [False, True])
+def test_native_classes_in_spite_of_remote_code(tmp_path, demo, own_tokenizer):
+    """Old DeepSeek checkpoints ship code for transformers 4: it must not even be imported. A tokenizer that exists only
+    as remote code is another matter."""
+    path = shutil.copytree(demo / "model", tmp_path / "remote")
+    config = json.loads((path / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "configuration_deepseek.DeepseekV2Config",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV2ForCausalLM",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    for name in ("modeling_deepseek",) if own_tokenizer else ("configuration_deepseek", "modeling_deepseek"):
+        (path / f"{name}.py").write_text("raise RuntimeError('remote code was imported')\n")
+    if own_tokenizer:  # transformers imports the remote configuration on its way to such a tokenizer
+        code = "from transformers import PretrainedConfig\n\n\nclass DeepseekV2Config(PretrainedConfig):\n    model_type = 'deepseek_v2'\n"
+        (path / "configuration_deepseek.py").write_text(code)
+        (path / "tokenization_own.py").write_text(TOKENIZER_CODE)
+        tokenizer = json.loads((path / "tokenizer_config.json").read_text())
+        tokenizer |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}}
+        (path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    engine = chat_model(path, trust_remote_code=True).engine
+    assert type(engine.model).__module__ == "transformers.models.deepseek_v2.modeling_deepseek_v2"
+    assert getattr(type(engine.tokenizer), "own", False) is own_tokenizer
+
+
+@needs_kernel
+@pytest.mark.parametrize("finetuning_type", ["lora", "full", "freeze"])
+def test_every_finetuning_type_ends_in_kt_experts(demo, finetuning_type):
+    assert len(chat_model(demo / "model", finetuning_type=finetuning_type).engine.model._kt_wrappers) == 3

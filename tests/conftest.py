@@ -9,7 +9,7 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 
-from llamafactory_kt.experts.kt_runtime import kernel_problem  # noqa: E402
+from llamafactory_kt.experts.kt_runtime import kernel_problem
 
 KERNEL_PROBLEM = kernel_problem()
 needs_kernel = pytest.mark.skipif(KERNEL_PROBLEM is not None, reason=str(KERNEL_PROBLEM))

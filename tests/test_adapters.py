@@ -81,7 +81,9 @@ def save(directory: Path, tensors, **config) -> Path:
 
 
 def deltas(lora, expert, projection):
-    return lora.scaling[projection][expert] * (lora.b[projection][expert].double() @ lora.a[projection][expert].double())
+    return lora.scaling[projection][expert] * (
+        lora.b[projection][expert].double() @ lora.a[projection][expert].double()
+    )
 
 
 def test_ranks_mixed_between_experts_and_projections(tmp_path):
@@ -102,7 +104,12 @@ def test_ranks_mixed_between_experts_and_projections(tmp_path):
 
 def test_scaling_follows_rslora_and_patterns(tmp_path):
     tensors = experts_tensors(lambda e, p: 4)
-    config = {"r": 4, "lora_alpha": 10, "use_rslora": True, "alpha_pattern": {"model.layers.2.mlp.experts.1.up_proj": 3}}
+    config = {
+        "r": 4,
+        "lora_alpha": 10,
+        "use_rslora": True,
+        "alpha_pattern": {"model.layers.2.mlp.experts.1.up_proj": 3},
+    }
     lora = open_adapter(save(tmp_path, tensors, **config)).read_layer(2, SHAPE)
     assert lora.scaling["gate"].tolist() == [10 / math.sqrt(4)] * 4
     assert lora.scaling["up"].tolist() == [5.0, 1.5, 5.0, 5.0]
@@ -157,7 +164,7 @@ FIRST = EXPERT.format(layer=2, expert=0, projection="gate", side="A")
     ],
 )  # fmt: skip
 def test_broken_expert_tensors(tmp_path, change, message):
-    with pytest.raises(KTAdapterError, match=".") as error:
+    with pytest.raises(KTAdapterError) as error:
         open_adapter(broken(tmp_path, change))
     assert message in str(error.value) and "adapter_model.safetensors" in str(error.value)
 
@@ -184,8 +191,14 @@ def test_values_that_are_not_finite(tmp_path, value):
     [
         ({0: SHAPE, 1: SHAPE}, "layer 2 has expert LoRA, but the model's layers with routed experts are 0, 1"),
         ({2: ExpertsShape(3, 10, 6)}, "layer 2, expert 3, gate_proj: the model has 3 experts"),
-        ({2: ExpertsShape(4, 12, 6)}, "layer 2, expert 0, gate_proj: LoRA for a weight of 6 x 10, the model's is 6 x 12"),
-        ({2: ExpertsShape(4, 10, 5)}, "layer 2, expert 0, gate_proj: LoRA for a weight of 6 x 10, the model's is 5 x 10"),
+        (
+            {2: ExpertsShape(4, 12, 6)},
+            "layer 2, expert 0, gate_proj: LoRA for a weight of 6 x 10, the model's is 6 x 12",
+        ),
+        (
+            {2: ExpertsShape(4, 10, 5)},
+            "layer 2, expert 0, gate_proj: LoRA for a weight of 6 x 10, the model's is 5 x 10",
+        ),
     ],
 )
 def test_adapter_of_another_model(tmp_path, shapes, message):
@@ -237,7 +250,10 @@ def test_sharded_adapter(tmp_path):
     directory = save(tmp_path, tensors)
     (directory / "adapter_model.safetensors").unlink()
     names = list(tensors)
-    parts = {"adapter_model-00001-of-00002.safetensors": names[:7], "adapter_model-00002-of-00002.safetensors": names[7:]}
+    parts = {
+        "adapter_model-00001-of-00002.safetensors": names[:7],
+        "adapter_model-00002-of-00002.safetensors": names[7:],
+    }
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, directory / file)
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
@@ -282,7 +298,10 @@ def test_paths(tmp_path, monkeypatch):
     directory = broken(tmp_path)
     assert locate_adapter(str(directory)) == directory
     assert locate_adapter(str(tmp_path), subfolder="broken") == directory
-    for name, message in ((str(tmp_path / "none"), "does not exist"), (str(directory / "adapter_config.json"), "is a file")):
+    for name, message in (
+        (str(tmp_path / "none"), "does not exist"),
+        (str(directory / "adapter_config.json"), "is a file"),
+    ):
         with pytest.raises(KTPathError, match=message):
             locate_adapter(name)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -83,7 +83,9 @@ def test_logits_and_lora_effect(models, tmp_path, name, rank, naming):
         errors.append(per_token(found[True] - found[False], effect))
         bounds = [per_token(noise[on], wanted[on]) for on in (True, False)]
         bounds.append(per_token(noise[True] - noise[False], effect))
-        print(name, rank, ids.shape[0], "ours/stock:", [f"{e:.4f}/{b:.4f}" for e, b in zip(errors, bounds, strict=True)])
+        print(
+            name, rank, ids.shape[0], "ours/stock:", [f"{e:.4f}/{b:.4f}" for e, b in zip(errors, bounds, strict=True)]
+        )
         for error, bound in zip(errors, bounds, strict=True):
             assert error < 2 * bound
 

@@ -30,7 +30,9 @@ def test_modelarguments_keeps_its_name_and_its_copy():
 
 def test_yaml_words_and_flags_alike(tmp_path, monkeypatch):
     yaml = tmp_path / "c.yaml"
-    yaml.write_text("model_name_or_path: m/m\nuse_kt: true\nkt_backend: AMXBF16\nkt_num_threads: 4\nkt_tp_enabled: false\n")
+    yaml.write_text(
+        "model_name_or_path: m/m\nuse_kt: true\nkt_backend: AMXBF16\nkt_num_threads: 4\nkt_tp_enabled: false\n"
+    )
     flags = ["--model_name_or_path", "m/m", "--use_kt", "true", "--kt_backend", "AMXBF16", "--kt_num_threads", "4"]
     nested = {"model_name_or_path": "m/m", "use_kt": True, "kt_config": {"kt_backend": "AMXBF16", "kt_num_threads": 4}}
     found = []
@@ -41,14 +43,20 @@ def test_yaml_words_and_flags_alike(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["cli", *flags])
     found.append(_parse_infer_args()[0])
     found.append(_parse_infer_args(nested)[0])
-    found.append(_parse_infer_args(flags[:4] + ["--kt_config", '{"kt_backend": "AMXBF16", "kt_num_threads": 4}'])[0])
+    found.append(_parse_infer_args([*flags[:4], "--kt_config", '{"kt_backend": "AMXBF16", "kt_num_threads": 4}'])[0])
     for args in found:
         assert (args.use_kt, args.kt_backend, args.kt_num_threads, args.kt_config) == (True, "AMXBF16", 4, None)
 
 
 @pytest.mark.parametrize(
     ("value", "wanted"),
-    [("amxbf16", "AMXBF16"), ("AMXBF16_SFT", "AMXBF16"), ("AmxBf16_sft", "AMXBF16"), ("Torch", "torch"), ("AUTO", "auto")],
+    [
+        ("amxbf16", "AMXBF16"),
+        ("AMXBF16_SFT", "AMXBF16"),
+        ("AmxBf16_sft", "AMXBF16"),
+        ("Torch", "torch"),
+        ("AUTO", "auto"),
+    ],
 )
 def test_spellings_of_the_backend(value, wanted):
     assert parse({"use_kt": True, "kt_backend": value}).kt_backend == wanted
@@ -115,7 +123,14 @@ def test_sub_pools_the_machine_does_not_have(demo):
     from llamafactory.hparams import get_infer_args
 
     with pytest.raises(KTConfigError, match="kt_threadpool_count: 99 sub-pools asked for, this machine has"):
-        get_infer_args({"model_name_or_path": str(demo / "model"), "template": "deepseek", "use_kt": True, "kt_threadpool_count": 99})
+        get_infer_args(
+            {
+                "model_name_or_path": str(demo / "model"),
+                "template": "deepseek",
+                "use_kt": True,
+                "kt_threadpool_count": 99,
+            }
+        )
 
 
 def test_help_shows_the_keys():

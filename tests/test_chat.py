@@ -40,7 +40,9 @@ def config(directory: Path, demo: Path, **keys) -> Path:
 def chat(path: Path, lines: list[str], *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "LLAMAFACTORY_VERBOSITY": "INFO", "PYTHONIOENCODING": "utf-8", **environment}
     text = "\n".join(lines) + "\n"
-    return subprocess.run([CLI, "chat", path, *arguments], input=text, capture_output=True, encoding="utf-8", env=env, timeout=300)
+    return subprocess.run(
+        [CLI, "chat", path, *arguments], input=text, capture_output=True, encoding="utf-8", env=env, timeout=300
+    )
 
 
 def answers(result: subprocess.CompletedProcess) -> list[str]:
@@ -146,6 +148,8 @@ def test_mistakes_end_before_anything_is_loaded(tmp_path, demo, keys, message):
 
 
 def test_demo_command(demo):
-    result = subprocess.run([CLI.with_name("llamafactory-kt"), "demo", "--directory", demo], capture_output=True, encoding="utf-8")
+    result = subprocess.run(
+        [CLI.with_name("llamafactory-kt"), "demo", "--directory", demo], capture_output=True, encoding="utf-8"
+    )
     assert result.returncode == 0, result.stderr
     assert "Kiki" in result.stdout and "混合专家" in result.stdout

@@ -68,7 +68,9 @@ def make_engine(kind: str, shape: ExpertsShape, weights: LayerWeights, *, rank=8
         return out
 
     spec = EngineSpec(0, shape, TOP_K, rank, scaling)
-    engine = TorchEngine(spec, read) if kind == "torch" else KTEngine(spec, read, max_chunk=chunk, pools=1, verbose=False)
+    engine = (
+        TorchEngine(spec, read) if kind == "torch" else KTEngine(spec, read, max_chunk=chunk, pools=1, verbose=False)
+    )
     engine.load()
     return engine
 
@@ -118,7 +120,9 @@ def test_another_lora_of_any_rank_and_back_to_the_base(kind):
         assert rel(engine.forward(x, index, scores), reference(weights, lora, x, index, scores)) < 0.01, (rank, scaling)
     engine.set_lora(None)
     fresh = make_engine(kind, shape, weights)
-    assert torch.equal(engine.forward(x, index, scores), fresh.forward(x, index, scores)), "the old LoRA must be gone, exactly"
+    assert torch.equal(engine.forward(x, index, scores), fresh.forward(x, index, scores)), (
+        "the old LoRA must be gone, exactly"
+    )
 
 
 @needs_kernel
@@ -230,7 +234,9 @@ def merged_experts_only(path, adapter):
     with tempfile.TemporaryDirectory() as folder:
         tensors = load_file(adapter / "adapter_model.safetensors")
         save_file({n: t for n, t in tensors.items() if ".experts." in n}, Path(folder) / "adapter_model.safetensors")
-        (Path(folder) / "adapter_config.json").write_text(json.dumps(json.loads((adapter / "adapter_config.json").read_text())))
+        (Path(folder) / "adapter_config.json").write_text(
+            json.dumps(json.loads((adapter / "adapter_config.json").read_text()))
+        )
         return merged_float32(path, Path(folder))
 
 

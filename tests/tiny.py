@@ -122,7 +122,9 @@ def make_adapter(
         if layer in skip_layers:
             continue
         block = module.removesuffix(".experts")
-        block = {"A": f"{block}.original_moe", "B": block, "mixtral": block.replace(".mlp", ".block_sparse_moe")}[naming]
+        block = {"A": f"{block}.original_moe", "B": block, "mixtral": block.replace(".mlp", ".block_sparse_moe")}[
+            naming
+        ]
         for expert in range(experts):
             for projection in ("gate", "up", "down"):
                 out, size = (hidden, intermediate) if projection == "down" else (intermediate, hidden)
@@ -174,7 +176,9 @@ def merged_float32(model: Path, adapter: Path | None, *, experts: bool = True, d
             if ".experts." in module and "shared" not in module.split(".experts.")[0][-7:]:
                 if not experts:
                     continue
-                block, _, rest = module.replace(".original_moe", "").replace("block_sparse_moe", "mlp").partition(".experts.")
+                block, _, rest = (
+                    module.replace(".original_moe", "").replace("block_sparse_moe", "mlp").partition(".experts.")
+                )
                 expert, projection = rest.split(".")
                 place = _PROJECTIONS[projection]
                 if place == 2:

@@ -159,7 +159,7 @@ def train_adapter(model, conversations, tokenizer, template, steps: int):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=HERE)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
     random.seed(0)
     torch.manual_seed(0)

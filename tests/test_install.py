@@ -1,0 +1,71 @@
+"""Both ways of installing, into environments of their own that see this one's libraries; and removing it again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+UV = Path(sysconfig.get_path("scripts")) / "uv"
+CHECK = (
+    "import torch, llamafactory_kt, _llamafactory_kt_autoload\n"
+    "from llamafactory.hparams import ModelArguments\n"
+    "print(ModelArguments(model_name_or_path='m', use_kt=True, kt_backend='amxbf16').kt_backend)\n"
+    "print(llamafactory_kt.__file__); print(_llamafactory_kt_autoload.__file__)"
+)
+
+pytestmark = pytest.mark.skipif(not UV.exists(), reason="uv is not installed in this environment")
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """An empty virtual environment that finds this one's libraries through a plain path, after its own."""
+    subprocess.run([UV, "venv", "--quiet", "--python", sys.executable, tmp_path / "env"], check=True)
+    site = next((tmp_path / "env" / "lib").glob("python*")) / "site-packages"
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".git", "tests", "docs", "examples", "__pycache__", ".*_cache")
+    )
+    return tmp_path / "env", site, source
+
+
+def uv(*arguments, **keys):
+    subprocess.run([UV, "pip", *arguments], check=True, capture_output=True, text=True, **keys)
+
+
+def run(env: Path, code: str) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run([env / "bin" / "python", "-c", code], capture_output=True, text=True, cwd="/", env=clean)
+
+
+def files(site: Path) -> set[str]:
+    return {str(p.relative_to(site)) for p in site.rglob("*") if "__pycache__" not in p.parts}
+
+
+@pytest.mark.parametrize("editable", [False, True], ids=["plain", "editable"])
+def test_install_and_uninstall(environment, editable):
+    env, site, source = environment
+    before = files(site)
+    flags = ["--editable"] if editable else []
+    uv("install", "--python", env / "bin/python", "--no-deps", *flags, source)
+    assert (env / "bin" / "llamafactory-kt").exists()
+    assert (site / "_llamafactory_kt_autoload" / "__init__.py").is_file(), "physically present in both modes"
+    result = run(env, CHECK)
+    assert result.returncode == 0, result.stderr
+    backend, package, autoload = result.stdout.split()
+    assert backend == "AMXBF16" and autoload.startswith(str(site))
+    assert package.startswith(str(source) if editable else str(site))
+    if editable:  # the source tree moves away: one warning, and torch still imports
+        source.rename(source.with_name("moved"))
+        result = run(env, "import torch; print(torch.ones(1).item())")
+        assert result.stdout.strip() == "1.0" and result.stderr.count("could not be activated") == 1, result.stderr
+    uv("uninstall", "--python", env / "bin/python", "llamafactory-kt-experts")
+    assert files(site) == before and not (env / "bin" / "llamafactory-kt").exists()
+    assert run(env, "import torch").returncode == 0

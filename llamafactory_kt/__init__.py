@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .bootstrap import activate
     from .errors import (
         KTAdapterError,
         KTConfigError,
@@ -35,6 +36,7 @@ __all__ = [
     "KTPathError",
     "LoadReport",
     "__version__",
+    "activate",
     "apply_adapter",
     "load_moe_lora_from_adapter",
 ]
@@ -42,6 +44,7 @@ __all__ = [
 _HOMES = {
     "KTExpertsConfig": "experts",
     "LoadReport": "lora",
+    "activate": "bootstrap",
     "apply_adapter": "lora",
     "load_moe_lora_from_adapter": "lora",
 }

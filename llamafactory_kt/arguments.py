@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .errors import KTConfigError
+from .backends import canonical_backend
+from .errors import KTConfigError, KTError, KTKernelError, KTPathError
 
-BACKENDS = ("auto", "AMXBF16", "AMXINT8", "AMXINT4", "torch")
+logger = logging.getLogger(__name__)
+
 SCOPES = ("all", "attention")
 
 # Keys that upstream's training stack puts into kt_config and that mean nothing when chatting.
@@ -76,22 +79,32 @@ class KTArguments:
         metadata={"help": "The same keys as one dictionary, as newer upstream configurations write them (or JSON)."},
     )
 
-    def __post_init__(self) -> None:
-        if self.use_kt:
-            normalize(self)
 
+def check_for_inference(args: Any) -> None:
+    """Check the kt_* keys of a configuration for chatting, with all else that is known before anything is loaded.
 
-def normalize(args: Any) -> None:
-    """Check the kt_* fields of ``args`` (KTArguments, or LLaMA-Factory's ModelArguments extended by it) and bring them
-    into one form: ``kt_backend`` as in :data:`BACKENDS`, ``kt_num_threads`` an int or None, ``kt_config`` merged.
+    ``args`` is LLaMA-Factory's ModelArguments extended by :class:`KTArguments`. Its fields are brought into one form:
+    ``kt_backend`` as in :data:`~llamafactory_kt.backends.BACKENDS`, ``kt_num_threads`` an int or None, ``kt_config`` merged into the others.
 
     Raises:
         KTConfigError: With all mistakes at once.
+        KTPathError: Nothing is wrong but paths that do not exist.
+        KTKernelError: Nothing is wrong but the kernel that this CPU cannot run.
     """
-    problems = _merge_kt_config(args)
-    problems += _check_values(args) + _check_combinations(args)
+    problems = _merge_kt_config(args) + _check_values(args) + _check_combinations(args)
+    if not problems:
+        problems += _check_machine(args)
+    missing = _check_paths(args)
     if problems:
-        raise KTConfigError("Invalid KTransformers arguments:\n" + "\n".join(f"- {problem}" for problem in problems))
+        if len(problems) == 1 and not missing and isinstance(problems[0], KTError):
+            raise problems[0]
+        lines = "\n".join(f"- {problem}" for problem in [*problems, *missing])
+        raise KTConfigError(f"Invalid KTransformers configuration:\n{lines}")
+    if missing:
+        raise KTPathError("\n".join(missing))
+    for name in TRAINING_KEYS:
+        if getattr(args, name, None) is not None:
+            logger.warning("%s is a key for training and does nothing in a chat.", name)
 
 
 def _merge_kt_config(args: Any) -> list[str]:
@@ -109,6 +122,7 @@ def _merge_kt_config(args: Any) -> list[str]:
     problems = []
     for key, value in nested.items():
         if key in TRAINING_KEYS:
+            logger.warning("kt_config: %s is a key for training and does nothing in a chat.", key)
             continue
         if key not in own:
             close = get_close_matches(str(key), own, n=1)
@@ -126,16 +140,10 @@ def _merge_kt_config(args: Any) -> list[str]:
 
 def _check_values(args: Any) -> list[str]:
     problems = []
-    backend = str(args.kt_backend).upper().removesuffix("_SFT")
-    known = {name.upper(): name for name in BACKENDS}
-    if backend not in known:
-        close = get_close_matches(backend, known, n=1)
-        hint = f"; did you mean {known[close[0]]}?" if close else "."
-        problems.append(f"kt_backend: unknown value {args.kt_backend!r}, expected one of {', '.join(BACKENDS)}{hint}")
-    else:
-        args.kt_backend = known[backend]
-        if args.kt_backend in ("AMXINT8", "AMXINT4"):
-            problems.append(f"kt_backend: {args.kt_backend} is not supported yet; use auto, AMXBF16 or torch.")
+    try:
+        args.kt_backend = canonical_backend(args.kt_backend)
+    except KTConfigError as error:
+        problems.append(str(error))
     threads = args.kt_num_threads
     if threads is not None and str(threads).lower() != "auto":
         if isinstance(threads, bool) or not str(threads).isdecimal() or int(threads) < 1:
@@ -198,38 +206,29 @@ def threadpool_count(args: KTArguments) -> int:
     return 1
 
 
-def check_for_inference(args: Any) -> None:
-    """What can be known of paths and machine before anything is loaded.
-
-    Raises:
-        KTConfigError: With all problems at once.
-        KTPathError: The only problem is a path that does not exist.
-    """
+def _check_paths(args: Any) -> list[str]:
     from .adapters import looks_local
-    from .errors import KTKernelError, KTPathError
-    from .experts.kt_runtime import choose_threads, require_kernel
 
-    missing, problems = [], []
+    missing = []
     model = args.model_name_or_path
     if looks_local(model) and not Path(model).expanduser().is_dir():
         missing.append(f"model_name_or_path: {model} does not exist or is not a directory.")
     for adapter in args.adapter_name_or_path or []:
         if looks_local(adapter) and not Path(adapter).expanduser().exists():
             missing.append(f"adapter_name_or_path: {adapter} does not exist.")
+    return missing
+
+
+def _check_machine(args: Any) -> list[Any]:
+    from .experts.kt_runtime import choose_threads, require_kernel
+
+    problems: list[Any] = []
     if args.kt_weight_path:
         problems.append("kt_weight_path is for kt_backend: AMXINT8, which is not supported yet; remove it.")
     try:
         if args.kt_backend == "AMXBF16":
             require_kernel(args.kt_backend)
-    except KTKernelError as error:
-        if not missing and not problems:
-            raise
-        problems.append(str(error))
-    try:
         choose_threads(None, threadpool_count(args), on_gpu=False)
-    except KTConfigError as error:
-        problems.append(str(error))
-    if problems:
-        raise KTConfigError("KTransformers cannot start:\n" + "\n".join(f"- {p}" for p in missing + problems))
-    if missing:
-        raise KTPathError("\n".join(missing))
+    except (KTConfigError, KTKernelError) as error:
+        problems.append(error)
+    return problems

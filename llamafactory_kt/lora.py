@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,15 @@ class LoadReport:
     layers: tuple[int, ...]
     """layers whose experts got LoRA"""
     max_rank: int
+    expert_params: int
+    """LoRA parameters of the experts, as the file has them"""
 
     def __str__(self) -> str:
         text = f"consumed {self.experts + self.peft} of {self.total} (PEFT {self.peft}, KT experts {self.experts})"
-        return f"{text}, {self.left_out} left out by kt_lora_scope" if self.left_out else text
+        if self.left_out:
+            text += f", {self.left_out} left out by kt_lora_scope"
+        rest = self.total - self.experts - self.peft - self.left_out
+        return f"{text}, {rest} are not the experts'" if rest else text
 
 
 def kt_wrappers(model: Any) -> list[Any]:
@@ -90,9 +96,10 @@ def load_moe_lora_from_adapter(model: nn.Module, adapter_path: str | Path | Adap
         total=len(adapter.store.infos),
         experts=len(adapter.expert_names),
         peft=0,
-        left_out=len(adapter.other_names),
+        left_out=0,
         layers=tuple(layers),
         max_rank=max((adapter.rank(layer) for layer in layers), default=0),
+        expert_params=sum(prod(adapter.store.infos[name].shape) for name in adapter.expert_names),
     )
 
 
@@ -113,19 +120,25 @@ def apply_adapter(
     Raises:
         KTAdapterError: Any tensor could not be consumed; the model is then unusable and must be loaded again if PEFT
             had begun.
+        KTModelError: The model already carries an adapter.
     """
+    if hasattr(model, "peft_config"):
+        raise KTModelError(
+            f"{type(model).__name__} already carries an adapter. Load the model again; to change the experts' part alone, "
+            "call load_moe_lora_from_adapter."
+        )
     adapter = adapter_path if isinstance(adapter_path, Adapter) else open_adapter(adapter_path)
     part = plan_peft_part(model, adapter, scope)
     adapter.check_finite(part.tensors)
     _log_split(adapter, part)
     model = apply_peft_part(model, adapter, part)
     report = load_moe_lora_from_adapter(model, adapter)
-    return model, LoadReport(**{**report.__dict__, "peft": len(part.tensors), "left_out": len(part.left_out)})
+    return model, replace(report, peft=len(part.tensors), left_out=len(part.left_out))
 
 
 def _log_split(adapter: Adapter, part: PeftPart) -> None:
     original = adapter.settings.target_modules
-    more = f" ({len(part.exact)} shared-expert, dense or single modules added by exact name)" if part.exact else ""
+    more = f" ({len(part.exact)} modules of shared experts and dense layers added by exact name)" if part.exact else ""
     logger.info(
         "KT mode: Loading only Attention LoRA. Original targets: %s, Filtered: %s%s", original, part.filtered, more
     )

@@ -74,6 +74,15 @@ def plan_peft_part(model: nn.Module, adapter: Adapter, scope: str) -> PeftPart:
     return PeftPart(modules, _targets(modules, known), filtered, left_out)
 
 
+def check_peft_part(model: nn.Module, adapter: Adapter) -> None:
+    """The same checks on a model that is still empty, before its weights are read.
+
+    Raises:
+        KTAdapterError: As :func:`plan_peft_part`, or a tensor has not the size of the weight it changes.
+    """
+    _check_shapes(model, adapter, plan_peft_part(model, adapter, "all").modules)
+
+
 def _renamings(model: Any) -> list[Any]:
     """transformers' own renamings of old checkpoint names (for example Mixtral's ``block_sparse_moe``)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -121,7 +130,6 @@ def apply_peft_part(model: nn.Module, adapter: Adapter, part: PeftPart, name: st
 
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
     saved = adapter.settings.raw.get("modules_to_save") or []
-    lora_modules = {m: names for m, names in part.modules.items() if m.rpartition(".")[2] not in saved}
     config = LoraConfig(
         **{key: value for key, value in adapter.settings.raw.items() if key in fields}
         | {
@@ -139,7 +147,7 @@ def apply_peft_part(model: nn.Module, adapter: Adapter, part: PeftPart, name: st
         for module, tensors in part.modules.items()
         for tensor in tensors
     }
-    _check_shapes(model, adapter, lora_modules)
+    _check_shapes(model, adapter, part.modules)
     wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     try:
         peft_model = wrap(model, config, adapter_name=name)

@@ -25,7 +25,6 @@ def load_table(model: nn.Module, report: LoadReport | None) -> str:
     experts_params = sum(3 * w.num_experts * w.hidden_dim * w.intermediate_dim for w in wrappers)
     torch_params = sum(p.numel() for p in model.parameters())
     peft_params = count_lora(model)[1]
-    kt_params = sum(_lora_params(w.engine.lora) for w in wrappers)
 
     table = Table(title="KTransformers experts", show_header=False, title_justify="left")
     table.add_row("Layers wrapped", f"{len(wrappers)} ({_ranges([w.layer_idx for w in wrappers])})")
@@ -44,15 +43,11 @@ def load_table(model: nn.Module, report: LoadReport | None) -> str:
         table.add_row("LoRA layers", f"{len(report.layers)} with expert LoRA, rank up to {report.max_rank}")
     table.add_row("Parameters", f"torch {torch_params - peft_params:,}, KT experts {experts_params:,}")
     if report:
-        table.add_row("LoRA parameters", f"PEFT {peft_params:,}, KT experts {kt_params:,}")
+        table.add_row("LoRA parameters", f"PEFT {peft_params:,}, KT experts {report.expert_params:,}")
     console = Console(file=io.StringIO(), width=110, color_system=None)
     console.print(table)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return text.rstrip()
-
-
-def _lora_params(lora: Any) -> int:
-    return sum(t.numel() for t in (*lora.a.values(), *lora.b.values())) if lora else 0
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -80,11 +75,11 @@ def debug_structure(model: nn.Module) -> str:
         "DEBUG: Model structure after loading",
         line,
         f"KT wrappers count: {len(wrappers)}",
-        f"KT MoE LoRA layers: {[w.layer_idx for w in wrappers if w.engine.lora is not None]}",
+        f"KT MoE LoRA layers: {[w.layer_idx for w in wrappers if w.engine.lora_rank]}",
         "",
         f"LoRA parameters count: {len(lora)}",
         "LoRA parameters:",
-        *(f"  {name}: {tuple(parameter.shape)}" for name, parameter in lora),
+        *(f"  {name}: {parameter.shape}" for name, parameter in lora),
         "",
         f"PEFT config: {getattr(model, 'peft_config', {})}",
         line,

@@ -11,17 +11,28 @@ from llamafactory.hparams import ModelArguments
 from llamafactory.hparams.parser import _parse_infer_args
 
 from llamafactory_kt import KTConfigError
-from llamafactory_kt.arguments import KTArguments, threadpool_count
+from llamafactory_kt.arguments import KTArguments, check_for_inference, threadpool_count
 
 MODEL = {"model_name_or_path": "somewhere/model", "template": "deepseek"}
 
 
+@pytest.fixture(autouse=True)
+def any_cpu(monkeypatch):
+    monkeypatch.setattr("llamafactory_kt.experts.kt_runtime.kernel_problem", lambda: None)
+
+
+def checked(args):
+    if args.use_kt:
+        check_for_inference(args)
+    return args
+
+
 def parse(keys):
-    return _parse_infer_args({**MODEL, **keys})[0]
+    return checked(_parse_infer_args({**MODEL, **keys})[0])
 
 
 def test_modelarguments_keeps_its_name_and_its_copy():
-    args = ModelArguments(model_name_or_path="m", use_kt=True, kt_backend="amxbf16", kt_num_threads="3")
+    args = checked(ModelArguments(model_name_or_path="m/m", use_kt=True, kt_backend="amxbf16", kt_num_threads="3"))
     assert type(args).__name__ == "ModelArguments" and type(args).__module__ == "llamafactory.hparams.model_args"
     copied = ModelArguments.copyfrom(args, model_name_or_path="other")
     assert (copied.kt_backend, copied.kt_num_threads, copied.model_name_or_path) == ("AMXBF16", 3, "other")
@@ -44,7 +55,7 @@ def test_yaml_words_and_flags_alike(tmp_path, monkeypatch):
     found.append(_parse_infer_args()[0])
     found.append(_parse_infer_args(nested)[0])
     found.append(_parse_infer_args([*flags[:4], "--kt_config", '{"kt_backend": "AMXBF16", "kt_num_threads": 4}'])[0])
-    for args in found:
+    for args in map(checked, found):
         assert (args.use_kt, args.kt_backend, args.kt_num_threads, args.kt_config) == (True, "AMXBF16", 4, None)
 
 
@@ -102,9 +113,17 @@ def test_combinations(keys, message):
     assert message in str(error.value)
 
 
-def test_training_keys_of_kt_config_are_taken_along():
+def test_training_keys_are_taken_along_with_a_word(kt_log):
     nested = {"kt_backend": "AMXBF16", "kt_share_backward_bb": True, "kt_lora_rank": 8, "kt_num_gpu_experts": 0}
-    assert parse({"use_kt": True, "kt_config": nested}).kt_backend == "AMXBF16"
+    assert parse({"use_kt": True, "kt_config": nested, "kt_use_lora_experts": True}).kt_backend == "AMXBF16"
+    for key in ("kt_config: kt_share_backward_bb", "kt_config: kt_lora_rank", "kt_use_lora_experts"):
+        assert f"{key} is a key for training and does nothing in a chat" in kt_log.text
+
+
+def test_training_configurations_are_left_alone():
+    """use_kt in a training YAML is upstream's affair: nothing of ours runs until a chat is asked for."""
+    keys = {"use_kt": True, "kt_backend": "nonsense", "adapter_name_or_path": "a,b"}
+    assert _parse_infer_args({**MODEL, **keys})[0].kt_backend == "nonsense"
 
 
 def test_nothing_is_checked_without_use_kt():
@@ -148,8 +167,8 @@ def test_threads_chosen_and_clamped(monkeypatch, kt_log):
     assert kt_runtime.choose_threads(None, 1, on_gpu=False) == 8
     assert kt_runtime.choose_threads(None, 2, on_gpu=True) == 15
     assert kt_runtime.choose_threads(12, 2, on_gpu=False) == 12
-    assert kt_runtime.choose_threads(60, 1, on_gpu=False) == 8
-    assert "kt_num_threads: 60 is more than the 16 cores this process may use; using 8" in kt_log.text
+    assert kt_runtime.choose_threads(60, 1, on_gpu=False) == 15
+    assert "kt_num_threads: 60 is more than the 16 cores this process may use; using 15" in kt_log.text
     for arguments in ((None, 3), (1, 2)):
         with pytest.raises(KTConfigError):
             kt_runtime.choose_threads(*arguments, on_gpu=False)

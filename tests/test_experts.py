@@ -221,7 +221,7 @@ def test_load_moe_lora_from_adapter_on_plain_and_wrapped_models(files):
     load_moe_lora_from_adapter(wrapped, first)
     with pytest.raises(KTAdapterError):
         load_moe_lora_from_adapter(wrapped, make_broken(first))
-    assert [w.engine.lora.rank for w in wrapped._kt_wrappers] == [4, 4]
+    assert [w.engine.lora_rank for w in wrapped._kt_wrappers] == [4, 4]
 
 
 def merged_experts_only(path, adapter):

@@ -16,7 +16,7 @@ UV = Path(sysconfig.get_path("scripts")) / "uv"
 CHECK = (
     "import torch, llamafactory_kt, _llamafactory_kt_autoload\n"
     "from llamafactory.hparams import ModelArguments\n"
-    "print(ModelArguments(model_name_or_path='m', use_kt=True, kt_backend='amxbf16').kt_backend)\n"
+    "print(ModelArguments(model_name_or_path='m', use_kt=True, kt_backend='AMXBF16').kt_backend)\n"
     "print(llamafactory_kt.__file__); print(_llamafactory_kt_autoload.__file__)"
 )
 

@@ -48,6 +48,11 @@ SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "nu
             "they do not compute down(silu(gate x) * up x)",
         ),
         ("nemotron_h", {}, "they have no gate projection"),
+        (
+            "granitemoe",
+            {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
+            "is a mixture of experts, but its experts are not",
+        ),
     ],
 )
 def test_refused_with_the_reason(name, keys, message):
@@ -211,6 +216,7 @@ def test_native_classes_in_spite_of_remote_code(tmp_path, demo, own_tokenizer):
         (path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     engine = chat_model(path, trust_remote_code=True).engine
     assert type(engine.model).__module__ == "transformers.models.deepseek_v2.modeling_deepseek_v2"
+    assert type(engine.model)._auto_class is None and type(engine.model.config)._auto_class is None
     if own_tokenizer:
         stock_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
         assert type(engine.tokenizer).__name__ == type(stock_tokenizer).__name__

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import edit_adapter, make_adapter, make_model, merged_float32, other_modules, rel
 from transformers import AutoModelForCausalLM
 
-from llamafactory_kt import KTAdapterError, KTExpertsConfig, apply_adapter
+from llamafactory_kt import KTAdapterError, KTExpertsConfig, KTModelError, apply_adapter
 
 CASES = {
     "plain": {},
@@ -119,6 +119,24 @@ def test_left_over_and_wrong_tensors(tmp_path, model, change, message):
     with pytest.raises(KTAdapterError) as error:
         apply_adapter(kt_model(model), adapter)
     assert message in str(error.value) and "adapter_model.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "tensor", ["layers.0.self_attn.x_proj.lora_A.weight", "layers.0.self_attn.q_proj.lora_A.weight"]
+)
+def test_what_peft_cannot_take_is_refused_before_weights_load(tmp_path, model, capfd, tensor):
+    adapter = make_adapter(tmp_path / "a", model)
+    edit_adapter(adapter, lambda t: {**t, f"base_model.model.model.{tensor}": torch.ones(8, 63)})
+    with pytest.raises(KTAdapterError):
+        kt_model(model, adapter=str(adapter))
+    assert "Loading" not in capfd.readouterr().err
+
+
+def test_a_model_that_already_carries_an_adapter(tmp_path, model):
+    adapter = make_adapter(tmp_path / "a", model)
+    wrapped, _ = apply_adapter(kt_model(model), adapter)
+    with pytest.raises(KTModelError, match="already carries an adapter"):
+        apply_adapter(wrapped, adapter)
 
 
 def test_adapter_of_another_model_is_refused_before_weights_load(tmp_path, model, capfd):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import KTAdapterError, KTPathError
 from .adapter import Adapter, ExpertsShape
 from .config import LoraSettings
 from .expert_lora import ExpertLora
@@ -26,13 +27,23 @@ __all__ = [
     "open_adapter",
 ]
 
+_EXPERT_FILES = ("fused_expert_lora.safetensors", "moe_lora.pt")
+
 
 def open_adapter(directory: str | Path) -> Adapter:
     """Open a local adapter directory by its headers.
 
     Raises:
+        KTPathError: There is no such directory.
         KTAdapterError: The configuration or a tensor file is missing, damaged, or of a layout that is not supported.
     """
     directory = Path(directory)
+    if not directory.is_dir():
+        raise KTPathError(f"{directory} does not exist or is not a directory.")
+    if found := [name for name in _EXPERT_FILES if (directory / name).exists()]:
+        raise KTAdapterError(
+            f"{directory} holds {', '.join(found)}: routed-expert LoRA in a file of its own, which is not supported yet. "
+            "Nothing is dropped silently, so the rest of the adapter is not loaded either."
+        )
     settings = LoraSettings.read(directory)
     return PerExpertAdapter(directory, settings, open_store(directory))

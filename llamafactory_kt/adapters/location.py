@@ -13,8 +13,8 @@ _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name can only mean a local path: anything that is not ``organisation/name``."""
-    return name.startswith(("/", ".", "~")) or not _HUB_ID.match(name)
+    """Whether a name can only mean a local path: anything but ``organisation/name``, or below a directory that exists."""
+    return name.startswith(("/", ".", "~")) or not _HUB_ID.match(name) or Path(name).parent.is_dir()
 
 
 def locate_adapter(

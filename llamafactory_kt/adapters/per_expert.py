@@ -56,6 +56,11 @@ class PerExpertAdapter(Adapter):
         self._warn_of_ranks()
 
     def _refuse_unknown(self, names: list[str]) -> None:
+        if self.settings.raw.get("target_parameters"):
+            raise KTAdapterError(
+                f"{self.settings.path}: target_parameters {self.settings.raw['target_parameters']} (LoRA on fused expert "
+                "weights) is not supported yet."
+            )
         if names:
             raise KTAdapterError(
                 f"{self.store.path}: {len(names)} tensors sit on routed experts but are not LoRA A/B pairs, first "

@@ -57,6 +57,12 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
             ExpertsModule(name, int(layer[1]), ExpertsShape(experts, hidden, intermediate), _top_k(model, name))
         )
     if not found:
+        counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+        if any((getattr(_text_config(model), name, 0) or 0) > 1 for name in counts):
+            raise KTModelError(
+                f"{type(model).__name__} is a mixture of experts, but its experts are not a module of transformers' experts "
+                "contract. Remove use_kt to run it with transformers alone."
+            )
         raise KTModelError(
             f"{type(model).__name__} has no routed experts (it is not a mixture-of-experts model, or this transformers "
             "has no native class for it). Remove use_kt to run it with transformers alone."
@@ -129,14 +135,17 @@ def _probe(module: nn.Module, hidden: int = 8, intermediate: int = 4, experts: i
     return None
 
 
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def _top_k(model: nn.Module, name: str) -> int:
     """Experts per token: from the MoE block or its router, else from the configuration."""
     block = model.get_submodule(name.rpartition(".")[0])
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     candidates = [
         *(getattr(module, "top_k", None) for module in (block, *block.children())),
-        getattr(text, "num_experts_per_tok", None),
+        getattr(_text_config(model), "num_experts_per_tok", None),
     ]
     for value in candidates:
         if isinstance(value, int) and value > 0:

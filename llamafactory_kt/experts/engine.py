@@ -37,7 +37,8 @@ class Engine(ABC):
 
     def __init__(self, spec: EngineSpec, read_weights: ReadWeights):
         self.spec = spec
-        self.lora: ExpertLora | None = None
+        self.lora_rank = 0
+        """rank of the LoRA in place, 0 for none"""
         self._read_weights = read_weights
 
     @abstractmethod

@@ -139,7 +139,7 @@ class KTEngine(Engine):
         if lora is None:
             with kernel_lock:
                 self._clear_lora(self._wrapper)
-            self.lora = None
+            self.lora_rank = 0
             return
         if lora.rank > self._kind.rank:
             logger.warning(
@@ -153,7 +153,7 @@ class KTEngine(Engine):
             old()
         else:
             self._attach(self._wrapper, self._kind, lora)
-        self.lora = lora
+        self.lora_rank = lora.rank
 
     @staticmethod
     def _attach(wrapper: Any, kind: _Kind, lora: ExpertLora) -> None:
@@ -205,4 +205,4 @@ class KTEngine(Engine):
     @property
     def lora_nbytes(self) -> int:
         kind = self._kind
-        return 3 * kind.num_experts * kind.rank * (kind.hidden + kind.intermediate) * 2 if self.lora else 0
+        return 3 * kind.num_experts * kind.rank * (kind.hidden + kind.intermediate) * 2 if self.lora_rank else 0

@@ -36,10 +36,11 @@ def kernel_problem() -> str | None:
             from kt_kernel.sft.amx import AMXBF16_SFT_MOE
     except ImportError as error:
         return f"kt-kernel is not installed or does not load ({error}); pip install kt-kernel"
+    missing = missing_cpu_flags(amx=kt_kernel.__cpu_variant__ == "amx")
+    if missing:  # a forced variant would kill the process with SIGILL
+        return f"this CPU lacks {', '.join(missing)}, which kt-kernel's BF16 kernel needs"
     if AMXBF16_SFT_MOE is not None:
         return None
-    if missing := missing_cpu_flags():
-        return f"this CPU lacks {', '.join(missing)}, which kt-kernel's BF16 kernel needs"
     forced = os.environ.get("KT_KERNEL_CPU_VARIANT")
     because = f" (forced by KT_KERNEL_CPU_VARIANT={forced}; unset it)" if forced else ""
     return f"kt-kernel's variant {kt_kernel.__cpu_variant__!r} has no BF16 SFT kernel{because}"
@@ -66,6 +67,7 @@ def choose_threads(requested: int | None, pools: int, on_gpu: bool) -> int:
     if pools > nodes:
         raise KTConfigError(f"kt_threadpool_count: {pools} sub-pools asked for, this machine has {nodes} NUMA node(s).")
     default = max(1, pools, cores - 1 if on_gpu else cores // 2)
+    most = max(1, pools, cores - 1)
     if requested is None:
         return default
     if requested < pools:
@@ -74,9 +76,9 @@ def choose_threads(requested: int | None, pools: int, on_gpu: bool) -> int:
         )
     if requested > cores:
         logger.warning(
-            "kt_num_threads: %d is more than the %d cores this process may use; using %d.", requested, cores, default
+            "kt_num_threads: %d is more than the %d cores this process may use; using %d.", requested, cores, most
         )
-        return default
+        return most
     return requested
 
 

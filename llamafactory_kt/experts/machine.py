@@ -11,6 +11,7 @@ import psutil
 
 # What kt-kernel's avx512_bf16 build asks for (kt_kernel/_cpu_detect.py); its BF16 SFT kernel needs it at least.
 BF16_FLAGS = ("avx512f", "avx512bw", "avx512_vnni", "avx512_vbmi", "avx512_bf16")
+AMX_FLAGS = ("amx_tile", "amx_int8", "amx_bf16")
 
 
 def usable_cores() -> int:
@@ -74,14 +75,15 @@ def available_memory() -> int:
 
 
 @cache
-def missing_cpu_flags() -> list[str]:
-    """Instruction sets of the BF16 kernel that this CPU lacks, by /proc/cpuinfo's names."""
+def missing_cpu_flags(amx: bool = False) -> list[str]:
+    """Instruction sets of the BF16 kernel (in its AMX variant) that this CPU lacks, by /proc/cpuinfo's names."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return []
     flags = next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set[str]())
-    return [flag for flag in BF16_FLAGS if flag not in flags and flag.replace("_", "") not in flags]
+    wanted = BF16_FLAGS + (AMX_FLAGS if amx else ())
+    return [flag for flag in wanted if flag not in flags and flag.replace("_", "") not in flags]
 
 
 def gib(size: float) -> str:

@@ -18,7 +18,9 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..adapters import Adapter, ExpertsShape, open_adapter
-from ..errors import KTConfigError, KTMemoryError, KTModelError
+from ..backends import canonical_backend
+from ..errors import KTMemoryError, KTModelError
+from ..peft_part import check_peft_part
 from .checkpoint import ExpertsCheckpoint
 from .config import QUANT_METHOD, KTExpertsConfig
 from .contract import ExpertsModule, find_experts
@@ -30,8 +32,6 @@ from .module import KTExperts
 from .torch_engine import TorchEngine
 
 logger = logging.getLogger(__name__)
-
-NOT_YET = ("AMXINT8", "AMXINT4")
 
 
 @register_quantizer(QUANT_METHOD)
@@ -55,8 +55,9 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         adapter = open_adapter(config.adapter) if config.adapter else None
         if adapter is not None:
             adapter.check_fits(shapes)
+            check_peft_part(model, adapter)
             adapter.check_finite()
-        self._check_memory(model, experts, checkpoint, on_gpu)
+        self._check_memory(model, experts, adapter, on_gpu)
         if backend != "torch":
             threads, config.threadpool_count = share_cores(threads, config.threadpool_count, on_gpu)
             if checkpoint.dtypes() != {"BF16"}:
@@ -79,7 +80,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         ]
 
     def _check_memory(
-        self, model: nn.Module, experts: list[ExpertsModule], checkpoint: ExpertsCheckpoint, on_gpu: bool
+        self, model: nn.Module, experts: list[ExpertsModule], adapter: Adapter | None, on_gpu: bool
     ) -> None:
         pools = self.quantization_config.threadpool_count
 
@@ -94,7 +95,12 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         )
         names = {f"{module.name}.{weight}" for module in experts for weight in ("gate_up_proj", "down_proj")}
         others = 0 if on_gpu else sum(p.nbytes for n, p in model.named_parameters() if n not in names)
-        needed = max(0, sum(sizes) - reusable) + max(sizes) + others
+        lora = 0
+        for module in experts:
+            if adapter is not None and module.layer in adapter.layers:
+                size = module.shape.hidden_size + module.shape.intermediate_size
+                lora += 3 * module.shape.num_experts * adapter.rank(module.layer) * size * 2
+        needed = max(0, sum(sizes) - reusable) + max(sizes) + lora + others
         free = available_memory()
         if needed > free:
             raise KTMemoryError(
@@ -151,16 +157,12 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _resolve_backend(name: str) -> str:
-    if name == "torch":
-        return name
-    if name in NOT_YET:
-        raise KTConfigError(f"kt_backend: {name} is not supported yet; use auto, AMXBF16 or torch.")
-    if name == "AMXBF16":
-        require_kernel(name)
-        return name
-    if name != "auto":
-        raise KTConfigError(f"kt_backend: {name!r} is unknown; use auto, AMXBF16 or torch.")
-    if problem := kernel_problem():
-        logger.warning("kt_backend: auto falls back to plain torch, which is slow: %s.", problem)
-        return "torch"
-    return "AMXBF16"
+    backend = canonical_backend(name)
+    if backend == "AMXBF16":
+        require_kernel(backend)
+    elif backend == "auto":
+        backend = "AMXBF16"
+        if problem := kernel_problem():
+            logger.warning("kt_backend: auto falls back to plain torch, which is slow: %s.", problem)
+            backend = "torch"
+    return backend

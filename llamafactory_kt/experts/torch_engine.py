@@ -16,12 +16,15 @@ class TorchEngine(Engine):
     name = "torch"
     dtype = torch.bfloat16
 
+    _lora: ExpertLora | None = None
+
     def load(self) -> None:
         shape = self.spec.shape
         self._weights: LayerWeights = self._read_weights(self.dtype, (shape.hidden_size, shape.intermediate_size))
 
     def set_lora(self, lora: ExpertLora | None) -> None:
-        self.lora = lora
+        self._lora = lora
+        self.lora_rank = lora.rank if lora else 0
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         x, scores = hidden.float(), weights.float()
@@ -37,9 +40,9 @@ class TorchEngine(Engine):
 
     def _linear(self, projection: str, weight: torch.Tensor, expert: int, x: torch.Tensor) -> torch.Tensor:
         out = F.linear(x, weight[expert].float())
-        if self.lora is not None:
-            a, b = self.lora.a[projection][expert].float(), self.lora.b[projection][expert].float()
-            out += float(self.lora.scaling[projection][expert]) * F.linear(F.linear(x, a), b)
+        if self._lora is not None:
+            a, b = self._lora.a[projection][expert].float(), self._lora.b[projection][expert].float()
+            out += float(self._lora.scaling[projection][expert]) * F.linear(F.linear(x, a), b)
         return out
 
     @property
@@ -48,4 +51,4 @@ class TorchEngine(Engine):
 
     @property
     def lora_nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.lora.a.values(), *self.lora.b.values())) if self.lora else 0
+        return sum(t.nbytes for t in (*self._lora.a.values(), *self._lora.b.values())) if self._lora else 0

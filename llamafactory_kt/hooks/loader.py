@@ -41,9 +41,11 @@ def patch(module: ModuleType) -> None:
             return load(model_args)
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(
-            model_args.model_name_or_path, **{**get_init_kwargs(model_args), "trust_remote_code": False}
-        )
+        keys = {**get_init_kwargs(model_args), "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path, **keys)
+        # LLaMA-Factory registers classes that have an auto_map as remote code, which transformers' own are not.
+        vars(config).pop("auto_map", None)
+        return config
 
     @functools.wraps(patch_stock)
     def patch_config(

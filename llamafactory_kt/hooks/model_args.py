@@ -7,7 +7,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from ..arguments import KTArguments, normalize
+from ..arguments import KTArguments
 from ..errors import KTHookError
 from .patching import check_stock, is_patched, replace, versions
 
@@ -24,13 +24,7 @@ def patch(module: ModuleType) -> None:
             f"use_kt. Installed: {versions()}."
         )
 
-    def post_init(self: Any) -> None:
-        stock.__post_init__(self)
-        if self.use_kt:
-            normalize(self)
-
     namespace = {
-        "__post_init__": post_init,
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,

@@ -32,12 +32,12 @@ def patch(module: ModuleType) -> None:
             check(model_args, finetuning_args, training_args)
             return
         require_hooks()
+        check_for_inference(model_args)
         model_args.use_kt = False  # the stock check asks for forks of transformers and accelerate
         try:
             check(model_args, finetuning_args, training_args)
         finally:
             model_args.use_kt = True
-        check_for_inference(model_args)
         model_args.kt_inference = True
 
     replace(module, _check_extra_dependencies=check_extra_dependencies)

@@ -1,5 +1,6 @@
 # Everything runs in one environment outside the clone, keyed by pyproject.toml and made when missing.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# the first that runs and is 3.11 or 3.12: kt-kernel has no wheels for others
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 CACHE  ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/llamafactory-kt
 KEY    := $(shell cat pyproject.toml Makefile | sha256sum | cut -c1-12)
 ENV    ?= $(CACHE)/env-$(KEY)
@@ -17,8 +18,8 @@ setup: $(READY) ## make the environment (about 8 GB, some minutes the first time
 
 $(READY):
 	@echo "Making the environment $(ENV) (downloads about 4 GB the first time) ..."
-	@rm -rf "$(ENV)" && $(PYTHON) -c 'import sys; assert (3,11) <= sys.version_info[:2] <= (3,12), "Python 3.11 or 3.12 is needed (kt-kernel has no wheels for others); set PYTHON=..."'
-	@$(PYTHON) -m venv "$(ENV)" && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and none was found; give one: make PYTHON=/path/to/python3.12"; exit 1; }
+	@rm -rf "$(ENV)" && $(PYTHON) -m venv "$(ENV)" && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip install --python $(BIN)/python --quiet hatchling editables
 	@$(BIN)/uv pip install --python $(BIN)/python --quiet --no-build-isolation --editable ".[dev]"
 	@touch $@

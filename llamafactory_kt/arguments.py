@@ -70,6 +70,12 @@ class KTArguments:
             "dense MLP layers, as early KTransformers chats did)."
         },
     )
+    kt_moe_lora_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Path to a moe_lora.pt with the routed experts' LoRA, alone or beside an adapter without it."
+        },
+    )
     kt_debug: bool = field(
         default=False,
         metadata={"help": "Whether to print the model's structure after loading and kt-kernel's own output."},
@@ -164,8 +170,9 @@ def _check_values(args: Any) -> list[str]:
         problems.append(f"kt_lora_scope: unknown value {args.kt_lora_scope!r}, expected {' or '.join(SCOPES)}.")
     else:
         args.kt_lora_scope = args.kt_lora_scope.lower()
-    if args.kt_weight_path is not None and not isinstance(args.kt_weight_path, str):
-        problems.append(f"kt_weight_path must be a path, found {args.kt_weight_path!r}.")
+    for name in ("kt_weight_path", "kt_moe_lora_path"):
+        if not isinstance(getattr(args, name), str | None):
+            problems.append(f"{name} must be a path, found {getattr(args, name)!r}.")
     return problems
 
 
@@ -216,6 +223,8 @@ def _check_paths(args: Any) -> list[str]:
     for adapter in args.adapter_name_or_path or []:
         if looks_local(adapter) and not Path(adapter).expanduser().exists():
             missing.append(f"adapter_name_or_path: {adapter} does not exist.")
+    if isinstance(args.kt_moe_lora_path, str) and not Path(args.kt_moe_lora_path).expanduser().is_file():
+        missing.append(f"kt_moe_lora_path: {args.kt_moe_lora_path} does not exist or is not a file.")
     return missing
 
 

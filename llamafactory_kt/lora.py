@@ -82,7 +82,7 @@ def load_moe_lora_from_adapter(model: nn.Module, adapter_path: str | Path | Adap
     adapter.check_finite(adapter.expert_names)
     layers = adapter.layers
     if layers:
-        logger.info("Loading MoE LoRA from %s", adapter.store.path)
+        logger.info("Loading MoE LoRA from %s", adapter.expert_file)
     for wrapper in wrappers:
         lora: ExpertLora | None = None
         if wrapper.layer_idx in layers:

@@ -33,10 +33,12 @@ class PeftPart:
     """the adapter's own targets without those that PEFT never gets bare"""
     left_out: list[str]
     """tensors the scope ``attention`` leaves out"""
+    routers: dict[str, list[str]]
+    """routers PEFT cannot wrap -> their A and B, which are added to the weight"""
 
     @property
     def tensors(self) -> list[str]:
-        return [name for names in self.modules.values() for name in names]
+        return [name for part in (self.modules, self.routers) for names in part.values() for name in names]
 
     @property
     def exact(self) -> list[str]:
@@ -53,6 +55,7 @@ def plan_peft_part(model: nn.Module, adapter: Adapter, scope: str) -> PeftPart:
     known = {name for name, _ in model.named_modules()}
     renamed = _renamings(model)
     modules: dict[str, list[str]] = {}
+    routers: dict[str, list[str]] = {}
     left_over, left_out = [], []
     for tensor in adapter.other_names:
         module = _find(split_module(tensor)[0], known, renamed)
@@ -60,6 +63,8 @@ def plan_peft_part(model: nn.Module, adapter: Adapter, scope: str) -> PeftPart:
             left_over.append(tensor)
         elif scope == "attention" and module.rpartition(".")[2] in MOE_TARGETS:
             left_out.append(tensor)
+        elif _is_bare_router(model.get_submodule(module)):
+            routers.setdefault(module, []).append(tensor)
         else:
             modules.setdefault(module, []).append(tensor)
     if left_over:
@@ -71,7 +76,7 @@ def plan_peft_part(model: nn.Module, adapter: Adapter, scope: str) -> PeftPart:
     original = adapter.settings.target_modules
     bare = original if isinstance(original, list) else sorted({module.rpartition(".")[2] for module in modules})
     filtered = [target for target in bare if target.rpartition(".")[2] not in MOE_TARGETS]
-    return PeftPart(modules, _targets(modules, known), filtered, left_out)
+    return PeftPart(modules, _targets(modules, known), filtered, left_out, routers)
 
 
 def check_peft_part(model: nn.Module, adapter: Adapter) -> None:
@@ -80,7 +85,10 @@ def check_peft_part(model: nn.Module, adapter: Adapter) -> None:
     Raises:
         KTAdapterError: As :func:`plan_peft_part`, or a tensor has not the size of the weight it changes.
     """
-    _check_shapes(model, adapter, plan_peft_part(model, adapter, "all").modules)
+    part = plan_peft_part(model, adapter, "all")
+    _check_shapes(model, adapter, part.modules)
+    for module, tensors in part.routers.items():
+        _router_delta(model, adapter, module, tensors, read=False)
 
 
 def _renamings(model: Any) -> list[Any]:
@@ -123,6 +131,7 @@ def apply_peft_part(model: nn.Module, adapter: Adapter, part: PeftPart, name: st
     Raises:
         KTAdapterError: PEFT cannot wrap a module, wants a tensor the file does not have, or leaves one of ours unused.
     """
+    _add_to_routers(model, adapter, part)
     if not part.modules:
         return model
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel
@@ -162,6 +171,51 @@ def apply_peft_part(model: nn.Module, adapter: Adapter, part: PeftPart, name: st
         )
     wrapped: nn.Module = peft_model.eval()
     return wrapped
+
+
+def _is_bare_router(module: nn.Module) -> bool:
+    """transformers 5's top-k routers hold their weight as a bare parameter [E, H], which PEFT 0.18 cannot wrap."""
+    weight = getattr(module, "weight", None)
+    return not isinstance(module, nn.Linear | nn.Embedding) and isinstance(weight, nn.Parameter) and weight.dim() == 2
+
+
+def _router_delta(
+    model: nn.Module, adapter: Adapter, module: str, tensors: list[str], read: bool = True
+) -> torch.Tensor | None:
+    """``scaling * B @ A`` of one router, float32 [E, H].
+
+    Raises:
+        KTAdapterError: It is not one LoRA pair of the router's size.
+    """
+    halves = {split_module(tensor)[1]: tensor for tensor in tensors}
+    weight: torch.Tensor = model.get_submodule(module).weight  # type: ignore[assignment]
+    if set(halves) != {"lora_A.weight", "lora_B.weight"} or adapter.settings.use_dora:
+        raise KTAdapterError(
+            f"{adapter.store.path}: the router {module} has {name_some(tensors)}; only a LoRA pair without DoRA and bias can "
+            "be applied to it."
+        )
+    a, b = (adapter.store.infos[halves[name]].shape for name in ("lora_A.weight", "lora_B.weight"))
+    if (b[0], a[1]) != tuple(weight.shape) or a[0] != b[1]:
+        raise KTAdapterError(
+            f"{adapter.store.path}: LoRA of {a} and {b} for the router {module}, whose weight is {tuple(weight.shape)}."
+        )
+    if not read:
+        return None
+    scaling = adapter.settings.scaling(module, a[0])
+    return scaling * (adapter.read(halves["lora_B.weight"]).float() @ adapter.read(halves["lora_A.weight"]).float())
+
+
+@torch.no_grad()
+def _add_to_routers(model: nn.Module, adapter: Adapter, part: PeftPart) -> None:
+    deltas = {module: _router_delta(model, adapter, module, tensors) for module, tensors in part.routers.items()}
+    for module, delta in deltas.items():
+        weight: torch.Tensor = model.get_submodule(module).weight  # type: ignore[assignment]
+        weight.copy_((weight.float() + delta.to(weight.device)).to(weight.dtype))  # type: ignore[union-attr]
+    if deltas:
+        logger.info(
+            "Added the LoRA of %d routers to their weights (PEFT cannot wrap them), rounded to %s",
+            len(deltas), str(weight.dtype).removeprefix("torch."),
+        )  # fmt: skip
 
 
 def _check_shapes(model: nn.Module, adapter: Adapter, modules: dict[str, list[str]]) -> None:

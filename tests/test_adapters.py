@@ -294,20 +294,6 @@ def test_adapter_without_experts_is_no_error(tmp_path):
     assert adapter.layers == [] and adapter.expert_names == [] and adapter.other_names
 
 
-@pytest.mark.parametrize("file", ["fused_expert_lora.safetensors", "moe_lora.pt"])
-def test_expert_files_that_are_not_read_yet_are_not_dropped_either(tmp_path, file):
-    directory = broken(tmp_path)
-    (directory / file).write_bytes(b"")
-    with pytest.raises(KTAdapterError, match=f"{file}.*not supported yet"):
-        open_adapter(directory)
-
-
-def test_target_parameters_are_named_as_such(tmp_path):
-    directory = broken(tmp_path, target_parameters=["mlp.experts.gate_up_proj"])
-    with pytest.raises(KTAdapterError, match=r"target_parameters .* is not supported yet"):
-        open_adapter(directory)
-
-
 def test_paths(tmp_path, monkeypatch):
     directory = broken(tmp_path)
     assert locate_adapter(str(directory)) == directory

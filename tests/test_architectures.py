@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import needs_kernel
 from llamafactory.chat import ChatModel
-from tiny import ARCHITECTURES, make_adapter, make_model, merged_float32, rel
+from tiny import ARCHITECTURES, make_adapter, make_model, merged_float32, per_token, rel
 
 from llamafactory_kt import KTExpertsConfig, apply_adapter, load_moe_lora_from_adapter
 
@@ -33,13 +33,6 @@ def models(tmp_path_factory):
 def logits(model, ids: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         return model(input_ids=ids).logits.float()
-
-
-def per_token(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Three quarters of the tokens have a smaller relative error than this. The rest may hold the tokens whose router
-    decided a tie the other way, in stock bfloat16 as well as here; one wrong expert of six touches half the tokens."""
-    errors = (found - wanted).flatten(0, 1).norm(dim=-1) / wanted.flatten(0, 1).norm(dim=-1)
-    return float(errors.quantile(0.75))
 
 
 def inputs(seed: int = 3) -> list[torch.Tensor]:

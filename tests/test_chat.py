@@ -96,7 +96,7 @@ def test_debug_block_and_overrides_on_the_command_line(tmp_path, demo):
     assert result.returncode == 0, result.stderr
     block = result.stdout.split("DEBUG: Model structure after loading")[1]
     assert "KT MoE LoRA layers: [1, 2, 3]" in block
-    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight: (8, 128)" in block
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight: torch.Size([8, 128])" in block
     assert "PEFT config: {'default': LoraConfig(" in block and "gate_proj" not in block
     assert "kt_lora_scope: attention leaves out 24 of the adapter's 200 tensors" in result.stdout
 

@@ -6,15 +6,18 @@ Knows safetensors, torch and PEFT's configuration; never a model and never kt-ke
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from ..errors import KTAdapterError, KTPathError
+from ..errors import KTPathError
 from .adapter import Adapter, ExpertsShape
-from .config import LoraSettings
+from .config import CONFIG, LoraSettings
 from .expert_lora import ExpertLora
 from .location import locate_adapter, looks_local
 from .per_expert import PerExpertAdapter
+from .stacked import BUNDLE, MOE_LORA, StackedAdapter, open_bundle, open_moe_lora
 from .store import open_store
+from .target_parameters import TargetParametersAdapter, is_target_parameters
 
 __all__ = [
     "Adapter",
@@ -22,28 +25,50 @@ __all__ = [
     "ExpertsShape",
     "LoraSettings",
     "PerExpertAdapter",
+    "StackedAdapter",
+    "TargetParametersAdapter",
     "locate_adapter",
     "looks_local",
     "open_adapter",
 ]
 
-_EXPERT_FILES = ("fused_expert_lora.safetensors", "moe_lora.pt")
+logger = logging.getLogger(__name__)
 
 
-def open_adapter(directory: str | Path) -> Adapter:
-    """Open a local adapter directory by its headers.
+def open_adapter(directory: str | Path | None, moe_lora: str | Path | None = None) -> Adapter:
+    """Open a local adapter by its headers, whatever its layout.
+
+    Args:
+        directory: the adapter's directory; None with ``moe_lora`` alone.
+        moe_lora: a ``moe_lora.pt`` with the routed experts' part, beside a directory without one.
 
     Raises:
-        KTPathError: There is no such directory.
+        KTPathError: There is no such directory or file.
         KTAdapterError: The configuration or a tensor file is missing, damaged, or of a layout that is not supported.
     """
+    if moe_lora is not None and not Path(moe_lora).is_file():
+        raise KTPathError(f"{moe_lora} does not exist or is not a file.")
+    if directory is None:
+        if moe_lora is None:
+            raise KTPathError("No adapter was given.")
+        return open_moe_lora(Path(moe_lora), None, None)
     directory = Path(directory)
     if not directory.is_dir():
         raise KTPathError(f"{directory} does not exist or is not a directory.")
-    if found := [name for name in _EXPERT_FILES if (directory / name).exists()]:
-        raise KTAdapterError(
-            f"{directory} holds {', '.join(found)}: routed-expert LoRA in a file of its own, which is not supported yet. "
-            "Nothing is dropped silently, so the rest of the adapter is not loaded either."
-        )
+    beside = directory / MOE_LORA
+    if moe_lora is None and beside.is_file() and not (directory / CONFIG).is_file():
+        return open_moe_lora(beside, directory, None)
     settings = LoraSettings.read(directory)
-    return PerExpertAdapter(directory, settings, open_store(directory))
+    if moe_lora is not None:
+        return open_moe_lora(Path(moe_lora), directory, settings)
+    if (directory / BUNDLE).is_file():
+        return open_bundle(directory, settings)
+    store = open_store(directory)
+    if is_target_parameters(store):
+        return TargetParametersAdapter(directory, settings, store)
+    adapter = PerExpertAdapter(directory, settings, store)
+    if beside.is_file():
+        if not adapter.layers:
+            return open_moe_lora(beside, directory, settings)
+        logger.warning("%s is not used: %s holds the experts' LoRA already.", beside, store.path.name)
+    return adapter

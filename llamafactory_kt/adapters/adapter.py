@@ -46,6 +46,30 @@ class Adapter(ABC):
         """Tensors of routed experts, in file order."""
 
     @property
+    def expert_file(self) -> Path:
+        """The file the routed experts' tensors are in."""
+        return self.store.path
+
+    @property
+    def trained_for(self) -> str:
+        """A sentence with the model the adapter says it was trained for, to end a message with."""
+        base = self.settings.raw.get("base_model_name_or_path")
+        return f" The adapter was trained for {base}." if base else ""
+
+    def require_layer(self, layer: int, shapes: Mapping[int, ExpertsShape]) -> ExpertsShape:
+        """The model's experts in a layer.
+
+        Raises:
+            KTAdapterError: It has none there.
+        """
+        if layer not in shapes:
+            raise KTAdapterError(
+                f"{self.expert_file}: layer {layer} has expert LoRA, but the model's layers with routed experts are "
+                f"{name_some(sorted(shapes), 4)}.{self.trained_for}"
+            )
+        return shapes[layer]
+
+    @property
     @abstractmethod
     def layers(self) -> list[int]:
         """Layers with routed-expert LoRA, ascending."""

@@ -56,11 +56,6 @@ class PerExpertAdapter(Adapter):
         self._warn_of_ranks()
 
     def _refuse_unknown(self, names: list[str]) -> None:
-        if self.settings.raw.get("target_parameters"):
-            raise KTAdapterError(
-                f"{self.settings.path}: target_parameters {self.settings.raw['target_parameters']} (LoRA on fused expert "
-                "weights) is not supported yet."
-            )
         if names:
             raise KTAdapterError(
                 f"{self.store.path}: {len(names)} tensors sit on routed experts but are not LoRA A/B pairs, first "
@@ -120,24 +115,19 @@ class PerExpertAdapter(Adapter):
         yield from sorted(self._layers[layer].items(), key=lambda item: (item[0][0], PROJECTIONS.index(item[0][1])))
 
     def check_fits(self, shapes: Mapping[int, ExpertsShape]) -> None:
-        base = self.settings.raw.get("base_model_name_or_path")
-        trained = f" The adapter was trained for {base}." if base else ""
         for layer in self.layers:
-            if layer not in shapes:
-                raise KTAdapterError(
-                    f"{self.store.path}: layer {layer} has expert LoRA, but the model's layers with routed experts are "
-                    f"{name_some(sorted(shapes), 4)}.{trained}"
-                )
-            shape = shapes[layer]
+            shape = self.require_layer(layer, shapes)
             for (expert, projection), (a, b) in self._sorted(layer):
                 place = f"{self.store.path}: layer {layer}, expert {expert}, {projection}_proj"
                 if expert >= shape.num_experts:
-                    raise KTAdapterError(f"{place}: the model has {shape.num_experts} experts in this layer.{trained}")
+                    raise KTAdapterError(
+                        f"{place}: the model has {shape.num_experts} experts in this layer.{self.trained_for}"
+                    )
                 found = self.store.infos[b].shape[0], self.store.infos[a].shape[1]
                 if found != shape.projection(projection):
                     out, size = shape.projection(projection)
                     raise KTAdapterError(
-                        f"{place}: LoRA for a weight of {found[0]} x {found[1]}, the model's is {out} x {size}.{trained}"
+                        f"{place}: LoRA for a weight of {found[0]} x {found[1]}, the model's is {out} x {size}.{self.trained_for}"
                     )
 
     def read_layer(self, layer: int, shape: ExpertsShape) -> ExpertLora:

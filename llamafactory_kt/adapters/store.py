@@ -80,20 +80,60 @@ class PickledStore:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise KTAdapterError(
                 f"{path} cannot be read safely ({reason}). Pickled files may hold code, so only plain tensors are "
                 "accepted: save the adapter as safetensors with PEFT's save_pretrained."
             ) from error
-        if not isinstance(self._tensors, dict) or not all(isinstance(t, torch.Tensor) for t in self._tensors.values()):
-            raise KTAdapterError(f"{path} must hold a dictionary of named tensors and nothing else.")
+        tensors = self._named(content)
+        if tensors is None or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise KTAdapterError(f"{path} must hold named tensors and nothing else; it has another structure.")
+        self._tensors = tensors
         self.infos = {name: TensorInfo(tuple(t.shape), path) for name, t in self._tensors.items()}
 
+    def _named(self, content: Any) -> dict[str, torch.Tensor] | None:
+        return content if isinstance(content, dict) else None
+
     def read(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._tensors[name]
-        return tensor
+        return self._tensors[name]
+
+
+class NestedPickledStore(PickledStore):
+    """``{"metadata": {...}, group: {name: tensor}}``, as converters for SGLang write it; tensors are ``group.name``.
+
+    Raises:
+        KTAdapterError: The file is damaged, or of another structure.
+    """
+
+    metadata: dict[str, Any]
+
+    def _named(self, content: Any) -> dict[str, torch.Tensor] | None:
+        if not isinstance(content, dict) or not isinstance(content.get("metadata"), dict):
+            return None
+        self.metadata = content["metadata"]
+        groups = {key: value for key, value in content.items() if key != "metadata"}
+        if not all(isinstance(group, dict) for group in groups.values()):
+            return None
+        return {f"{key}.{name}": tensor for key, group in groups.items() for name, tensor in group.items()}
+
+
+class CombinedStore:
+    """Several stores as one; messages name the first one's file."""
+
+    def __init__(self, *stores: TensorStore):
+        self.path = stores[0].path
+        self._stores = {name: store for store in stores for name in store.infos}
+        self.infos = {name: store.infos[name] for name, store in self._stores.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._stores[name].read(name)
+
+
+def has_store(directory: Path) -> bool:
+    """Whether an adapter directory holds a file :func:`open_store` would open."""
+    return any((directory / name).is_file() for name in (SAFETENSORS, INDEX, PICKLED))
 
 
 def open_store(directory: Path) -> TensorStore:

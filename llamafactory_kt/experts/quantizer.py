@@ -52,7 +52,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             raise KTModelError(f"{type(model).__name__}: experts are read from checkpoint files, and there are none.")
         checkpoint = ExpertsCheckpoint(model, experts, checkpoint_files)
         shapes = {module.layer: module.shape for module in experts}
-        adapter = open_adapter(config.adapter) if config.adapter else None
+        adapter = open_adapter(config.adapter, config.moe_lora) if config.adapter or config.moe_lora else None
         if adapter is not None:
             adapter.check_fits(shapes)
             check_peft_part(model, adapter)

@@ -7,6 +7,7 @@ Knows safetensors, torch and PEFT's configuration; never a model and never kt-ke
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 
 from ..errors import KTPathError
@@ -16,7 +17,7 @@ from .expert_lora import ExpertLora
 from .location import locate_adapter, looks_local
 from .per_expert import PerExpertAdapter
 from .stacked import BUNDLE, MOE_LORA, StackedAdapter, open_bundle, open_moe_lora
-from .store import open_store
+from .store import PickledStore, SafetensorsStore, open_store
 from .target_parameters import TargetParametersAdapter, is_target_parameters
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "locate_adapter",
     "looks_local",
     "open_adapter",
+    "open_files",
 ]
 
 logger = logging.getLogger(__name__)
@@ -72,3 +74,29 @@ def open_adapter(directory: str | Path | None, moe_lora: str | Path | None = Non
             return open_moe_lora(beside, directory, settings)
         logger.warning("%s is not used: %s holds the experts' LoRA already.", beside, store.path.name)
     return adapter
+
+
+def open_files(tensors: Path, config: Path | None, lora_alpha: float) -> Adapter:
+    """Open a tensor file and a configuration wherever they are; for converters.
+
+    Args:
+        tensors: an ``adapter_model.safetensors`` (or ``.bin``), or a ``moe_lora.pt``.
+        config: ``adapter_config.json``, or None: then the rank is the tensors' and alpha is ``lora_alpha``.
+
+    Raises:
+        KTAdapterError: A file is damaged or of a layout that is not supported.
+    """
+    if tensors.suffix == ".pt":
+        return open_moe_lora(tensors, None, None)
+    if tensors.name == BUNDLE:
+        return open_bundle(tensors.parent, LoraSettings.read_file(config or tensors.with_name(CONFIG)))
+    store = PickledStore(tensors) if tensors.suffix == ".bin" else SafetensorsStore(tensors)
+    if config is not None:
+        settings = LoraSettings.read_file(config)
+    else:
+        ranks = Counter(info.shape[0] for name, info in store.infos.items() if ".lora_A." in name and info.shape)
+        rank = ranks.most_common(1)[0][0] if ranks else 8
+        settings = LoraSettings(path=tensors, r=rank, lora_alpha=lora_alpha, raw={"r": rank, "lora_alpha": lora_alpha})
+    if is_target_parameters(store):
+        return TargetParametersAdapter(tensors.parent, settings, store)
+    return PerExpertAdapter(tensors.parent, settings, store)

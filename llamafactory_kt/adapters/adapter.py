@@ -83,6 +83,14 @@ class Adapter(ABC):
         """The scaling most of the layer's experts share."""
 
     @abstractmethod
+    def own_shapes(self) -> dict[int, ExpertsShape]:
+        """The experts per layer as far as the adapter itself tells: what it was trained for, without a model.
+
+        Raises:
+            KTAdapterError: Its tensors do not tell.
+        """
+
+    @abstractmethod
     def check_fits(self, shapes: Mapping[int, ExpertsShape]) -> None:
         """Compare with the experts of a model, given per layer index.
 

@@ -31,12 +31,16 @@ class LoraSettings:
 
     @classmethod
     def read(cls, directory: Path) -> LoraSettings:
-        """Read ``adapter_config.json``.
+        """Read ``adapter_config.json`` of a directory; see :meth:`read_file`."""
+        return cls.read_file(directory / CONFIG)
+
+    @classmethod
+    def read_file(cls, path: Path) -> LoraSettings:
+        """Read an adapter's configuration.
 
         Raises:
             KTAdapterError: It is missing, is not JSON, is not of a LoRA, or a value has another type than PEFT gives it.
         """
-        path = directory / CONFIG
         if not path.is_file():
             raise KTAdapterError(f"{path} is missing: rank and lora_alpha of the adapter are unknown without it.")
         try:

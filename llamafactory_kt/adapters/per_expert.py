@@ -114,6 +114,24 @@ class PerExpertAdapter(Adapter):
     def _sorted(self, layer: int) -> Iterator[tuple[_Place, tuple[str, str]]]:
         yield from sorted(self._layers[layer].items(), key=lambda item: (item[0][0], PROJECTIONS.index(item[0][1])))
 
+    def own_shapes(self) -> dict[int, ExpertsShape]:
+        experts = 1 + max((place[0] for pairs in self._layers.values() for place in pairs), default=-1)
+        shapes = {}
+        for layer, pairs in self._layers.items():
+            sizes: dict[str, set[int]] = {"hidden_size": set(), "moe_intermediate_size": set()}
+            for (_, projection), (a, b) in pairs.items():
+                out, size = self.store.infos[b].shape[0], self.store.infos[a].shape[1]
+                sizes["hidden_size"].add(out if projection == "down" else size)
+                sizes["moe_intermediate_size"].add(size if projection == "down" else out)
+            for name, found in sizes.items():
+                if len(found) > 1:
+                    raise KTAdapterError(
+                        f"{self.store.path}: Shape mismatch in layer {layer}: its experts' LoRA was made for {name} "
+                        f"{' and '.join(map(str, sorted(found)))}."
+                    )
+            shapes[layer] = ExpertsShape(experts, *(found.pop() for found in sizes.values()))
+        return shapes
+
     def check_fits(self, shapes: Mapping[int, ExpertsShape]) -> None:
         for layer in self.layers:
             shape = self.require_layer(layer, shapes)

@@ -98,6 +98,14 @@ class StackedAdapter(Adapter):
     def scaling(self, layer: int) -> float:
         return self._scaling
 
+    def own_shapes(self) -> dict[int, ExpertsShape]:
+        shapes = {}
+        for layer, names in self._names.items():
+            experts, _, intermediate = self._shape(names["down", "a"])
+            shapes[layer] = ExpertsShape(experts, self._shape(names["down", "b"])[1], intermediate)
+        self.check_fits(shapes)
+        return shapes
+
     def check_fits(self, shapes: Mapping[int, ExpertsShape]) -> None:
         for layer in self.layers:
             shape = self.require_layer(layer, shapes)
@@ -185,6 +193,6 @@ def open_moe_lora(file: Path, directory: Path | None, settings: LoraSettings | N
     rank, alpha = metadata.get("lora_rank"), metadata.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise KTAdapterError(f"{file}: metadata must give lora_rank and lora_alpha, found {metadata}.")
-    settings = settings or LoraSettings(path=file, r=rank, lora_alpha=alpha)
+    settings = settings or LoraSettings(path=file, r=rank, lora_alpha=alpha, raw={"r": rank, "lora_alpha": alpha})
     store = CombinedStore(open_store(directory), experts) if directory is not None and has_store(directory) else experts
     return StackedAdapter(directory or file.parent, settings, store, experts, alpha / rank, "moe_lora.pt")

@@ -151,6 +151,29 @@ class TargetParametersAdapter(Adapter):
             )
         return (int(version[1]), int(version[2])) >= (0, 19)
 
+    def own_shapes(self) -> dict[int, ExpertsShape]:
+        shapes = {}
+        for layer, pairs in self._pairs.items():
+            ranks = {rank for rank, _ in self._expected(layer)}
+            experts = {self.store.infos[pair.a].shape[0] / rank for pair in pairs for rank in ranks}
+            sizes = [(self.store.infos[p.a].shape[1], self.store.infos[p.b].shape[0]) for p in pairs]
+            # gate_up_proj has the sizes 2I and H, down_proj I and H: with both, only one reading fits.
+            fits = {
+                (hidden, intermediate)
+                for hidden in set(sum(sizes, ()))
+                for intermediate in set(sum(sizes, ()))
+                if len(sizes) == 2
+                and {frozenset((2 * intermediate, hidden)), frozenset((intermediate, hidden))}
+                == set(map(frozenset, sizes))
+            }
+            if len(experts) != 1 or len(fits) != 1:
+                raise KTAdapterError(
+                    f"{self.store.path}: the LoRA of layer {layer} does not tell the number and sizes of the experts; a model "
+                    "is needed to read it."
+                )
+            shapes[layer] = ExpertsShape(int(experts.pop()), *fits.pop())
+        return shapes
+
     def check_fits(self, shapes: Mapping[int, ExpertsShape]) -> None:
         for layer in self.layers:
             for found in self._understand(layer, self.require_layer(layer, shapes)):

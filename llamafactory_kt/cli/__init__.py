@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import typer
 
 from .._version import __version__
+from ..errors import KTError
+from .convert import convert
 from .demo import demo
 
 app = typer.Typer(
@@ -31,9 +36,16 @@ def _root(
     """MoE chats with the routed experts on the CPU, for stock LLaMA-Factory."""
 
 
+app.command()(convert)
 app.command()(demo)
 
 
 def main() -> None:
-    """Entry point of the command line."""
-    app()
+    """Entry point of the command line: errors are one paragraph, with LLAMAFACTORY_KT_DEBUG=1 a traceback."""
+    try:
+        app()
+    except KTError as error:
+        if os.environ.get("LLAMAFACTORY_KT_DEBUG", "") not in ("", "0"):
+            raise
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,81 @@
+"""Bringing an adapter into the form most layouts ask for: one rank and one alpha for all routed experts."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import KTAdapterError
+from .adapter import Adapter, ExpertsShape
+from .keys import PROJECTIONS
+
+logger = logging.getLogger(__name__)
+
+Layer = dict[str, torch.Tensor]
+"""``gate_lora_a`` [E, r, H], ``gate_lora_b`` [E, I, r], and the same for up and down (a [E, r, I], b [E, H, r])"""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """An adapter's routed experts with one rank and one scaling, ``lora_alpha / lora_rank``, read layer by layer."""
+
+    adapter: Adapter
+    shapes: dict[int, ExpertsShape]
+    lora_rank: int
+    lora_alpha: float
+
+    @classmethod
+    def of(cls, adapter: Adapter, shapes: dict[int, ExpertsShape] | None = None) -> Uniform:
+        """Choose the largest rank, and the scaling that most layers share.
+
+        Raises:
+            KTAdapterError: The adapter does not tell its experts' sizes, or it does not fit ``shapes``.
+        """
+        shapes = shapes or adapter.own_shapes()
+        adapter.check_fits(shapes)
+        rank = max(adapter.rank(layer) for layer in adapter.layers)
+        scaling = Counter(adapter.scaling(layer) for layer in adapter.layers).most_common(1)[0][0]
+        alpha = scaling * rank
+        return cls(adapter, shapes, rank, float(round(alpha)) if abs(alpha - round(alpha)) < 1e-9 else alpha)
+
+    @property
+    def num_experts(self) -> int:
+        return max(shape.num_experts for shape in self.shapes.values())
+
+    @property
+    def num_layers(self) -> int:
+        """One more than the highest layer with expert LoRA, as the converter for SGLang counts."""
+        return max(self.adapter.layers) + 1
+
+    def layers(self) -> Iterator[tuple[int, Layer]]:
+        """Each layer's six stacked tensors, in the adapter's dtype.
+
+        A scaling other than the common one is folded into B; where the dtype cannot hold the product, that B is float32.
+        """
+        common, folded = self.lora_alpha / self.lora_rank, 0
+        for number in self.adapter.layers:
+            lora = self.adapter.read_layer(number, self.shapes[number])
+            tensors: Layer = {}
+            b = lora.folded(common)
+            for projection in PROJECTIONS:
+                same = bool((lora.scaling[projection] == common).all())
+                value = lora.b[projection] if same else b[projection]
+                if not same:
+                    folded += 1
+                    narrow = value.to(lora.b[projection].dtype)
+                    value = narrow if torch.equal(narrow.float(), value) else value
+                extra = self.lora_rank - lora.rank
+                tensors[f"{projection}_lora_a"] = torch.nn.functional.pad(lora.a[projection], (0, 0, 0, extra))
+                tensors[f"{projection}_lora_b"] = torch.nn.functional.pad(value, (0, extra)).contiguous()
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+                raise KTAdapterError(f"{self.adapter.expert_file}: layer {number} holds NaN or Inf.")
+            yield number, tensors
+        if folded:
+            logger.warning(
+                "%d of %d projections had another scaling than %g; it was folded into their B.",
+                folded, 3 * len(self.adapter.layers), common,
+            )  # fmt: skip

@@ -46,7 +46,7 @@ def convert_peft_to_kt_format(
             other name is a directory of the given ``format``.
         lora_alpha: alpha where no configuration gives one (default 32). A configuration that says otherwise wins.
         config_path: ``adapter_config.json``; by default the one beside the input.
-        format: for a directory: ``peft``, ``kt-bundle`` or ``sglang``.
+        format: for a directory: ``peft``, ``kt-bundle``, ``sglang`` or ``sglang-merged``.
 
     Returns:
         ``status`` (``success``, or ``skipped`` where there is no expert LoRA), ``num_layers``, ``num_experts``,

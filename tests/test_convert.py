@@ -85,7 +85,9 @@ def test_moe_lora_pt(tmp_path, model, adapter, caplog):
 
 
 @pytest.mark.parametrize("naming", ["A", "B"])
-@pytest.mark.parametrize("target", ["moe_lora.pt", "stacked.safetensors", "peft", "kt-bundle", "sglang"])
+@pytest.mark.parametrize(
+    "target", ["moe_lora.pt", "stacked.safetensors", "peft", "kt-bundle", "sglang", "sglang-merged"]
+)
 def test_round_trips_are_exact(tmp_path, model, naming, target):
     source = make_adapter(tmp_path / "source", model, rank=4, alpha=12, naming=naming)
     output = tmp_path / target
@@ -130,9 +132,12 @@ def test_patterns_and_rslora_are_folded_in(tmp_path, model):
     result = convert_peft_to_kt_format(source, tmp_path / "peft", format="peft")
     assert result["status"] == "success"
     assert rel(logits(model, tmp_path / "peft"), wanted) < 2e-5
+    convert_peft_to_kt_format(source, tmp_path / "merged", format="sglang-merged")
+    assert json.loads((tmp_path / "merged" / "adapter_config.json").read_text())["use_rslora"] is False
+    assert rel(logits(model, tmp_path / "merged"), wanted) < 2e-5
     with pytest.raises(KTAdapterError, match=r"one rank and one alpha for experts and the rest.*with rsLoRA"):
         convert_peft_to_kt_format(source, tmp_path / "bundle", format="kt-bundle")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["peft", "source"], "no output, not even a part"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "peft", "source"], "no output, not even a part"
 
 
 @pytest.mark.parametrize("source", ["qwen3_moe-tiny-kt-bundle", "qwen3_moe-tiny-target-parameters"])
@@ -142,25 +147,25 @@ def test_adapters_of_other_tools_into_peft(tmp_path, source):
     assert rel(logits(base, tmp_path / "peft"), logits(base, DATA / source)) < 2e-5
 
 
-def test_sglang_directory_equals_kt_kernels_own_converter(tmp_path):
-    """kt-kernel's converter of its bundles for SGLang: the experts' tensors, one by one."""
-    pytest.importorskip("kt_kernel.sft.convert_kt_to_sglang_adapter")
-    merged = tmp_path / "theirs"
-    command = [sys.executable, "-m", "kt_kernel.sft.convert_kt_to_sglang_adapter"]
-    usage = subprocess.run([*command, "--help"], capture_output=True, text=True).stdout
-    arguments = ["--input", DATA / "qwen3_moe-tiny-kt-bundle", "--output", merged]
-    if "--input" not in usage:
-        pytest.skip(f"kt-kernel's converter takes other arguments: {usage.splitlines()[:1]}")
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"kt-kernel's converter refuses the bundle: {done.stderr.splitlines()[-1:]}")
-    convert_peft_to_kt_format(DATA / "qwen3_moe-tiny-kt-bundle", tmp_path / "ours", format="sglang")
-    ours = load_file(tmp_path / "ours" / "adapter_model.safetensors")
-    theirs = {
-        k.removeprefix("base_model.model."): v for f in merged.rglob("*.safetensors") for k, v in load_file(f).items()
-    }
-    for name, tensor in ours.items():
-        assert torch.equal(theirs[name], tensor)
+def test_sglang_directories_equal_those_of_kt_kernels_own_converter(tmp_path):
+    """kt-kernel's converter of its bundles for SGLang: expert-only and merged, tensor by tensor."""
+    bundle = DATA / "qwen3_moe-tiny-kt-bundle"
+    command = [sys.executable, "-m", "kt_kernel.sft.convert_kt_to_sglang_adapter", "--base-model-name-or-path", "base"]
+    subprocess.run(
+        [*command, "--expert-output-dir", tmp_path / "experts", bundle, tmp_path / "merged"],
+        check=True,
+        capture_output=True,
+    )
+    for theirs, format in (("experts", "sglang"), ("merged", "sglang-merged")):
+        convert_peft_to_kt_format(bundle, tmp_path / format, format=format)
+        found, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in (format, theirs))
+        short = {n.removeprefix("base_model.model."): t for n, t in found.items()}
+        assert short.keys() == {n.removeprefix("base_model.model.") for n in wanted}
+        for name, tensor in wanted.items():
+            assert torch.equal(short[name.removeprefix("base_model.model.")], tensor), name
+        configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in (format, theirs)]
+        assert all(configs[0][key] == configs[1][key] for key in ("r", "lora_alpha"))
+        assert set(configs[0]["target_modules"]) == set(configs[1]["target_modules"])
 
 
 def test_adapter_without_experts_is_skipped(tmp_path, model, caplog):
@@ -208,7 +213,7 @@ def test_errors_leave_no_output(tmp_path, adapter, change, message):
 
 
 def test_outputs_that_do_not_go_together(tmp_path, adapter):
-    with pytest.raises(KTConfigError, match="--format must be one of peft, kt-bundle, sglang"):
+    with pytest.raises(KTConfigError, match="--format must be one of peft, kt-bundle, sglang, sglang-merged"):
         convert_peft_to_kt_format(adapter, tmp_path / "directory")
     with pytest.raises(KTConfigError, match="is a file's name"):
         convert_peft_to_kt_format(adapter, tmp_path / "o.pt", format="peft")

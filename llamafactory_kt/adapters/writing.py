@@ -9,13 +9,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from ..errors import KTAdapterError
+from ..errors import KTAdapterError, name_some
 from .adapter import Adapter
 from .config import CONFIG
 from .keys import PEFT_PREFIX, PROJECTIONS, split_module
@@ -194,8 +195,54 @@ def write_sglang(uniform: Uniform, path: Path) -> None:
         _write_directory(temporary, {SAFETENSORS: _per_expert(uniform, "")}, _expert_config(uniform))
 
 
+def write_sglang_merged(uniform: Uniform, path: Path) -> None:
+    """Experts and the rest in one directory with one rank and one alpha: SGLang knows no patterns and no rsLoRA, so the
+    rest is padded to the same rank and its scaling folded into B.
+
+    Raises:
+        KTAdapterError: There is no other tensor, or one that is not half of a LoRA pair (DoRA, biases, saved modules).
+    """
+    adapter, rank = uniform.adapter, uniform.lora_rank
+    pairs: dict[str, dict[str, str]] = {}
+    for name in adapter.other_names:
+        module, part = split_module(name)
+        pairs.setdefault(module, {})[part] = name
+    halves = {"lora_A.weight", "lora_B.weight"}
+    wrong = [
+        name for parts in pairs.values() for part, name in parts.items() if set(parts) != halves or part not in halves
+    ]
+    if wrong or not pairs:
+        found = (
+            f"{len(wrong)} tensors that are not, first {name_some(wrong, 2)}" if wrong else "none besides the experts'"
+        )
+        raise KTAdapterError(
+            f"{adapter.store.path}: --format sglang-merged needs LoRA pairs besides the experts; found {found}."
+        )
+    ranks = {module: adapter.store.infos[parts["lora_A.weight"]].shape[0] for module, parts in pairs.items()}
+    if max(ranks.values()) > rank:
+        uniform = replace(
+            uniform, lora_rank=max(ranks.values()), lora_alpha=uniform.lora_alpha / rank * max(ranks.values())
+        )
+        rank = uniform.lora_rank
+    common = uniform.lora_alpha / rank
+    tensors = _per_expert(uniform, PEFT_PREFIX)
+    for module, parts in pairs.items():
+        a, b = adapter.read(parts["lora_A.weight"]), adapter.read(parts["lora_B.weight"])
+        factor = adapter.settings.scaling(module, a.shape[0]) / common
+        folded = b if factor == 1 else b.float() * factor
+        narrow = folded.to(b.dtype)
+        folded = narrow if torch.equal(narrow.float(), folded.float()) else folded
+        extra = rank - a.shape[0]
+        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, extra))
+        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = torch.nn.functional.pad(folded, (0, extra))
+    targets = sorted({module.rpartition(".")[2] for module in pairs} | set(EXPERT_TARGETS))
+    with replacing(path) as temporary:
+        _write_directory(temporary, {SAFETENSORS: tensors}, {**_expert_config(uniform), "target_modules": targets})
+
+
 WRITERS: dict[str, Callable[[Uniform, Path], None]] = {
     "peft": write_peft,
     "kt-bundle": write_bundle,
     "sglang": write_sglang,
+    "sglang-merged": write_sglang_merged,
 }

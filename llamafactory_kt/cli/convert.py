@@ -15,6 +15,7 @@ class Format(StrEnum):
     peft = "peft"
     kt_bundle = "kt-bundle"
     sglang = "sglang"
+    sglang_merged = "sglang-merged"
 
 
 def convert(

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft.utils.other import get_pattern_key
-
 from ..errors import KTAdapterError
 
 CONFIG = "adapter_config.json"
@@ -81,9 +79,17 @@ class LoraSettings:
 
     def expected_rank(self, module: str) -> int:
         """The rank PEFT gives the module: ``rank_pattern``'s, else ``r``."""
-        return int(self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.r))
+        return int(_match(self.rank_pattern, module, self.r))
 
     def scaling(self, module: str, rank: int) -> float:
         """``alpha / rank``, with rsLoRA ``alpha / sqrt(rank)`` (peft 0.18, ``LoraLayer.update_layer``)."""
-        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.lora_alpha)
+        alpha = _match(self.alpha_pattern, module, self.lora_alpha)
         return float(alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _match(pattern: dict[str, Any], module: str, default: float) -> float:
+    if not pattern:
+        return default
+    from peft.utils.other import get_pattern_key  # brings in all of transformers: not for adapters without patterns
+
+    return float(pattern.get(get_pattern_key(list(pattern), module), default))

@@ -214,14 +214,14 @@ def threadpool_count(args: KTArguments) -> int:
 
 
 def _check_paths(args: Any) -> list[str]:
-    from .adapters import looks_local
+    from .adapters import adapter_looks_local, looks_local
 
     missing = []
     model = args.model_name_or_path
     if looks_local(model) and not Path(model).expanduser().is_dir():
         missing.append(f"model_name_or_path: {model} does not exist or is not a directory.")
     for adapter in args.adapter_name_or_path or []:
-        if looks_local(adapter) and not Path(adapter).expanduser().exists():
+        if adapter_looks_local(adapter) and not Path(adapter).expanduser().exists():
             missing.append(f"adapter_name_or_path: {adapter} does not exist.")
     if isinstance(args.kt_moe_lora_path, str) and not Path(args.kt_moe_lora_path).expanduser().is_file():
         missing.append(f"kt_moe_lora_path: {args.kt_moe_lora_path} does not exist or is not a file.")

@@ -122,7 +122,7 @@ def apply_adapter(
             had begun.
         KTModelError: The model already carries an adapter.
     """
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "peft_config") or getattr(model, "_kt_adapter_applied", False):
         raise KTModelError(
             f"{type(model).__name__} already carries an adapter. Load the model again; to change the experts' part alone, "
             "call load_moe_lora_from_adapter."
@@ -133,12 +133,13 @@ def apply_adapter(
     _log_split(adapter, part)
     model = apply_peft_part(model, adapter, part)
     report = load_moe_lora_from_adapter(model, adapter)
+    model._kt_adapter_applied = True  # type: ignore[assignment]
     return model, replace(report, peft=len(part.tensors), left_out=len(part.left_out))
 
 
 def _log_split(adapter: Adapter, part: PeftPart) -> None:
     original = adapter.settings.target_modules
-    more = f" ({len(part.exact)} modules of shared experts and dense layers added by exact name)" if part.exact else ""
+    more = f" ({len(part.exact)} other modules added by exact name)" if part.exact else ""
     logger.info(
         "KT mode: Loading only Attention LoRA. Original targets: %s, Filtered: %s%s", original, part.filtered, more
     )

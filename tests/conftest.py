@@ -23,10 +23,13 @@ def demo() -> Path:
 
 @pytest.fixture
 def kt_log(caplog: pytest.LogCaptureFixture):
-    """caplog that sees the package's records even after LLaMA-Factory's handlers were adopted."""
+    """caplog that sees the package's records, once each, also after LLaMA-Factory's handlers were adopted."""
     logger = logging.getLogger("llamafactory_kt")
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     logger.addHandler(caplog.handler)
-    level, logger.level = logger.level, logging.INFO
     yield caplog
-    logger.level = level
     logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
+    logger.propagate = propagate

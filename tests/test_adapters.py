@@ -115,9 +115,9 @@ def test_scaling_follows_rslora_and_patterns(tmp_path):
     assert lora.scaling["up"].tolist() == [5.0, 1.5, 5.0, 5.0]
 
 
-def test_ranks_other_than_the_config_says_are_said_aloud(tmp_path, caplog):
+def test_ranks_other_than_the_config_says_are_said_aloud(tmp_path, kt_log):
     open_adapter(save(tmp_path, experts_tensors(lambda e, p: 3 if e else 2)))
-    assert "3 of 12 expert modules have another rank than adapter_config.json says" in caplog.text
+    assert "3 of 12 expert modules have another rank than adapter_config.json says" in kt_log.text
 
 
 def test_folding_is_exact_for_powers_of_two_and_rounds_once_otherwise(tmp_path):

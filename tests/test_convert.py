@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -38,9 +37,8 @@ def test_parse_moe_key():
     assert parse_moe_key("base_model.model.model.layers.1.mlp.shared_experts.gate_proj.lora_A.weight") is None
 
 
-def test_moe_lora_pt(tmp_path, model, adapter, caplog):
+def test_moe_lora_pt(tmp_path, model, adapter, kt_log):
     """Names, shapes and values of the output, against the tensors that went in; the log lines and the result."""
-    caplog.set_level(logging.INFO)
     file, config, output = (
         adapter / "adapter_model.safetensors",
         adapter / "adapter_config.json",
@@ -56,7 +54,7 @@ def test_moe_lora_pt(tmp_path, model, adapter, caplog):
         "total_keys": 72,
     }
     assert result == wanted
-    messages = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in kt_log.records]
     assert messages == [
         f"Loading adapter from: {file}", "Found 72 MoE expert LoRA keys", f"Saving to: {output}", f"Conversion complete: {wanted}",
     ]  # fmt: skip
@@ -168,23 +166,23 @@ def test_sglang_directories_equal_those_of_kt_kernels_own_converter(tmp_path):
         assert set(configs[0]["target_modules"]) == set(configs[1]["target_modules"])
 
 
-def test_adapter_without_experts_is_skipped(tmp_path, model, caplog):
+def test_adapter_without_experts_is_skipped(tmp_path, model, kt_log):
     source = make_adapter(tmp_path / "source", model, skip_layers=(0, 1, 2))
     result = convert_peft_to_kt_format(source, tmp_path / "moe_lora.pt")
     assert result["status"] == "skipped" and result["total_keys"] == 0
-    assert "No MoE expert LoRA keys found" in caplog.text and not (tmp_path / "moe_lora.pt").exists()
+    assert "No MoE expert LoRA keys found" in kt_log.text and not (tmp_path / "moe_lora.pt").exists()
 
 
-def test_where_alpha_comes_from(tmp_path, adapter, caplog):
+def test_where_alpha_comes_from(tmp_path, adapter, kt_log):
     file = adapter / "adapter_model.safetensors"
     output = tmp_path / "o.pt"
     assert convert_peft_to_kt_format(file, output)["lora_alpha"] == 12.0  # the config beside it
     assert convert_peft_to_kt_format(file, output, lora_alpha=16)["lora_alpha"] == 12.0
-    assert "lora_alpha 12 from" in caplog.text and "not 16 from the command line" in caplog.text
+    assert "lora_alpha 12 from" in kt_log.text and "not 16 from the command line" in kt_log.text
     (adapter / "adapter_config.json").unlink()
     assert convert_peft_to_kt_format(file, output, lora_alpha=16)["lora_alpha"] == 16.0
     assert convert_peft_to_kt_format(file, output)["lora_alpha"] == 32.0
-    assert "lora_alpha 32 is taken from the default" in caplog.text
+    assert "lora_alpha 32 is taken from the default" in kt_log.text
 
 
 def mismatch(tensors):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_adapter, make_model, moe_layers, per_token, rel, write_config
 from transformers import AutoModelForCausalLM
 
-from llamafactory_kt import KTAdapterError, KTExpertsConfig, KTPathError, apply_adapter
+from llamafactory_kt import KTAdapterError, KTExpertsConfig, KTModelError, KTPathError, apply_adapter
 from llamafactory_kt.adapters import ExpertsShape, open_adapter
 
 DATA = Path(__file__).parent / "data"
@@ -251,11 +251,28 @@ def test_moe_lora_that_is_something_else(tmp_path, monkeypatch, content):
     assert not (tmp_path / "hostile-code-was-run").exists()
 
 
-def test_experts_twice(tmp_path, caplog):
+def test_experts_given_twice_by_key(tmp_path):
+    with pytest.raises(KTAdapterError, match="was given twice"):
+        open_adapter(BUNDLE, moe_lora_of(BUNDLE, tmp_path / "experts.pt"))
+
+
+def test_an_adapter_that_touches_only_routers_is_applied_once(tmp_path):
+    adapter = copied(tmp_path)
+    (adapter / "kt_adapter_manifest.json").unlink()
+    file = adapter / "adapter_model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if ".mlp.gate." in n}, file)
+    model, report = ours(adapter)
+    assert report.total == report.experts + report.peft and not hasattr(model, "peft_config")
+    with pytest.raises(KTModelError, match="already carries an adapter"):
+        apply_adapter(model, adapter)
+
+
+def test_experts_twice(tmp_path, kt_log):
     base = make_model(tmp_path / "m", "qwen3_moe")
     adapter = make_adapter(tmp_path / "adapter", base)
     moe_lora_of(BUNDLE, adapter / "moe_lora.pt")
-    assert open_adapter(adapter).format == "per-expert LoRA tensors" and "moe_lora.pt is not used" in caplog.text
+    assert open_adapter(adapter).format == "per-expert LoRA tensors" and "moe_lora.pt is not used" in kt_log.text
+    assert open_adapter(BUNDLE).layers == [0, 1, 2]
     shutil.copy(BUNDLE / "fused_expert_lora.safetensors", adapter)
     with pytest.raises(KTAdapterError, match="holds routed-expert LoRA twice"):
         open_adapter(adapter)

@@ -10,14 +10,14 @@ import logging
 from collections import Counter
 from pathlib import Path
 
-from ..errors import KTPathError
+from ..errors import KTAdapterError, KTPathError
 from .adapter import Adapter, ExpertsShape
 from .config import CONFIG, LoraSettings
 from .expert_lora import ExpertLora
-from .location import locate_adapter, looks_local
+from .location import adapter_looks_local, locate_adapter, looks_local
 from .per_expert import PerExpertAdapter
 from .stacked import BUNDLE, MOE_LORA, StackedAdapter, open_bundle, open_moe_lora
-from .store import PickledStore, SafetensorsStore, open_store
+from .store import PickledStore, SafetensorsStore, has_store, open_store
 from .target_parameters import TargetParametersAdapter, is_target_parameters
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "PerExpertAdapter",
     "StackedAdapter",
     "TargetParametersAdapter",
+    "adapter_looks_local",
     "locate_adapter",
     "looks_local",
     "open_adapter",
@@ -58,21 +59,24 @@ def open_adapter(directory: str | Path | None, moe_lora: str | Path | None = Non
     if not directory.is_dir():
         raise KTPathError(f"{directory} does not exist or is not a directory.")
     beside = directory / MOE_LORA
-    if moe_lora is None and beside.is_file() and not (directory / CONFIG).is_file():
+    if moe_lora is None and beside.is_file() and not (directory / CONFIG).is_file() and not has_store(directory):
         return open_moe_lora(beside, directory, None)
     settings = LoraSettings.read(directory)
-    if moe_lora is not None:
-        return open_moe_lora(Path(moe_lora), directory, settings)
     if (directory / BUNDLE).is_file():
-        return open_bundle(directory, settings)
-    store = open_store(directory)
-    if is_target_parameters(store):
-        return TargetParametersAdapter(directory, settings, store)
-    adapter = PerExpertAdapter(directory, settings, store)
-    if beside.is_file():
-        if not adapter.layers:
-            return open_moe_lora(beside, directory, settings)
-        logger.warning("%s is not used: %s holds the experts' LoRA already.", beside, store.path.name)
+        adapter: Adapter = open_bundle(directory, settings)
+    else:
+        store = open_store(directory)
+        kind = TargetParametersAdapter if is_target_parameters(store) else PerExpertAdapter
+        adapter = kind(directory, settings, store)
+    if moe_lora is None and not beside.is_file():
+        return adapter
+    if not adapter.layers:
+        return open_moe_lora(Path(moe_lora or beside), directory, settings)
+    if moe_lora is not None:
+        raise KTAdapterError(
+            f"Routed-expert LoRA was given twice: in {adapter.expert_file} and in {moe_lora}. Leave one of them out."
+        )
+    logger.warning("%s is not used: %s holds the experts' LoRA already.", beside, adapter.expert_file.name)
     return adapter
 
 

@@ -8,13 +8,18 @@ from typing import Any
 
 from ..errors import KTPathError
 
-_FILES = ["adapter_config.json", "adapter_model*", "*.safetensors", "*.json"]
+_FILES = ["adapter_config.json", "adapter_model*", "*.safetensors", "*.json", "moe_lora.pt"]
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name can only mean a local path: anything but ``organisation/name``, or below a directory that exists."""
-    return name.startswith(("/", ".", "~")) or not _HUB_ID.match(name) or Path(name).parent.is_dir()
+    """Whether a name can only mean a local path: anything but ``organisation/name``."""
+    return name.startswith(("/", ".", "~")) or not _HUB_ID.match(name)
+
+
+def adapter_looks_local(name: str) -> bool:
+    """The same for an adapter, where ``saves/name`` below an existing directory is more likely mistyped than on the hub."""
+    return looks_local(name) or Path(name).parent.is_dir()
 
 
 def locate_adapter(
@@ -31,7 +36,7 @@ def locate_adapter(
         KTPathError: The path does not exist, or the hub has no such repository (or cannot be reached).
     """
     path = Path(name).expanduser()
-    if not path.exists() and not looks_local(name):
+    if not path.exists() and not adapter_looks_local(name):
         from huggingface_hub import snapshot_download
 
         try:

@@ -36,13 +36,13 @@ def kernel_problem() -> str | None:
             from kt_kernel.sft.amx import AMXBF16_SFT_MOE
     except ImportError as error:
         return f"kt-kernel is not installed or does not load ({error}); pip install kt-kernel"
+    forced = os.environ.get("KT_KERNEL_CPU_VARIANT")
+    because = f" (its variant is forced by KT_KERNEL_CPU_VARIANT={forced}; unset that)" if forced else ""
     missing = missing_cpu_flags(amx=kt_kernel.__cpu_variant__ == "amx")
     if missing:  # a forced variant would kill the process with SIGILL
-        return f"this CPU lacks {', '.join(missing)}, which kt-kernel's BF16 kernel needs"
+        return f"this CPU lacks {', '.join(missing)}, which kt-kernel's BF16 kernel needs{because}"
     if AMXBF16_SFT_MOE is not None:
         return None
-    forced = os.environ.get("KT_KERNEL_CPU_VARIANT")
-    because = f" (forced by KT_KERNEL_CPU_VARIANT={forced}; unset it)" if forced else ""
     return f"kt-kernel's variant {kt_kernel.__cpu_variant__!r} has no BF16 SFT kernel{because}"
 
 

@@ -29,6 +29,18 @@ class ExpertLora:
     def rank(self) -> int:
         return int(self.a["gate"].shape[1])
 
+    def norms(self) -> torch.Tensor:
+        """Frobenius norm of each expert's ΔW over its three projections, [E], float64.
+
+        ``‖B A‖² = Σ (BᵀB) ∘ (A Aᵀ)``, so that no ΔW is ever formed.
+        """
+        squares = torch.zeros(self.a["gate"].shape[0], dtype=torch.float64)
+        for projection in PROJECTIONS:
+            a, b = self.a[projection].double(), self.b[projection].double()
+            product = (b.transpose(1, 2) @ b) * (a @ a.transpose(1, 2))
+            squares += self.scaling[projection] ** 2 * product.sum((1, 2))
+        return squares.clamp_(min=0).sqrt_()
+
     def folded(self, common: float) -> dict[str, torch.Tensor]:
         """B of each projection with its scaling relative to ``common`` multiplied in, [E, out, r], float32.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +19,23 @@ from ..errors import KTAdapterError, name_some
 SAFETENSORS, INDEX, PICKLED = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"
 
 
+_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+
+
+def _bits(dtype: str) -> int:
+    """``BF16`` has 16 bits, ``F8_E4M3`` 8."""
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 8  # BOOL
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """What a header says of one tensor."""
 
     shape: tuple[int, ...]
+    dtype: str
+    """in safetensors' names: ``BF16``, ``F32`` ..."""
+    nbytes: int
     file: Path
 
 
@@ -62,7 +76,9 @@ class SafetensorsStore:
         for name in names:
             if name in self.infos:
                 raise KTAdapterError(f"The tensor {name} stands both in {self.infos[name].file} and in {file}.")
-            self.infos[name] = TensorInfo(tuple(handle.get_slice(name).get_shape()), file)
+            piece = handle.get_slice(name)
+            shape, dtype = tuple(piece.get_shape()), str(piece.get_dtype())
+            self.infos[name] = TensorInfo(shape, dtype, prod(shape) * _bits(dtype) // 8, file)
         self._handles[file] = handle
 
     def read(self, name: str) -> torch.Tensor:
@@ -91,7 +107,10 @@ class PickledStore:
         if tensors is None or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
             raise KTAdapterError(f"{path} must hold named tensors and nothing else; it has another structure.")
         self._tensors = tensors
-        self.infos = {name: TensorInfo(tuple(t.shape), path) for name, t in self._tensors.items()}
+        self.infos = {
+            name: TensorInfo(tuple(t.shape), _DTYPES.get(t.dtype, str(t.dtype)), t.nbytes, path)
+            for name, t in self._tensors.items()
+        }
 
     def _named(self, content: Any) -> dict[str, torch.Tensor] | None:
         return content if isinstance(content, dict) else None

@@ -11,6 +11,7 @@ from .._version import __version__
 from ..errors import KTError
 from .convert import convert
 from .demo import demo
+from .inspect import inspect
 
 app = typer.Typer(
     name="llamafactory-kt",
@@ -38,6 +39,7 @@ def _root(
 
 app.command()(convert)
 app.command()(demo)
+app.command()(inspect)
 
 
 def main() -> None:

@@ -87,9 +87,11 @@ def missing_cpu_flags(amx: bool = False) -> list[str]:
 
 
 def gib(size: float) -> str:
-    """Bytes for people: ``3.9 GiB``, below that ``12.5 MiB``.
+    """Bytes for people.
 
-    >>> gib(4187593113), gib(13107200)
-    ('3.9 GiB', '12.5 MiB')
+    >>> gib(4187593113), gib(13107200), gib(5120)
+    ('3.9 GiB', '12.5 MiB', '5.0 KiB')
     """
+    if size < 0.1 * 2**20:
+        return f"{size / 2**10:.1f} KiB"
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

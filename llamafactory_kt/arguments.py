@@ -192,6 +192,11 @@ def _check_combinations(args: Any) -> list[str]:
     for name in ("quantization_bit", "mixture_of_depths"):
         if getattr(args, name, None) is not None:
             problems.append(f"{name}: {getattr(args, name)} cannot be combined with use_kt; remove it.")
+    if getattr(args, "export_dir", None):
+        problems.append(
+            "export_dir: a model with KT experts cannot be exported. llamafactory-kt merge --model M --adapter A --output DIR "
+            "writes the checkpoint with the whole adapter merged."
+        )
     if getattr(args, "use_unsloth", False):
         problems.append("use_unsloth: true cannot be combined with use_kt; remove it.")
     adapters = getattr(args, "adapter_name_or_path", None)

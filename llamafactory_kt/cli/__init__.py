@@ -12,6 +12,7 @@ from ..errors import KTError
 from .convert import convert
 from .demo import demo
 from .inspect import inspect
+from .merge import merge
 
 app = typer.Typer(
     name="llamafactory-kt",
@@ -40,6 +41,7 @@ def _root(
 app.command()(convert)
 app.command()(demo)
 app.command()(inspect)
+app.command()(merge)
 
 
 def main() -> None:

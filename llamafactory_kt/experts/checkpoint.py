@@ -161,6 +161,16 @@ class ExpertsCheckpoint:
                 "Quantised checkpoints are not supported yet."
             )
 
+    def names(self) -> dict[str, dict[str, tuple[str, int | None]]]:
+        """module -> checkpoint tensor -> (projection, expert), or (``gate_up_proj`` or ``down_proj``, None) where fused."""
+        found: dict[str, dict[str, tuple[str, int | None]]] = {}
+        for module, layer in self._layers.items():
+            pieces: dict[str, tuple[str, int | None]] = {t.name: (weight, None) for weight, t in layer.fused.items()}
+            for projection, experts in layer.per_expert.items():
+                pieces |= {tensor.name: (projection, expert) for expert, tensor in experts.items()}
+            found[module] = pieces
+        return found
+
     def nbytes(self, name: str) -> int:
         """Bytes on disk of one module's experts."""
         return sum(prod(tensor.shape) * _FLOATS[tensor.dtype] for tensor in self._layers[name].tensors())

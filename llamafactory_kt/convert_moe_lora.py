@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from .adapters import Adapter, open_adapter, open_files
+from .adapters import Adapter, PerExpertAdapter, open_adapter, open_files
 from .adapters.keys import parse_expert_key
 from .adapters.uniform import Uniform
 from .adapters.writing import WRITERS, write_moe_lora, write_stacked
@@ -101,21 +101,25 @@ def _writer(output: Path, format: str | None) -> Any:
 
 
 def _open(path: Path, config_path: str | Path | None, lora_alpha: float | None) -> Adapter:
-    if path.is_dir() and config_path is None:
+    config = Path(config_path) if config_path is not None else None
+    if config is not None and (path.is_dir() or path.suffix == ".pt"):
+        own = "has an adapter_config.json of its own" if path.is_dir() else "carries rank and alpha itself"
+        raise KTConfigError(f"--config goes with a tensor file; {path} {own}.")
+    if path.is_dir():
         adapter = open_adapter(path)
     else:
-        config = Path(config_path) if config_path is not None else None
         for needed in (path, config):
             if needed is not None and not needed.is_file():
                 raise KTPathError(f"{needed} does not exist or is not a file.")
         beside = path.with_name("adapter_config.json")
-        if config is None and beside.is_file():
+        if config is None and beside.is_file() and path.suffix != ".pt":
             config = beside
-        alpha = DEFAULT_ALPHA if lora_alpha is None else lora_alpha
-        adapter = open_files(path, config, alpha)
-        if config is None:
-            logger.warning("No adapter_config.json: lora_alpha %g is taken from %s", alpha,
-                           "the default" if lora_alpha is None else "the command line")  # fmt: skip
+        adapter = open_files(path, config, DEFAULT_ALPHA if lora_alpha is None else lora_alpha)
+        if config is None and isinstance(adapter, PerExpertAdapter):
+            source = "the default" if lora_alpha is None else "the command line"
+            logger.warning(
+                "No adapter_config.json: lora_alpha %g is taken from %s", adapter.settings.lora_alpha, source
+            )
     configured = adapter.settings.lora_alpha
     if lora_alpha is not None and lora_alpha != configured:
         logger.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,11 @@ from tiny import edit_adapter, make_adapter, make_model, merged_float32, moe_lay
 from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTAdapterError, KTConfigError, KTExpertsConfig, KTPathError, apply_adapter
-from llamafactory_kt.adapters import ExpertsShape, open_adapter
+from llamafactory_kt.adapters import ExpertsShape, open_adapter, open_files
 from llamafactory_kt.convert_moe_lora import convert_peft_to_kt_format, parse_moe_key
 
 DATA = Path(__file__).parent / "data"
+os.umask(UMASK := os.umask(0o022))
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +95,9 @@ def test_round_trips_are_exact(tmp_path, model, naming, target):
     if target == "stacked.safetensors":
         names = load_file(output)
         assert len(names) == 12 and names["layers.2.experts.up_lora_b"].shape == (6, 96, 4)
-        return
-    opened = open_adapter(None, output) if output.suffix else open_adapter(output)
+    opened = open_files(output, None, 1.0) if output.suffix else open_adapter(output)
+    for file in [output] if output.is_file() else output.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o666 & ~UMASK, "readable as any new file is"
     wanted = open_adapter(source)
     for layer, (_, experts, hidden, intermediate) in moe_layers(model).items():
         shape = ExpertsShape(experts, hidden, intermediate)
@@ -136,6 +139,26 @@ def test_patterns_and_rslora_are_folded_in(tmp_path, model):
     with pytest.raises(KTAdapterError, match=r"one rank and one alpha for experts and the rest.*with rsLoRA"):
         convert_peft_to_kt_format(source, tmp_path / "bundle", format="kt-bundle")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "peft", "source"], "no output, not even a part"
+
+
+@pytest.mark.parametrize(
+    "config", [{"alpha_pattern": {"gate_proj": 32}}, {"alpha_pattern": {"up_proj": 3}, "use_rslora": True}]
+)
+def test_patterns_that_mean_experts_and_others_alike(tmp_path, model, config):
+    """A bare name in a pattern: folded into the experts once, and still there for shared experts and dense layers."""
+    import math
+
+    source = make_adapter(tmp_path / "source", model, rank=4, alpha=16, **config)
+    name, alpha = next(iter(config["alpha_pattern"].items()))
+
+    def scaling(module, rank):
+        return (alpha if module.endswith(name) else 16) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    with torch.inference_mode():
+        wanted = merged_float32(model, source, scaling=scaling)(input_ids=torch.arange(2, 40)[None]).logits
+    for format in ("peft", "sglang-merged"):
+        convert_peft_to_kt_format(source, tmp_path / format, format=format)
+        assert rel(logits(model, tmp_path / format), wanted) < 2e-5
 
 
 @pytest.mark.parametrize("source", ["qwen3_moe-tiny-kt-bundle", "qwen3_moe-tiny-target-parameters"])
@@ -215,6 +238,9 @@ def test_outputs_that_do_not_go_together(tmp_path, adapter):
         convert_peft_to_kt_format(adapter, tmp_path / "directory")
     with pytest.raises(KTConfigError, match="is a file's name"):
         convert_peft_to_kt_format(adapter, tmp_path / "o.pt", format="peft")
+    for path in (adapter, tmp_path / "some.pt"):
+        with pytest.raises(KTConfigError, match="--config goes with a tensor file"):
+            convert_peft_to_kt_format(path, tmp_path / "o.pt", config_path=adapter / "adapter_config.json")
     with pytest.raises(KTPathError, match="does not exist"):
         convert_peft_to_kt_format(tmp_path / "none.safetensors", tmp_path / "o.pt")
     (tmp_path / "full").mkdir()

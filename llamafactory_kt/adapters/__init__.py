@@ -16,7 +16,7 @@ from .config import CONFIG, LoraSettings
 from .expert_lora import ExpertLora
 from .location import adapter_looks_local, locate_adapter, looks_local
 from .per_expert import PerExpertAdapter
-from .stacked import BUNDLE, MOE_LORA, StackedAdapter, open_bundle, open_moe_lora
+from .stacked import BUNDLE, MOE_LORA, StackedAdapter, is_stacked, open_bundle, open_moe_lora, open_stacked
 from .store import PickledStore, SafetensorsStore, has_store, open_store
 from .target_parameters import TargetParametersAdapter, is_target_parameters
 
@@ -95,6 +95,8 @@ def open_files(tensors: Path, config: Path | None, lora_alpha: float) -> Adapter
     if tensors.name == BUNDLE:
         return open_bundle(tensors.parent, LoraSettings.read_file(config or tensors.with_name(CONFIG)))
     store = PickledStore(tensors) if tensors.suffix == ".bin" else SafetensorsStore(tensors)
+    if isinstance(store, SafetensorsStore) and is_stacked(store):
+        return open_stacked(store, LoraSettings.read_file(config) if config else None)
     if config is not None:
         settings = LoraSettings.read_file(config)
     else:

@@ -151,6 +151,32 @@ def open_bundle(directory: Path, settings: LoraSettings) -> StackedAdapter:
     return StackedAdapter(directory, settings, store, fused, alpha / settings.r, "KT bundle")
 
 
+def is_stacked(store: TensorStore) -> bool:
+    """Whether a file holds stacked expert tensors and nothing else."""
+    return bool(store.infos) and all(_NAME.match(name) for name in store.infos)
+
+
+def open_stacked(store: SafetensorsStore, settings: LoraSettings | None) -> StackedAdapter:
+    """Open one safetensors file of stacked tensors; rank and alpha are the configuration's, else its metadata's.
+
+    Raises:
+        KTAdapterError: Neither gives rank and alpha.
+    """
+    if settings is None:
+        metadata = store.metadata()
+        try:
+            rank, alpha = int(metadata["lora_rank"]), float(metadata["lora_alpha"])
+        except (KeyError, ValueError) as error:
+            raise KTAdapterError(
+                f"{store.path} holds stacked expert LoRA, but neither a configuration nor its metadata gives lora_rank and "
+                "lora_alpha."
+            ) from error
+        settings = LoraSettings(path=store.path, r=rank, lora_alpha=alpha, raw={"r": rank, "lora_alpha": alpha})
+    return StackedAdapter(
+        store.path.parent, settings, store, store, settings.lora_alpha / settings.r, "stacked experts"
+    )
+
+
 def _check_manifest(directory: Path, settings: LoraSettings) -> None:
     """Check sizes and SHA-256 sums. The base model's absolute path is that of the training machine: not compared."""
     path = directory / MANIFEST

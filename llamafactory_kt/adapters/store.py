@@ -81,6 +81,10 @@ class SafetensorsStore:
             self.infos[name] = TensorInfo(shape, dtype, prod(shape) * _bits(dtype) // 8, file)
         self._handles[file] = handle
 
+    def metadata(self) -> dict[str, str]:
+        """The file's own metadata (the first file's)."""
+        return dict(next(iter(self._handles.values())).metadata() or {})
+
     def read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._handles[self.infos[name].file].get_tensor(name)
         return tensor

@@ -40,11 +40,20 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary / path.name
+        _share(temporary / path.name)
         if path.is_dir():
             path.rmdir()
         os.replace(temporary / path.name, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _share(path: Path) -> None:
+    """Give files the permissions of any new file; safetensors makes them readable by their owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in [path] if path.is_file() else path.iterdir():
+        file.chmod(0o666 & ~mask)
 
 
 def _metadata(uniform: Uniform) -> dict[str, Any]:
@@ -106,11 +115,7 @@ def _expert_config(uniform: Uniform) -> dict[str, Any]:
 
 
 def _whole_config(uniform: Uniform) -> dict[str, Any]:
-    """A config for experts and the rest in one file.
-
-    Raises:
-        KTAdapterError: The rest's ranks or scalings cannot be told from the experts' in one config.
-    """
+    """A config for experts and the rest in one file."""
     settings, targets = uniform.adapter.settings, uniform.adapter.settings.target_modules
     names = (
         targets
@@ -118,21 +123,17 @@ def _whole_config(uniform: Uniform) -> dict[str, Any]:
         else sorted({m.rpartition(".")[2] for m in _other_modules(uniform.adapter)})
     )
     changes: dict[str, Any] = {"target_modules": sorted({*names, *EXPERT_TARGETS})}
-    scaling = settings.lora_alpha / settings.r
-    if uniform.adapter.other_names and (
-        settings.use_rslora or uniform.lora_rank != settings.r or uniform.lora_alpha / uniform.lora_rank != scaling
-    ):
+    ranks, alphas = _without_experts(settings.rank_pattern), _without_experts(settings.alpha_pattern)
+    own = (uniform.lora_rank, uniform.lora_alpha)
+    if not uniform.adapter.other_names:
+        return _expert_config(uniform)
+    if settings.use_rslora or own != (settings.r, settings.lora_alpha) or ranks or alphas:
+        # First in the pattern, since PEFT takes the first that matches: a bare name may mean experts and others alike.
         experts = r"(.*\.)?experts\.\d+\.(gate|up|down)_proj"
         root = uniform.lora_rank**0.5 if settings.use_rslora else uniform.lora_rank
-        changes["rank_pattern"] = {experts: uniform.lora_rank, **_without_experts(settings.rank_pattern)}
-        alpha = uniform.lora_alpha / uniform.lora_rank * root
-        changes["alpha_pattern"] = {experts: alpha, **_without_experts(settings.alpha_pattern)}
-    elif not uniform.adapter.other_names:
-        return _expert_config(uniform)
-    else:
-        changes["rank_pattern"] = _without_experts(settings.rank_pattern)
-        changes["alpha_pattern"] = _without_experts(settings.alpha_pattern)
-    return _config(uniform, **changes)
+        ranks = {experts: uniform.lora_rank, **ranks}
+        alphas = {experts: uniform.lora_alpha / uniform.lora_rank * root, **alphas}
+    return _config(uniform, **changes, rank_pattern=ranks, alpha_pattern=alphas)
 
 
 def _without_experts(pattern: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def demo(
         answers.append(chat({**base, **extra}, PROMPTS, console if log else None))
     table = Table(title="The same prompts, greedy answers", show_lines=True)
     for column in ("prompt", "base model", "with adapter"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")  # Chinese has no blanks to wrap at
     for row in zip(PROMPTS, *answers, strict=True):
         table.add_row(*row)
     console.print(table)

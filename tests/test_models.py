@@ -107,6 +107,18 @@ def test_sharded_and_fused_checkpoints(tmp_path, name):
     assert torch.allclose(logits(load(fused)), wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_torch_engine_keeps_the_checkpoints_precision(tmp_path, dtype):
+    path = make_model(tmp_path / "m", "qwen3_moe", dtype=dtype)
+    assert torch.allclose(logits(load(path)), stock(path), atol=1e-4)
+
+
+@needs_kernel
+def test_the_kernel_says_that_it_rounds_to_bfloat16(tmp_path, kt_log):
+    load(make_model(tmp_path / "m", "qwen3_moe", dtype=torch.float32), backend="AMXBF16")
+    assert "The experts are stored as F32; kt-kernel computes them in bfloat16" in kt_log.text
+
+
 def test_no_expert_tensor_is_read_by_transformers_and_none_is_called_unexpected(tmp_path, capsys):
     path = make_model(tmp_path / "m", "deepseek_v2")
     model, info = load(path, output_loading_info=True)

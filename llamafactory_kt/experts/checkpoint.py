@@ -23,6 +23,7 @@ from .contract import ExpertsModule
 
 _NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 _FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
+_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass
@@ -179,14 +180,20 @@ class ExpertsCheckpoint:
         """The dtypes the experts are stored in, in safetensors' names."""
         return {tensor.dtype for layer in self._layers.values() for tensor in layer.tensors()}
 
-    def read(self, name: str, dtype: torch.dtype, padded: tuple[int, int]) -> LayerWeights:
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype one module's experts are stored in; float32 where they differ."""
+        stored = {tensor.dtype for tensor in self._layers[name].tensors()}
+        return _TORCH[stored.pop()] if len(stored) == 1 else torch.float32
+
+    def read(self, name: str, dtype: torch.dtype | None, padded: tuple[int, int]) -> LayerWeights:
         """Read one module's experts, each tensor once.
 
         Args:
-            dtype: to convert to while copying.
+            dtype: to convert to while copying; None keeps the checkpoint's.
             padded: hidden and intermediate size of the result; what exceeds the model's own is zero.
         """
         layer = self._layers[name]
+        dtype = dtype or self.dtype(name)
         shape = layer.module.shape
         hidden, intermediate = padded
         make = torch.empty if padded == (shape.hidden_size, shape.intermediate_size) else torch.zeros

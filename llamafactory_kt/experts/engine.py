@@ -25,8 +25,8 @@ class EngineSpec:
     """scaling the LoRA to come will mostly have"""
 
 
-ReadWeights = Callable[[torch.dtype, tuple[int, int]], LayerWeights]
-"""Reads the layer from its checkpoint: (dtype, (padded hidden size, padded intermediate size))."""
+ReadWeights = Callable[[torch.dtype | None, tuple[int, int]], LayerWeights]
+"""Reads the layer from its checkpoint: (dtype or None for its own, (padded hidden size, padded intermediate size))."""
 
 
 class Engine(ABC):

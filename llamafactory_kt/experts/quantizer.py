@@ -57,7 +57,8 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             adapter.check_fits(shapes)
             check_peft_part(model, adapter)
             adapter.check_finite()
-        self._check_memory(model, experts, adapter, on_gpu)
+        itemsize = 2 if backend != "torch" else max(checkpoint.dtype(module.name).itemsize for module in experts)
+        self._check_memory(model, experts, adapter, on_gpu, itemsize)
         if backend != "torch":
             threads, config.threadpool_count = share_cores(threads, config.threadpool_count, on_gpu)
             if checkpoint.dtypes() != {"BF16"}:
@@ -80,13 +81,13 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         ]
 
     def _check_memory(
-        self, model: nn.Module, experts: list[ExpertsModule], adapter: Adapter | None, on_gpu: bool
+        self, model: nn.Module, experts: list[ExpertsModule], adapter: Adapter | None, on_gpu: bool, itemsize: int
     ) -> None:
         pools = self.quantization_config.threadpool_count
 
         def packed(shape: ExpertsShape) -> int:
             hidden, intermediate = padded(shape.hidden_size), padded(shape.intermediate_size, MULTIPLE * pools)
-            return 3 * shape.num_experts * hidden * intermediate * 2
+            return 3 * shape.num_experts * hidden * intermediate * itemsize
 
         sizes = [packed(module.shape) for module in experts]
         shape = experts[0].shape
@@ -124,7 +125,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             lora_scaling=adapter.scaling(module.layer) if adapter and has_lora else 1.0,
         )  # fmt: skip
 
-        def read(dtype: torch.dtype, size: tuple[int, int]) -> Any:
+        def read(dtype: torch.dtype | None, size: tuple[int, int]) -> Any:
             return checkpoint.read(module.name, dtype, size)
 
         engine: Engine

@@ -11,16 +11,15 @@ from .engine import Engine
 
 
 class TorchEngine(Engine):
-    """Keeps the weights in bfloat16 (or as ``dtype``) and computes each expert that was hit in float32."""
+    """Keeps the weights as the checkpoint has them and computes each expert that was hit in float32."""
 
     name = "torch"
-    dtype = torch.bfloat16
 
     _lora: ExpertLora | None = None
 
     def load(self) -> None:
         shape = self.spec.shape
-        self._weights: LayerWeights = self._read_weights(self.dtype, (shape.hidden_size, shape.intermediate_size))
+        self._weights: LayerWeights = self._read_weights(None, (shape.hidden_size, shape.intermediate_size))
 
     def set_lora(self, lora: ExpertLora | None) -> None:
         self._lora = lora

@@ -111,11 +111,8 @@ def _open(path: Path, config_path: str | Path | None, lora_alpha: float | None) 
         for needed in (path, config):
             if needed is not None and not needed.is_file():
                 raise KTPathError(f"{needed} does not exist or is not a file.")
-        beside = path.with_name("adapter_config.json")
-        if config is None and beside.is_file() and path.suffix != ".pt":
-            config = beside
         adapter = open_files(path, config, DEFAULT_ALPHA if lora_alpha is None else lora_alpha)
-        if config is None and isinstance(adapter, PerExpertAdapter):
+        if adapter.settings.path == path and isinstance(adapter, PerExpertAdapter):
             source = "the default" if lora_alpha is None else "the command line"
             logger.warning(
                 "No adapter_config.json: lora_alpha %g is taken from %s", adapter.settings.lora_alpha, source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -22,9 +23,12 @@ from .adapters.writing import replacing
 from .errors import KTAdapterError, KTModelError, KTPathError, name_some
 from .experts.checkpoint import ExpertsCheckpoint
 from .experts.contract import find_experts
+from .experts.empty import empty_model
 from .peft_part import PeftPart, check_peft_part, plan_peft_part
 
 logger = logging.getLogger(__name__)
+
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,11 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
         KTAdapterError: The adapter does not fit, or holds what a sum cannot merge (DoRA, biases). Nothing is left behind.
     """
     source = Path(model_path)
-    files = sorted(source.glob("*.safetensors")) if source.is_dir() else []
+    files = _weight_files(source)
     if not files:
         raise KTPathError(f"{source} is not a directory with safetensors files.")
     adapter = open_adapter(adapter_path)
-    model = _empty_model(source)
+    model = empty_model(source)
     plan = _Plan(model, adapter, files)
     with replacing(Path(output)) as temporary:
         temporary.mkdir()
@@ -72,21 +76,19 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
                     metadata = handle.metadata()
                 write_safetensors(temporary / store.path.name, store.infos, plan.tensors(store, bar), metadata)
         for file in source.iterdir():
-            if file.is_file() and file.suffix != ".safetensors":
+            if file.is_file() and file.suffix not in _WEIGHTS:
                 shutil.copy2(file, temporary / file.name)
         plan.check_all_done()
     count = sum(len(store.infos) for store in plan.stores)
     return MergeReport(str(output), len(files), count, plan.merged, len(adapter.store.infos))
 
 
-def _empty_model(source: Path) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(source)
-    if getattr(config, "quantization_config", None) is not None:
-        raise KTModelError(f"{source} is a quantised checkpoint; merging needs bfloat16, float16 or float32 weights.")
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+def _weight_files(source: Path) -> list[Path]:
+    """The checkpoint's safetensors files: those its index names, else all of them."""
+    index = source / "model.safetensors.index.json"
+    if index.is_file():
+        return [source / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(source.glob("*.safetensors")) if source.is_dir() else []
 
 
 class _Plan:

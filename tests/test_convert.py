@@ -161,6 +161,17 @@ def test_patterns_that_mean_experts_and_others_alike(tmp_path, model, config):
         assert rel(logits(model, tmp_path / format), wanted) < 2e-5
 
 
+def test_stacked_output_beside_the_adapter_it_came_from(tmp_path, model):
+    """Its own rank and alpha count, not those of a configuration that lies beside it; --config must not contradict."""
+    source = make_adapter(tmp_path / "source", model, rank=4, alpha=16, use_rslora=True)
+    convert_peft_to_kt_format(source, source / "experts.safetensors")
+    assert convert_peft_to_kt_format(source / "experts.safetensors", tmp_path / "o.pt")["lora_alpha"] == 32.0
+    with pytest.raises(KTAdapterError, match="was written with lora_rank 4 and lora_alpha 32"):
+        convert_peft_to_kt_format(
+            source / "experts.safetensors", tmp_path / "p.pt", config_path=source / "adapter_config.json"
+        )
+
+
 @pytest.mark.parametrize("source", ["qwen3_moe-tiny-kt-bundle", "qwen3_moe-tiny-target-parameters"])
 def test_adapters_of_other_tools_into_peft(tmp_path, source):
     convert_peft_to_kt_format(DATA / source, tmp_path / "peft", format="peft")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny import edit_adapter, make_adapter, make_model, other_modules
 from typer.testing import CliRunner
 
+from llamafactory_kt import KTPathError
 from llamafactory_kt.adapters import open_adapter
 from llamafactory_kt.adapters.inspection import inspect_adapter
 from llamafactory_kt.cli import app
@@ -73,6 +74,7 @@ def test_values_that_are_not_finite(tmp_path, model):
     adapter = edit_adapter(make_adapter(tmp_path / "a", model), spoil)
     code, output = run(adapter, "--values", "--json")
     groups = json.loads(output)["groups"]
+    assert "NaN" not in output, "JSON knows no NaN"
     assert (
         code == 1 and len(groups["routed experts"]["not_finite"]) == 5 and len(groups["attention"]["not_finite"]) == 1
     )
@@ -86,6 +88,12 @@ def test_does_it_fit(tmp_path, model):
     other = make_model(tmp_path / "other", "deepseek_v2", n_routed_experts=5)
     code, output = run(adapter, "--model", other, "--json")
     assert code == 1 and "layer 1, expert 5, gate_proj: the model has 5 experts" in json.loads(output)["problem"]
+
+
+def test_a_model_that_is_not_there(tmp_path, model):
+    adapter = make_adapter(tmp_path / "a", model)
+    result = CliRunner().invoke(app, ["inspect", str(adapter), "--model", str(tmp_path / "none")])
+    assert isinstance(result.exception, KTPathError) and "is not a model that can be opened" in str(result.exception)
 
 
 def test_heat_map(tmp_path, model):

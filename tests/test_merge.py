@@ -136,6 +136,10 @@ def test_nothing_is_left_of_a_merge_that_fails(tmp_path):
     (tmp_path / "full" / "precious").write_text("")
     with pytest.raises(KTAdapterError, match="exists and is not empty"):
         merge_adapter(model, adapter, tmp_path / "full")
+    (tmp_path / "model" / "config.json").rename(tmp_path / "config.json")
+    with pytest.raises(KTPathError, match="is not a model that can be opened"):
+        merge_adapter(model, adapter, tmp_path / "out")
+    (tmp_path / "config.json").rename(tmp_path / "model" / "config.json")
     with pytest.raises(KTPathError, match="is not a directory with safetensors files"):
         merge_adapter(tmp_path / "nothing", adapter, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "dora", "full", "model", "other", "small"]

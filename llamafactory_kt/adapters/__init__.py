@@ -85,7 +85,8 @@ def open_files(tensors: Path, config: Path | None, lora_alpha: float) -> Adapter
 
     Args:
         tensors: an ``adapter_model.safetensors`` (or ``.bin``), or a ``moe_lora.pt``.
-        config: ``adapter_config.json``, or None: then the rank is the tensors' and alpha is ``lora_alpha``.
+        config: ``adapter_config.json``; None for the one beside the tensors. Without any, the rank is the tensors' and
+            alpha is ``lora_alpha``. Stacked tensors have their own.
 
     Raises:
         KTAdapterError: A file is damaged or of a layout that is not supported.
@@ -97,6 +98,8 @@ def open_files(tensors: Path, config: Path | None, lora_alpha: float) -> Adapter
     store = PickledStore(tensors) if tensors.suffix == ".bin" else SafetensorsStore(tensors)
     if isinstance(store, SafetensorsStore) and is_stacked(store):
         return open_stacked(store, LoraSettings.read_file(config) if config else None)
+    if config is None and tensors.with_name(CONFIG).is_file():
+        config = tensors.with_name(CONFIG)
     if config is not None:
         settings = LoraSettings.read_file(config)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
@@ -50,7 +51,9 @@ class Inspection:
     """layer -> ‖ΔW‖ of each expert; None where values were not read"""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, which knows no NaN: such norms become None."""
+        norms: Any = self.norms and {n: [x if isfinite(x) else None for x in row] for n, row in self.norms.items()}
+        return {**asdict(self), "norms": norms}
 
 
 def group_of(module: str) -> str:

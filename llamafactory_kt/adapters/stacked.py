@@ -157,20 +157,26 @@ def is_stacked(store: TensorStore) -> bool:
 
 
 def open_stacked(store: SafetensorsStore, settings: LoraSettings | None) -> StackedAdapter:
-    """Open one safetensors file of stacked tensors; rank and alpha are the configuration's, else its metadata's.
+    """Open one safetensors file of stacked tensors; rank and alpha are its metadata's, else the configuration's.
 
     Raises:
-        KTAdapterError: Neither gives rank and alpha.
+        KTAdapterError: Neither gives rank and alpha, or they contradict each other.
     """
-    if settings is None:
-        metadata = store.metadata()
-        try:
-            rank, alpha = int(metadata["lora_rank"]), float(metadata["lora_alpha"])
-        except (KeyError, ValueError) as error:
+    metadata = store.metadata()
+    try:
+        rank, alpha = int(metadata["lora_rank"]), float(metadata["lora_alpha"])
+    except (KeyError, ValueError) as error:
+        if settings is None:
             raise KTAdapterError(
                 f"{store.path} holds stacked expert LoRA, but neither a configuration nor its metadata gives lora_rank and "
                 "lora_alpha."
             ) from error
+    else:
+        if settings is not None and settings.lora_alpha / settings.r != alpha / rank:
+            raise KTAdapterError(
+                f"{store.path} was written with lora_rank {rank} and lora_alpha {alpha:g}; {settings.path} says "
+                f"{settings.r} and {settings.lora_alpha:g}. Leave --config out."
+            )
         settings = LoraSettings(path=store.path, r=rank, lora_alpha=alpha, raw={"r": rank, "lora_alpha": alpha})
     return StackedAdapter(
         store.path.parent, settings, store, store, settings.lora_alpha / settings.r, "stacked experts"

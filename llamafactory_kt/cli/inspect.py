@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..adapters.inspection import Inspection, inspect_adapter
@@ -52,14 +53,11 @@ def inspect(
 
 def _check_model(name: str, adapter: Any) -> tuple[Any, str]:
     """(the model's experts per layer, why the adapter does not fit or ``""``)."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from ..experts.contract import find_experts
+    from ..experts.empty import empty_model
     from ..peft_part import check_peft_part
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    model = empty_model(name)
     shapes = {module.layer: module.shape for module in find_experts(model)}
     try:
         adapter.check_fits(shapes)
@@ -72,9 +70,9 @@ def _check_model(name: str, adapter: Any) -> tuple[Any, str]:
 def _show(result: Inspection, model: str | None, fits: str | None, verbose: bool) -> None:
     console = Console()
     facts = Table(show_header=False)
-    facts.add_row("Adapter", result.path)
+    facts.add_row("Adapter", escape(result.path))
     facts.add_row("Format", result.format)
-    facts.add_row("Base model", result.base or "not recorded")
+    facts.add_row("Base model", escape(result.base or "not recorded"))
     facts.add_row("r / lora_alpha", f"{result.r} / {result.lora_alpha:g}{' (rsLoRA)' if result.use_rslora else ''}")
     facts.add_row("Tensors", f"{result.tensors}, {gib(result.nbytes)}")
     layers = [f"{layer} ({experts})" for layer, experts in result.layers.items()]
@@ -87,7 +85,7 @@ def _show(result: Inspection, model: str | None, fits: str | None, verbose: bool
         else "unknown without a model",
     )
     if model is not None:
-        facts.add_row(f"Fits {model}", fits or "yes")
+        facts.add_row(escape(f"Fits {model}"), escape(fits or "yes"))
     console.print(facts)
     groups = Table("group", "tensors", "size", "dtype", "r / alpha / scaling", "NaN or Inf")
     for kind, group in result.groups.items():

@@ -1,0 +1,28 @@
+"""A checkpoint's model without its weights, to check names and sizes against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import KTModelError, KTPathError
+
+
+def empty_model(name: str | Path) -> Any:
+    """Build the model on the meta device from its ``config.json``.
+
+    Raises:
+        KTPathError: There is no such model.
+        KTModelError: The checkpoint is quantised.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise KTPathError(f"{name} is not a model that can be opened: {str(error).splitlines()[0]}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise KTModelError(f"{name} is a quantised checkpoint; bfloat16, float16 or float32 weights are needed.")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)

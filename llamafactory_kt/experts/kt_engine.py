@@ -13,7 +13,7 @@ from ..adapters import ExpertLora
 from ..adapters.expert_lora import mantissa
 from ..adapters.keys import PROJECTIONS
 from .engine import Engine, EngineSpec, ReadWeights
-from .kt_runtime import kernel_call, kernel_lock, make_wrapper, quiet_stdout
+from .kt_runtime import kernel_lock, make_wrapper, quiet_stdout
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class KTEngine(Engine):
         # Contiguous and of the kernel's types: it reads through raw pointers.
         x, index, scores = x.contiguous(), index.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous()
         out = torch.empty_like(x)
-        with kernel_call():
+        with kernel_lock:
             for start in range(0, tokens, kind.max_chunk):
                 part = slice(start, start + kind.max_chunk)
                 self._call(x[part], index[part], scores[part], out[part])

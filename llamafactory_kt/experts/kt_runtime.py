@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 
 from ..errors import KTConfigError, KTKernelError
 from .machine import missing_cpu_flags, numa_nodes, usable_cores
+from .threads import wait
 
 logger = logging.getLogger(__name__)
 
@@ -87,24 +87,6 @@ class _Pool:
     pools = 1
 
 
-_callers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-_closing = threading.Event()
-
-
-@contextlib.contextmanager
-def kernel_call() -> Iterator[None]:
-    """Alone in the kernel, and known to the end of the process.
-
-    Chats generate in daemon threads. Python kills those at exit wherever they are, and one that is killed inside C++
-    code takes the process down with SIGABRT; so they are stopped here and waited for before that.
-    """
-    if _closing.is_set():
-        raise SystemExit  # ends this thread without a word
-    _callers.add(threading.current_thread())
-    with kernel_lock:
-        yield
-
-
 def share_cores(threads: int, pools: int, on_gpu: bool) -> tuple[int, int]:
     """Settle the process's worker threads and leave the other cores to torch.
 
@@ -129,10 +111,7 @@ def share_cores(threads: int, pools: int, on_gpu: bool) -> tuple[int, int]:
 def _shut_down() -> None:
     """Wait for threads that were in the kernel, then let it say goodbye into the void: its destructor writes to stdout
     after Python's own is closed."""
-    _closing.set()
-    for thread in list(_callers):
-        if thread is not threading.current_thread():
-            thread.join(timeout=10)
+    wait()
     with contextlib.suppress(Exception), quiet_stdout():
         from kt_kernel.sft.amx import AMXSFTMoEWrapper
 

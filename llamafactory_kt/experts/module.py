@@ -9,6 +9,7 @@ from torch import nn
 
 from .contract import ExpertsModule
 from .engine import Engine
+from .threads import enter
 
 
 class KTExperts(nn.Module):
@@ -32,6 +33,7 @@ class KTExperts(nn.Module):
         """hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H], on the input's device and dtype."""
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             raise RuntimeError("KT experts are for inference; run the model under torch.no_grad().")
+        enter()
         device = hidden_states.device
         out = self.engine.forward(hidden_states.cpu(), top_k_index.cpu(), top_k_weights.cpu())
         return out.to(device)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         KTPathError,
     )
     from .experts import KTExpertsConfig
-    from .lora import LoadReport, apply_adapter, load_moe_lora_from_adapter
+    from .lora import LoadReport, apply_adapter, load_moe_lora_from_adapter, switch_adapter
 
 __all__ = [
     "KTAdapterError",
@@ -39,6 +39,7 @@ __all__ = [
     "activate",
     "apply_adapter",
     "load_moe_lora_from_adapter",
+    "switch_adapter",
 ]
 
 _HOMES = {
@@ -47,6 +48,7 @@ _HOMES = {
     "activate": "bootstrap",
     "apply_adapter": "lora",
     "load_moe_lora_from_adapter": "lora",
+    "switch_adapter": "lora",
 }
 
 

@@ -200,9 +200,9 @@ def _check_combinations(args: Any) -> list[str]:
     if getattr(args, "use_unsloth", False):
         problems.append("use_unsloth: true cannot be combined with use_kt; remove it.")
     adapters = getattr(args, "adapter_name_or_path", None)
-    if isinstance(adapters, list) and len(adapters) > 1:
+    if isinstance(adapters, list) and len(adapters) > 1 and args.kt_moe_lora_path:
         problems.append(
-            f"adapter_name_or_path: use_kt takes a single adapter, found {len(adapters)}: {', '.join(adapters)}."
+            f"kt_moe_lora_path goes with one adapter, but adapter_name_or_path names {len(adapters)}: {', '.join(adapters)}."
         )
     return problems
 

@@ -1,33 +1,40 @@
-"""Applying an adapter to a model with KT experts: PEFT gets its part, the experts get theirs, nothing is left.
+"""Applying adapters to a model with KT experts: PEFT gets its part, the experts get theirs, nothing is left.
 
-:func:`load_moe_lora_from_adapter` is the seam between adapter files and experts.
+:func:`load_moe_lora_from_adapter` is the seam between adapter files and experts. What a model has of adapters is
+exchanged as a whole, while no generation runs: a failure leaves it as it was.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .adapters import Adapter, ExpertLora, open_adapter
-from .errors import KTModelError
-from .peft_part import PeftPart, apply_peft_part, plan_peft_part
+from .adapters import Adapter, AdapterSet, open_adapters
+from .errors import KTMemoryError, KTModelError
+from .experts.machine import available_memory, gib
+from .peft_layers import exchange_peft_layers
+from .peft_part import PeftPart, check_peft_part
 
 logger = logging.getLogger(__name__)
+
+Adapters = AdapterSet | Adapter | str | Path | Sequence[str | Path | Adapter] | None
+"""a local adapter directory, several, or opened ones"""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of an adapter's tensors."""
+    """What became of the tensors of one adapter, or of several together."""
 
     adapter: str
     format: str
     total: int
-    """tensors in the file"""
+    """tensors in the files"""
     experts: int
     """tensors consumed by the experts"""
     peft: int
@@ -38,7 +45,7 @@ class LoadReport:
     """layers whose experts got LoRA"""
     max_rank: int
     expert_params: int
-    """LoRA parameters of the experts, as the file has them"""
+    """LoRA parameters of the experts, as the files have them"""
 
     def __str__(self) -> str:
         text = f"consumed {self.experts + self.peft} of {self.total} (PEFT {self.peft}, KT experts {self.experts})"
@@ -62,79 +69,141 @@ def kt_wrappers(model: Any) -> list[Any]:
     return wrappers
 
 
-def load_moe_lora_from_adapter(model: nn.Module, adapter_path: str | Path | Adapter) -> LoadReport:
-    """Load an adapter's routed-expert LoRA into the model's experts, in place of what they had.
+def load_moe_lora_from_adapter(model: nn.Module, adapter_path: Adapters) -> LoadReport:
+    """Load the routed-expert LoRA of an adapter (or the sum of several) into the experts, in place of what they had.
 
-    May be called again with any other adapter: layers it does not mention go back to the base model. Everything is
-    read and checked before the first layer changes.
+    May be called again with any other adapter: layers it does not mention go back to the base model. Waits for
+    generations that run.
 
     Args:
         model: a model with KT experts, plain or wrapped by PEFT.
-        adapter_path: a local adapter directory.
+        adapter_path: a local adapter directory, or several.
 
     Raises:
         KTAdapterError: The adapter is broken or made for another model; the model keeps the LoRA it had.
+        KTMemoryError: Its rank needs larger kernels than there is memory for; likewise.
         KTModelError: The model has no KT experts.
     """
     wrappers = kt_wrappers(model)
-    adapter = adapter_path if isinstance(adapter_path, Adapter) else open_adapter(adapter_path)
-    adapter.check_fits({wrapper.layer_idx: wrapper.info.shape for wrapper in wrappers})
-    adapter.check_finite(adapter.expert_names)
-    layers = adapter.layers
-    if layers:
-        logger.info("Loading MoE LoRA from %s", adapter.expert_file)
-    for wrapper in wrappers:
-        lora: ExpertLora | None = None
-        if wrapper.layer_idx in layers:
-            lora = adapter.read_layer(wrapper.layer_idx, wrapper.info.shape)
-        wrapper.engine.set_lora(lora)
-    if layers:
-        logger.info("Loaded MoE LoRA into %d KT wrappers from %s", len(layers), adapter.directory)
-    return LoadReport(
-        adapter=str(adapter.directory),
-        format=adapter.format,
-        total=len(adapter.store.infos),
-        experts=len(adapter.expert_names),
-        peft=0,
-        left_out=0,
-        layers=tuple(layers),
-        max_rank=max((adapter.rank(layer) for layer in layers), default=0),
-        expert_params=sum(prod(adapter.store.infos[name].shape) for name in adapter.expert_names),
-    )
+    adapters = open_adapters(adapter_path)
+    _check_experts(wrappers, adapters)
+    for adapter in adapters.adapters:
+        adapter.check_finite(adapter.expert_names)
+    with _base(model)._kt_gate.exchange():
+        _exchange_experts(wrappers, adapters)
+    return _report(adapters)
 
 
-def apply_adapter(
-    model: nn.Module, adapter_path: str | Path | Adapter, scope: str = "all"
-) -> tuple[nn.Module, LoadReport]:
-    """Apply a whole adapter: PEFT's part through PEFT, the experts' part through :func:`load_moe_lora_from_adapter`.
+def apply_adapter(model: nn.Module, adapter_path: Adapters, scope: str = "all") -> tuple[nn.Module, LoadReport]:
+    """Apply whole adapters to a plain model: PEFT's part through PEFT, the experts' part in the experts.
 
     Args:
         model: a plain model with KT experts.
-        adapter_path: a local adapter directory.
+        adapter_path: a local adapter directory, or several, whose LoRA add up.
         scope: ``all``, or ``attention``: without LoRA on shared experts and dense MLP layers, as early KTransformers
             chats did; what is left out is counted in a warning.
 
     Returns:
-        The model (wrapped by PEFT if the adapter has a part for it) and the report.
+        The model (wrapped by PEFT if there is a part for it) and the report.
 
     Raises:
-        KTAdapterError: Any tensor could not be consumed; the model is then unusable and must be loaded again if PEFT
-            had begun.
+        KTAdapterError: Any tensor could not be consumed; the model is as it was.
+        KTMemoryError: A rank needs larger kernels than there is memory for; likewise.
         KTModelError: The model already carries an adapter.
     """
     if hasattr(model, "peft_config") or getattr(model, "_kt_adapter_applied", False):
         raise KTModelError(
-            f"{type(model).__name__} already carries an adapter. Load the model again; to change the experts' part alone, "
-            "call load_moe_lora_from_adapter."
+            f"{type(model).__name__} already carries an adapter. switch_adapter puts another in its place; to change the "
+            "experts' part alone, call load_moe_lora_from_adapter."
         )
-    adapter = adapter_path if isinstance(adapter_path, Adapter) else open_adapter(adapter_path)
-    part = plan_peft_part(model, adapter, scope)
-    adapter.check_finite(part.tensors)
-    _log_split(adapter, part)
-    model = apply_peft_part(model, adapter, part)
-    report = load_moe_lora_from_adapter(model, adapter)
-    model._kt_adapter_applied = True  # type: ignore[assignment]
-    return model, replace(report, peft=len(part.tensors), left_out=len(part.left_out))
+    return _exchange(model, open_adapters(adapter_path), scope)
+
+
+def switch_adapter(model: nn.Module, adapter_path: Adapters, scope: str = "all") -> LoadReport:
+    """Put another adapter (or the sum of several, or none) in place of what a running model has, in one step.
+
+    Waits for generations that run; those that come later wait for it: each sees the old adapter or the new one. A load
+    that fails leaves the old one in place.
+
+    Args:
+        model: a model with KT experts, plain or wrapped by PEFT; it is changed in place.
+        adapter_path: a local adapter directory, or several; None for the base model.
+        scope: as in :func:`apply_adapter`.
+
+    Raises:
+        KTAdapterError: The adapter is broken, or not one of this model.
+        KTMemoryError: Its rank needs larger kernels than there is memory for.
+        KTModelError: The model has no KT experts.
+        RuntimeError: The calling thread is generating with this model.
+    """
+    return _exchange(model, open_adapters(adapter_path), scope)[1]
+
+
+def _exchange(model: Any, adapters: AdapterSet, scope: str) -> tuple[nn.Module, LoadReport]:
+    wrappers, base = kt_wrappers(model), _base(model)
+    _check_experts(wrappers, adapters)
+    parts = [(adapter, check_peft_part(base, adapter, scope)) for adapter in adapters.adapters]
+    adapters.check_finite()
+    for adapter, part in parts:
+        _log_split(adapter, part)
+    with base._kt_gate.exchange():
+        wrapped, undo = exchange_peft_layers(base, parts)
+        try:
+            _exchange_experts(wrappers, adapters)
+        except BaseException:
+            undo()
+            raise
+        if model is not base and wrapped is not base:
+            model.base_model = wrapped.base_model  # PEFT's wrapper that the caller holds
+        base._kt_adapter_applied = bool(adapters.adapters)
+    peft, left_out = (sum(len(getattr(part, name)) for _, part in parts) for name in ("tensors", "left_out"))
+    return wrapped, _report(adapters, peft, left_out)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _check_experts(wrappers: Sequence[Any], adapters: AdapterSet) -> None:
+    adapters.check_fits({wrapper.layer_idx: wrapper.info.shape for wrapper in wrappers})
+    needed = sum(wrapper.engine.nbytes_for_rank(adapters.rank(wrapper.layer_idx)) for wrapper in wrappers)
+    if needed and needed > (free := available_memory()):
+        raise KTMemoryError(
+            f"The adapter's rank is larger than the kernels were built for; larger ones need {gib(needed)} and {gib(free)} "
+            "are free. Load the model with this adapter, or with a larger lora_rank in KTExpertsConfig."
+        )
+
+
+def _exchange_experts(wrappers: Sequence[Any], adapters: AdapterSet) -> None:
+    for adapter in adapters.adapters:
+        if adapter.layers:
+            logger.info("Loading MoE LoRA from %s", adapter.expert_file)
+    undo: list[Callable[[], None]] = []
+    try:
+        for wrapper in wrappers:
+            undo.append(wrapper.engine.set_lora(adapters.read_layer(wrapper.layer_idx, wrapper.info.shape)))
+    except BaseException:
+        for back in reversed(undo):
+            back()
+        raise
+    for adapter in adapters.adapters:
+        if adapter.layers:
+            logger.info("Loaded MoE LoRA into %d KT wrappers from %s", len(adapter.layers), adapter.directory)
+
+
+def _report(adapters: AdapterSet, peft: int = 0, left_out: int = 0) -> LoadReport:
+    every = adapters.adapters
+    return LoadReport(
+        adapter=", ".join(str(adapter.directory) for adapter in every),
+        format=", ".join(dict.fromkeys(adapter.format for adapter in every)),
+        total=sum(len(adapter.store.infos) for adapter in every),
+        experts=sum(len(adapter.expert_names) for adapter in every),
+        peft=peft,
+        left_out=left_out,
+        layers=tuple(adapters.layers),
+        max_rank=max((adapters.rank(layer) for layer in adapters.layers), default=0),
+        expert_params=sum(prod(a.store.infos[name].shape) for a in every for name in a.expert_names),
+    )
 
 
 def _log_split(adapter: Adapter, part: PeftPart) -> None:

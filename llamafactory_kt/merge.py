@@ -170,8 +170,7 @@ class _Plan:
         lora, (kind, expert) = self._lora, piece
 
         def delta(projection: str, number: int | slice) -> torch.Tensor:
-            factor = lora.scaling[projection][number].float()
-            factor = factor[:, None, None] if factor.dim() else factor
+            factor = lora.scaling[projection][number].float()[..., 0, None, None]  # the ranks of one adapter share it
             return factor * (lora.b[projection][number].float() @ lora.a[projection][number].float())
 
         if expert is not None:

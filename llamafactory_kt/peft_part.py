@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +10,8 @@ import torch
 from torch import nn
 
 from .adapters import Adapter
-from .adapters.keys import PEFT_PREFIX, split_module
+from .adapters.keys import split_module
 from .errors import KTAdapterError, name_some
-
-logger = logging.getLogger(__name__)
 
 MOE_TARGETS = ("gate_proj", "up_proj", "down_proj")
 """Bare names that mean experts as well as shared experts and dense layers, so PEFT never gets them bare."""
@@ -63,7 +59,7 @@ def plan_peft_part(model: nn.Module, adapter: Adapter, scope: str) -> PeftPart:
             left_over.append(tensor)
         elif scope == "attention" and module.rpartition(".")[2] in MOE_TARGETS:
             left_out.append(tensor)
-        elif _is_bare_router(model.get_submodule(module)):
+        elif _is_bare_router(submodule(model, module)):
             routers.setdefault(module, []).append(tensor)
         else:
             modules.setdefault(module, []).append(tensor)
@@ -79,16 +75,25 @@ def plan_peft_part(model: nn.Module, adapter: Adapter, scope: str) -> PeftPart:
     return PeftPart(modules, _targets(modules, known), filtered, left_out, routers)
 
 
-def check_peft_part(model: nn.Module, adapter: Adapter) -> None:
-    """The same checks on a model that is still empty, before its weights are read.
+def check_peft_part(model: nn.Module, adapter: Adapter, scope: str = "all") -> PeftPart:
+    """:func:`plan_peft_part` with every check that headers allow, also on a model that is still empty.
 
     Raises:
         KTAdapterError: As :func:`plan_peft_part`, or a tensor has not the size of the weight it changes.
     """
-    part = plan_peft_part(model, adapter, "all")
+    part = plan_peft_part(model, adapter, scope)
     _check_shapes(model, adapter, part.modules)
     for module, tensors in part.routers.items():
-        _router_delta(model, adapter, module, tensors, read=False)
+        _router_pair(model, adapter, module, tensors)
+    return part
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """The model's own module of that name, without what PEFT has wrapped around it."""
+    module = model.get_submodule(name)
+    while inner := getattr(module, "base_layer", None) or getattr(module, "original_module", None):
+        module = inner
+    return module
 
 
 def _renamings(model: Any) -> list[Any]:
@@ -123,105 +128,48 @@ def _targets(modules: Iterable[str], known: set[str]) -> list[str]:
     return targets
 
 
-def apply_peft_part(model: nn.Module, adapter: Adapter, part: PeftPart, name: str = "default") -> nn.Module:
-    """Wrap the model with PEFT and fill it with the adapter's non-expert tensors, as ``PeftModel.from_pretrained`` does.
-
-    Only these tensors are read. The adapter's ranks, alphas, patterns, rsLoRA, DoRA and modules_to_save stay in force.
-
-    Raises:
-        KTAdapterError: PEFT cannot wrap a module, wants a tensor the file does not have, or leaves one of ours unused.
-    """
-    _add_to_routers(model, adapter, part)
-    if not part.modules:
-        return model
-    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel
-    from peft.utils import set_peft_model_state_dict
-
-    fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    saved = adapter.settings.raw.get("modules_to_save") or []
-    config = LoraConfig(
-        **{key: value for key, value in adapter.settings.raw.items() if key in fields}
-        | {
-            # Exact names replace every other way of choosing layers.
-            "target_modules": [t for t in part.targets if t.rpartition(".")[2] not in saved] or None,
-            "exclude_modules": None,
-            "layers_to_transform": None,
-            "layers_pattern": None,
-            "target_parameters": None,
-            "inference_mode": True,
-        }
-    )
-    state = {
-        f"{PEFT_PREFIX}{module}.{split_module(tensor)[1]}": adapter.read(tensor)
-        for module, tensors in part.modules.items()
-        for tensor in tensors
-    }
-    _check_shapes(model, adapter, part.modules)
-    wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    try:
-        peft_model = wrap(model, config, adapter_name=name)
-        result = set_peft_model_state_dict(peft_model, dict(state), adapter_name=name)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise KTAdapterError(f"{adapter.store.path}: PEFT cannot apply the non-expert part: {error}") from error
-    missing = [key for key in result.missing_keys if ".lora_" in key]
-    if missing or result.unexpected_keys:
-        raise KTAdapterError(
-            f"{adapter.store.path}: PEFT found no tensor for {name_some(missing, 3) or 'nothing'} and no place for "
-            f"{name_some(result.unexpected_keys, 3) or 'nothing'}."
-        )
-    wrapped: nn.Module = peft_model.eval()
-    return wrapped
-
-
 def _is_bare_router(module: nn.Module) -> bool:
     """transformers 5's top-k routers hold their weight as a bare parameter [E, H], which PEFT 0.18 cannot wrap."""
     weight = getattr(module, "weight", None)
     return not isinstance(module, nn.Linear | nn.Embedding) and isinstance(weight, nn.Parameter) and weight.dim() == 2
 
 
-def _router_delta(
-    model: nn.Module, adapter: Adapter, module: str, tensors: list[str], read: bool = True
-) -> torch.Tensor | None:
-    """``scaling * B @ A`` of one router, float32 [E, H].
+def _router_pair(model: nn.Module, adapter: Adapter, module: str, tensors: list[str]) -> tuple[str, str]:
+    """A and B of one router.
 
     Raises:
         KTAdapterError: It is not one LoRA pair of the router's size.
     """
     halves = {split_module(tensor)[1]: tensor for tensor in tensors}
-    weight: torch.Tensor = model.get_submodule(module).weight  # type: ignore[assignment]
     if set(halves) != {"lora_A.weight", "lora_B.weight"} or adapter.settings.use_dora:
         raise KTAdapterError(
             f"{adapter.store.path}: the router {module} has {name_some(tensors)}; only a LoRA pair without DoRA and bias can "
             "be applied to it."
         )
-    a, b = (adapter.store.infos[halves[name]].shape for name in ("lora_A.weight", "lora_B.weight"))
+    weight: torch.Tensor = submodule(model, module).weight  # type: ignore[assignment]
+    pair = halves["lora_A.weight"], halves["lora_B.weight"]
+    a, b = (adapter.store.infos[name].shape for name in pair)
     if (b[0], a[1]) != tuple(weight.shape) or a[0] != b[1]:
         raise KTAdapterError(
             f"{adapter.store.path}: LoRA of {a} and {b} for the router {module}, whose weight is {tuple(weight.shape)}."
         )
-    if not read:
-        return None
-    scaling = adapter.settings.scaling(module, a[0])
-    return scaling * (adapter.read(halves["lora_B.weight"]).float() @ adapter.read(halves["lora_A.weight"]).float())
+    return pair
 
 
-@torch.no_grad()
-def _add_to_routers(model: nn.Module, adapter: Adapter, part: PeftPart) -> None:
-    deltas = {module: _router_delta(model, adapter, module, tensors) for module, tensors in part.routers.items()}
-    for module, delta in deltas.items():
-        weight: torch.Tensor = model.get_submodule(module).weight  # type: ignore[assignment]
-        weight.copy_((weight.float() + delta.to(weight.device)).to(weight.dtype))  # type: ignore[union-attr]
-    if deltas:
-        logger.info(
-            "Added the LoRA of %d routers to their weights (PEFT cannot wrap them), rounded to %s",
-            len(deltas), str(weight.dtype).removeprefix("torch."),
-        )  # fmt: skip
+def router_delta(model: nn.Module, adapter: Adapter, module: str, tensors: list[str]) -> torch.Tensor:
+    """``scaling * B @ A`` of one router, float32 [E, H].
+
+    Raises:
+        KTAdapterError: It is not one LoRA pair of the router's size.
+    """
+    a, b = (adapter.read(name).float() for name in _router_pair(model, adapter, module, tensors))
+    return adapter.settings.scaling(module, a.shape[0]) * (b @ a)
 
 
 def _check_shapes(model: nn.Module, adapter: Adapter, modules: dict[str, list[str]]) -> None:
     """Compare LoRA of linear layers with the weight it changes, so that the error names file, module and sizes."""
     for module, tensors in modules.items():
-        layer = model.get_submodule(module)
+        layer = submodule(model, module)
         if not isinstance(layer, nn.Linear):
             continue
         for tensor in tensors:

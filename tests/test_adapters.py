@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import edit_adapter, make_adapter, make_model, write_config
+from tiny import delta_of, edit_adapter, make_adapter, make_model, write_config
 
 from llamafactory_kt.adapters import ExpertsShape, locate_adapter, open_adapter
 from llamafactory_kt.adapters.keys import ExpertKey, parse_expert_key, split_module
@@ -80,12 +80,6 @@ def save(directory: Path, tensors, **config) -> Path:
     return directory
 
 
-def deltas(lora, expert, projection):
-    return lora.scaling[projection][expert] * (
-        lora.b[projection][expert].double() @ lora.a[projection][expert].double()
-    )
-
-
 def test_ranks_mixed_between_experts_and_projections(tmp_path):
     """Different ranks, experts and projections without LoRA: padded with zeros, scaled by their own rank, exactly."""
     tensors = experts_tensors(lambda expert, p: {0: 3, 1: 5, 2: 0, 3: 1 if p != "up" else 0}[expert])
@@ -99,7 +93,7 @@ def test_ranks_mixed_between_experts_and_projections(tmp_path):
             if names[0] in tensors:
                 a, b = tensors[names[0]].double(), tensors[names[1]].double()
                 wanted = 6 / a.shape[0] * (b @ a)
-            assert torch.allclose(deltas(lora, expert, projection), wanted, rtol=1e-12, atol=1e-12)
+            assert torch.allclose(delta_of(lora, projection, expert), wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_scaling_follows_rslora_and_patterns(tmp_path):
@@ -111,8 +105,8 @@ def test_scaling_follows_rslora_and_patterns(tmp_path):
         "alpha_pattern": {"model.layers.2.mlp.experts.1.up_proj": 3},
     }
     lora = open_adapter(save(tmp_path, tensors, **config)).read_layer(2, SHAPE)
-    assert lora.scaling["gate"].tolist() == [10 / math.sqrt(4)] * 4
-    assert lora.scaling["up"].tolist() == [5.0, 1.5, 5.0, 5.0]
+    assert lora.scaling["gate"][:, 0].tolist() == [10 / math.sqrt(4)] * 4
+    assert lora.scaling["up"][:, 0].tolist() == [5.0, 1.5, 5.0, 5.0]
 
 
 def test_ranks_other_than_the_config_says_are_said_aloud(tmp_path, kt_log):

@@ -84,7 +84,8 @@ def test_all_mistakes_at_once():
         parse(
             {"use_kt": True, "kt_backend": "AMXBF61", "kt_num_threads": "many", "kt_max_chunk": 0, "kt_tp_enabled": "no",
              "kt_lora_scope": "experts", "kt_debug": 1, "kt_threadpool_count": -1, "quantization_bit": 4,
-             "kt_config": {"kt_thread": 3}, "adapter_name_or_path": "a,b", "use_unsloth": True}
+             "kt_config": {"kt_thread": 3}, "adapter_name_or_path": "a,b", "kt_moe_lora_path": "c.pt",
+             "use_unsloth": True}
         )  # fmt: skip
     text = str(error.value)
     for part in (
@@ -92,7 +93,7 @@ def test_all_mistakes_at_once():
         "kt_num_threads must be a positive whole number or auto, found 'many'", "kt_max_chunk must be a positive",
         "kt_tp_enabled must be true or false", "kt_lora_scope: unknown value 'experts'", "kt_debug must be true or false",
         "kt_threadpool_count must be a positive", "quantization_bit: 4 cannot be combined", "use_unsloth: true cannot",
-        "use_kt takes a single adapter, found 2: a, b",
+        "kt_moe_lora_path goes with one adapter, but adapter_name_or_path names 2: a, b",
     ):  # fmt: skip
         assert part in text, part
 

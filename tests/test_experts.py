@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTAdapterError, KTExpertsConfig, apply_adapter, load_moe_lora_from_adapter
 from llamafactory_kt.adapters import ExpertLora, ExpertsShape
-from llamafactory_kt.experts import kt_engine, machine
+from llamafactory_kt.experts import kernel, machine
 from llamafactory_kt.experts.checkpoint import LayerWeights
 from llamafactory_kt.experts.engine import EngineSpec
 from llamafactory_kt.experts.kt_engine import KTEngine
@@ -40,7 +40,7 @@ def lora_for(shape: ExpertsShape, rank: int, scaling: float, seed=1) -> ExpertLo
         out, size = shape.projection(projection)
         a[projection] = (torch.randn(shape.num_experts, rank, size, generator=generator) * size**-0.5).bfloat16()
         b[projection] = (torch.randn(shape.num_experts, out, rank, generator=generator) * rank**-0.5).bfloat16()
-        factors[projection] = torch.full((shape.num_experts,), scaling, dtype=torch.float64)
+        factors[projection] = torch.full((shape.num_experts, rank), scaling, dtype=torch.float64)
     return ExpertLora(0, a, b, factors)
 
 
@@ -49,7 +49,7 @@ def reference(weights: LayerWeights, lora: ExpertLora | None, x, index, scores):
     full = {"gate": weights.gate.double(), "up": weights.up.double(), "down": weights.down.double()}
     if lora is not None:
         for p in full:
-            full[p] = full[p] + lora.scaling[p][:, None, None] * (lora.b[p].double() @ lora.a[p].double())
+            full[p] = full[p] + (lora.b[p].double() * lora.scaling[p][:, None]) @ lora.a[p].double()
     out = torch.zeros_like(x, dtype=torch.float64)
     for token, row in enumerate(x.double()):
         for expert, score in zip(index[token].tolist(), scores[token].double(), strict=True):
@@ -131,13 +131,13 @@ def test_kernel_objects_are_used_again_instead_of_leaked():
     shape = ExpertsShape(3, 96, 160)
     first = make_engine("AMXBF16", shape, layer(shape, seed=10), rank=4)
     first.set_lora(lora_for(shape, 4, 2.0))
-    address = id(first._wrapper)
+    address = id(first._kernel.wrapper)
     del first
     gc.collect()
-    assert kt_engine.idle_bytes(3, 96, 160) == 3 * 3 * 96 * 160 * 2
+    assert kernel.idle_bytes(3, 96, 160) == 3 * 3 * 96 * 160 * 2
     weights = layer(shape, seed=11)
     second = make_engine("AMXBF16", shape, weights, rank=4)
-    assert id(second._wrapper) == address and kt_engine.idle_bytes(3, 96, 160) == 0
+    assert id(second._kernel.wrapper) == address and kernel.idle_bytes(3, 96, 160) == 0
     x, index, scores = batch(shape, 9)
     assert rel(second.forward(x, index, scores), reference(weights, None, x, index, scores)) < 0.01
 

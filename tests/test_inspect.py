@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import edit_adapter, make_adapter, make_model, other_modules
+from tiny import delta_of, edit_adapter, make_adapter, make_model, other_modules
 from typer.testing import CliRunner
 
 from llamafactory_kt import KTPathError
@@ -57,9 +57,7 @@ def test_norms_against_the_products_themselves(source):
     for layer, row in found.items():
         lora = adapter.read_layer(layer, shapes[layer])
         for expert, norm in enumerate(row):
-            deltas = [
-                lora.scaling[p][expert] * (lora.b[p][expert].double() @ lora.a[p][expert].double()) for p in lora.a
-            ]
+            deltas = [delta_of(lora, p, expert) for p in lora.a]
             assert norm == pytest.approx(float(torch.cat([d.flatten() for d in deltas]).norm()), rel=1e-9)
 
 

@@ -192,6 +192,12 @@ def merged_float32(model: Path, adapter: Path | None, *, experts: bool = True, d
     return stock.to(dtype).eval()
 
 
+def delta_of(lora, projection: str, expert: int) -> torch.Tensor:
+    """ΔW [out, in] of one expert of an ``ExpertLora``, float64."""
+    b = lora.b[projection][expert].double() * lora.scaling[projection][expert]
+    return b @ lora.a[projection][expert].double()
+
+
 def rel(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Relative error in the Euclidean norm."""
     return float((found.float() - wanted.float()).norm() / wanted.float().norm())

@@ -39,6 +39,8 @@ class Adapter(ABC):
         self.directory = directory
         self.settings = settings
         self.store = store
+        self._finite: set[str] = set()
+        """tensors without NaN and Inf, so that none is looked through twice"""
 
     @property
     @abstractmethod
@@ -113,14 +115,15 @@ class Adapter(ABC):
         return self.store.read(name)
 
     def check_finite(self, names: Iterable[str] | None = None) -> None:
-        """Read the tensors (by default all) once, looking for NaN and Inf.
+        """Read the tensors (by default all), each once, looking for NaN and Inf.
 
         Raises:
             KTAdapterError: With the number of tensors affected and the first names.
         """
-        bad = [
-            n for n in (self.store.infos if names is None else names) if not bool(torch.isfinite(self.read(n)).all())
-        ]
+        bad: list[str] = []
+        for name in self.store.infos if names is None else names:
+            if name not in self._finite:
+                (self._finite.add if bool(torch.isfinite(self.read(name)).all()) else bad.append)(name)
         if bad:
             raise KTAdapterError(
                 f"{self.store.path}: {len(bad)} of {len(self.store.infos)} tensors hold NaN or Inf, first {name_some(bad, 3)}. "

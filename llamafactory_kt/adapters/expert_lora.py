@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,10 @@ from .keys import PROJECTIONS
 
 @dataclass(frozen=True)
 class ExpertLora:
-    """LoRA of one layer's routed experts: for expert e and projection p, ``ΔW = scaling[p][e] * b[p][e] @ a[p][e]``.
+    """LoRA of one layer's routed experts: for expert e and projection p, ``ΔW = b[p][e] @ diag(scaling[p][e]) @ a[p][e]``.
 
-    Experts or projections without LoRA are zeros, and so is the padding of smaller ranks.
+    Experts or projections without LoRA are zeros, and so is the padding of smaller ranks. Each rank has a scaling of
+    its own, so that the sum of several LoRA is one LoRA whose ranks lie side by side.
     """
 
     layer: int
@@ -23,7 +25,17 @@ class ExpertLora:
     b: dict[str, torch.Tensor]
     """per projection [E, out, r]; out is I for gate and up, H for down"""
     scaling: dict[str, torch.Tensor]
-    """per projection [E], float64"""
+    """per projection [E, r], float64"""
+
+    @classmethod
+    def sum_of(cls, loras: Sequence[ExpertLora]) -> ExpertLora:
+        """The LoRA whose ΔW is the sum of the given ones', exactly; they belong to the same layer."""
+        return cls(
+            loras[0].layer,
+            {p: torch.cat([lora.a[p] for lora in loras], dim=1) for p in PROJECTIONS},
+            {p: torch.cat([lora.b[p] for lora in loras], dim=2) for p in PROJECTIONS},
+            {p: torch.cat([lora.scaling[p] for lora in loras], dim=1) for p in PROJECTIONS},
+        )
 
     @property
     def rank(self) -> int:
@@ -32,13 +44,12 @@ class ExpertLora:
     def norms(self) -> torch.Tensor:
         """Frobenius norm of each expert's ΔW over its three projections, [E], float64.
 
-        ``‖B A‖² = Σ (BᵀB) ∘ (A Aᵀ)``, so that no ΔW is ever formed.
+        ``‖B S A‖² = Σ (BᵀB) ∘ (S A AᵀS)``, so that no ΔW is ever formed.
         """
         squares = torch.zeros(self.a["gate"].shape[0], dtype=torch.float64)
         for projection in PROJECTIONS:
-            a, b = self.a[projection].double(), self.b[projection].double()
-            product = (b.transpose(1, 2) @ b) * (a @ a.transpose(1, 2))
-            squares += self.scaling[projection] ** 2 * product.sum((1, 2))
+            a, b = self.a[projection].double() * self.scaling[projection][..., None], self.b[projection].double()
+            squares += ((b.transpose(1, 2) @ b) * (a @ a.transpose(1, 2))).sum((1, 2))
         return squares.clamp_(min=0).sqrt_()
 
     def folded(self, common: float) -> dict[str, torch.Tensor]:
@@ -46,7 +57,7 @@ class ExpertLora:
 
         A power of two is exact in every floating-point type; any other factor is rounded once, to float32.
         """
-        return {p: self.b[p].float() * (self.scaling[p] / common).to(torch.float32)[:, None, None] for p in PROJECTIONS}
+        return {p: self.b[p].float() * (self.scaling[p] / common).to(torch.float32)[:, None] for p in PROJECTIONS}
 
 
 def mantissa(scaling: float) -> float:

@@ -158,7 +158,7 @@ class PerExpertAdapter(Adapter):
             out_features, in_features = shape.projection(projection)
             a[projection] = torch.zeros(experts, rank, in_features, dtype=dtype)
             b[projection] = torch.zeros(experts, out_features, rank, dtype=dtype)
-            scaling[projection] = torch.full((experts,), self.scaling(layer), dtype=torch.float64)
+            scaling[projection] = torch.full((experts, rank), self.scaling(layer), dtype=torch.float64)
         for (expert, projection), names in pairs.items():
             tensor_a, tensor_b = tensors[names]
             a[projection][expert, : tensor_a.shape[0]] = tensor_a

@@ -128,7 +128,7 @@ class StackedAdapter(Adapter):
             layer,
             {p: pad(t, (0, 0, 0, rank - t.shape[1])) for p, t in a.items()},
             {p: pad(t, (0, rank - t.shape[2])) for p, t in b.items()},
-            {p: torch.full((shape.num_experts,), self._scaling, dtype=torch.float64) for p in PROJECTIONS},
+            {p: torch.full((shape.num_experts, rank), self._scaling, dtype=torch.float64) for p in PROJECTIONS},
         )
 
 

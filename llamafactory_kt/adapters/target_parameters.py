@@ -194,7 +194,7 @@ class TargetParametersAdapter(Adapter):
             out, size = shape.projection(projection)
             a[projection] = torch.zeros(experts, rank, size, dtype=dtype)
             b[projection] = torch.zeros(experts, out, rank, dtype=dtype)
-            scaling[projection] = torch.ones(experts, dtype=torch.float64)
+            scaling[projection] = torch.ones(experts, rank, dtype=torch.float64)
         for found in self._understand(layer, shape):
             # [E, r, *] and [E, *, r], whatever side they are on
             rows = self.read(found.pair.a).unflatten(0, (experts, found.rank))

@@ -22,8 +22,8 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         num_threads: worker threads of kt-kernel; None chooses from the physical cores.
         threadpool_count: NUMA sub-pools the workers are divided into.
         max_chunk: tokens per kernel call; longer inputs are split.
-        adapter: directory of the LoRA adapter to come. It is checked against the model before weights are read, and
-            the kernels get room for its ranks. It is not applied: that is ``load_moe_lora_from_adapter``'s and PEFT's part.
+        adapter: directory of the LoRA adapter to come, or several. They are checked against the model before weights
+            are read, and the kernels get room for their ranks. They are not applied: that is ``apply_adapter``'s part.
         moe_lora: a ``moe_lora.pt`` with the experts' part of the LoRA to come, alone or beside ``adapter``.
         lora_rank: room for LoRA in layers where ``adapter`` says nothing.
         debug: let the kernel write to stdout.
@@ -37,7 +37,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     num_threads: int | None = None
     threadpool_count: int = 1
     max_chunk: int = DEFAULT_MAX_CHUNK
-    adapter: str | None = None
+    adapter: str | list[str] | None = None
     moe_lora: str | None = None
     lora_rank: int = DEFAULT_LORA_RANK
     debug: bool = False

@@ -28,6 +28,9 @@ class EngineSpec:
 ReadWeights = Callable[[torch.dtype | None, tuple[int, int]], LayerWeights]
 """Reads the layer from its checkpoint: (dtype or None for its own, (padded hidden size, padded intermediate size))."""
 
+Undo = Callable[[], None]
+"""Puts back what was there before."""
+
 
 class Engine(ABC):
     """One layer's experts. Weights and LoRA are plain tensors outside any module: ``model.to()`` never moves them."""
@@ -46,8 +49,12 @@ class Engine(ABC):
         """Read the base weights."""
 
     @abstractmethod
-    def set_lora(self, lora: ExpertLora | None) -> None:
-        """Replace the LoRA, of any rank; None for the base alone. The old one stays in place if this fails."""
+    def set_lora(self, lora: ExpertLora | None) -> Undo:
+        """Replace the LoRA, of any rank; None for the base alone. The old one stays in place if this fails.
+
+        Returns:
+            A call that puts the old one back, for as long as it is kept.
+        """
 
     @abstractmethod
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -61,6 +68,10 @@ class Engine(ABC):
         Returns:
             [T, H] in the dtype of ``hidden``.
         """
+
+    def nbytes_for_rank(self, rank: int) -> int:
+        """Memory beyond the present that base weights with room for a LoRA of this rank take."""
+        return 0
 
     @property
     @abstractmethod

@@ -115,7 +115,7 @@ def _shut_down() -> None:
     with contextlib.suppress(Exception), quiet_stdout():
         from kt_kernel.sft.amx import AMXSFTMoEWrapper
 
-        from .kt_engine import release_all
+        from .kernel import release_all
 
         release_all()
         AMXSFTMoEWrapper._cpu_infer_instance = None

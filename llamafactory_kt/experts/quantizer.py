@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from ..adapters import Adapter, ExpertsShape, open_adapter
+from ..adapters import AdapterSet, ExpertsShape, open_adapters
 from ..backends import canonical_backend
 from ..errors import KTMemoryError, KTModelError
 from ..peft_part import check_peft_part
@@ -25,7 +25,9 @@ from .checkpoint import ExpertsCheckpoint
 from .config import QUANT_METHOD, KTExpertsConfig
 from .contract import ExpertsModule, find_experts
 from .engine import Engine, EngineSpec
-from .kt_engine import MULTIPLE, KTEngine, idle_bytes, padded
+from .gate import guard
+from .kernel import MULTIPLE, idle_bytes, padded
+from .kt_engine import KTEngine
 from .kt_runtime import choose_threads, cpu_variant, kernel_problem, require_kernel, share_cores
 from .machine import available_memory, gib
 from .module import KTExperts
@@ -36,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 @register_quantizer(QUANT_METHOD)
 class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
-    """See the module's text. Sets ``model._kt_wrappers``: the :class:`KTExperts` modules in order."""
+    """See the module's text. Sets ``model._kt_wrappers``: the :class:`KTExperts` modules in order; ``_kt_adapters``: the
+    adapters that were checked, to be applied; ``_kt_gate``: what keeps generations and an exchange of adapters apart."""
 
     quantization_config: KTExpertsConfig
 
@@ -52,22 +55,24 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             raise KTModelError(f"{type(model).__name__}: experts are read from checkpoint files, and there are none.")
         checkpoint = ExpertsCheckpoint(model, experts, checkpoint_files)
         shapes = {module.layer: module.shape for module in experts}
-        adapter = open_adapter(config.adapter, config.moe_lora) if config.adapter or config.moe_lora else None
-        if adapter is not None:
-            adapter.check_fits(shapes)
+        adapters = open_adapters(config.adapter, config.moe_lora)
+        adapters.check_fits(shapes)
+        for adapter in adapters.adapters:
             check_peft_part(model, adapter)
-            adapter.check_finite()
+        adapters.check_finite()
         itemsize = 2 if backend != "torch" else max(checkpoint.dtype(module.name).itemsize for module in experts)
-        self._check_memory(model, experts, adapter, on_gpu, itemsize)
+        self._check_memory(model, experts, adapters, on_gpu, itemsize)
         if backend != "torch":
             threads, config.threadpool_count = share_cores(threads, config.threadpool_count, on_gpu)
             if checkpoint.dtypes() != {"BF16"}:
                 logger.warning(
                     "The experts are stored as %s; kt-kernel computes them in bfloat16.", ", ".join(checkpoint.dtypes())
                 )
-        self._wrappers = [self._replace(model, module, checkpoint, adapter, backend) for module in experts]
+        self._wrappers = [self._replace(model, module, checkpoint, adapters, backend) for module in experts]
         self._sizes = {module.name: checkpoint.nbytes(module.name) for module in experts}
         model._kt_wrappers = self._wrappers
+        model._kt_adapters = adapters
+        model._kt_gate = guard(model)
         model._kt_summary = {
             "engine": self._wrappers[0].engine.name,
             "variant": cpu_variant() if backend != "torch" else "any",
@@ -81,7 +86,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         ]
 
     def _check_memory(
-        self, model: nn.Module, experts: list[ExpertsModule], adapter: Adapter | None, on_gpu: bool, itemsize: int
+        self, model: nn.Module, experts: list[ExpertsModule], adapters: AdapterSet, on_gpu: bool, itemsize: int
     ) -> None:
         pools = self.quantization_config.threadpool_count
 
@@ -96,11 +101,10 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         )
         names = {f"{module.name}.{weight}" for module in experts for weight in ("gate_up_proj", "down_proj")}
         others = 0 if on_gpu else sum(p.nbytes for n, p in model.named_parameters() if n not in names)
-        lora = 0
-        for module in experts:
-            if adapter is not None and module.layer in adapter.layers:
-                size = module.shape.hidden_size + module.shape.intermediate_size
-                lora += 3 * module.shape.num_experts * adapter.rank(module.layer) * size * 2
+        lora = sum(
+            3 * m.shape.num_experts * adapters.rank(m.layer) * (m.shape.hidden_size + m.shape.intermediate_size) * 2
+            for m in experts
+        )
         needed = max(0, sum(sizes) - reusable) + max(sizes) + lora + others
         free = available_memory()
         if needed > free:
@@ -114,15 +118,14 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         model: nn.Module,
         module: ExpertsModule,
         checkpoint: ExpertsCheckpoint,
-        adapter: Adapter | None,
+        adapters: AdapterSet,
         backend: str,
     ) -> KTExperts:
         config = self.quantization_config
-        has_lora = adapter is not None and module.layer in adapter.layers
         spec = EngineSpec(
             module.layer, module.shape, module.num_experts_per_tok,
-            lora_rank=adapter.rank(module.layer) if adapter and has_lora else config.lora_rank,
-            lora_scaling=adapter.scaling(module.layer) if adapter and has_lora else 1.0,
+            lora_rank=adapters.rank(module.layer) or config.lora_rank,
+            lora_scaling=adapters.scaling(module.layer),
         )  # fmt: skip
 
         def read(dtype: torch.dtype | None, size: tuple[int, int]) -> Any:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ..adapters import ExpertLora
 from .checkpoint import LayerWeights
-from .engine import Engine
+from .engine import Engine, Undo
 
 
 class TorchEngine(Engine):
@@ -21,9 +21,13 @@ class TorchEngine(Engine):
         shape = self.spec.shape
         self._weights: LayerWeights = self._read_weights(None, (shape.hidden_size, shape.intermediate_size))
 
-    def set_lora(self, lora: ExpertLora | None) -> None:
-        self._lora = lora
-        self.lora_rank = lora.rank if lora else 0
+    def set_lora(self, lora: ExpertLora | None) -> Undo:
+        before = self._lora
+        self._put(lora)
+        return lambda: self._put(before)
+
+    def _put(self, lora: ExpertLora | None) -> None:
+        self._lora, self.lora_rank = lora, lora.rank if lora else 0
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         x, scores = hidden.float(), weights.float()
@@ -41,7 +45,7 @@ class TorchEngine(Engine):
         out = F.linear(x, weight[expert].float())
         if self._lora is not None:
             a, b = self._lora.a[projection][expert].float(), self._lora.b[projection][expert].float()
-            out += float(self._lora.scaling[projection][expert]) * F.linear(F.linear(x, a), b)
+            out += F.linear(F.linear(x, a) * self._lora.scaling[projection][expert].float(), b)
         return out
 
     @property

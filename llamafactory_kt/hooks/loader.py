@@ -120,23 +120,25 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
     from ..experts import KTExpertsConfig
 
     logger.info("Loading model with KTransformers MoE backend")
-    adapter = None
-    if model_args.adapter_name_or_path:
-        adapter = locate_adapter(
-            model_args.adapter_name_or_path[0],
-            subfolder=model_args.adapter_folder,
-            revision=model_args.model_revision,
-            cache_dir=model_args.cache_dir,
-            token=model_args.hf_hub_token,
+    adapters = [
+        str(
+            locate_adapter(
+                name,
+                subfolder=model_args.adapter_folder,
+                revision=model_args.model_revision,
+                cache_dir=model_args.cache_dir,
+                token=model_args.hf_hub_token,
+            )
         )
+        for name in model_args.adapter_name_or_path or []
+    ]
     moe_lora = str(Path(model_args.kt_moe_lora_path).expanduser()) if model_args.kt_moe_lora_path else None
-    model_args.kt_adapter = (adapter, moe_lora) if adapter or moe_lora else None
     init_kwargs["quantization_config"] = KTExpertsConfig(
         backend=model_args.kt_backend,
         num_threads=model_args.kt_num_threads,
         threadpool_count=threadpool_count(model_args),
         max_chunk=model_args.kt_max_chunk,
-        adapter=str(adapter) if adapter else None,
+        adapter=adapters,
         moe_lora=moe_lora,
         debug=model_args.kt_debug,
     )
@@ -148,14 +150,12 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
 
 
 def _apply(model: Any, model_args: Any) -> Any:
-    from ..adapters import open_adapter
     from ..lora import apply_adapter
     from ..report import debug_structure, load_table
 
     report = None
-    if model_args.kt_adapter is not None:
-        adapter = open_adapter(*model_args.kt_adapter)
-        model, report = apply_adapter(model, adapter, model_args.kt_lora_scope)
+    if model._kt_adapters.adapters:
+        model, report = apply_adapter(model, model._kt_adapters, model_args.kt_lora_scope)
         logger.info("Loaded adapter(s): %s", ",".join(model_args.adapter_name_or_path or [model_args.kt_moe_lora_path]))
     logger.info("%s", "\n" + load_table(model, report))
     if model_args.kt_debug:

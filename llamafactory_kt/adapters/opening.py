@@ -1,0 +1,90 @@
+"""Opening adapters: which layout a directory or a file holds, told by file names and headers only."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+from ..errors import KTAdapterError, KTPathError
+from .adapter import Adapter
+from .config import CONFIG, LoraSettings
+from .per_expert import PerExpertAdapter
+from .stacked import BUNDLE, MOE_LORA, is_stacked, open_bundle, open_moe_lora, open_stacked
+from .store import PickledStore, SafetensorsStore, has_store, open_store
+from .target_parameters import TargetParametersAdapter, is_target_parameters
+
+logger = logging.getLogger(__name__)
+
+
+def open_adapter(directory: str | Path | None, moe_lora: str | Path | None = None) -> Adapter:
+    """Open a local adapter by its headers, whatever its layout.
+
+    Args:
+        directory: the adapter's directory; None with ``moe_lora`` alone.
+        moe_lora: a ``moe_lora.pt`` with the routed experts' part, beside a directory without one.
+
+    Raises:
+        KTPathError: There is no such directory or file.
+        KTAdapterError: The configuration or a tensor file is missing, damaged, or of a layout that is not supported.
+    """
+    if moe_lora is not None and not Path(moe_lora).is_file():
+        raise KTPathError(f"{moe_lora} does not exist or is not a file.")
+    if directory is None:
+        if moe_lora is None:
+            raise KTPathError("No adapter was given.")
+        return open_moe_lora(Path(moe_lora), None, None)
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise KTPathError(f"{directory} does not exist or is not a directory.")
+    beside = directory / MOE_LORA
+    if moe_lora is None and beside.is_file() and not (directory / CONFIG).is_file() and not has_store(directory):
+        return open_moe_lora(beside, directory, None)
+    settings = LoraSettings.read(directory)
+    if (directory / BUNDLE).is_file():
+        adapter: Adapter = open_bundle(directory, settings)
+    else:
+        store = open_store(directory)
+        kind = TargetParametersAdapter if is_target_parameters(store) else PerExpertAdapter
+        adapter = kind(directory, settings, store)
+    if moe_lora is None and not beside.is_file():
+        return adapter
+    if not adapter.layers:
+        return open_moe_lora(Path(moe_lora or beside), directory, settings)
+    if moe_lora is not None:
+        raise KTAdapterError(
+            f"Routed-expert LoRA was given twice: in {adapter.expert_file} and in {moe_lora}. Leave one of them out."
+        )
+    logger.warning("%s is not used: %s holds the experts' LoRA already.", beside, adapter.expert_file.name)
+    return adapter
+
+
+def open_files(tensors: Path, config: Path | None, lora_alpha: float) -> Adapter:
+    """Open a tensor file and a configuration wherever they are; for converters.
+
+    Args:
+        tensors: an ``adapter_model.safetensors`` (or ``.bin``), or a ``moe_lora.pt``.
+        config: ``adapter_config.json``; None for the one beside the tensors. Without any, the rank is the tensors' and
+            alpha is ``lora_alpha``. Stacked tensors have their own.
+
+    Raises:
+        KTAdapterError: A file is damaged or of a layout that is not supported.
+    """
+    if tensors.suffix == ".pt":
+        return open_moe_lora(tensors, None, None)
+    if tensors.name == BUNDLE:
+        return open_bundle(tensors.parent, LoraSettings.read_file(config or tensors.with_name(CONFIG)))
+    store = PickledStore(tensors) if tensors.suffix == ".bin" else SafetensorsStore(tensors)
+    if isinstance(store, SafetensorsStore) and is_stacked(store):
+        return open_stacked(store, LoraSettings.read_file(config) if config else None)
+    if config is None and tensors.with_name(CONFIG).is_file():
+        config = tensors.with_name(CONFIG)
+    if config is not None:
+        settings = LoraSettings.read_file(config)
+    else:
+        ranks = Counter(info.shape[0] for name, info in store.infos.items() if ".lora_A." in name and info.shape)
+        rank = ranks.most_common(1)[0][0] if ranks else 8
+        settings = LoraSettings(path=tensors, r=rank, lora_alpha=lora_alpha, raw={"r": rank, "lora_alpha": lora_alpha})
+    if is_target_parameters(store):
+        return TargetParametersAdapter(tensors.parent, settings, store)
+    return PerExpertAdapter(tensors.parent, settings, store)

@@ -1,0 +1,89 @@
+"""Generations and the exchange of adapters keep out of each other's way."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+
+class Gate:
+    """Many generations at once, or one exchange alone. An exchange that waits goes before generations that come later.
+
+    The standard library has no such lock.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+        self._waiting = 0
+        self._exchanging = False
+        self._inside = threading.local()
+
+    @contextlib.contextmanager
+    def generation(self) -> Iterator[None]:
+        """Hold the model as it is. A thread may enter again while it is inside: ``generate`` calls ``forward``."""
+        depth = getattr(self._inside, "depth", 0)
+        if depth == 0:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._exchanging and not self._waiting)
+                self._running += 1
+        self._inside.depth = depth + 1
+        try:
+            yield
+        finally:
+            self._inside.depth = depth
+            if depth == 0:
+                with self._changed:
+                    self._running -= 1
+                    self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def exchange(self) -> Iterator[None]:
+        """Have the model alone; waits for generations that run.
+
+        Raises:
+            RuntimeError: The calling thread is generating, and would wait for itself.
+        """
+        if getattr(self._inside, "depth", 0):
+            raise RuntimeError("An adapter cannot be exchanged from within a generation.")
+        with self._changed:
+            self._waiting += 1
+            try:
+                self._changed.wait_for(lambda: not self._exchanging and not self._running)
+                self._exchanging = True
+            finally:
+                self._waiting -= 1
+                self._changed.notify_all()
+        self._inside.depth = 1  # this thread may use the model itself
+        try:
+            yield
+        finally:
+            self._inside.depth = 0
+            with self._changed:
+                self._exchanging = False
+                self._changed.notify_all()
+
+
+def guard(model: nn.Module) -> Gate:
+    """Let the model's ``generate`` and ``forward`` pass through a gate of its own, also where PEFT wraps the model."""
+    gate, reference = Gate(), weakref.ref(model)  # no cycle: a dropped model gives its memory back at once
+
+    def through(stock: Callable[..., Any]) -> MethodType:
+        @functools.wraps(stock)
+        def call(_: Any, *args: Any, **kwargs: Any) -> Any:
+            with gate.generation():
+                return stock(reference(), *args, **kwargs)
+
+        return MethodType(call, weakref.proxy(model))  # LLaMA-Factory and transformers look into the method
+
+    for name in ("generate", "forward"):
+        if stock := getattr(type(model), name, None):
+            setattr(model, name, through(stock))
+    return gate

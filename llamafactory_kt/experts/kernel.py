@@ -1,0 +1,162 @@
+"""Kernel objects of kt-kernel's BF16 SFT kernel: built, filled, given LoRA, and used again instead of being dropped.
+
+kt-kernel 0.7.2 never frees the packed weights of a kernel object that goes away. Objects that nobody uses any more are
+therefore kept, and filled again by the next load of the same kind, instead of leaking one model per load.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..adapters import ExpertLora
+from ..adapters.keys import PROJECTIONS
+from .checkpoint import LayerWeights
+from .kt_runtime import kernel_lock, make_wrapper, quiet_stdout
+
+MULTIPLE = 32
+"""Hidden and intermediate size (per sub-pool) must be multiples of this, or the kernel crashes the process."""
+
+
+def padded(size: int, multiple: int = MULTIPLE) -> int:
+    """``size`` rounded up to a multiple; zeros in the padding leave the result unchanged, exactly."""
+    return -(-size // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class KernelKind:
+    """What a kernel object is built with and cannot change afterwards."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    hidden: int
+    intermediate: int
+    rank: int
+    scaling: float
+    max_chunk: int
+    pools: int
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed base weights."""
+        return 3 * self.num_experts * self.hidden * self.intermediate * 2
+
+
+_idle: dict[KernelKind, list[Any]] = {}
+_kernels: weakref.WeakSet[Kernel] = weakref.WeakSet()
+
+
+def idle_bytes(num_experts: int, hidden: int, intermediate: int) -> int:
+    """Bytes that idle kernel objects of this (padded) shape hold and a load would use again."""
+    wanted = (num_experts, hidden, intermediate)
+    return sum(
+        len(idle) * kind.nbytes
+        for kind, idle in _idle.items()
+        if (kind.num_experts, kind.hidden, kind.intermediate) == wanted
+    )
+
+
+def release_all() -> None:
+    """Drop every kernel object of the process, in use or idle; only for the end of the process."""
+    for kernel in list(_kernels):
+        kernel.release()
+    _idle.clear()
+
+
+LoraTensors = tuple[torch.Tensor, ...]
+"""A and B of gate, up and down as the kernel takes them: bf16 [E, r, in] and [E, out, r], padded"""
+
+
+class Kernel:
+    """One kernel object with its base weights. It goes to the idle ones when it is no longer referenced.
+
+    Args:
+        weights: gate, up and down in bf16, padded; they are packed, and not needed afterwards.
+        verbose: let the kernel write to stdout.
+    """
+
+    def __init__(self, kind: KernelKind, layer: int, weights: LayerWeights, *, verbose: bool):
+        self.kind = kind
+        self.lora: LoraTensors | None = None
+        """the LoRA in place; the kernel holds raw pointers into these tensors"""
+        tensors = (weights.gate, weights.up, weights.down)
+        with kernel_lock, quiet_stdout(not verbose):
+            if idle := _idle.get(kind):
+                self.wrapper = self._fill(idle.pop(), tensors)
+            else:
+                self.wrapper = self._make(layer, tensors)
+        self._retire = weakref.finalize(self, _idle.setdefault(kind, []).append, self.wrapper)
+        self._retire.atexit = False
+        _kernels.add(self)
+
+    def _make(self, layer: int, tensors: tuple[torch.Tensor, ...]) -> Any:
+        kind = self.kind
+        wrapper = make_wrapper(
+            layer_idx=layer,
+            num_experts=kind.num_experts,
+            num_experts_per_tok=kind.num_experts_per_tok,
+            hidden_size=kind.hidden,
+            moe_intermediate_size=kind.intermediate,
+            chunked_prefill_size=kind.max_chunk,
+            method="AMXBF16_SFT",
+            lora_rank=kind.rank,
+            lora_alpha=kind.scaling * kind.rank,
+        )
+        wrapper.share_backward_bb = True  # no transposed copy for training: half the memory
+        wrapper.load_weights_from_tensors(*tensors, torch.arange(kind.num_experts))
+        return wrapper
+
+    @staticmethod
+    def _fill(wrapper: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
+        wrapper.moe.set_base_weight_pointers(*(tensor.data_ptr() for tensor in tensors))
+        wrapper.cpu_infer.submit(wrapper.moe.load_weights_task())
+        wrapper.cpu_infer.sync()
+        _zero_lora(wrapper)
+        return wrapper
+
+    def lora_tensors(self, lora: ExpertLora) -> LoraTensors:
+        """``lora`` in the kernel's form: its scaling relative to the kernel's own folded into B, its rank padded."""
+        kind, b = self.kind, lora.folded(self.kind.scaling)
+        tensors = []
+        for projection in PROJECTIONS:
+            sizes = (kind.hidden, kind.intermediate)
+            out_size, in_size = sizes if projection == "down" else sizes[::-1]
+            for value, shape in ((lora.a[projection], (kind.rank, in_size)), (b[projection], (out_size, kind.rank))):
+                tensor = torch.zeros(kind.num_experts, *shape, dtype=torch.bfloat16)
+                tensor[:, : value.shape[1], : value.shape[2]] = value
+                tensors.append(tensor)
+        return tuple(tensors)
+
+    def set_lora(self, tensors: LoraTensors | None) -> None:
+        """Put LoRA in place of the one before; None for the base alone."""
+        with kernel_lock:
+            if tensors is None:
+                _zero_lora(self.wrapper)
+            else:  # six gradients follow, which an inference never touches
+                self.wrapper.init_lora_weights(*tensors, *(torch.empty_like(tensor) for tensor in tensors))
+        self.lora = tensors
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> None:
+        """One call, of at most ``max_chunk`` tokens: x, out [T, hidden] bf16, index [T, K] int64, scores [T, K] float32,
+        all contiguous. The caller holds the kernel's lock."""
+        wrapper, count = self.wrapper, torch.tensor([x.shape[0]], dtype=torch.int32)
+        task = wrapper.moe.forward_sft_task(
+            count.data_ptr(), index.shape[1], index.data_ptr(), scores.data_ptr(), x.data_ptr(), out.data_ptr(), False
+        )
+        wrapper.cpu_infer.submit(task)
+        wrapper.cpu_infer.sync()
+
+    def release(self) -> None:
+        """Let go of the kernel object for good."""
+        self._retire.detach()
+        self.wrapper = None
+
+
+def _zero_lora(wrapper: Any) -> None:
+    if wrapper._lora_initialized:  # the kernel cannot go back to no LoRA at all; zeros are exact
+        for name in (f"{projection}_lora_b" for projection in PROJECTIONS):
+            setattr(wrapper, name, torch.zeros_like(getattr(wrapper, name)))  # new ones: the old may be wanted back
+        wrapper.update_lora_weights()

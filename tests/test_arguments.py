@@ -7,12 +7,14 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import yaml
 from llamafactory.hparams import ModelArguments
 from llamafactory.hparams.parser import _parse_infer_args
 
 from llamafactory_kt import KTConfigError
 from llamafactory_kt.arguments import KTArguments, check_for_inference, threadpool_count
 
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "ktransformers" / "inference").glob("*.yaml"))
 MODEL = {"model_name_or_path": "somewhere/model", "template": "deepseek"}
 
 
@@ -173,3 +175,11 @@ def test_threads_chosen_and_clamped(monkeypatch, kt_log):
     for arguments in ((None, 3), (1, 2)):
         with pytest.raises(KTConfigError):
             kt_runtime.choose_threads(*arguments, on_gpu=False)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+def test_example_configurations_are_understood(example, monkeypatch):
+    monkeypatch.setattr("llamafactory_kt.arguments._check_paths", lambda args: [])  # /models and /saves are yours
+    args = parse(yaml.safe_load(example.read_text(encoding="utf-8")))
+    assert args.use_kt and args.kt_backend == "AMXBF16"
+    assert ("lora" in example.stem) == bool(args.adapter_name_or_path)

@@ -155,15 +155,17 @@ _PROJECTIONS = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, 
 
 
 @torch.no_grad()
-def merged_float32(model: Path, adapter: Path | None, *, experts: bool = True, dtype=torch.float32, scaling=None):
-    """Stock transformers in ``dtype`` with the adapter added to the weights by a plain float32 sum.
+def merged_float32(
+    model: Path, adapter: Path | list[Path] | None, *, experts: bool = True, dtype=torch.float32, scaling=None
+):
+    """Stock transformers in ``dtype`` with the adapter (or several) added to the weights by a plain float32 sum.
 
     This is the reference: it shares no code with the package. ``scaling(module, rank)`` replaces alpha / rank.
     """
     stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    if adapter is not None:
-        config = json.loads((adapter / "adapter_config.json").read_text())
-        tensors = load_file(adapter / "adapter_model.safetensors")
+    for directory in [adapter] if isinstance(adapter, Path) else adapter or []:
+        config = json.loads((directory / "adapter_config.json").read_text())
+        tensors = load_file(directory / "adapter_model.safetensors")
         weights = dict(stock.named_parameters())
         for name, a in tensors.items():
             if ".lora_A." not in name:

@@ -212,7 +212,7 @@ def threadpool_count(args: KTArguments) -> int:
     if args.kt_threadpool_count is not None:
         return args.kt_threadpool_count
     if args.kt_tp_enabled:
-        from .experts.machine import numa_nodes
+        from .machine import numa_nodes
 
         return numa_nodes()
     return 1

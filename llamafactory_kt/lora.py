@@ -17,7 +17,7 @@ from torch import nn
 
 from .adapters import Adapter, AdapterSet, open_adapters
 from .errors import KTMemoryError, KTModelError
-from .experts.machine import available_memory, gib
+from .machine import available_memory, gib
 from .peft_layers import exchange_peft_layers
 from .peft_part import PeftPart, check_peft_part
 

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from .adapters import Adapter, ExpertLora, open_adapter
 from .adapters.keys import split_module
+from .adapters.replacing import replacing
 from .adapters.store import SafetensorsStore
 from .adapters.streaming import write_safetensors
-from .adapters.writing import replacing
 from .errors import KTAdapterError, KTModelError, KTPathError, name_some
 from .experts.checkpoint import ExpertsCheckpoint
 from .experts.contract import find_experts
@@ -74,7 +74,7 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
             for store in plan.stores:
                 with safe_open(store.path, framework="pt") as handle:
                     metadata = handle.metadata()
-                write_safetensors(temporary / store.path.name, store.infos, plan.tensors(store, bar), metadata)
+                write_safetensors(temporary / store.path.name, store.infos.keys(), plan.tensors(store, bar), metadata)
         for file in source.iterdir():
             if file.is_file() and file.suffix not in _WEIGHTS:
                 shutil.copy2(file, temporary / file.name)

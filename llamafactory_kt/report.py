@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .experts.machine import gib
 from .lora import LoadReport, kt_wrappers
+from .machine import gib
 from .peft_part import count_lora, non_expert_nbytes
 
 

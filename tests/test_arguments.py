@@ -134,7 +134,7 @@ def test_nothing_is_checked_without_use_kt():
 
 
 def test_sub_pools():
-    from llamafactory_kt.experts.machine import numa_nodes
+    from llamafactory_kt.machine import numa_nodes
 
     assert threadpool_count(KTArguments()) == threadpool_count(KTArguments(kt_tp_enabled=False)) == 1
     assert threadpool_count(KTArguments(kt_tp_enabled=True)) == numa_nodes()

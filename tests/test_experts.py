@@ -12,9 +12,9 @@ from conftest import ENGINES, needs_kernel
 from tiny import make_adapter, make_model, merged_float32, per_token, rel
 from transformers import AutoModelForCausalLM
 
-from llamafactory_kt import KTAdapterError, KTExpertsConfig, apply_adapter, load_moe_lora_from_adapter
+from llamafactory_kt import KTAdapterError, KTExpertsConfig, apply_adapter, load_moe_lora_from_adapter, machine
 from llamafactory_kt.adapters import ExpertLora, ExpertsShape
-from llamafactory_kt.experts import kernel, machine
+from llamafactory_kt.experts import kernel
 from llamafactory_kt.experts.checkpoint import LayerWeights
 from llamafactory_kt.experts.engine import EngineSpec
 from llamafactory_kt.experts.kt_engine import KTEngine

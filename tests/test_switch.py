@@ -202,7 +202,9 @@ def test_a_generation_sees_one_adapter(files):
     switching = Thread(target=lambda: found.update(report=switch_adapter(model, two)))
     switching.start()
     later = Thread(target=lambda: found.update(second=generate(model)))
-    while not model._kt_gate._waiting:
+    for _ in range(1000):
+        if model._kt_gate._waiting:
+            break
         threading.Event().wait(0.01)
     later.start()
     later.join(0.5)

@@ -12,7 +12,7 @@ import torch
 from ..errors import KTAdapterError, name_some
 from .config import LoraSettings
 from .expert_lora import ExpertLora
-from .store import TensorStore
+from .store import TensorStore, all_finite
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Adapter(ABC):
         bad: list[str] = []
         for name in self.store.infos if names is None else names:
             if name not in self._finite:
-                (self._finite.add if bool(torch.isfinite(self.read(name)).all()) else bad.append)(name)
+                (self._finite.add if all_finite(self.read(name)) else bad.append)(name)
         if bad:
             raise KTAdapterError(
                 f"{self.store.path}: {len(bad)} of {len(self.store.infos)} tensors hold NaN or Inf, first {name_some(bad, 3)}. "

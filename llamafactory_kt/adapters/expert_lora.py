@@ -52,12 +52,12 @@ class ExpertLora:
             squares += ((b.transpose(1, 2) @ b) * (a @ a.transpose(1, 2))).sum((1, 2))
         return squares.clamp_(min=0).sqrt_()
 
-    def folded(self, common: float) -> dict[str, torch.Tensor]:
-        """B of each projection with its scaling relative to ``common`` multiplied in, [E, out, r], float32.
+    def folded(self, projection: str, common: float) -> torch.Tensor:
+        """B of a projection with its scaling relative to ``common`` multiplied in, [E, out, r], float32.
 
         A power of two is exact in every floating-point type; any other factor is rounded once, to float32.
         """
-        return {p: self.b[p].float() * (self.scaling[p] / common).to(torch.float32)[:, None] for p in PROJECTIONS}
+        return self.b[projection].float() * (self.scaling[projection] / common).to(torch.float32)[:, None]
 
 
 def mantissa(scaling: float) -> float:

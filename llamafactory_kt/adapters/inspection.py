@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from ..errors import KTAdapterError
 from .adapter import Adapter, ExpertsShape
 from .keys import split_module
+from .store import all_finite
 
 GROUPS = ("attention", "shared experts", "dense MLP", "router", "routed experts", "other")
 
@@ -131,7 +131,7 @@ def _read_values(
     adapter: Adapter, result: Inspection, experts: set[str], shapes: dict[int, ExpertsShape] | None
 ) -> None:
     for name in _progress(adapter.store.infos, "Reading tensors"):
-        if not bool(torch.isfinite(adapter.read(name)).all()):
+        if not all_finite(adapter.read(name)):
             kind = "routed experts" if name in experts else group_of(split_module(name)[0])
             bad = result.groups[kind].not_finite
             assert bad is not None

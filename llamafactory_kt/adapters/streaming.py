@@ -1,47 +1,108 @@
-"""Writing a safetensors file tensor by tensor, so that no more than one is in memory.
+"""Writing tensor files one tensor at a time, so that no more than one layer is in memory: safetensors, and torch.save's.
 
-The format (huggingface/safetensors, README): eight bytes with the header's length, little-endian; a JSON header that
-gives each tensor's dtype, shape and byte range; the tensors' bytes.
+safetensors (huggingface/safetensors, README): eight bytes with the header's length, little-endian; a JSON header that
+gives each tensor's dtype, shape and byte range, and may end in blanks; the tensors' bytes. torch.save (``_save`` in
+``torch/serialization.py``): a zip archive with the pickled structure and one record a tensor.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import pickle
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .store import TensorInfo
+from .store import DTYPES
+
+_ENTRY = 200
+"""bytes of room for one tensor's dtype, shape and byte range in the header"""
 
 
 def write_safetensors(
-    path: Path,
-    infos: dict[str, TensorInfo],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    metadata: dict[str, str] | None,
+    path: Path, names: Collection[str], tensors: Iterable[tuple[str, torch.Tensor]], metadata: dict[str, str] | None
 ) -> None:
-    """Write the tensors in the order of ``infos``, whose shapes and dtypes they must have.
+    """Write the tensors as they come. Their names are known before, so that the header finds its room at the start.
 
     Raises:
-        ValueError: A tensor comes out of order or has another size than announced.
+        ValueError: The tensors that came are not the ones that were named.
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    room = len(json.dumps(header)) + sum(len(json.dumps(name)) + _ENTRY for name in names)
+    room += -room % 8
     offset = 0
-    for name, info in infos.items():
-        end = offset + info.nbytes
-        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    expected = iter(infos.items())
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
+        file.seek(8 + room)
         for name, tensor in tensors:
-            wanted, info = next(expected)
-            if name != wanted or tensor.nbytes != info.nbytes or tuple(tensor.shape) != info.shape:
-                raise ValueError(
-                    f"{path}: {name} {tuple(tensor.shape)} does not follow; {wanted} {info.shape} was announced"
-                )
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            end = offset + tensor.nbytes
+            header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+            offset = end
+            file.write(_bytes(tensor))
+        if header.keys() - {"__metadata__"} != set(names):
+            raise ValueError(f"{path}: {len(names)} tensors were announced, {len(header)} came")
+        file.seek(0)
+        file.write(room.to_bytes(8, "little"))
+        file.write(json.dumps(header, separators=(",", ":")).encode().ljust(room))
+
+
+def write_moe_lora_file(
+    path: Path, metadata: dict[str, Any], layers: Iterator[tuple[str, dict[str, torch.Tensor]]]
+) -> None:
+    """What ``torch.save({"metadata": metadata, group: {name: tensor}}, path)`` writes, group by group."""
+    writer = torch._C.PyTorchFileWriter(str(path))
+    content: dict[str, Any] = {"metadata": metadata}
+    records = 0
+    for group, tensors in layers:
+        content[group] = {}
+        for name, tensor in tensors.items():
+            storage = tensor.contiguous().untyped_storage()
+            if storage.nbytes() != tensor.nbytes:
+                storage = tensor.clone(memory_format=torch.contiguous_format).untyped_storage()
+            writer.write_record(f"data/{records}", storage, tensor.nbytes)  # type: ignore[arg-type]
+            content[group][name] = _Tensor(str(records), tensor)
+            records += 1
+    structure = BytesIO()
+    _Pickler(structure, protocol=2).dump(content)
+    writer.write_record("data.pkl", structure.getvalue(), structure.tell())
+    writer.write_record("byteorder", b"little", 6)
+    writer.write_end_of_file()
+
+
+_STORAGES = {
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.float16: torch.HalfStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float64: torch.DoubleStorage,
+}
+
+
+class _Storage:
+    """A record of the archive."""
+
+    def __init__(self, key: str, tensor: torch.Tensor):
+        self.identity = ("storage", _STORAGES[tensor.dtype], key, "cpu", tensor.numel())
+
+
+class _Tensor:
+    """Pickled as the tensor whose bytes are in a record."""
+
+    def __init__(self, key: str, tensor: torch.Tensor):
+        stride = torch.empty(tensor.shape, device="meta").stride()
+        self.arguments: tuple[Any, ...] = _Storage(key, tensor), 0, tuple(tensor.shape), stride, False, OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.identity if isinstance(obj, _Storage) else None
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    data: memoryview = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    return data

@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
+from tqdm.auto import tqdm
 
 from ..errors import KTAdapterError
+from ..machine import give_back_memory
 from .adapter import Adapter, ExpertsShape
 from .keys import PROJECTIONS
+from .store import all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -57,25 +61,31 @@ class Uniform:
         A scaling other than the common one is folded into B; where the dtype cannot hold the product, that B is float32.
         """
         common, folded = self.lora_alpha / self.lora_rank, 0
-        for number in self.adapter.layers:
+        for number in tqdm(self.adapter.layers, desc="Converting", unit="layer", delay=1.0):
             lora = self.adapter.read_layer(number, self.shapes[number])
             tensors: Layer = {}
-            b = lora.folded(common)
             for projection in PROJECTIONS:
-                same = bool((lora.scaling[projection] == common).all())
-                value = lora.b[projection] if same else b[projection]
-                if not same:
+                value = lora.b[projection]
+                if not bool((lora.scaling[projection] == common).all()):
                     folded += 1
-                    narrow = value.to(lora.b[projection].dtype)
-                    value = narrow if torch.equal(narrow.float(), value) else value
+                    value = narrowed(lora.folded(projection, common), value.dtype)
                 extra = self.lora_rank - lora.rank
-                tensors[f"{projection}_lora_a"] = torch.nn.functional.pad(lora.a[projection], (0, 0, 0, extra))
-                tensors[f"{projection}_lora_b"] = torch.nn.functional.pad(value, (0, extra)).contiguous()
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+                a = lora.a[projection]
+                tensors[f"{projection}_lora_a"] = pad(a, (0, 0, 0, extra)) if extra else a.contiguous()
+                tensors[f"{projection}_lora_b"] = pad(value, (0, extra)) if extra else value.contiguous()
+            if not all(map(all_finite, tensors.values())):
                 raise KTAdapterError(f"{self.adapter.expert_file}: layer {number} holds NaN or Inf.")
             yield number, tensors
+            del tensors, lora, value, a
+            give_back_memory()
         if folded:
             logger.warning(
                 "%d of %d projections had another scaling than %g; it was folded into their B.",
                 folded, 3 * len(self.adapter.layers), common,
             )  # fmt: skip
+
+
+def narrowed(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``value`` (float32) in a narrower dtype where that holds it exactly, else as it is."""
+    narrow = value.to(dtype)
+    return narrow if torch.equal(narrow.float(), value) else value

@@ -1,59 +1,28 @@
-"""Writing adapters: always under a temporary name that is renamed when all is there, so that no part stays behind."""
+"""Writing adapters, one writer a layout."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from ..errors import KTAdapterError, name_some
 from .adapter import Adapter
 from .config import CONFIG
 from .keys import PEFT_PREFIX, PROJECTIONS, split_module
+from .replacing import replacing
 from .stacked import BUNDLE, MANIFEST
 from .store import SAFETENSORS
-from .uniform import Uniform
+from .streaming import write_moe_lora_file, write_safetensors
+from .uniform import Uniform, narrowed
 
 EXPERT_TARGETS = ["gate_proj", "up_proj", "down_proj"]
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``; renamed to it at the end, removed on any error.
-
-    Raises:
-        KTAdapterError: ``path`` is a directory that is not empty.
-    """
-    if path.is_dir() and any(path.iterdir()):
-        raise KTAdapterError(f"{path} exists and is not empty; choose another output or remove it.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary / path.name
-        _share(temporary / path.name)
-        if path.is_dir():
-            path.rmdir()
-        os.replace(temporary / path.name, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _share(path: Path) -> None:
-    """Give files the permissions of any new file; safetensors makes them readable by their owner only."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in [path] if path.is_file() else path.iterdir():
-        file.chmod(0o666 & ~mask)
 
 
 def _metadata(uniform: Uniform) -> dict[str, Any]:
@@ -68,37 +37,64 @@ def _metadata(uniform: Uniform) -> dict[str, Any]:
     }
 
 
+Named = Iterator[tuple[str, torch.Tensor]]
+
+
 def write_moe_lora(uniform: Uniform, path: Path) -> None:
     """``moe_lora.pt`` (format E): the routed experts only."""
     with replacing(path) as temporary:
-        layers: dict[str, Any] = {f"layer_{number}": tensors for number, tensors in uniform.layers()}
-        torch.save({"metadata": _metadata(uniform), **layers}, temporary)
+        layers = ((f"layer_{number}", tensors) for number, tensors in uniform.layers())
+        write_moe_lora_file(temporary, _metadata(uniform), layers)
 
 
-def _bundle_tensors(uniform: Uniform) -> dict[str, torch.Tensor]:
-    return {f"layers.{n}.experts.{part}": t.contiguous() for n, layer in uniform.layers() for part, t in layer.items()}
+def _stacked_names(uniform: Uniform) -> list[str]:
+    parts = [f"{projection}_lora_{side}" for projection in PROJECTIONS for side in "ab"]
+    return [f"layers.{number}.experts.{part}" for number in uniform.adapter.layers for part in parts]
+
+
+def _stacked(uniform: Uniform, dtype: torch.dtype | None = None) -> Named:
+    for number, layer in uniform.layers():
+        for part, tensor in layer.items():
+            yield f"layers.{number}.experts.{part}", tensor.to(dtype) if dtype else tensor
 
 
 def write_stacked(uniform: Uniform, path: Path) -> None:
     """One safetensors file with a KT bundle's stacked tensors; rank, alpha and sizes are its metadata."""
+    metadata = {name: str(value) for name, value in _metadata(uniform).items()}
     with replacing(path) as temporary:
-        save_file(_bundle_tensors(uniform), temporary, {name: str(value) for name, value in _metadata(uniform).items()})
+        write_safetensors(temporary, _stacked_names(uniform), _stacked(uniform), metadata)
 
 
-def _per_expert(uniform: Uniform, prefix: str) -> dict[str, torch.Tensor]:
-    tensors = {}
+def _expert_name(layer: int, expert: int, projection: str, side: str) -> str:
+    return f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.lora_{side.upper()}.weight"
+
+
+def _per_expert_names(uniform: Uniform, prefix: str) -> list[str]:
+    return [
+        prefix + _expert_name(number, expert, projection, side)
+        for number in uniform.adapter.layers
+        for expert in range(uniform.shapes[number].num_experts)
+        for projection in PROJECTIONS
+        for side in "ab"
+    ]
+
+
+def _per_expert(uniform: Uniform, prefix: str) -> Named:
     for number, layer in uniform.layers():
         for projection in PROJECTIONS:
             for side in "ab":
                 for expert, tensor in enumerate(layer[f"{projection}_lora_{side}"]):
-                    name = f"{prefix}model.layers.{number}.mlp.experts.{expert}.{projection}_proj.lora_{side.upper()}.weight"
-                    tensors[name] = tensor.clone()
-    return tensors
+                    yield prefix + _expert_name(number, expert, projection, side), tensor
 
 
-def _others(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """The tensors that are not of routed experts, under PEFT's names."""
-    return {f"{PEFT_PREFIX}{'.'.join(split_module(name))}": adapter.read(name) for name in adapter.other_names}
+def _other_names(adapter: Adapter) -> dict[str, str]:
+    """PEFT's name -> the adapter's own, of the tensors that are not of routed experts."""
+    return {f"{PEFT_PREFIX}{'.'.join(split_module(name))}": name for name in adapter.other_names}
+
+
+def _others(adapter: Adapter) -> Named:
+    for name, own in _other_names(adapter).items():
+        yield name, adapter.read(own)
 
 
 def _config(uniform: Uniform, **changes: Any) -> dict[str, Any]:
@@ -144,18 +140,22 @@ def _other_modules(adapter: Adapter) -> set[str]:
     return {split_module(name)[0] for name in adapter.other_names}
 
 
-def _write_directory(path: Path, files: dict[str, dict[str, torch.Tensor]], config: dict[str, Any]) -> None:
-    path.mkdir()
-    for name, tensors in files.items():
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path / name, {"format": "pt"})
-    (path / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+def _write_tensors(path: Path, names: list[str], tensors: Named) -> None:
+    write_safetensors(path, names, tensors, {"format": "pt"})
+
+
+def _write_config(directory: Path, config: dict[str, Any]) -> None:
+    (directory / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def write_peft(uniform: Uniform, path: Path) -> None:
     """Format B: one tensor pair per expert and projection, with all other tensors, in PEFT's names."""
+    names = [*_other_names(uniform.adapter), *_per_expert_names(uniform, PEFT_PREFIX)]
     with replacing(path) as temporary:
-        tensors = {**_others(uniform.adapter), **_per_expert(uniform, PEFT_PREFIX)}
-        _write_directory(temporary, {SAFETENSORS: tensors}, _whole_config(uniform))
+        temporary.mkdir()
+        tensors = chain(_others(uniform.adapter), _per_expert(uniform, PEFT_PREFIX))
+        _write_tensors(temporary / SAFETENSORS, names, tensors)
+        _write_config(temporary, _whole_config(uniform))
 
 
 def write_bundle(uniform: Uniform, path: Path) -> None:
@@ -173,12 +173,15 @@ def write_bundle(uniform: Uniform, path: Path) -> None:
             f"{' with rsLoRA' if settings.use_rslora else ''}. Use --format peft."
         )
     with replacing(path) as temporary:
-        stacked = {name: tensor.to(torch.bfloat16) for name, tensor in _bundle_tensors(uniform).items()}
-        files = {BUNDLE: stacked, **({SAFETENSORS: _others(adapter)} if adapter.other_names else {})}
-        _write_directory(temporary, files, config)
+        temporary.mkdir()
+        _write_tensors(temporary / BUNDLE, _stacked_names(uniform), _stacked(uniform, torch.bfloat16))
+        if adapter.other_names:
+            _write_tensors(temporary / SAFETENSORS, list(_other_names(adapter)), _others(adapter))
+        _write_config(temporary, config)
         artifacts: dict[str, Any] = {}
         for file in sorted(temporary.iterdir()):
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            with file.open("rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
             artifacts[file.name] = {"size": file.stat().st_size, "sha256": digest}
         manifest = {
             "version": 1,
@@ -193,7 +196,9 @@ def write_bundle(uniform: Uniform, path: Path) -> None:
 def write_sglang(uniform: Uniform, path: Path) -> None:
     """Format F: every expert's tensors without PEFT's prefix, and nothing else."""
     with replacing(path) as temporary:
-        _write_directory(temporary, {SAFETENSORS: _per_expert(uniform, "")}, _expert_config(uniform))
+        temporary.mkdir()
+        _write_tensors(temporary / SAFETENSORS, _per_expert_names(uniform, ""), _per_expert(uniform, ""))
+        _write_config(temporary, _expert_config(uniform))
 
 
 def write_sglang_merged(uniform: Uniform, path: Path) -> None:
@@ -203,42 +208,45 @@ def write_sglang_merged(uniform: Uniform, path: Path) -> None:
     Raises:
         KTAdapterError: There is no other tensor, or one that is not half of a LoRA pair (DoRA, biases, saved modules).
     """
-    adapter, rank = uniform.adapter, uniform.lora_rank
-    pairs: dict[str, dict[str, str]] = {}
+    adapter, pairs = uniform.adapter, _other_pairs(uniform.adapter)
+    rank = max(uniform.lora_rank, *(adapter.store.infos[a].shape[0] for a, _ in pairs.values()))
+    uniform = replace(uniform, lora_rank=rank, lora_alpha=uniform.lora_alpha / uniform.lora_rank * rank)
+    halves = [f"{PEFT_PREFIX}{module}.lora_{side}.weight" for module in pairs for side in "AB"]
+    targets = sorted({module.rpartition(".")[2] for module in pairs} | set(EXPERT_TARGETS))
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        tensors = chain(_padded_others(uniform, pairs), _per_expert(uniform, PEFT_PREFIX))
+        _write_tensors(temporary / SAFETENSORS, [*halves, *_per_expert_names(uniform, PEFT_PREFIX)], tensors)
+        _write_config(temporary, {**_expert_config(uniform), "target_modules": targets})
+
+
+def _other_pairs(adapter: Adapter) -> dict[str, tuple[str, str]]:
+    """module -> A and B of the tensors that are not of routed experts."""
+    parts: dict[str, dict[str, str]] = {}
     for name in adapter.other_names:
         module, part = split_module(name)
-        pairs.setdefault(module, {})[part] = name
-    halves = {"lora_A.weight", "lora_B.weight"}
-    wrong = [
-        name for parts in pairs.values() for part, name in parts.items() if set(parts) != halves or part not in halves
-    ]
-    if wrong or not pairs:
+        parts.setdefault(module, {})[part] = name
+    halves = ("lora_A.weight", "lora_B.weight")
+    wrong = [name for own in parts.values() if set(own) != set(halves) for name in own.values()]
+    if wrong or not parts:
         found = (
             f"{len(wrong)} tensors that are not, first {name_some(wrong, 2)}" if wrong else "none besides the experts'"
         )
         raise KTAdapterError(
             f"{adapter.store.path}: --format sglang-merged needs LoRA pairs besides the experts; found {found}."
         )
-    ranks = {module: adapter.store.infos[parts["lora_A.weight"]].shape[0] for module, parts in pairs.items()}
-    if max(ranks.values()) > rank:
-        uniform = replace(
-            uniform, lora_rank=max(ranks.values()), lora_alpha=uniform.lora_alpha / rank * max(ranks.values())
-        )
-        rank = uniform.lora_rank
-    common = uniform.lora_alpha / rank
-    tensors = _per_expert(uniform, PEFT_PREFIX)
-    for module, parts in pairs.items():
-        a, b = adapter.read(parts["lora_A.weight"]), adapter.read(parts["lora_B.weight"])
+    return {module: (own[halves[0]], own[halves[1]]) for module, own in parts.items()}
+
+
+def _padded_others(uniform: Uniform, pairs: dict[str, tuple[str, str]]) -> Named:
+    adapter, common = uniform.adapter, uniform.lora_alpha / uniform.lora_rank
+    for module, (name_a, name_b) in pairs.items():
+        a, b = adapter.read(name_a), adapter.read(name_b)
         factor = adapter.settings.scaling(module, a.shape[0]) / common
-        folded = b if factor == 1 else b.float() * factor
-        narrow = folded.to(b.dtype)
-        folded = narrow if torch.equal(narrow.float(), folded.float()) else folded
-        extra = rank - a.shape[0]
-        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, extra))
-        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = torch.nn.functional.pad(folded, (0, extra))
-    targets = sorted({module.rpartition(".")[2] for module in pairs} | set(EXPERT_TARGETS))
-    with replacing(path) as temporary:
-        _write_directory(temporary, {SAFETENSORS: tensors}, {**_expert_config(uniform), "target_modules": targets})
+        extra = uniform.lora_rank - a.shape[0]
+        folded = b if factor == 1 else narrowed(b.float() * factor, b.dtype)
+        yield f"{PEFT_PREFIX}{module}.lora_A.weight", torch.nn.functional.pad(a, (0, 0, 0, extra))
+        yield f"{PEFT_PREFIX}{module}.lora_B.weight", torch.nn.functional.pad(folded, (0, extra))
 
 
 WRITERS: dict[str, Callable[[Uniform, Path], None]] = {

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..adapters.inspection import Inspection, inspect_adapter
 from ..errors import KTError, name_some
-from ..experts.machine import gib
+from ..machine import gib
+
+if TYPE_CHECKING:
+    from ..adapters.inspection import Inspection
 
 
 def inspect(
@@ -32,6 +34,7 @@ def inspect(
 ) -> None:
     """Show an adapter's format, ranks, tensors and layers; reads headers only, unless values are asked for."""
     from ..adapters import open_adapter
+    from ..adapters.inspection import inspect_adapter
 
     adapter = open_adapter(path)
     fits: str | None = None

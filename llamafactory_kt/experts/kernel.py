@@ -119,12 +119,12 @@ class Kernel:
 
     def lora_tensors(self, lora: ExpertLora) -> LoraTensors:
         """``lora`` in the kernel's form: its scaling relative to the kernel's own folded into B, its rank padded."""
-        kind, b = self.kind, lora.folded(self.kind.scaling)
-        tensors = []
+        kind, tensors = self.kind, []
         for projection in PROJECTIONS:
             sizes = (kind.hidden, kind.intermediate)
             out_size, in_size = sizes if projection == "down" else sizes[::-1]
-            for value, shape in ((lora.a[projection], (kind.rank, in_size)), (b[projection], (out_size, kind.rank))):
+            b = lora.folded(projection, kind.scaling)
+            for value, shape in ((lora.a[projection], (kind.rank, in_size)), (b, (out_size, kind.rank))):
                 tensor = torch.zeros(kind.num_experts, *shape, dtype=torch.bfloat16)
                 tensor[:, : value.shape[1], : value.shape[2]] = value
                 tensors.append(tensor)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import KTConfigError, KTKernelError
-from .machine import missing_cpu_flags, numa_nodes, usable_cores
+from ..machine import missing_cpu_flags, numa_nodes, usable_cores
 from .threads import wait
 
 logger = logging.getLogger(__name__)

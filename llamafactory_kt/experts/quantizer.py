@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from ..adapters import AdapterSet, ExpertsShape, open_adapters
 from ..backends import canonical_backend
 from ..errors import KTMemoryError, KTModelError
+from ..machine import available_memory, gib, give_back_memory
 from ..peft_part import check_peft_part
 from .checkpoint import ExpertsCheckpoint
 from .config import QUANT_METHOD, KTExpertsConfig
@@ -29,7 +30,6 @@ from .gate import guard
 from .kernel import MULTIPLE, idle_bytes, padded
 from .kt_engine import KTEngine
 from .kt_runtime import choose_threads, cpu_variant, kernel_problem, require_kernel, share_cores
-from .machine import available_memory, gib
 from .module import KTExperts
 from .torch_engine import TorchEngine
 
@@ -149,6 +149,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             for number, experts in enumerate(self._wrappers, start=1):
                 bar.set_postfix_str(f"layer {number} of {len(self._wrappers)}", refresh=True)
                 experts.engine.load()
+                give_back_memory()
                 bar.update(self._sizes[experts.info.name])
         return model
 

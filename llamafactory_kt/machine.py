@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import os
 from functools import cache
@@ -72,6 +74,13 @@ def available_memory() -> int:
         if limit != "max":
             available = min(available, int(limit) - used + cached)
     return max(0, available)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system. glibc keeps freed blocks of up to 32 MB for itself, which adds up to gigabytes
+    where tensors of that size come and go layer by layer."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @cache

@@ -120,10 +120,10 @@ def test_folding_is_exact_for_powers_of_two_and_rounds_once_otherwise(tmp_path):
     tensors = experts_tensors(lambda e, p: 4 if e else 5, dtype=torch.bfloat16)
     lora = open_adapter(save(tmp_path, tensors, r=4, lora_alpha=24)).read_layer(2, SHAPE)
     common = mantissa(6.0)
-    folded = lora.folded(common)
+    folded = lora.folded("gate", common)
     assert common == 1.5
-    assert torch.equal(folded["gate"][1], 4 * lora.b["gate"][1].float())
-    assert torch.allclose(folded["gate"][0], lora.b["gate"][0].float() * (24 / 5 / 1.5), rtol=1e-6)
+    assert torch.equal(folded[1], 4 * lora.b["gate"][1].float())
+    assert torch.allclose(folded[0], lora.b["gate"][0].float() * (24 / 5 / 1.5), rtol=1e-6)
 
 
 def test_mixed_dtypes_become_float32(tmp_path):
@@ -280,6 +280,25 @@ def test_broken_config(tmp_path, text, message):
     with pytest.raises(KTAdapterError) as error:
         open_adapter(directory)
     assert message in str(error.value)
+
+
+def test_links_in_an_adapter_directory(tmp_path):
+    """The hub's cache is made of links to files; links to nothing, to a directory or in a circle are one clear error."""
+    tensors = experts_tensors(lambda e, p: 3)
+    real = save(tmp_path / "blobs", tensors)
+    linked = tmp_path / "snapshot"
+    linked.mkdir()
+    for file in real.iterdir():
+        (linked / file.name).symlink_to(file)
+    assert sorted(open_adapter(linked).expert_names) == sorted(tensors)
+    (tmp_path / "link").symlink_to(linked)
+    assert open_adapter(tmp_path / "link").layers == [2]
+    file = linked / "adapter_model.safetensors"
+    for target in ("nowhere", tmp_path, file):
+        file.unlink()
+        file.symlink_to(target)
+        with pytest.raises(KTAdapterError, match=r"holds no adapter_model\.safetensors .* it holds "):
+            open_adapter(linked)
 
 
 def test_adapter_without_experts_is_no_error(tmp_path):

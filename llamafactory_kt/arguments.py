@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .backends import canonical_backend
+from .backends import PACKED, canonical_backend
 from .errors import KTConfigError, KTError, KTKernelError, KTPathError
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ class KTArguments:
     kt_backend: str = field(
         default="auto",
         metadata={
-            "help": "Engine for the experts: AMXBF16 (kt-kernel), torch (plain torch, slow), or auto: kt-kernel where "
-            "the CPU has its instructions. Any letter case; a suffix _SFT is accepted."
+            "help": "Engine for the experts: AMXBF16, AMXINT8 or AMXINT4 (kt-kernel), torch (plain torch, slow), or auto: "
+            "AMXBF16 where the CPU has its instructions. Any letter case; a suffix _SFT is accepted."
         },
     )
     kt_num_threads: str | None = field(
@@ -57,7 +57,7 @@ class KTArguments:
     )
     kt_weight_path: str | None = field(
         default=None,
-        metadata={"help": "Path to pre-quantized expert weights (.kt files)."},
+        metadata={"help": "Directory of packed expert weights (.kt files), for AMXINT8 and AMXINT4."},
     )
     kt_max_chunk: int = field(
         default=512,
@@ -184,6 +184,16 @@ def _check_combinations(args: Any) -> list[str]:
             problems.append(f"kt_tp_enabled: false means one sub-pool, but kt_threadpool_count is {pools}.")
         if isinstance(args.kt_num_threads, int) and args.kt_num_threads < pools:
             problems.append(f"kt_num_threads: {args.kt_num_threads} is fewer than kt_threadpool_count: {pools}.")
+    if args.kt_weight_path and args.kt_backend not in PACKED:
+        problems.append(
+            f"kt_weight_path is for kt_backend: {' and '.join(PACKED)}; with {args.kt_backend} the experts are read from the "
+            "checkpoint. Remove it."
+        )
+    if args.kt_backend == "AMXINT8" and not args.kt_weight_path:
+        problems.append(
+            "kt_backend: AMXINT8 needs kt_weight_path; llamafactory-kt quantize --model MODEL --output DIR makes it. AMXINT4 "
+            "also packs while loading."
+        )
     backend = getattr(args, "infer_backend", "huggingface")
     if getattr(backend, "value", backend) != "huggingface":
         problems.append(
@@ -228,6 +238,8 @@ def _check_paths(args: Any) -> list[str]:
     for adapter in args.adapter_name_or_path or []:
         if adapter_looks_local(adapter) and not Path(adapter).expanduser().exists():
             missing.append(f"adapter_name_or_path: {adapter} does not exist.")
+    if isinstance(args.kt_weight_path, str) and not Path(args.kt_weight_path).expanduser().is_dir():
+        missing.append(f"kt_weight_path: {args.kt_weight_path} does not exist or is not a directory.")
     if isinstance(args.kt_moe_lora_path, str) and not Path(args.kt_moe_lora_path).expanduser().is_file():
         missing.append(f"kt_moe_lora_path: {args.kt_moe_lora_path} does not exist or is not a file.")
     return missing
@@ -237,10 +249,8 @@ def _check_machine(args: Any) -> list[Any]:
     from .experts.kt_runtime import choose_threads, require_kernel
 
     problems: list[Any] = []
-    if args.kt_weight_path:
-        problems.append("kt_weight_path is for kt_backend: AMXINT8, which is not supported yet; remove it.")
     try:
-        if args.kt_backend == "AMXBF16":
+        if args.kt_backend not in ("auto", "torch"):
             require_kernel(args.kt_backend)
         choose_threads(None, threadpool_count(args), on_gpu=False)
     except (KTConfigError, KTKernelError) as error:

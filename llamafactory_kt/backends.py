@@ -7,14 +7,15 @@ from difflib import get_close_matches
 from .errors import KTConfigError
 
 BACKENDS = ("auto", "AMXBF16", "AMXINT8", "AMXINT4", "torch")
-NOT_YET = ("AMXINT8", "AMXINT4")
+PACKED = ("AMXINT8", "AMXINT4")
+"""backends that can read packed weights (``kt_weight_path``)"""
 
 
 def canonical_backend(name: object) -> str:
     """A backend in the spelling of :data:`BACKENDS`; any letter case, with or without ``_SFT``.
 
     Raises:
-        KTConfigError: The name is unknown, or of an engine that is not there yet.
+        KTConfigError: The name is unknown.
 
     >>> canonical_backend("amxbf16_sft")
     'AMXBF16'
@@ -25,6 +26,4 @@ def canonical_backend(name: object) -> str:
         close = get_close_matches(plain, known, n=1)
         hint = f"; did you mean {known[close[0]]}?" if close else "."
         raise KTConfigError(f"kt_backend: unknown value {name!r}, expected one of {', '.join(BACKENDS)}{hint}")
-    if known[plain] in NOT_YET:
-        raise KTConfigError(f"kt_backend: {known[plain]} is not supported yet; use auto, AMXBF16 or torch.")
     return known[plain]

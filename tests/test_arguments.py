@@ -11,7 +11,7 @@ import yaml
 from llamafactory.hparams import ModelArguments
 from llamafactory.hparams.parser import _parse_infer_args
 
-from llamafactory_kt import KTConfigError
+from llamafactory_kt import KTConfigError, KTPathError
 from llamafactory_kt.arguments import KTArguments, check_for_inference, threadpool_count
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "ktransformers" / "inference").glob("*.yaml"))
@@ -75,10 +75,16 @@ def test_spellings_of_the_backend(value, wanted):
     assert parse({"use_kt": True, "kt_backend": value}).kt_backend == wanted
 
 
-@pytest.mark.parametrize("value", ["AMXInt8", "AMXINT4_SFT"])
-def test_known_backends_that_are_not_there_yet(value):
-    with pytest.raises(KTConfigError, match="is not supported yet; use auto, AMXBF16 or torch"):
-        parse({"use_kt": True, "kt_backend": value})
+def test_packed_weights_go_with_the_backends_that_read_them(tmp_path):
+    assert parse({"use_kt": True, "kt_backend": "AMXINT4_SFT"}).kt_weight_path is None
+    keys = {"use_kt": True, "kt_backend": "AMXInt8", "kt_weight_path": str(tmp_path)}
+    assert parse(keys).kt_backend == "AMXINT8"
+    with pytest.raises(KTConfigError, match="kt_weight_path is for kt_backend: AMXINT8 and AMXINT4; with AMXBF16"):
+        parse({**keys, "kt_backend": "AMXBF16"})
+    with pytest.raises(KTConfigError, match="AMXINT8 needs kt_weight_path; llamafactory-kt quantize"):
+        parse({"use_kt": True, "kt_backend": "AMXINT8"})
+    with pytest.raises(KTPathError, match=r"kt_weight_path: .*/none does not exist"):
+        parse({**keys, "kt_weight_path": str(tmp_path / "none")})
 
 
 def test_all_mistakes_at_once():

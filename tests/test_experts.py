@@ -18,6 +18,7 @@ from llamafactory_kt.experts import kernel
 from llamafactory_kt.experts.checkpoint import LayerWeights
 from llamafactory_kt.experts.engine import EngineSpec
 from llamafactory_kt.experts.kt_engine import KTEngine
+from llamafactory_kt.experts.methods import METHODS
 from llamafactory_kt.experts.torch_engine import TorchEngine
 
 TOP_K = 3
@@ -69,7 +70,9 @@ def make_engine(kind: str, shape: ExpertsShape, weights: LayerWeights, *, rank=8
 
     spec = EngineSpec(0, shape, TOP_K, rank, scaling)
     engine = (
-        TorchEngine(spec, read) if kind == "torch" else KTEngine(spec, read, max_chunk=chunk, pools=1, verbose=False)
+        TorchEngine(spec, read)
+        if kind == "torch"
+        else KTEngine(spec, read, METHODS[kind], max_chunk=chunk, pools=1, verbose=False)
     )
     engine.load()
     return engine
@@ -134,10 +137,10 @@ def test_kernel_objects_are_used_again_instead_of_leaked():
     address = id(first._kernel.wrapper)
     del first
     gc.collect()
-    assert kernel.idle_bytes(3, 96, 160) == 3 * 3 * 96 * 160 * 2
+    assert kernel.idle_bytes(METHODS["AMXBF16"], 3, 96, 160) == 3 * 3 * 96 * 160 * 2
     weights = layer(shape, seed=11)
     second = make_engine("AMXBF16", shape, weights, rank=4)
-    assert id(second._kernel.wrapper) == address and kernel.idle_bytes(3, 96, 160) == 0
+    assert id(second._kernel.wrapper) == address and kernel.idle_bytes(METHODS["AMXBF16"], 3, 96, 160) == 0
     x, index, scores = batch(shape, 9)
     assert rel(second.forward(x, index, scores), reference(weights, None, x, index, scores)) < 0.01
 

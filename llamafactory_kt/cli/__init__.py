@@ -13,6 +13,7 @@ from .convert import convert
 from .demo import demo
 from .inspect import inspect
 from .merge import merge
+from .quantize import quantize
 
 app = typer.Typer(
     name="llamafactory-kt",
@@ -42,6 +43,7 @@ app.command()(convert)
 app.command()(demo)
 app.command()(inspect)
 app.command()(merge)
+app.command()(quantize)
 
 
 def main() -> None:

@@ -7,8 +7,11 @@ can load is understood: one tensor per expert (``experts.5.gate_proj.weight``, M
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -55,6 +58,14 @@ class _Layer:
         return [t for experts in self.per_expert.values() for t in experts.values()] + list(self.fused.values())
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """A checkpoint directory's safetensors files: those its index names, else all of them."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
+
+
 class ExpertsCheckpoint:
     """The expert tensors of a checkpoint, located by headers only.
 
@@ -69,6 +80,7 @@ class ExpertsCheckpoint:
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[ExpertsModule], files: Sequence[str]):
+        self.modules = list(modules)
         self._layers = {module.name: _Layer(module) for module in modules}
         self.target_names: set[str] = set()
         """names that transformers will find unexpected, since no parameter asks for them any more"""
@@ -171,6 +183,20 @@ class ExpertsCheckpoint:
                 pieces |= {tensor.name: (projection, expert) for expert, tensor in experts.items()}
             found[module] = pieces
         return found
+
+    def fingerprint(self, name: str) -> str:
+        """What tells one module's weights from another version's without reading them all: names, shapes, dtypes, and
+        the first row of each tensor."""
+        digest = hashlib.sha256()
+        with ExitStack() as stack, torch.device("cpu"):  # the model may be under construction on another
+            handles: dict[Path, Any] = {}
+            for tensor in sorted(self._layers[name].tensors(), key=lambda tensor: tensor.name):
+                if tensor.file not in handles:
+                    handles[tensor.file] = stack.enter_context(safe_open(tensor.file, framework="pt"))
+                row = handles[tensor.file].get_slice(tensor.name)[:1].flatten()[: tensor.shape[-1]].contiguous()
+                digest.update(f"{tensor.name} {tensor.shape} {tensor.dtype}".encode())
+                digest.update(row.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def nbytes(self, name: str) -> int:
         """Bytes on disk of one module's experts."""

@@ -15,12 +15,16 @@ DEFAULT_LORA_RANK = 16
 @register_quantization_config(QUANT_METHOD)
 @dataclass
 class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Routed experts on the CPU. Nothing is quantised: this is transformers' extension point for replacing modules.
+    """Routed experts on the CPU. This is transformers' extension point for replacing modules; only the AMXINT
+    backends quantise.
 
     Args:
-        backend: ``AMXBF16`` (kt-kernel), ``torch``, or ``auto``: kt-kernel where the CPU has its instructions.
+        backend: ``AMXBF16``, ``AMXINT8`` or ``AMXINT4`` (kt-kernel), ``torch``, or ``auto``: ``AMXBF16`` where the CPU has
+            its instructions.
         num_threads: worker threads of kt-kernel; None chooses from the physical cores.
         threadpool_count: NUMA sub-pools the workers are divided into.
+        weight_path: directory of packed weights that ``llamafactory-kt quantize`` made; ``AMXINT8`` needs it, ``AMXINT4``
+            packs the checkpoint's weights while loading without it.
         max_chunk: tokens per kernel call; longer inputs are split.
         adapter: directory of the LoRA adapter to come, or several. They are checked against the model before weights
             are read, and the kernels get room for their ranks. They are not applied: that is ``apply_adapter``'s part.
@@ -36,6 +40,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     backend: str = "auto"
     num_threads: int | None = None
     threadpool_count: int = 1
+    weight_path: str | None = None
     max_chunk: int = DEFAULT_MAX_CHUNK
     adapter: str | list[str] | None = None
     moe_lora: str | None = None

@@ -1,4 +1,4 @@
-"""Kernel objects of kt-kernel's BF16 SFT kernel: built, filled, given LoRA, and used again instead of being dropped.
+"""Kernel objects of kt-kernel's SFT kernels: built, filled, given LoRA, and used again instead of being dropped.
 
 kt-kernel 0.7.2 never frees the packed weights of a kernel object that goes away. Objects that nobody uses any more are
 therefore kept, and filled again by the next load of the same kind, instead of leaking one model per load.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,20 +17,14 @@ from ..adapters import ExpertLora
 from ..adapters.keys import PROJECTIONS
 from .checkpoint import LayerWeights
 from .kt_runtime import kernel_lock, make_wrapper, quiet_stdout
-
-MULTIPLE = 32
-"""Hidden and intermediate size (per sub-pool) must be multiples of this, or the kernel crashes the process."""
-
-
-def padded(size: int, multiple: int = MULTIPLE) -> int:
-    """``size`` rounded up to a multiple; zeros in the padding leave the result unchanged, exactly."""
-    return -(-size // multiple) * multiple
+from .methods import Method
 
 
 @dataclass(frozen=True)
 class KernelKind:
-    """What a kernel object is built with and cannot change afterwards."""
+    """What a kernel object is built with and cannot change afterwards; hidden and intermediate size are padded."""
 
+    method: Method
     num_experts: int
     num_experts_per_tok: int
     hidden: int
@@ -38,24 +33,31 @@ class KernelKind:
     scaling: float
     max_chunk: int
     pools: int
+    source: str | None = None
+    """the ``.kt`` files of one layer that were read; None where the weights came as tensors, and others can follow"""
 
     @property
     def nbytes(self) -> int:
         """Memory of the packed base weights."""
-        return 3 * self.num_experts * self.hidden * self.intermediate * 2
+        return packed_nbytes(self.method, self.num_experts, self.hidden, self.intermediate)
+
+
+def packed_nbytes(method: Method, num_experts: int, hidden: int, intermediate: int) -> int:
+    """Memory of one layer's packed base weights."""
+    return num_experts * (2 * method.nbytes(intermediate, hidden) + method.nbytes(hidden, intermediate))
 
 
 _idle: dict[KernelKind, list[Any]] = {}
 _kernels: weakref.WeakSet[Kernel] = weakref.WeakSet()
 
 
-def idle_bytes(num_experts: int, hidden: int, intermediate: int) -> int:
+def idle_bytes(method: Method, num_experts: int, hidden: int, intermediate: int) -> int:
     """Bytes that idle kernel objects of this (padded) shape hold and a load would use again."""
-    wanted = (num_experts, hidden, intermediate)
+    wanted = (method, num_experts, hidden, intermediate)
     return sum(
         len(idle) * kind.nbytes
         for kind, idle in _idle.items()
-        if (kind.num_experts, kind.hidden, kind.intermediate) == wanted
+        if (kind.method, kind.num_experts, kind.hidden, kind.intermediate) == wanted
     )
 
 
@@ -74,26 +76,26 @@ class Kernel:
     """One kernel object with its base weights. It goes to the idle ones when it is no longer referenced.
 
     Args:
-        weights: gate, up and down in bf16, padded; they are packed, and not needed afterwards.
+        weights: gate, up and down in bf16, padded; they are packed, and not needed afterwards. Or the directory with
+            the layer's ``.kt`` files.
         verbose: let the kernel write to stdout.
     """
 
-    def __init__(self, kind: KernelKind, layer: int, weights: LayerWeights, *, verbose: bool):
+    def __init__(self, kind: KernelKind, layer: int, weights: LayerWeights | Path, *, verbose: bool):
         self.kind = kind
         self.lora: LoraTensors | None = None
         """the LoRA in place; the kernel holds raw pointers into these tensors"""
-        tensors = (weights.gate, weights.up, weights.down)
         with kernel_lock, quiet_stdout(not verbose):
             if idle := _idle.get(kind):
-                self.wrapper = self._fill(idle.pop(), tensors)
+                self.wrapper = self._fill(idle.pop(), weights)
             else:
-                self.wrapper = self._make(layer, tensors)
+                self.wrapper = self._make(layer, weights)
         self._retire = weakref.finalize(self, _idle.setdefault(kind, []).append, self.wrapper)
         self._retire.atexit = False
         _kernels.add(self)
 
-    def _make(self, layer: int, tensors: tuple[torch.Tensor, ...]) -> Any:
-        kind = self.kind
+    def _make(self, layer: int, weights: LayerWeights | Path) -> Any:
+        kind, experts = self.kind, torch.arange(self.kind.num_experts)
         wrapper = make_wrapper(
             layer_idx=layer,
             num_experts=kind.num_experts,
@@ -101,19 +103,25 @@ class Kernel:
             hidden_size=kind.hidden,
             moe_intermediate_size=kind.intermediate,
             chunked_prefill_size=kind.max_chunk,
-            method="AMXBF16_SFT",
+            method=kind.method.sft,
+            weight_path=str(weights) if isinstance(weights, Path) else None,
             lora_rank=kind.rank,
             lora_alpha=kind.scaling * kind.rank,
         )
         wrapper.share_backward_bb = True  # no transposed copy for training: half the memory
-        wrapper.load_weights_from_tensors(*tensors, torch.arange(kind.num_experts))
+        if isinstance(weights, Path):
+            wrapper.load_weights(experts)
+        else:
+            wrapper.load_weights_from_tensors(weights.gate, weights.up, weights.down, experts)
         return wrapper
 
     @staticmethod
-    def _fill(wrapper: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
-        wrapper.moe.set_base_weight_pointers(*(tensor.data_ptr() for tensor in tensors))
-        wrapper.cpu_infer.submit(wrapper.moe.load_weights_task())
-        wrapper.cpu_infer.sync()
+    def _fill(wrapper: Any, weights: LayerWeights | Path) -> Any:
+        if not isinstance(weights, Path):  # an object made from the same files has these weights already
+            pointers = (tensor.data_ptr() for tensor in (weights.gate, weights.up, weights.down))
+            wrapper.moe.set_base_weight_pointers(*pointers)
+            wrapper.cpu_infer.submit(wrapper.moe.load_weights_task())
+            wrapper.cpu_infer.sync()
         _zero_lora(wrapper)
         return wrapper
 

@@ -1,16 +1,20 @@
-"""Experts in kt-kernel's BF16 SFT kernel (``AMXBF16_SFT``; AVX-512 BF16 or AMX)."""
+"""Experts in kt-kernel's SFT kernels (``AMXBF16_SFT`` and its 8- and 4-bit sisters; AVX-512 BF16 or AMX)."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 
 from ..adapters import ExpertLora
 from ..adapters.expert_lora import mantissa
+from .checkpoint import LayerWeights
 from .engine import Engine, EngineSpec, ReadWeights, Undo
-from .kernel import MULTIPLE, Kernel, KernelKind, padded
+from .kernel import Kernel, KernelKind
 from .kt_runtime import kernel_lock
+from .methods import Method
+from .stored import StoredLayer
 
 logger = logging.getLogger(__name__)
 
@@ -20,28 +24,44 @@ class KTEngine(Engine):
     another scaling is folded into B, a larger rank builds a new object from the checkpoint.
 
     Args:
+        method: how the weights are packed.
+        stored: the layer's packed weights on disk; None packs the checkpoint's while loading.
         max_chunk: tokens per kernel call; longer inputs are split.
         pools: NUMA sub-pools.
         verbose: let the kernel write to stdout while it loads.
     """
 
-    name = "AMXBF16"
-
-    def __init__(self, spec: EngineSpec, read_weights: ReadWeights, *, max_chunk: int, pools: int, verbose: bool):
+    def __init__(
+        self,
+        spec: EngineSpec,
+        read_weights: ReadWeights,
+        method: Method,
+        stored: StoredLayer | None = None,
+        *,
+        max_chunk: int,
+        pools: int,
+        verbose: bool,
+    ):
         super().__init__(spec, read_weights)
+        self.name, self._method, self._stored = method.name, method, stored
         self._max_chunk, self._pools, self._verbose = max_chunk, pools, verbose
 
     def load(self) -> None:
         self._kernel = self._build(self.spec.lora_rank, self.spec.lora_scaling)
 
     def _build(self, rank: int, scaling: float) -> Kernel:
-        shape = self.spec.shape
+        shape, method = self.spec.shape, self._method
         kind = KernelKind(
-            shape.num_experts, self.spec.num_experts_per_tok, padded(shape.hidden_size),
-            padded(shape.intermediate_size, MULTIPLE * self._pools), max(rank, 1), mantissa(scaling), self._max_chunk,
-            self._pools,
+            method, shape.num_experts, self.spec.num_experts_per_tok, method.padded(shape.hidden_size),
+            method.padded(shape.intermediate_size, self._pools), max(rank, 1), mantissa(scaling), self._max_chunk,
+            self._pools, self._stored.identity if self._stored else None,
         )  # fmt: skip
-        weights = self._read_weights(torch.bfloat16, (kind.hidden, kind.intermediate))
+        weights: LayerWeights | Path
+        if self._stored:
+            self._stored.check_files()
+            weights = self._stored.root
+        else:
+            weights = self._read_weights(torch.bfloat16, (kind.hidden, kind.intermediate))
         return Kernel(kind, self.spec.layer, weights, verbose=self._verbose)
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:

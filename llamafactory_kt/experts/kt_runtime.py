@@ -14,12 +14,15 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import KTConfigError, KTKernelError
 from ..machine import missing_cpu_flags, numa_nodes, usable_cores
+from .checkpoint import LayerWeights
+from .methods import Method
 from .threads import wait
 
 logger = logging.getLogger(__name__)
@@ -28,22 +31,22 @@ kernel_lock = threading.Lock()
 """Held around every call into the kernel: two threads must never be in it at once."""
 
 
-def kernel_problem() -> str | None:
-    """Why the BF16 SFT kernel cannot run here, or None. Never raises."""
+def kernel_problem(method: str = "AMXBF16") -> str | None:
+    """Why a method's SFT kernel cannot run here, or None. Never raises."""
     try:
         with quiet_stdout():
             import kt_kernel
-            from kt_kernel.sft.amx import AMXBF16_SFT_MOE
+            from kt_kernel.sft.amx import _SFT_METHOD_TO_CLASS
     except ImportError as error:
         return f"kt-kernel is not installed or does not load ({error}); pip install kt-kernel"
     forced = os.environ.get("KT_KERNEL_CPU_VARIANT")
     because = f" (its variant is forced by KT_KERNEL_CPU_VARIANT={forced}; unset that)" if forced else ""
     missing = missing_cpu_flags(amx=kt_kernel.__cpu_variant__ == "amx")
     if missing:  # a forced variant would kill the process with SIGILL
-        return f"this CPU lacks {', '.join(missing)}, which kt-kernel's BF16 kernel needs{because}"
-    if AMXBF16_SFT_MOE is not None:
+        return f"this CPU lacks {', '.join(missing)}, which kt-kernel's kernels need{because}"
+    if _SFT_METHOD_TO_CLASS.get(f"{method}_SFT") is not None:
         return None
-    return f"kt-kernel's variant {kt_kernel.__cpu_variant__!r} has no BF16 SFT kernel{because}"
+    return f"kt-kernel's variant {kt_kernel.__cpu_variant__!r} has no kernel for {method}{because}"
 
 
 def cpu_variant() -> str:
@@ -149,11 +152,42 @@ def _flush() -> None:
 
 def require_kernel(backend: str) -> None:
     """Raise KTKernelError unless the kernel can run here."""
-    if problem := kernel_problem():
+    if problem := kernel_problem(backend):
         raise KTKernelError(
             f"kt_backend: {backend} cannot run here: {problem}. kt_backend: torch computes the experts in plain torch "
             "(slow, exact), and kt_backend: auto falls back to it by itself."
         )
+
+
+def write_packed(
+    method: Method,
+    layer: int,
+    num_experts_per_tok: int,
+    weights: LayerWeights,
+    root: Path,
+    pools: int,
+    threads: int | None,
+) -> None:
+    """Let kt-kernel pack one layer (gate, up, down in bf16, padded) into ``root/_layer_{layer}/_numa_*/*.kt``.
+
+    The memory of the packed weights is not given back (kt-kernel 0.7.2).
+    """
+    from kt_kernel import kt_kernel_ext
+    from kt_kernel.sft.amx import AMXSFTMoEWrapper
+
+    experts, intermediate, hidden = weights.gate.shape
+    mask, every = torch.zeros(experts, dtype=torch.bool), torch.arange(experts)
+    with kernel_lock, quiet_stdout():
+        infer = AMXSFTMoEWrapper._get_cpu_infer(max(pools, threads or usable_cores()), pools)
+        config = kt_kernel_ext.moe.MOEConfig(experts, num_experts_per_tok, hidden, intermediate, mask.data_ptr())
+        config.layer_idx, config.pool, config.max_len = layer, infer.backend_, 32
+        config.save, config.load, config.path = True, False, str(root)
+        config.gate_proj, config.up_proj, config.down_proj = (
+            tensor.data_ptr() for tensor in (weights.gate, weights.up, weights.down)
+        )
+        moe = {"AMXINT8": kt_kernel_ext.moe.AMXInt8_MOE, "AMXINT4": kt_kernel_ext.moe.AMXInt4_MOE}[method.name](config)
+        infer.submit(moe.load_weights_task(every.data_ptr()))
+        infer.sync()
 
 
 def make_wrapper(**arguments: Any) -> Any:
@@ -163,7 +197,6 @@ def make_wrapper(**arguments: Any) -> Any:
     return KTMoEWrapper(
         mode="sft",
         gpu_experts_mask=None,
-        weight_path=None,
         cpuinfer_threads=_Pool.threads or 1,
         threadpool_count=_Pool.pools,
         **arguments,

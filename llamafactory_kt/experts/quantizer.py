@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,19 +19,21 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..adapters import AdapterSet, ExpertsShape, open_adapters
-from ..backends import canonical_backend
-from ..errors import KTMemoryError, KTModelError
+from ..backends import PACKED, canonical_backend
+from ..errors import KTConfigError, KTMemoryError, KTModelError
 from ..machine import available_memory, gib, give_back_memory
 from ..peft_part import check_peft_part
-from .checkpoint import ExpertsCheckpoint
+from .checkpoint import ExpertsCheckpoint, LayerWeights
 from .config import QUANT_METHOD, KTExpertsConfig
 from .contract import ExpertsModule, find_experts
 from .engine import Engine, EngineSpec
 from .gate import guard
-from .kernel import MULTIPLE, idle_bytes, padded
+from .kernel import idle_bytes, packed_nbytes
 from .kt_engine import KTEngine
 from .kt_runtime import choose_threads, cpu_variant, kernel_problem, require_kernel, share_cores
+from .methods import METHODS, Method
 from .module import KTExperts
+from .stored import StoredLayer, record_for
 from .torch_engine import TorchEngine
 
 logger = logging.getLogger(__name__)
@@ -47,7 +50,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        backend = _resolve_backend(config.backend)
+        backend = _resolve_backend(config.backend, config.weight_path)
         on_gpu = torch.cuda.is_available() and device_map not in (None, {"": "cpu"}, {"": torch.device("cpu")})
         threads = choose_threads(config.num_threads, config.threadpool_count, on_gpu)
         experts = find_experts(model)
@@ -60,23 +63,24 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         for adapter in adapters.adapters:
             check_peft_part(model, adapter)
         adapters.check_finite()
-        itemsize = 2 if backend != "torch" else max(checkpoint.dtype(module.name).itemsize for module in experts)
-        self._check_memory(model, experts, adapters, on_gpu, itemsize)
-        if backend != "torch":
+        method = METHODS.get(backend)
+        self._check_memory(model, checkpoint, adapters, on_gpu, method)
+        if method is not None:
             threads, config.threadpool_count = share_cores(threads, config.threadpool_count, on_gpu)
-            if checkpoint.dtypes() != {"BF16"}:
+            if method.bits == 16 and checkpoint.dtypes() != {"BF16"}:
                 logger.warning(
                     "The experts are stored as %s; kt-kernel computes them in bfloat16.", ", ".join(checkpoint.dtypes())
                 )
-        self._wrappers = [self._replace(model, module, checkpoint, adapters, backend) for module in experts]
+        engines = [self._engine(module, checkpoint, adapters, method) for module in experts]
+        self._wrappers = [self._replace(model, module, engine) for module, engine in zip(experts, engines, strict=True)]
         self._sizes = {module.name: checkpoint.nbytes(module.name) for module in experts}
         model._kt_wrappers = self._wrappers
         model._kt_adapters = adapters
         model._kt_gate = guard(model)
         model._kt_summary = {
             "engine": self._wrappers[0].engine.name,
-            "variant": cpu_variant() if backend != "torch" else "any",
-            "threads": threads if backend != "torch" else 0,
+            "variant": cpu_variant() if method else "any",
+            "threads": threads if method else 0,
             "pools": config.threadpool_count,
         }
         # transformers will find just these tensors unexpected, as no parameter asks for them any more.
@@ -86,26 +90,30 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         ]
 
     def _check_memory(
-        self, model: nn.Module, experts: list[ExpertsModule], adapters: AdapterSet, on_gpu: bool, itemsize: int
+        self, model: nn.Module, checkpoint: ExpertsCheckpoint, adapters: AdapterSet, on_gpu: bool, method: Method | None
     ) -> None:
-        pools = self.quantization_config.threadpool_count
+        experts = checkpoint.modules
+        reusable = 0
+        if method is None:
+            sizes = [checkpoint.nbytes(module.name) for module in experts]
+        else:
+            pools, shape = self.quantization_config.threadpool_count, experts[0].shape
 
-        def packed(shape: ExpertsShape) -> int:
-            hidden, intermediate = padded(shape.hidden_size), padded(shape.intermediate_size, MULTIPLE * pools)
-            return 3 * shape.num_experts * hidden * intermediate * itemsize
+            def packed(shape: ExpertsShape) -> tuple[int, int, int]:
+                hidden, intermediate = method.padded(shape.hidden_size), method.padded(shape.intermediate_size, pools)
+                return shape.num_experts, hidden, intermediate
 
-        sizes = [packed(module.shape) for module in experts]
-        shape = experts[0].shape
-        reusable = idle_bytes(
-            shape.num_experts, padded(shape.hidden_size), padded(shape.intermediate_size, MULTIPLE * pools)
-        )
+            sizes = [packed_nbytes(method, *packed(module.shape)) for module in experts]
+            reusable = idle_bytes(method, *packed(shape))
+        stored = self.quantization_config.weight_path is not None
+        reading = 0 if stored else max(checkpoint.nbytes(module.name) for module in experts)
         names = {f"{module.name}.{weight}" for module in experts for weight in ("gate_up_proj", "down_proj")}
         others = 0 if on_gpu else sum(p.nbytes for n, p in model.named_parameters() if n not in names)
         lora = sum(
             3 * m.shape.num_experts * adapters.rank(m.layer) * (m.shape.hidden_size + m.shape.intermediate_size) * 2
             for m in experts
         )
-        needed = max(0, sum(sizes) - reusable) + max(sizes) + lora + others
+        needed = max(0, sum(sizes) - reusable) + reading + lora + others
         free = available_memory()
         if needed > free:
             raise KTMemoryError(
@@ -113,31 +121,28 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"the model {gib(needed)}; {gib(free)} are free. Free memory, use a machine with more, or a smaller model."
             )
 
-    def _replace(
-        self,
-        model: nn.Module,
-        module: ExpertsModule,
-        checkpoint: ExpertsCheckpoint,
-        adapters: AdapterSet,
-        backend: str,
-    ) -> KTExperts:
+    def _engine(
+        self, module: ExpertsModule, checkpoint: ExpertsCheckpoint, adapters: AdapterSet, method: Method | None
+    ) -> Engine:
         config = self.quantization_config
         spec = EngineSpec(
             module.layer, module.shape, module.num_experts_per_tok,
-            lora_rank=adapters.rank(module.layer) or config.lora_rank,
-            lora_scaling=adapters.scaling(module.layer),
+            lora_rank=adapters.rank(module.layer) or config.lora_rank, lora_scaling=adapters.scaling(module.layer),
         )  # fmt: skip
 
-        def read(dtype: torch.dtype | None, size: tuple[int, int]) -> Any:
+        def read(dtype: torch.dtype | None, size: tuple[int, int]) -> LayerWeights:
             return checkpoint.read(module.name, dtype, size)
 
-        engine: Engine
-        if backend == "torch":
-            engine = TorchEngine(spec, read)
-        else:
-            engine = KTEngine(
-                spec, read, max_chunk=config.max_chunk, pools=config.threadpool_count, verbose=config.debug
-            )
+        if method is None:
+            return TorchEngine(spec, read)
+        pools, stored = config.threadpool_count, None
+        if config.weight_path:
+            record = record_for(module.shape, method, pools, checkpoint.fingerprint(module.name))
+            stored = StoredLayer(Path(config.weight_path), module.layer, record, method)
+        return KTEngine(spec, read, method, stored, max_chunk=config.max_chunk, pools=pools, verbose=config.debug)
+
+    @staticmethod
+    def _replace(model: nn.Module, module: ExpertsModule, engine: Engine) -> KTExperts:
         experts = KTExperts(module, engine)
         parent, _, attribute = module.name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, experts)
@@ -161,9 +166,13 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _resolve_backend(name: str) -> str:
+def _resolve_backend(name: str, weight_path: str | None) -> str:
     backend = canonical_backend(name)
-    if backend == "AMXBF16":
+    if weight_path and backend not in PACKED:
+        raise KTConfigError(f"weight_path is for {' and '.join(PACKED)}, not for backend {backend}.")
+    if backend == "AMXINT8" and not weight_path:
+        raise KTConfigError("AMXINT8 needs weight_path: a directory that llamafactory-kt quantize made.")
+    if backend in METHODS:
         require_kernel(backend)
     elif backend == "auto":
         backend = "AMXBF16"

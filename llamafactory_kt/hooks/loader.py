@@ -137,6 +137,7 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
         backend=model_args.kt_backend,
         num_threads=model_args.kt_num_threads,
         threadpool_count=threadpool_count(model_args),
+        weight_path=str(Path(model_args.kt_weight_path).expanduser()) if model_args.kt_weight_path else None,
         max_chunk=model_args.kt_max_chunk,
         adapter=adapters,
         moe_lora=moe_lora,

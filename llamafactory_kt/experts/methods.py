@@ -1,0 +1,37 @@
+"""The arithmetic of kt-kernel's engines: how weights are packed, and what sizes the kernels take (measured, 0.7.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """One of kt-kernel's SFT methods; LoRA is unmerged bf16 on top of all of them."""
+
+    name: str
+    """as ``kt_backend`` spells it"""
+    bits: int
+    """of a packed weight"""
+    multiple: int
+    """Hidden and intermediate size (per sub-pool) must be multiples of this: BF16 crashes the process otherwise, the
+    others fail when they are built."""
+
+    @property
+    def sft(self) -> str:
+        """kt-kernel's name of it."""
+        return f"{self.name}_SFT"
+
+    def padded(self, size: int, pools: int = 1) -> int:
+        """``size`` rounded up; zeros in the padding leave the result unchanged, exactly."""
+        multiple = self.multiple * pools
+        return -(-size // multiple) * multiple
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Memory of one packed matrix; integers have one float32 scale a row."""
+        return rows * columns * self.bits // 8 + (4 * rows if self.bits < 16 else 0)
+
+
+METHODS = {
+    method.name: method for method in (Method("AMXBF16", 16, 32), Method("AMXINT8", 8, 64), Method("AMXINT4", 4, 128))
+}

@@ -247,7 +247,7 @@ def test_kernel_missing_or_made_for_another_cpu(demo, monkeypatch):
     with pytest.raises(KTKernelError, match=r"kt_backend: AMXBF16 cannot run here: this CPU lacks amx_tile"):
         chat_model(demo / "model", kt_backend="AMXBF16")
     monkeypatch.setattr("kt_kernel.__cpu_variant__", "avx2")
-    monkeypatch.setattr(kt_kernel.sft.amx, "AMXBF16_SFT_MOE", None)
+    monkeypatch.setitem(kt_kernel.sft.amx._SFT_METHOD_TO_CLASS, "AMXBF16_SFT", None)
     with pytest.raises(KTKernelError, match="kt-kernel's variant 'avx2' has no kernel for AMXBF16"):
         chat_model(demo / "model", kt_backend="AMXBF16")
     monkeypatch.setitem(sys.modules, "kt_kernel", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from .adapters.replacing import replacing
 from .adapters.store import SafetensorsStore
 from .adapters.streaming import write_safetensors
 from .errors import KTAdapterError, KTModelError, KTPathError, name_some
-from .experts.checkpoint import ExpertsCheckpoint
+from .experts.checkpoint import ExpertsCheckpoint, weight_files
 from .experts.contract import find_experts
 from .experts.empty import empty_model
 from .peft_part import PeftPart, check_peft_part, plan_peft_part
@@ -61,7 +60,7 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
         KTAdapterError: The adapter does not fit, or holds what a sum cannot merge (DoRA, biases). Nothing is left behind.
     """
     source = Path(model_path)
-    files = _weight_files(source)
+    files = weight_files(source)
     if not files:
         raise KTPathError(f"{source} is not a directory with safetensors files.")
     adapter = open_adapter(adapter_path)
@@ -81,14 +80,6 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
         plan.check_all_done()
     count = sum(len(store.infos) for store in plan.stores)
     return MergeReport(str(output), len(files), count, plan.merged, len(adapter.store.infos))
-
-
-def _weight_files(source: Path) -> list[Path]:
-    """The checkpoint's safetensors files: those its index names, else all of them."""
-    index = source / "model.safetensors.index.json"
-    if index.is_file():
-        return [source / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(source.glob("*.safetensors")) if source.is_dir() else []
 
 
 class _Plan:

@@ -7,6 +7,7 @@ can load is understood: one tensor per expert (``experts.5.gate_proj.weight``, M
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,14 @@ from .contract import ExpertsModule
 _NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 _FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """A checkpoint's safetensors files: those its index names, else all of them; none where there is no such directory."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
 
 
 @dataclass
@@ -68,7 +77,7 @@ class ExpertsCheckpoint:
             is not floating point; the checkpoint's conversion is not one that is understood.
     """
 
-    def __init__(self, model: nn.Module, modules: Sequence[ExpertsModule], files: Sequence[str]):
+    def __init__(self, model: nn.Module, modules: Sequence[ExpertsModule], files: Sequence[str | Path]):
         self._layers = {module.name: _Layer(module) for module in modules}
         self.target_names: set[str] = set()
         """names that transformers will find unexpected, since no parameter asks for them any more"""

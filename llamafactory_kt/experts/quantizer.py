@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from ..adapters import AdapterSet, ExpertsShape, open_adapters
+from ..adapters import AdapterSet, open_adapters
 from ..backends import canonical_backend
 from ..errors import KTMemoryError, KTModelError
 from ..machine import available_memory, gib, give_back_memory
@@ -27,9 +27,9 @@ from .config import QUANT_METHOD, KTExpertsConfig
 from .contract import ExpertsModule, find_experts
 from .engine import Engine, EngineSpec
 from .gate import guard
-from .kernel import MULTIPLE, idle_bytes, padded
 from .kt_engine import KTEngine
 from .kt_runtime import choose_threads, cpu_variant, kernel_problem, require_kernel, share_cores
+from .memory import memory_need
 from .module import KTExperts
 from .torch_engine import TorchEngine
 
@@ -89,27 +89,10 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: nn.Module, experts: list[ExpertsModule], adapters: AdapterSet, on_gpu: bool, itemsize: int
     ) -> None:
         pools = self.quantization_config.threadpool_count
-
-        def packed(shape: ExpertsShape) -> int:
-            hidden, intermediate = padded(shape.hidden_size), padded(shape.intermediate_size, MULTIPLE * pools)
-            return 3 * shape.num_experts * hidden * intermediate * itemsize
-
-        sizes = [packed(module.shape) for module in experts]
-        shape = experts[0].shape
-        reusable = idle_bytes(
-            shape.num_experts, padded(shape.hidden_size), padded(shape.intermediate_size, MULTIPLE * pools)
-        )
-        names = {f"{module.name}.{weight}" for module in experts for weight in ("gate_up_proj", "down_proj")}
-        others = 0 if on_gpu else sum(p.nbytes for n, p in model.named_parameters() if n not in names)
-        lora = sum(
-            3 * m.shape.num_experts * adapters.rank(m.layer) * (m.shape.hidden_size + m.shape.intermediate_size) * 2
-            for m in experts
-        )
-        needed = max(0, sum(sizes) - reusable) + max(sizes) + lora + others
-        free = available_memory()
-        if needed > free:
+        need = memory_need(model, experts, adapters, itemsize=itemsize, pools=pools)
+        if (needed := need.on_cpu(on_gpu)) > (free := available_memory()):
             raise KTMemoryError(
-                f"The experts of {len(experts)} layers need {gib(sum(sizes))}, with the layer being read and the rest of "
+                f"The experts of {len(experts)} layers need {gib(need.experts)}, with the layer being read and the rest of "
                 f"the model {gib(needed)}; {gib(free)} are free. Free memory, use a machine with more, or a smaller model."
             )
 

@@ -25,7 +25,7 @@ failures: dict[str, BaseException] = {}
 
 def activate() -> None:
     """Register the hooks; modules that are already imported are patched now. Calling it again does nothing."""
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if is_active():
         return
     sys.meta_path.insert(0, _Finder())
     for name in TARGETS:
@@ -33,6 +33,11 @@ def activate() -> None:
         # While a module is being executed, its loader is already running: too late for the finder, too early to patch.
         if module is not None and not getattr(module.__spec__, "_initializing", False):
             _patch(module)
+
+
+def is_active() -> bool:
+    """Whether the hooks are registered in this process."""
+    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
 
 
 def _patch(module: ModuleType) -> None:

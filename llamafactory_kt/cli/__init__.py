@@ -14,6 +14,7 @@ from .demo import demo
 from .doctor import doctor
 from .inspect import inspect
 from .merge import merge
+from .verify import verify
 
 app = typer.Typer(
     name="llamafactory-kt",
@@ -44,6 +45,7 @@ app.command()(demo)
 app.command()(doctor)
 app.command()(inspect)
 app.command()(merge)
+app.command()(verify)
 
 
 def main() -> None:

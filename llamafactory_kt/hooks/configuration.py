@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..adapters import AdapterSet, locate_adapter, open_adapters
-from ..errors import KTConfigError, KTPathError
+from ..errors import KTConfigError, KTError, KTPathError
 from .patching import require_hooks
 
 
@@ -84,3 +85,52 @@ def open_configured(model_args: Any) -> AdapterSet:
         KTAdapterError: One cannot be read.
     """
     return open_adapters(adapter_directories(model_args), moe_lora_file(model_args))
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A model as ``llamafactory-cli chat`` has it after loading."""
+
+    model: Any
+    tokenizer: Any
+    template: Any
+    checkpoint: Path
+    """the local directory of the base model"""
+    adapters: AdapterSet
+    """opened anew from their files"""
+
+
+def load_chat(config: Path, overrides: Sequence[str] = ()) -> Chat:
+    """Load what a YAML asks for, through LLaMA-Factory.
+
+    Raises:
+        KTError: Of one of our own checks.
+        KTConfigError: LLaMA-Factory refuses the configuration, or it does not ask for ``use_kt``.
+    """
+    values = read_yaml(config, overrides)
+    try:
+        args = parse(values)
+    except KTError:
+        raise
+    except Exception as error:
+        raise KTConfigError(f"{config}: {' '.join(str(error).split())}") from error
+    if not args.use_kt:
+        raise KTConfigError(f"{config} does not ask for use_kt, so there are no KT experts to look at.")
+    from llamafactory.chat import ChatModel
+
+    engine = ChatModel(values).engine
+    name = str(Path(args.model_name_or_path).expanduser())
+    if not Path(name).is_dir():
+        from huggingface_hub import snapshot_download
+
+        name = snapshot_download(
+            name, revision=args.model_revision, cache_dir=args.cache_dir, local_files_only=True
+        )  # it has just been loaded from there
+    return Chat(engine.model, engine.tokenizer, engine.template, Path(name), open_configured(args))
+
+
+def prompt_ids(chat: Chat, text: str) -> list[int]:
+    """The token ids of a conversation's first question, through the chat's template."""
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]
+    ids, _ = chat.template.encode_oneturn(chat.tokenizer, messages)
+    return list(ids)

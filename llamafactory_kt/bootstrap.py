@@ -16,6 +16,9 @@ TARGETS = {
     "llamafactory.hparams.model_args": "llamafactory_kt.hooks.model_args",
     "llamafactory.hparams.parser": "llamafactory_kt.hooks.parser",
     "llamafactory.model.loader": "llamafactory_kt.hooks.loader",
+    "llamafactory.chat.hf_engine": "llamafactory_kt.hooks.engine",
+    "llamafactory.chat.chat_model": "llamafactory_kt.hooks.terminal",
+    "llamafactory.api.app": "llamafactory_kt.hooks.api",
     "llamafactory.v1.config.arg_parser": "llamafactory_kt.hooks.v1",
 }
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import typer
 
 from .._version import __version__
-from ..errors import KTError
+from ..errors import KTError, traceback_wanted
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
@@ -53,7 +52,7 @@ def main() -> None:
     try:
         app()
     except KTError as error:
-        if os.environ.get("LLAMAFACTORY_KT_DEBUG", "") not in ("", "0"):
+        if traceback_wanted():
             raise
         typer.echo(f"Error: {error}", err=True)
         sys.exit(1)

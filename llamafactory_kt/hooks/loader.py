@@ -143,6 +143,7 @@ def _apply(model: Any, model_args: Any) -> Any:
     if model._kt_adapters.adapters:
         model, report = apply_adapter(model, model._kt_adapters, model_args.kt_lora_scope)
         logger.info("Loaded adapter(s): %s", ",".join(model_args.adapter_name_or_path or [model_args.kt_moe_lora_path]))
+    model._kt_show_stats = model_args.kt_stats
     logger.info("%s", "\n" + load_table(model, report))
     if model_args.kt_debug:
         logger.info("%s", "\n" + debug_structure(model))

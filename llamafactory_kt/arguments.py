@@ -80,6 +80,12 @@ class KTArguments:
         default=False,
         metadata={"help": "Whether to print the model's structure after loading and kt-kernel's own output."},
     )
+    kt_stats: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether llamafactory-cli chat prints each answer's tokens, time to the first one, and speed."
+        },
+    )
     kt_config: dict | str | None = field(  # type: ignore[type-arg]
         default=None,
         metadata={"help": "The same keys as one dictionary, as newer upstream configurations write them (or JSON)."},
@@ -162,7 +168,7 @@ def _check_values(args: Any) -> list[str]:
         value = getattr(args, name)
         if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             problems.append(f"{name} must be a positive whole number, found {value!r}.")
-    for name in ("use_kt", "kt_tp_enabled", "kt_debug"):
+    for name in ("use_kt", "kt_tp_enabled", "kt_debug", "kt_stats"):
         value = getattr(args, name)
         if not isinstance(value, bool) and not (name == "kt_tp_enabled" and value is None):
             problems.append(f"{name} must be true or false, found {value!r}.")

@@ -16,6 +16,9 @@ TARGETS = {
     "llamafactory.hparams.model_args": "llamafactory_kt.hooks.model_args",
     "llamafactory.hparams.parser": "llamafactory_kt.hooks.parser",
     "llamafactory.model.loader": "llamafactory_kt.hooks.loader",
+    "llamafactory.chat.hf_engine": "llamafactory_kt.hooks.engine",
+    "llamafactory.chat.chat_model": "llamafactory_kt.hooks.terminal",
+    "llamafactory.api.app": "llamafactory_kt.hooks.api",
     "llamafactory.v1.config.arg_parser": "llamafactory_kt.hooks.v1",
 }
 
@@ -25,7 +28,7 @@ failures: dict[str, BaseException] = {}
 
 def activate() -> None:
     """Register the hooks; modules that are already imported are patched now. Calling it again does nothing."""
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if is_active():
         return
     sys.meta_path.insert(0, _Finder())
     for name in TARGETS:
@@ -33,6 +36,11 @@ def activate() -> None:
         # While a module is being executed, its loader is already running: too late for the finder, too early to patch.
         if module is not None and not getattr(module.__spec__, "_initializing", False):
             _patch(module)
+
+
+def is_active() -> bool:
+    """Whether the hooks are registered in this process."""
+    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
 
 
 def _patch(module: ModuleType) -> None:

@@ -12,6 +12,7 @@ KTError
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 
@@ -59,3 +60,8 @@ def name_some(names: Iterable[object], limit: int = 5) -> str:
     items = [str(name) for name in names]
     shown = ", ".join(items[:limit])
     return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
+
+
+def traceback_wanted() -> bool:
+    """Whether LLAMAFACTORY_KT_DEBUG asks for tracebacks where a command would print the message alone."""
+    return os.environ.get("LLAMAFACTORY_KT_DEBUG", "") not in ("", "0")

@@ -26,10 +26,11 @@ def usable_cores() -> int:
             cores.add(siblings.read_text())
         except OSError:  # containers may hide the topology
             cores.add(str(cpu))
-    return max(1, int(min(len(cores), _cgroup_cpus())))
+    return max(1, int(min(len(cores), cgroup_cpus())))
 
 
-def _cgroup_cpus() -> float:
+def cgroup_cpus() -> float:
+    """CPUs that the process's cgroup lets it use at once, infinite without a quota."""
     for directory in _cgroup_directories():
         try:
             quota, period = (directory / "cpu.max").read_text().split()
@@ -55,6 +56,15 @@ def numa_nodes() -> int:
     """NUMA nodes that have CPUs, at least 1."""
     nodes = Path("/sys/devices/system/node").glob("node[0-9]*/cpulist")
     return max(1, sum(1 for node in nodes if node.read_text().strip()))
+
+
+def cgroup_memory() -> float:
+    """Bytes that the process's cgroup lets all its processes have together, infinite without a limit."""
+    limits = [math.inf]
+    for directory in _cgroup_directories():
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+            limits.append(int((directory / "memory.max").read_text()))
+    return min(limits)
 
 
 def available_memory() -> int:
@@ -84,13 +94,26 @@ def give_back_memory() -> None:
 
 
 @cache
+def _cpu_info() -> dict[str, str]:
+    """/proc/cpuinfo of the first CPU."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cpu_name() -> str:
+    """The CPU as it calls itself."""
+    return _cpu_info().get("model name", "unknown CPU")
+
+
 def missing_cpu_flags(amx: bool = False) -> list[str]:
     """Instruction sets of the BF16 kernel (in its AMX variant) that this CPU lacks, by /proc/cpuinfo's names."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+    flags = set(_cpu_info().get("flags", "").split())
+    if not flags:  # /proc is hidden
         return []
-    flags = next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set[str]())
     wanted = BF16_FLAGS + (AMX_FLAGS if amx else ())
     return [flag for flag in wanted if flag not in flags and flag.replace("_", "") not in flags]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -143,8 +144,29 @@ def test_torch_engine_answers_where_the_kernel_is_missing(tmp_path, demo):
 )
 def test_mistakes_end_before_anything_is_loaded(tmp_path, demo, keys, message):
     result = chat(config(tmp_path, demo, kt_num_threads=keys.pop("kt_num_threads", None), **keys), ["exit"])
-    assert result.returncode and message in result.stderr
+    assert result.returncode == 1 and message in result.stderr
     assert "Loading" not in result.stdout
+    if "kt_bakend" not in keys:  # that one is LLaMA-Factory's to tell
+        assert "Traceback" not in result.stderr and "\nError: " in f"\n{result.stderr}"
+
+
+@pytest.mark.parametrize("how", ["kt_debug", "LLAMAFACTORY_KT_DEBUG"])
+def test_a_traceback_where_it_is_asked_for(tmp_path, demo, how):
+    path = config(tmp_path, demo, kt_backend="AMXBF17", kt_debug=True if how == "kt_debug" else None)
+    result = chat(path, ["exit"], **({} if how == "kt_debug" else {how: "1"}))
+    assert result.returncode == 1 and "Traceback" in result.stderr and "KTConfigError: " in result.stderr
+
+
+def test_errors_that_come_while_loading(tmp_path, demo):
+    """And those of a Python program are left to it."""
+    (tmp_path / "adapter").mkdir()
+    path = config(tmp_path, demo, kt_backend="torch", adapter_name_or_path=str(tmp_path / "adapter"))
+    result = chat(path, ["exit"])
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("Error: ") and "adapter_config.json is missing" in result.stderr
+    code = f"import yaml; from llamafactory.chat import ChatModel; ChatModel(yaml.safe_load(open({str(path)!r})))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert result.returncode == 1 and "Traceback" in result.stderr and "KTAdapterError" in result.stderr
 
 
 def test_demo_command(demo):

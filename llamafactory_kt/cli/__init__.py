@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import typer
 
 from .._version import __version__
-from ..errors import KTError
+from ..errors import KTError, traceback_wanted
 from .convert import convert
 from .demo import demo
+from .doctor import doctor
 from .inspect import inspect
 from .merge import merge
 from .quantize import quantize
+from .verify import verify
 
 app = typer.Typer(
     name="llamafactory-kt",
@@ -41,9 +42,11 @@ def _root(
 
 app.command()(convert)
 app.command()(demo)
+app.command()(doctor)
 app.command()(inspect)
 app.command()(merge)
 app.command()(quantize)
+app.command()(verify)
 
 
 def main() -> None:
@@ -51,7 +54,7 @@ def main() -> None:
     try:
         app()
     except KTError as error:
-        if os.environ.get("LLAMAFACTORY_KT_DEBUG", "") not in ("", "0"):
+        if traceback_wanted():
             raise
         typer.echo(f"Error: {error}", err=True)
         sys.exit(1)

@@ -29,6 +29,14 @@ _FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """A checkpoint's safetensors files: those its index names, else all of them; none where there is no such directory."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
+
+
 @dataclass
 class LayerWeights:
     """One layer's expert weights: gate and up [E, I, H], down [E, H, I], on the CPU, in the checkpoint's dtype."""
@@ -58,14 +66,6 @@ class _Layer:
         return [t for experts in self.per_expert.values() for t in experts.values()] + list(self.fused.values())
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """A checkpoint directory's safetensors files: those its index names, else all of them."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
-
-
 class ExpertsCheckpoint:
     """The expert tensors of a checkpoint, located by headers only.
 
@@ -79,7 +79,7 @@ class ExpertsCheckpoint:
             is not floating point; the checkpoint's conversion is not one that is understood.
     """
 
-    def __init__(self, model: nn.Module, modules: Sequence[ExpertsModule], files: Sequence[str]):
+    def __init__(self, model: nn.Module, modules: Sequence[ExpertsModule], files: Sequence[str | Path]):
         self.modules = list(modules)
         self._layers = {module.name: _Layer(module) for module in modules}
         self.target_names: set[str] = set()

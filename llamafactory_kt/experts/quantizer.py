@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from ..adapters import AdapterSet, ExpertsShape, open_adapters
+from ..adapters import AdapterSet, open_adapters
 from ..backends import PACKED, canonical_backend
 from ..errors import KTConfigError, KTMemoryError, KTModelError
 from ..machine import available_memory, gib, give_back_memory
@@ -28,9 +28,9 @@ from .config import QUANT_METHOD, KTExpertsConfig
 from .contract import ExpertsModule, find_experts
 from .engine import Engine, EngineSpec
 from .gate import guard
-from .kernel import idle_bytes, packed_nbytes
 from .kt_engine import KTEngine
 from .kt_runtime import choose_threads, cpu_variant, kernel_problem, require_kernel, share_cores
+from .memory import memory_need
 from .methods import METHODS, Method
 from .module import KTExperts
 from .stored import StoredLayer, record_for
@@ -92,32 +92,18 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
     def _check_memory(
         self, model: nn.Module, checkpoint: ExpertsCheckpoint, adapters: AdapterSet, on_gpu: bool, method: Method | None
     ) -> None:
-        experts = checkpoint.modules
-        reusable = 0
-        if method is None:
-            sizes = [checkpoint.nbytes(module.name) for module in experts]
-        else:
-            pools, shape = self.quantization_config.threadpool_count, experts[0].shape
-
-            def packed(shape: ExpertsShape) -> tuple[int, int, int]:
-                hidden, intermediate = method.padded(shape.hidden_size), method.padded(shape.intermediate_size, pools)
-                return shape.num_experts, hidden, intermediate
-
-            sizes = [packed_nbytes(method, *packed(module.shape)) for module in experts]
-            reusable = idle_bytes(method, *packed(shape))
-        stored = self.quantization_config.weight_path is not None
-        reading = 0 if stored else max(checkpoint.nbytes(module.name) for module in experts)
-        names = {f"{module.name}.{weight}" for module in experts for weight in ("gate_up_proj", "down_proj")}
-        others = 0 if on_gpu else sum(p.nbytes for n, p in model.named_parameters() if n not in names)
-        lora = sum(
-            3 * m.shape.num_experts * adapters.rank(m.layer) * (m.shape.hidden_size + m.shape.intermediate_size) * 2
-            for m in experts
+        need = memory_need(
+            model,
+            checkpoint.modules,
+            adapters,
+            method=method,
+            pools=self.quantization_config.threadpool_count,
+            itemsize=max(checkpoint.dtype(module.name).itemsize for module in checkpoint.modules),
+            stored=self.quantization_config.weight_path is not None,
         )
-        needed = max(0, sum(sizes) - reusable) + reading + lora + others
-        free = available_memory()
-        if needed > free:
+        if (needed := need.on_cpu(on_gpu)) > (free := available_memory()):
             raise KTMemoryError(
-                f"The experts of {len(experts)} layers need {gib(sum(sizes))}, with the layer being read and the rest of "
+                f"The experts of {len(checkpoint.modules)} layers need {gib(need.experts)}, with the layer being read and the rest of "
                 f"the model {gib(needed)}; {gib(free)} are free. Free memory, use a machine with more, or a smaller model."
             )
 

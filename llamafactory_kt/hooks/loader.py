@@ -14,6 +14,7 @@ from typing import Any
 
 from ..arguments import threadpool_count
 from ..errors import KTModelError
+from .configuration import adapter_directories, moe_lora_file
 from .patching import expect, is_patched, replace
 
 logger = logging.getLogger("llamafactory_kt")
@@ -116,31 +117,17 @@ def _prefer_native(model_args: Any, init_kwargs: dict[str, Any]) -> None:
 def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
     import torch
 
-    from ..adapters import locate_adapter
     from ..experts import KTExpertsConfig
 
     logger.info("Loading model with KTransformers MoE backend")
-    adapters = [
-        str(
-            locate_adapter(
-                name,
-                subfolder=model_args.adapter_folder,
-                revision=model_args.model_revision,
-                cache_dir=model_args.cache_dir,
-                token=model_args.hf_hub_token,
-            )
-        )
-        for name in model_args.adapter_name_or_path or []
-    ]
-    moe_lora = str(Path(model_args.kt_moe_lora_path).expanduser()) if model_args.kt_moe_lora_path else None
     init_kwargs["quantization_config"] = KTExpertsConfig(
         backend=model_args.kt_backend,
         num_threads=model_args.kt_num_threads,
         threadpool_count=threadpool_count(model_args),
         weight_path=str(Path(model_args.kt_weight_path).expanduser()) if model_args.kt_weight_path else None,
         max_chunk=model_args.kt_max_chunk,
-        adapter=adapters,
-        moe_lora=moe_lora,
+        adapter=adapter_directories(model_args),
+        moe_lora=moe_lora_file(model_args),
         debug=model_args.kt_debug,
     )
     if getattr(model_args, "kt_native", False):
@@ -158,6 +145,7 @@ def _apply(model: Any, model_args: Any) -> Any:
     if model._kt_adapters.adapters:
         model, report = apply_adapter(model, model._kt_adapters, model_args.kt_lora_scope)
         logger.info("Loaded adapter(s): %s", ",".join(model_args.adapter_name_or_path or [model_args.kt_moe_lora_path]))
+    model._kt_show_stats = model_args.kt_stats
     logger.info("%s", "\n" + load_table(model, report))
     if model_args.kt_debug:
         logger.info("%s", "\n" + debug_structure(model))

@@ -8,7 +8,8 @@ from typing import Any
 
 from .. import bootstrap
 from ..arguments import check_for_inference
-from .patching import check_stock, expect, is_patched, replace, require_hooks, wants_kt
+from .failures import end_in_one_paragraph
+from .patching import asks_for, check_stock, expect, is_patched, replace, require_hooks
 
 
 def patch(module: ModuleType) -> None:
@@ -51,8 +52,12 @@ def _guard(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def get_infer_args(*args: Any, **kwargs: Any) -> Any:
-        if bootstrap.failures and wants_kt(args[0] if args else kwargs.get("args")):
-            raise next(iter(bootstrap.failures.values()))
+        given = args[0] if args else kwargs.get("args")
+        if asks_for("use_kt", given):
+            if given is None:  # the command line, not a Python program
+                end_in_one_paragraph(debug=asks_for("kt_debug"))
+            if bootstrap.failures:
+                raise next(iter(bootstrap.failures.values()))
         return original(*args, **kwargs)
 
     module.get_infer_args = get_infer_args  # type: ignore[attr-defined]

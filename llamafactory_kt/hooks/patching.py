@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 from importlib import import_module, metadata
@@ -52,7 +53,7 @@ def check_stock() -> None:
     )
 
 
-def expect(module: ModuleType, name: str, parameters: tuple[str, ...]) -> Any:
+def expect(module: ModuleType | type, name: str, parameters: tuple[str, ...]) -> Any:
     """The module's function of that name, whose parameters must be the expected ones.
 
     Raises:
@@ -70,13 +71,13 @@ def expect(module: ModuleType, name: str, parameters: tuple[str, ...]) -> Any:
     )
 
 
-def is_patched(module: ModuleType) -> bool:
-    """Whether the module was patched before, so that a second patch would wrap a wrapper."""
+def is_patched(module: ModuleType | type) -> bool:
+    """Whether the module (or class) was patched before, so that a second patch would wrap a wrapper."""
     return hasattr(module, _MARK)
 
 
-def replace(module: ModuleType, **functions: Any) -> None:
-    """Set several attributes of a module at once; called last, when nothing can fail any more."""
+def replace(module: ModuleType | type, **functions: Any) -> None:
+    """Set several attributes of a module (or class) at once; called last, when nothing can fail any more."""
     for name, function in functions.items():
         setattr(module, name, function)
     setattr(module, _MARK, True)
@@ -88,7 +89,12 @@ def require_hooks() -> None:
     Raises:
         KTHookError: The first hook that could not be applied.
     """
-    for name in ("llamafactory.hparams.model_args", "llamafactory.hparams.parser", "llamafactory.model.loader"):
+    for name in (
+        "llamafactory.hparams.model_args",
+        "llamafactory.hparams.parser",
+        "llamafactory.model.loader",
+        "llamafactory.chat.hf_engine",
+    ):
         module = import_module(name)
         if error := bootstrap.failures.get(name):
             raise (
@@ -100,16 +106,20 @@ def require_hooks() -> None:
             raise KTHookError(f"{name} was imported before llamafactory_kt could hook into it. {versions()}")
 
 
-def wants_kt(args: Any = None) -> bool:
-    """Whether raw arguments (a dict, a list of words, or the command line with its YAML file) ask for ``use_kt``."""
+def asks_for(key: str, args: Any = None) -> bool:
+    """Whether raw arguments (a dict, a list of words, or the command line with its YAML file) set a key to true.
+
+    A file that cannot be read asks for nothing; LLaMA-Factory will say what is wrong with it.
+    """
     words = args if isinstance(args, list) else sys.argv[1:] if args is None else []
-    asked: Any = args.get("use_kt") if isinstance(args, dict) else None
-    if args is None and words and words[0].endswith((".yaml", ".yml", ".json")) and Path(words[0]).is_file():
-        loaded = yaml.safe_load(Path(words[0]).read_text(encoding="utf-8"))
-        asked = loaded.get("use_kt") if isinstance(loaded, dict) else None
+    asked: Any = args.get(key) if isinstance(args, dict) else None
+    if args is None and words and words[0].endswith((".yaml", ".yml", ".json")):
+        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+            loaded = yaml.safe_load(Path(words[0]).read_text(encoding="utf-8"))
+            asked = loaded.get(key) if isinstance(loaded, dict) else None
     for position, word in enumerate(words):
-        key, found, value = str(word).lstrip("-").partition("=")
-        if key == "use_kt":
+        name, found, value = str(word).lstrip("-").partition("=")
+        if name == key:
             following = str(words[position + 1]) if position + 1 < len(words) else "true"
             asked = value if found else ("true" if following.startswith("-") else following)
     return str(asked).lower() in ("true", "1", "yes", "t", "y")

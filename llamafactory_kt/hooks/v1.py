@@ -7,7 +7,8 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import KTHookError
-from .patching import expect, is_patched, replace, versions, wants_kt
+from .failures import end_in_one_paragraph
+from .patching import asks_for, expect, is_patched, replace, versions
 
 
 def patch(module: ModuleType) -> None:
@@ -18,7 +19,9 @@ def patch(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def get_args(args: Any = None) -> Any:
-        if wants_kt(args):
+        if asks_for("use_kt", args):
+            if args is None:
+                end_in_one_paragraph()
             raise KTHookError(
                 "use_kt: true does not work with USE_V1=1: found llamafactory.v1.config.arg_parser.get_args, expected "
                 f"llamafactory.hparams.parser.get_infer_args. Unset USE_V1. Installed: {versions()}."

@@ -1,0 +1,74 @@
+"""What a model with its experts on the CPU will take, told by sizes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..adapters import AdapterSet, ExpertsShape
+from .contract import ExpertsModule
+from .kernel import idle_bytes, packed_nbytes
+from .methods import Method
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes. Work buffers, PEFT's part of an adapter and the cache of a conversation come on top."""
+
+    experts: int
+    """packed base weights of all layers"""
+    lora: int
+    """the experts' LoRA"""
+    layer: int
+    """the layer that is being read, on top of the packed ones, while loading"""
+    others: int
+    """everything but routed experts, wherever it goes"""
+    reusable: int
+    """what idle kernels of this process already hold for the experts"""
+
+    def on_cpu(self, others_on_gpu: bool) -> int:
+        """The most that loading takes of the CPU's memory."""
+        return max(0, self.experts - self.reusable) + self.layer + self.lora + (0 if others_on_gpu else self.others)
+
+
+def memory_need(
+    model: nn.Module,
+    experts: Sequence[ExpertsModule],
+    adapters: AdapterSet,
+    *,
+    method: Method | None,
+    pools: int,
+    itemsize: int,
+    stored: bool = False,
+) -> MemoryNeed:
+    """Add up a model that is still empty.
+
+    Args:
+        method: of kt-kernel; None for the torch engine, which keeps the checkpoint's weights.
+        pools: NUMA sub-pools, over which each expert's intermediate size is divided.
+        itemsize: bytes of a weight in the checkpoint.
+        stored: the packed weights are read from ``kt_weight_path``, and not made from the checkpoint's.
+    """
+    raw = [3 * m.shape.num_experts * m.shape.hidden_size * m.shape.intermediate_size * itemsize for m in experts]
+    packed, reusable = raw, 0
+    if method is not None:
+
+        def sizes(shape: ExpertsShape) -> tuple[int, int, int]:
+            hidden, intermediate = method.padded(shape.hidden_size), method.padded(shape.intermediate_size, pools)
+            return shape.num_experts, hidden, intermediate
+
+        packed = [packed_nbytes(method, *sizes(module.shape)) for module in experts]
+        reusable = idle_bytes(method, *sizes(experts[0].shape))
+    names = {f"{module.name}.{weight}" for module in experts for weight in ("gate_up_proj", "down_proj")}
+    return MemoryNeed(
+        experts=sum(packed),
+        lora=sum(
+            3 * m.shape.num_experts * adapters.rank(m.layer) * (m.shape.hidden_size + m.shape.intermediate_size) * 2
+            for m in experts
+        ),
+        layer=0 if stored else max(raw),
+        others=sum(p.nbytes for n, p in model.named_parameters() if n not in names),
+        reusable=reusable,
+    )

@@ -1,0 +1,136 @@
+"""A YAML for ``llamafactory-cli chat`` as LLaMA-Factory reads it, for the commands that look at one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..adapters import AdapterSet, locate_adapter, open_adapters
+from ..errors import KTConfigError, KTError, KTPathError
+from .patching import require_hooks
+
+
+def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The configuration's keys, read as LLaMA-Factory's ``read_args`` does.
+
+    Args:
+        overrides: ``key=value``, as on LLaMA-Factory's command line.
+
+    Raises:
+        KTPathError: There is no such file.
+        KTConfigError: It is not YAML, or not a mapping of keys.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not path.is_file():
+        raise KTPathError(f"{path} does not exist or is not a file.")
+    try:
+        loaded = OmegaConf.load(path)
+        if not OmegaConf.is_dict(loaded):
+            raise KTConfigError(f"{path} must be a mapping of keys to values.")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_cli(list(overrides)))
+        values: Any = OmegaConf.to_container(merged, resolve=True)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise KTConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return {str(key): value for key, value in values.items()}
+
+
+def parse(values: dict[str, Any]) -> Any:
+    """LLaMA-Factory's model arguments, after all of its and our checks for a chat.
+
+    Raises:
+        KTError: Of one of our own checks.
+        ValueError: Of LLaMA-Factory's.
+    """
+    require_hooks()
+    from llamafactory.hparams import get_infer_args
+
+    return get_infer_args(dict(values))[0]
+
+
+def adapter_directories(model_args: Any) -> list[str]:
+    """The local directories of the adapters that are asked for; those on the hub are downloaded.
+
+    Raises:
+        KTPathError: There is no such adapter.
+    """
+    return [
+        str(
+            locate_adapter(
+                name,
+                subfolder=model_args.adapter_folder,
+                revision=model_args.model_revision,
+                cache_dir=model_args.cache_dir,
+                token=model_args.hf_hub_token,
+            )
+        )
+        for name in model_args.adapter_name_or_path or []
+    ]
+
+
+def moe_lora_file(model_args: Any) -> str | None:
+    """``kt_moe_lora_path`` with the home directory in place of ``~``."""
+    return str(Path(model_args.kt_moe_lora_path).expanduser()) if model_args.kt_moe_lora_path else None
+
+
+def open_configured(model_args: Any) -> AdapterSet:
+    """The configuration's adapters, opened by their headers.
+
+    Raises:
+        KTPathError: One is not there.
+        KTAdapterError: One cannot be read.
+    """
+    return open_adapters(adapter_directories(model_args), moe_lora_file(model_args))
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A model as ``llamafactory-cli chat`` has it after loading."""
+
+    model: Any
+    tokenizer: Any
+    template: Any
+    checkpoint: Path
+    """the local directory of the base model"""
+    adapters: AdapterSet
+    """opened anew from their files"""
+
+
+def load_chat(config: Path, overrides: Sequence[str] = ()) -> Chat:
+    """Load what a YAML asks for, through LLaMA-Factory.
+
+    Raises:
+        KTError: Of one of our own checks.
+        KTConfigError: LLaMA-Factory refuses the configuration, or it does not ask for ``use_kt``.
+    """
+    values = read_yaml(config, overrides)
+    try:
+        args = parse(values)
+    except KTError:
+        raise
+    except Exception as error:
+        raise KTConfigError(f"{config}: {' '.join(str(error).split())}") from error
+    if not args.use_kt:
+        raise KTConfigError(f"{config} does not ask for use_kt, so there are no KT experts to look at.")
+    from llamafactory.chat import ChatModel
+
+    engine = ChatModel(values).engine
+    name = str(Path(args.model_name_or_path).expanduser())
+    if not Path(name).is_dir():
+        from huggingface_hub import snapshot_download
+
+        name = snapshot_download(
+            name, revision=args.model_revision, cache_dir=args.cache_dir, local_files_only=True
+        )  # it has just been loaded from there
+    return Chat(engine.model, engine.tokenizer, engine.template, Path(name), open_configured(args))
+
+
+def prompt_ids(chat: Chat, text: str) -> list[int]:
+    """The token ids of a conversation's first question, through the chat's template."""
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]
+    ids, _ = chat.template.encode_oneturn(chat.tokenizer, messages)
+    return list(ids)

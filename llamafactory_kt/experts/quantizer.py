@@ -72,7 +72,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         self._sizes = {module.name: checkpoint.nbytes(module.name) for module in experts}
         model._kt_wrappers = self._wrappers
         model._kt_adapters = adapters
-        model._kt_gate = guard(model)
+        model._kt_gate = guard(model, observe=self.quantization_config.router_stats)
         model._kt_summary = {
             "engine": self._wrappers[0].engine.name,
             "variant": cpu_variant() if backend != "torch" else "any",
@@ -138,7 +138,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             engine = KTEngine(
                 spec, read, max_chunk=config.max_chunk, pools=config.threadpool_count, verbose=config.debug
             )
-        experts = KTExperts(module, engine)
+        experts = KTExperts(module, engine, config.router_stats)
         parent, _, attribute = module.name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, experts)
         return experts

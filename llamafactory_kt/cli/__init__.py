@@ -11,6 +11,7 @@ from .._version import __version__
 from ..errors import KTError
 from .convert import convert
 from .demo import demo
+from .generate import generate
 from .inspect import inspect
 from .merge import merge
 
@@ -40,6 +41,7 @@ def _root(
 
 app.command()(convert)
 app.command()(demo)
+app.command()(generate)
 app.command()(inspect)
 app.command()(merge)
 

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 import yaml
+from tiny import make_model
 from typer.testing import CliRunner
 
 from llamafactory_kt import KTConfigError, KTDataError, KTPathError, generate
@@ -121,6 +122,19 @@ def test_batched_answers_equal_single_ones(chat_model, config):
         assert gap <= 2**-6 * logits.abs().max(), "not a tie"
     assert ties <= 2
     assert len({answer.text for answer in batched}) > 3, "the demo answers differ"
+
+
+def test_padding_has_no_part_in_answers(tmp_path):
+    """A random model in float32, which has no ties: every token of the batch is the token of the single answer."""
+    from llamafactory.chat import ChatModel
+
+    path = make_model(tmp_path / "model", "qwen3_moe", dtype=torch.float32)
+    keys = {"model_name_or_path": str(path), "template": "deepseek", "use_kt": True, "kt_backend": "torch"}
+    model = ChatModel({**keys, "infer_dtype": "float32", "do_sample": False, "max_new_tokens": 10})
+    texts = [" ".join(TEXTS[: n + 1]) for n in range(5)]
+    single = [generate(model, [text])[0].token_ids for text in texts]
+    assert [answer.token_ids for answer in generate(model, texts, batch_size=5)] == single
+    assert len(set(map(tuple, single))) == 5
 
 
 def test_python(chat_model):

@@ -14,6 +14,7 @@ from .demo import demo
 from .generate import generate
 from .inspect import inspect
 from .merge import merge
+from .stats import stats
 
 app = typer.Typer(
     name="llamafactory-kt",
@@ -44,6 +45,7 @@ app.command()(demo)
 app.command()(generate)
 app.command()(inspect)
 app.command()(merge)
+app.command()(stats)
 
 
 def main() -> None:

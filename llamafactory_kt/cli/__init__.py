@@ -9,6 +9,7 @@ import typer
 
 from .._version import __version__
 from ..errors import KTError
+from .compare import compare
 from .convert import convert
 from .demo import demo
 from .generate import generate
@@ -40,6 +41,7 @@ def _root(
     """MoE chats with the routed experts on the CPU, for stock LLaMA-Factory."""
 
 
+app.command()(compare)
 app.command()(convert)
 app.command()(demo)
 app.command()(generate)

@@ -32,7 +32,9 @@ def heat_map(
     grid = np.full((len(rows), width), np.nan)
     for place, row in enumerate(rows.values()):
         grid[place, : len(row)] = row
-    figure = Figure(figsize=(min(16, max(6, 1.5 + 0.16 * width)), max(2.8, 1.6 + 0.25 * len(rows))), layout="constrained")
+    figure = Figure(
+        figsize=(min(16, max(6, 1.5 + 0.16 * width)), max(2.8, 1.6 + 0.25 * len(rows))), layout="constrained"
+    )
     axes = figure.add_subplot()
     image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0)
     axes.set(xlabel="expert", ylabel="layer", title=title)

@@ -16,6 +16,8 @@ TARGETS = {
     "llamafactory.hparams.model_args": "llamafactory_kt.hooks.model_args",
     "llamafactory.hparams.parser": "llamafactory_kt.hooks.parser",
     "llamafactory.model.loader": "llamafactory_kt.hooks.loader",
+    "llamafactory.chat.chat_model": "llamafactory_kt.hooks.chat_model",
+    "llamafactory.webui.components.chatbot": "llamafactory_kt.hooks.chatbot",
     "llamafactory.v1.config.arg_parser": "llamafactory_kt.hooks.v1",
 }
 

@@ -47,6 +47,11 @@ class Gate:
                     self._running -= 1
                     self._changed.notify_all()
 
+    def wait_until_idle(self) -> None:
+        """Return when no generation runs."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running)
+
     @contextlib.contextmanager
     def exchange(self) -> Iterator[None]:
         """Have the model alone; waits for generations that run.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,13 @@ from ..errors import KTModelError
 from .patching import expect, is_patched, replace
 
 logger = logging.getLogger("llamafactory_kt")
+
+_latest: weakref.ref[Any] | None = None
+
+
+def latest_model() -> Any:
+    """The model with KT experts that was loaded last, if it is still there."""
+    return _latest() if _latest is not None else None
 
 
 def patch(module: ModuleType) -> None:
@@ -161,4 +169,6 @@ def _apply(model: Any, model_args: Any) -> Any:
     logger.info("%s", "\n" + load_table(model, report))
     if model_args.kt_debug:
         logger.info("%s", "\n" + debug_structure(model))
+    global _latest
+    _latest = weakref.ref(model)
     return model

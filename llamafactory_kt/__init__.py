@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .errors import (
         KTAdapterError,
         KTConfigError,
+        KTDataError,
         KTError,
         KTHookError,
         KTKernelError,
@@ -22,11 +23,15 @@ if TYPE_CHECKING:
         KTPathError,
     )
     from .experts import KTExpertsConfig
+    from .lab.generating import Answer, generate
+    from .lab.router_stats import LayerStats, get_router_stats, print_router_stats, reset_router_stats
     from .lora import LoadReport, apply_adapter, load_moe_lora_from_adapter, switch_adapter
 
 __all__ = [
+    "Answer",
     "KTAdapterError",
     "KTConfigError",
+    "KTDataError",
     "KTError",
     "KTExpertsConfig",
     "KTHookError",
@@ -34,20 +39,31 @@ __all__ = [
     "KTMemoryError",
     "KTModelError",
     "KTPathError",
+    "LayerStats",
     "LoadReport",
     "__version__",
     "activate",
     "apply_adapter",
+    "generate",
+    "get_router_stats",
     "load_moe_lora_from_adapter",
+    "print_router_stats",
+    "reset_router_stats",
     "switch_adapter",
 ]
 
 _HOMES = {
+    "Answer": "lab.generating",
     "KTExpertsConfig": "experts",
+    "LayerStats": "lab.router_stats",
     "LoadReport": "lora",
     "activate": "bootstrap",
     "apply_adapter": "lora",
+    "generate": "lab.generating",
+    "get_router_stats": "lab.router_stats",
     "load_moe_lora_from_adapter": "lora",
+    "print_router_stats": "lab.router_stats",
+    "reset_router_stats": "lab.router_stats",
     "switch_adapter": "lora",
 }
 

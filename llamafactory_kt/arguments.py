@@ -76,6 +76,10 @@ class KTArguments:
             "help": "Path to a moe_lora.pt with the routed experts' LoRA, alone or beside an adapter without it."
         },
     )
+    kt_router_stats: bool = field(
+        default=False,
+        metadata={"help": "Whether to count the tokens and the routing weight that each expert gets."},
+    )
     kt_debug: bool = field(
         default=False,
         metadata={"help": "Whether to print the model's structure after loading and kt-kernel's own output."},
@@ -168,7 +172,7 @@ def _check_values(args: Any) -> list[str]:
         value = getattr(args, name)
         if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             problems.append(f"{name} must be a positive whole number, found {value!r}.")
-    for name in ("use_kt", "kt_tp_enabled", "kt_debug", "kt_stats"):
+    for name in ("use_kt", "kt_tp_enabled", "kt_router_stats", "kt_debug", "kt_stats"):
         value = getattr(args, name)
         if not isinstance(value, bool) and not (name == "kt_tp_enabled" and value is None):
             problems.append(f"{name} must be true or false, found {value!r}.")

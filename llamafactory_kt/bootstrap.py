@@ -19,6 +19,7 @@ TARGETS = {
     "llamafactory.chat.hf_engine": "llamafactory_kt.hooks.engine",
     "llamafactory.chat.chat_model": "llamafactory_kt.hooks.terminal",
     "llamafactory.api.app": "llamafactory_kt.hooks.api",
+    "llamafactory.webui.components.chatbot": "llamafactory_kt.hooks.chatbot",
     "llamafactory.v1.config.arg_parser": "llamafactory_kt.hooks.v1",
 }
 

@@ -5,6 +5,7 @@ KTError
 ├── KTPathError(FileNotFoundError)     a model or adapter that is not there
 ├── KTModelError(ValueError)           a checkpoint or architecture that cannot be served
 ├── KTAdapterError(ValueError)         an adapter that is broken or made for another model
+├── KTDataError(ValueError)            a file of prompts or answers, or a line of it
 ├── KTKernelError(RuntimeError)        kt-kernel is missing or cannot run on this CPU
 ├── KTMemoryError(MemoryError)         not enough memory for the experts
 └── KTHookError(RuntimeError)          this LLaMA-Factory cannot be hooked into
@@ -37,6 +38,10 @@ class KTModelError(KTError, ValueError):
 
 class KTAdapterError(KTError, ValueError):
     """The adapter is broken, or made for another model."""
+
+
+class KTDataError(KTError, ValueError):
+    """A file of prompts or answers, or a line of it, cannot be used."""
 
 
 class KTKernelError(KTError, RuntimeError):

@@ -12,6 +12,16 @@ from pathlib import Path
 from ..errors import KTAdapterError
 
 
+def check_free(path: Path) -> None:
+    """Check that an output directory is not there yet, or empty.
+
+    Raises:
+        KTAdapterError: It is not empty.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        raise KTAdapterError(f"{path} exists and is not empty; choose another output or remove it.")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``; renamed to it at the end, removed on any error.
@@ -19,8 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         KTAdapterError: ``path`` is a directory that is not empty.
     """
-    if path.is_dir() and any(path.iterdir()):
-        raise KTAdapterError(f"{path} exists and is not empty; choose another output or remove it.")
+    check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:

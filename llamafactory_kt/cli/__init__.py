@@ -8,12 +8,15 @@ import typer
 
 from .._version import __version__
 from ..errors import KTError, traceback_wanted
+from .compare import compare
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
+from .generate import generate
 from .inspect import inspect
 from .merge import merge
 from .quantize import quantize
+from .stats import stats
 from .verify import verify
 
 app = typer.Typer(
@@ -40,12 +43,15 @@ def _root(
     """MoE chats with the routed experts on the CPU, for stock LLaMA-Factory."""
 
 
+app.command()(compare)
 app.command()(convert)
 app.command()(demo)
 app.command()(doctor)
+app.command()(generate)
 app.command()(inspect)
 app.command()(merge)
 app.command()(quantize)
+app.command()(stats)
 app.command()(verify)
 
 

@@ -114,15 +114,6 @@ def _show(result: Inspection, model: str | None, fits: str | None, verbose: bool
 def _draw(result: Inspection, path: Path) -> None:
     if not result.norms:
         raise typer.BadParameter("there is no expert LoRA to draw, or its sizes are unknown without --model")
-    import matplotlib
+    from ..lab.plots import heat_map, save
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.25 * len(result.norms)), layout="constrained")
-    image = axes.imshow(list(result.norms.values()), aspect="auto", cmap="viridis", interpolation="nearest")
-    axes.set(xlabel="expert", ylabel="layer", title=f"‖ΔW‖ of {Path(result.path).name}")
-    axes.set_yticks(range(len(result.norms)), [str(layer) for layer in result.norms])
-    figure.colorbar(image)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(heat_map(result.norms, f"‖ΔW‖ of {Path(result.path).name}"), path)

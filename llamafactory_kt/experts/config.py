@@ -30,6 +30,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
             are read, and the kernels get room for their ranks. They are not applied: that is ``apply_adapter``'s part.
         moe_lora: a ``moe_lora.pt`` with the experts' part of the LoRA to come, alone or beside ``adapter``.
         lora_rank: room for LoRA in layers where ``adapter`` says nothing.
+        router_stats: count what the routers choose; ``get_router_stats`` reads the counts.
         debug: let the kernel write to stdout.
 
     Example:
@@ -45,5 +46,6 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     adapter: str | list[str] | None = None
     moe_lora: str | None = None
     lora_rank: int = DEFAULT_LORA_RANK
+    router_stats: bool = False
     debug: bool = False
     quant_method: str = QUANT_METHOD

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+
+from . import router_counts
 
 
 class Gate:
@@ -44,6 +47,11 @@ class Gate:
                     self._running -= 1
                     self._changed.notify_all()
 
+    def wait_until_idle(self) -> None:
+        """Return when no generation runs."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running)
+
     @contextlib.contextmanager
     def exchange(self) -> Iterator[None]:
         """Have the model alone; waits for generations that run.
@@ -71,14 +79,29 @@ class Gate:
                 self._changed.notify_all()
 
 
-def guard(model: nn.Module) -> Gate:
-    """Let the model's ``generate`` and ``forward`` pass through a gate of its own, also where PEFT wraps the model."""
+def guard(model: nn.Module, observe: bool = False) -> Gate:
+    """Let the model's ``generate`` and ``forward`` pass through a gate of its own, also where PEFT wraps the model.
+
+    Args:
+        observe: note what each call is about, for the layers' :class:`RouterCounts`.
+    """
     gate, reference = Gate(), weakref.ref(model)  # no cycle: a dropped model gives its memory back at once
 
     def through(stock: Callable[..., Any]) -> MethodType:
+        signature = inspect.signature(stock)
+
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+            if not observe:
+                return contextlib.nullcontext()
+            if args:  # by position
+                kwargs = {**signature.bind_partial(None, *args).arguments, **kwargs}
+            if stock.__name__ == "generate":
+                return router_counts.generation(reference(), kwargs)
+            return router_counts.call(kwargs)
+
         @functools.wraps(stock)
         def call(_: Any, *args: Any, **kwargs: Any) -> Any:
-            with gate.generation():
+            with gate.generation(), note(args, kwargs):
                 return stock(reference(), *args, **kwargs)
 
         return MethodType(call, weakref.proxy(model))  # LLaMA-Factory and transformers look into the method

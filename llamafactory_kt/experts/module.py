@@ -9,6 +9,7 @@ from torch import nn
 
 from .contract import ExpertsModule
 from .engine import Engine
+from .router_counts import RouterCounts
 from .threads import enter
 
 
@@ -18,10 +19,11 @@ class KTExperts(nn.Module):
     It has no parameters or buffers: ``model.to()``, ``.half()`` and ``requires_grad_()`` do not reach the weights.
     """
 
-    def __init__(self, info: ExpertsModule, engine: Engine):
+    def __init__(self, info: ExpertsModule, engine: Engine, router_stats: bool = False):
         super().__init__()
         self.info = info
         self.engine = engine
+        self.router_counts = RouterCounts(info.shape.num_experts) if router_stats else None
         self.layer_idx = info.layer
         self.num_experts = info.shape.num_experts
         self.hidden_dim = info.shape.hidden_size
@@ -35,7 +37,10 @@ class KTExperts(nn.Module):
             raise RuntimeError("KT experts are for inference; run the model under torch.no_grad().")
         enter()
         device = hidden_states.device
-        out = self.engine.forward(hidden_states.cpu(), top_k_index.cpu(), top_k_weights.cpu())
+        index, weights = top_k_index.cpu(), top_k_weights.cpu()
+        if self.router_counts is not None:
+            self.router_counts.add(index, weights)
+        out = self.engine.forward(hidden_states.cpu(), index, weights)
         return out.to(device)
 
     def __deepcopy__(self, memo: dict[int, object]) -> NoReturn:

@@ -76,7 +76,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         self._sizes = {module.name: checkpoint.nbytes(module.name) for module in experts}
         model._kt_wrappers = self._wrappers
         model._kt_adapters = adapters
-        model._kt_gate = guard(model)
+        model._kt_gate = guard(model, observe=self.quantization_config.router_stats)
         model._kt_summary = {
             "engine": self._wrappers[0].engine.name,
             "variant": cpu_variant() if method else "any",
@@ -127,9 +127,8 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             stored = StoredLayer(Path(config.weight_path), module.layer, record, method)
         return KTEngine(spec, read, method, stored, max_chunk=config.max_chunk, pools=pools, verbose=config.debug)
 
-    @staticmethod
-    def _replace(model: nn.Module, module: ExpertsModule, engine: Engine) -> KTExperts:
-        experts = KTExperts(module, engine)
+    def _replace(self, model: nn.Module, module: ExpertsModule, engine: Engine) -> KTExperts:
+        experts = KTExperts(module, engine, self.quantization_config.router_stats)
         parent, _, attribute = module.name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, experts)
         return experts

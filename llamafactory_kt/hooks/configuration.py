@@ -12,7 +12,7 @@ from ..errors import KTConfigError, KTError, KTPathError
 from .patching import require_hooks
 
 
-def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The configuration's keys, read as LLaMA-Factory's ``read_args`` does.
 
     Args:
@@ -26,8 +26,9 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    path = Path(path).expanduser()
     if not path.is_file():
-        raise KTPathError(f"{path} does not exist or is not a file.")
+        raise KTPathError(f"{path}: the configuration does not exist or is not a file.")
     try:
         loaded = OmegaConf.load(path)
         if not OmegaConf.is_dict(loaded):

@@ -128,6 +128,7 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
         max_chunk=model_args.kt_max_chunk,
         adapter=adapter_directories(model_args),
         moe_lora=moe_lora_file(model_args),
+        router_stats=model_args.kt_router_stats,
         debug=model_args.kt_debug,
     )
     if getattr(model_args, "kt_native", False):

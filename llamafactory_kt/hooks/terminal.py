@@ -1,6 +1,7 @@
 """``llamafactory.chat.chat_model``: the chat in the terminal, where ``use_kt`` is asked for.
 
-Ctrl-C stops the answer and keeps the session, ``/stats`` shows figures after each answer, and Ctrl-D leaves. Without
+Ctrl-C stops the answer and keeps the session, ``/stats`` shows figures after each answer, ``/experts`` the router
+statistics, and Ctrl-D leaves. Without
 ``use_kt`` it is LLaMA-Factory's own.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+from ..errors import KTModelError
 from .patching import asks_for, expect, is_patched, replace
 
 
@@ -38,10 +40,11 @@ def _converse(chat_model: Any) -> None:
     from llamafactory.extras.misc import torch_gc
 
     messages: list[dict[str, str]] = []
-    show_stats = bool(getattr(chat_model.engine.model, "_kt_show_stats", False))
+    model = getattr(chat_model.engine, "model", None)  # a server has it elsewhere
+    show_stats = bool(getattr(model, "_kt_show_stats", False))
     print(
         "Welcome to the CLI application, use `clear` to remove the history, use `exit` to exit the application.\n"
-        "Ctrl-C stops an answer, `/stats` shows its speed."
+        "Ctrl-C stops an answer, `/stats` shows its speed, `/experts` which experts it used."
     )
     while True:
         try:
@@ -65,8 +68,22 @@ def _converse(chat_model: Any) -> None:
         elif command == "/stats":
             show_stats = not show_stats
             print(f"Figures after each answer: {'on' if show_stats else 'off'}.")
+        elif command == "/experts":
+            print(_experts(model))
         else:
             _answer(chat_model, messages, query, show_stats)
+
+
+def _experts(model: Any) -> str:
+    """The table of router statistics, or why there is none."""
+    from ..lab.router_stats import get_router_stats, router_table
+
+    if model is None:
+        return "The experts are in the server; router statistics need infer_backend: huggingface."
+    try:
+        return router_table(get_router_stats(model))
+    except KTModelError as error:
+        return str(error)
 
 
 def _answer(chat_model: Any, messages: list[dict[str, str]], query: str, show_stats: bool) -> None:
@@ -80,6 +97,8 @@ def _answer(chat_model: Any, messages: list[dict[str, str]], query: str, show_st
         for text in chat_model.stream_chat([*messages, question], kt_generation=generation):
             print(text, end="", flush=True)
             response += text
+            if generation.interrupted:
+                break
     interrupted = generation.interrupted
     print(" [stopped]" if interrupted else "")
     if response or not interrupted:

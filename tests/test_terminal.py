@@ -62,10 +62,13 @@ def test_interrupted_answers(tmp_path, demo, rambling):
 def test_whole_answers_and_figures(tmp_path, demo):
     adapter = str(demo / "adapter")
     chat = start(config(tmp_path, demo, kt_backend="torch", kt_num_threads=None, adapter_name_or_path=adapter))
-    for question in (PROMPTS[2], "/stats", PROMPTS[3]):
-        chat.sendline(question)
-        chat.expect("Figures after each answer: on." if question == "/stats" else re.escape(EXPECTED[question]["adapter"])
-                    if question == PROMPTS[2] else "Assistant: ")  # fmt: skip
+    for line, shown in (
+        (PROMPTS[2], EXPECTED[PROMPTS[2]]["adapter"]),
+        ("/stats", "Figures after each answer: on."),
+        (PROMPTS[3], "Assistant: "),
+    ):
+        chat.sendline(line)
+        chat.expect_exact(shown)
     chat.expect(STATS)
     assert int(chat.match[1]) > 20 and int(chat.match[2]) > 5
     chat.sendline("exit")

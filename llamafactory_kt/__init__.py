@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         KTMemoryError,
         KTModelError,
         KTPathError,
+        KTServerError,
     )
     from .experts import KTExpertsConfig
     from .lora import LoadReport, apply_adapter, load_moe_lora_from_adapter, switch_adapter
@@ -34,6 +35,7 @@ __all__ = [
     "KTMemoryError",
     "KTModelError",
     "KTPathError",
+    "KTServerError",
     "LoadReport",
     "__version__",
     "activate",

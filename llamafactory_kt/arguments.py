@@ -9,8 +9,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .backends import canonical_backend
+from .backends import NOT_YET, canonical_backend
 from .errors import KTConfigError, KTError, KTKernelError, KTPathError
+from .serving_arguments import (
+    SERVING_KEYS,
+    KTServingArguments,
+    check_serving_combinations,
+    check_serving_values,
+    serves,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +29,14 @@ TRAINING_KEYS = frozenset(
         "kt_activation_policy", "kt_checkpoint_files", "kt_expert_checkpoint_path", "kt_expert_weight_format",
         "kt_force_fused_expert_lora", "kt_full_weight_grad", "kt_lora_alpha", "kt_lora_dropout",
         "kt_lora_expert_intermediate_size", "kt_lora_expert_num", "kt_lora_rank", "kt_max_cache_depth",
-        "kt_model_max_length", "kt_non_expert_weight_path", "kt_num_gpu_experts", "kt_share_backward_bb",
+        "kt_model_max_length", "kt_non_expert_weight_path", "kt_share_backward_bb",
         "kt_share_cache_pool", "kt_skip_expert_loading", "kt_train_mode", "kt_use_lora_experts", "kt_weight_lifecycle",
     }
 )  # fmt: skip
 
 
 @dataclass
-class KTArguments:
+class KTArguments(KTServingArguments):
     """Arguments pertaining to chatting with the routed experts in KTransformers' kt-kernel."""
 
     use_kt: bool = field(
@@ -57,7 +64,9 @@ class KTArguments:
     )
     kt_weight_path: str | None = field(
         default=None,
-        metadata={"help": "Path to pre-quantized expert weights (.kt files)."},
+        metadata={
+            "help": "Directory with the experts' weights in a format of their own, for SGLang. Default: the checkpoint."
+        },
     )
     kt_max_chunk: int = field(
         default=512,
@@ -98,7 +107,7 @@ def check_for_inference(args: Any) -> None:
         KTKernelError: Nothing is wrong but the kernel that this CPU cannot run.
     """
     problems = _merge_kt_config(args) + _check_values(args) + _check_combinations(args)
-    if not problems:
+    if not problems and not serves(args):
         problems += _check_machine(args)
     missing = _check_paths(args)
     if problems:
@@ -111,6 +120,10 @@ def check_for_inference(args: Any) -> None:
     for name in TRAINING_KEYS:
         if getattr(args, name, None) is not None:
             logger.warning("%s is a key for training and does nothing in a chat.", name)
+    useless = ("kt_max_chunk",) if serves(args) else SERVING_KEYS
+    for name in useless:
+        if getattr(args, name) != KTArguments.__dataclass_fields__[name].default:
+            logger.warning("%s does nothing with infer_backend: %s.", name, "sglang" if serves(args) else "huggingface")
 
 
 def _merge_kt_config(args: Any) -> list[str]:
@@ -147,7 +160,7 @@ def _merge_kt_config(args: Any) -> list[str]:
 def _check_values(args: Any) -> list[str]:
     problems = []
     try:
-        args.kt_backend = canonical_backend(args.kt_backend)
+        args.kt_backend = canonical_backend(args.kt_backend, () if serves(args) else NOT_YET)
     except KTConfigError as error:
         problems.append(str(error))
     threads = args.kt_num_threads
@@ -173,7 +186,7 @@ def _check_values(args: Any) -> list[str]:
     for name in ("kt_weight_path", "kt_moe_lora_path"):
         if not isinstance(getattr(args, name), str | None):
             problems.append(f"{name} must be a path, found {getattr(args, name)!r}.")
-    return problems
+    return problems + (check_serving_values(args) if serves(args) else [])
 
 
 def _check_combinations(args: Any) -> list[str]:
@@ -185,9 +198,10 @@ def _check_combinations(args: Any) -> list[str]:
         if isinstance(args.kt_num_threads, int) and args.kt_num_threads < pools:
             problems.append(f"kt_num_threads: {args.kt_num_threads} is fewer than kt_threadpool_count: {pools}.")
     backend = getattr(args, "infer_backend", "huggingface")
-    if getattr(backend, "value", backend) != "huggingface":
+    backend = getattr(backend, "value", backend)
+    if backend not in ("huggingface", "sglang"):
         problems.append(
-            f"infer_backend: {getattr(backend, 'value', backend)} does not work with use_kt yet; use infer_backend: huggingface."
+            f"infer_backend: {backend} does not work with use_kt; use infer_backend: huggingface, or sglang for many users."
         )
     for name in ("quantization_bit", "mixture_of_depths"):
         if getattr(args, name, None) is not None:
@@ -204,14 +218,32 @@ def _check_combinations(args: Any) -> list[str]:
         problems.append(
             f"kt_moe_lora_path goes with one adapter, but adapter_name_or_path names {len(adapters)}: {', '.join(adapters)}."
         )
-    return problems
+    return problems + (check_serving_combinations(args) if serves(args) else [])
+
+
+def adapter_directories(args: Any) -> list[Path]:
+    """Where the configuration's adapters are; those on the hub are downloaded.
+
+    Raises:
+        KTPathError: One is nowhere.
+    """
+    from .adapters import locate_adapter
+
+    keys = {
+        "subfolder": args.adapter_folder,
+        "revision": args.model_revision,
+        "cache_dir": args.cache_dir,
+        "token": args.hf_hub_token,
+    }
+    return [locate_adapter(name, **keys) for name in args.adapter_name_or_path or []]
 
 
 def threadpool_count(args: KTArguments) -> int:
-    """NUMA sub-pools asked for: ``kt_threadpool_count``, else one per NUMA node with ``kt_tp_enabled``, else 1."""
+    """NUMA sub-pools asked for: ``kt_threadpool_count``, else one per NUMA node with ``kt_tp_enabled`` (and with SGLang,
+    unless that is false), else 1."""
     if args.kt_threadpool_count is not None:
         return args.kt_threadpool_count
-    if args.kt_tp_enabled:
+    if args.kt_tp_enabled or (serves(args) and args.kt_tp_enabled is None):
         from .machine import numa_nodes
 
         return numa_nodes()
@@ -230,6 +262,8 @@ def _check_paths(args: Any) -> list[str]:
             missing.append(f"adapter_name_or_path: {adapter} does not exist.")
     if isinstance(args.kt_moe_lora_path, str) and not Path(args.kt_moe_lora_path).expanduser().is_file():
         missing.append(f"kt_moe_lora_path: {args.kt_moe_lora_path} does not exist or is not a file.")
+    if serves(args) and isinstance(args.kt_weight_path, str) and not Path(args.kt_weight_path).expanduser().is_dir():
+        missing.append(f"kt_weight_path: {args.kt_weight_path} does not exist or is not a directory.")
     return missing
 
 

@@ -16,6 +16,7 @@ TARGETS = {
     "llamafactory.hparams.model_args": "llamafactory_kt.hooks.model_args",
     "llamafactory.hparams.parser": "llamafactory_kt.hooks.parser",
     "llamafactory.model.loader": "llamafactory_kt.hooks.loader",
+    "llamafactory.chat.sglang_engine": "llamafactory_kt.hooks.sglang_engine",
     "llamafactory.v1.config.arg_parser": "llamafactory_kt.hooks.v1",
 }
 

@@ -7,6 +7,7 @@ KTError
 ├── KTAdapterError(ValueError)         an adapter that is broken or made for another model
 ├── KTKernelError(RuntimeError)        kt-kernel is missing or cannot run on this CPU
 ├── KTMemoryError(MemoryError)         not enough memory for the experts
+├── KTServerError(RuntimeError)        SGLang is missing, or its server did not start or answer
 └── KTHookError(RuntimeError)          this LLaMA-Factory cannot be hooked into
 """
 
@@ -44,6 +45,10 @@ class KTKernelError(KTError, RuntimeError):
 
 class KTMemoryError(KTError, MemoryError):
     """The experts do not fit into the memory that is free."""
+
+
+class KTServerError(KTError, RuntimeError):
+    """SGLang is missing or has no KT, or its server did not start or answer."""
 
 
 class KTHookError(KTError, RuntimeError):

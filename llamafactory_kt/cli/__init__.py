@@ -9,10 +9,12 @@ import typer
 
 from .._version import __version__
 from ..errors import KTError
+from .cache import app as cache
 from .convert import convert
 from .demo import demo
 from .inspect import inspect
 from .merge import merge
+from .serve import serve
 
 app = typer.Typer(
     name="llamafactory-kt",
@@ -42,6 +44,8 @@ app.command()(convert)
 app.command()(demo)
 app.command()(inspect)
 app.command()(merge)
+app.command()(serve)
+app.add_typer(cache, name="cache")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..arguments import threadpool_count
+from ..arguments import adapter_directories, threadpool_count
 from ..errors import KTModelError
 from .patching import expect, is_patched, replace
 
@@ -116,22 +116,10 @@ def _prefer_native(model_args: Any, init_kwargs: dict[str, Any]) -> None:
 def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
     import torch
 
-    from ..adapters import locate_adapter
     from ..experts import KTExpertsConfig
 
     logger.info("Loading model with KTransformers MoE backend")
-    adapters = [
-        str(
-            locate_adapter(
-                name,
-                subfolder=model_args.adapter_folder,
-                revision=model_args.model_revision,
-                cache_dir=model_args.cache_dir,
-                token=model_args.hf_hub_token,
-            )
-        )
-        for name in model_args.adapter_name_or_path or []
-    ]
+    adapters = [str(path) for path in adapter_directories(model_args)]
     moe_lora = str(Path(model_args.kt_moe_lora_path).expanduser()) if model_args.kt_moe_lora_path else None
     init_kwargs["quantization_config"] = KTExpertsConfig(
         backend=model_args.kt_backend,

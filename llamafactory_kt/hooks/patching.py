@@ -82,13 +82,14 @@ def replace(module: ModuleType, **functions: Any) -> None:
     setattr(module, _MARK, True)
 
 
-def require_hooks() -> None:
-    """Import every hooked module and check that all hooks are in place.
+def require_hooks(*more: str) -> None:
+    """Import the hooked modules that every chat needs, and ``more``, and check that their hooks are in place.
 
     Raises:
         KTHookError: The first hook that could not be applied.
     """
-    for name in ("llamafactory.hparams.model_args", "llamafactory.hparams.parser", "llamafactory.model.loader"):
+    always = ("llamafactory.hparams.model_args", "llamafactory.hparams.parser", "llamafactory.model.loader")
+    for name in (*always, *more):
         module = import_module(name)
         if error := bootstrap.failures.get(name):
             raise (

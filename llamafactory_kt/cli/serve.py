@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from ..errors import KTConfigError, KTServerError
+from ..errors import KTConfigError, KTError, KTServerError
 
 
 def serve(
@@ -64,7 +64,7 @@ def model_arguments(path: Path) -> Any:
     try:
         return get_infer_args({**keys, "infer_backend": "sglang"})[0]
     except (ValueError, TypeError) as error:  # LLaMA-Factory's: unknown keys, wrong types
-        if isinstance(error, KTConfigError):
+        if isinstance(error, KTError):
             raise
         raise KTConfigError(f"{path}: {error}") from error
 

@@ -76,8 +76,8 @@ class KTSGLangEngine:
     async def chat(self, messages: Sequence[dict[str, str]], *args: Any, **kwargs: Any) -> list[Any]:
         """The whole answer, as LLaMA-Factory's ``Response``."""
         last: dict[str, Any] = {}
-        async for last in self._generate(messages, *args, **kwargs):
-            pass
+        async for chunk in self._generate(messages, *args, **kwargs):
+            last = chunk
         if not last:
             raise KTServerError("SGLang ended the answer without a word.")
         meta = last["meta_info"]

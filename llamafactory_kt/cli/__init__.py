@@ -9,6 +9,7 @@ import typer
 
 from .._version import __version__
 from ..errors import KTError
+from .bench import bench
 from .cache import app as cache
 from .convert import convert
 from .demo import demo
@@ -40,6 +41,7 @@ def _root(
     """MoE chats with the routed experts on the CPU, for stock LLaMA-Factory."""
 
 
+app.command()(bench)
 app.command()(convert)
 app.command()(demo)
 app.command()(inspect)

@@ -14,13 +14,13 @@ def list_entries() -> None:
     """Show what is there, where it came from and how large it is."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from ..machine import gib
     from ..serving.adapter_cache import cache_directory, entries
 
     found = entries()
-    table = Table("entry", "made of", "form", "size", "made")
+    table = Table("entry", Column("made of", overflow="fold"), "form", "size", "made")
     for entry in found:
         source = escape(entry.source) + ("" if entry.source_exists else " (gone)")
         made = datetime.fromtimestamp(entry.created).strftime("%Y-%m-%d %H:%M")

@@ -25,7 +25,7 @@ def serve(
 ) -> None:
     """Become `python -m sglang.launch_server` with the configuration's model, adapter and KT options."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     from ..serving.command import server_command
     from ..serving.options import discover
 

@@ -7,6 +7,7 @@ Without use_kt it stays as it is.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import logging
@@ -134,7 +135,7 @@ class KTSGLangEngine:
                         raise KTServerError(f"SGLang broke the answer off: {chunk['error']}")
                     yield chunk
         except httpx.HTTPError as error:
-            self._server.check()
+            await asyncio.to_thread(self._server.check)
             raise KTServerError(f"SGLang at {self._server.url} did not answer: {error!r}.") from error
 
     def _sampling(self, prompt_length: int, asked: dict[str, Any]) -> dict[str, Any]:

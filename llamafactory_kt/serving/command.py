@@ -101,7 +101,7 @@ def server_command(args: Any, options: ServerOptions, extra: Sequence[str] = ())
     arguments += [*_from_config(args.sglang_config), *extra]
     parsed = options.parse(arguments)
     if adapter.experts:
-        _check_expert_lora(parsed, adapter)
+        _check_expert_lora(options, parsed, adapter)
     return ServerCommand(options.python, arguments, parsed, adapter, _notices(parsed, adapter))
 
 
@@ -150,22 +150,25 @@ def _from_config(config: Any) -> list[str]:
     return words
 
 
-def _check_expert_lora(parsed: Namespace, adapter: ServedAdapter) -> None:
+def _check_expert_lora(options: ServerOptions, parsed: Namespace, adapter: ServedAdapter) -> None:
     """What the server would refuse minutes later, with LoRA on routed experts (sglang-kt 0.7.2, server_args.py and
     kt_ep_wrapper.py)."""
-    found = {name: getattr(parsed, name, None) for name in vars(parsed)}.get
     problems = []
-    if found("kt_num_gpu_experts") or found("kt_gpu_experts_ratio"):
+
+    def found(flag: str) -> Any:
+        return options.value(parsed, flag)
+
+    if found("--kt-num-gpu-experts") or found("--kt-gpu-experts-ratio"):
         problems.append("all experts must be on the CPU: kt_num_gpu_experts: 0, and no kt_gpu_experts_ratio")
-    if (running := found("max_running_requests")) is not None and running < 2:
+    if (running := found("--max-running-requests")) is not None and running < 2:
         problems.append(f"--max-running-requests must be at least 2, found {running}")
-    for name in ("kt_gpu_prefill_token_threshold", "kt_enable_dynamic_expert_update"):
-        if found(name):
-            problems.append(f"--{name.replace('_', '-')} must be left out")
-    if adapter.name and (found("pp_size") or 1) > 1:
-        problems.append(f"--pp-size must be 1 with an adapter that has more than experts, found {found('pp_size')}")
-    if adapter.name and found("speculative_algorithm") not in (None, "NGRAM"):
-        problems.append(f"--speculative-algorithm {found('speculative_algorithm')} does not go with LoRA")
+    for flag in ("--kt-gpu-prefill-token-threshold", "--kt-enable-dynamic-expert-update"):
+        if found(flag):
+            problems.append(f"{flag} must be left out")
+    if adapter.name and (stages := found("--pp-size") or 1) > 1:
+        problems.append(f"--pp-size must be 1 with an adapter that has more than experts, found {stages}")
+    if adapter.name and (algorithm := found("--speculative-algorithm")) not in (None, "NGRAM"):
+        problems.append(f"--speculative-algorithm {algorithm} does not go with LoRA")
     if problems:
         raise KTConfigError("The adapter has LoRA on routed experts: " + "; ".join(problems) + ".")
 

@@ -55,6 +55,10 @@ class ServerOptions:
         """What an option may be; empty if it may be anything."""
         return next((option["choices"] or [] for option in self.options if flag in option["flags"]), [])
 
+    def value(self, parsed: argparse.Namespace, flag: str) -> Any:
+        """What a command line gives an option by any of its names; None for an option the server does not have."""
+        return next((getattr(parsed, option["dest"]) for option in self.options if flag in option["flags"]), None)
+
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Read a command line as the server will.
 
@@ -69,7 +73,8 @@ class ServerOptions:
             else:
                 kinds: dict[str, type] = {"int": int, "float": float}
                 settings |= {"nargs": option["nargs"], "type": kinds.get(option["type"] or "", str)}
-                settings["choices"] = option["choices"]
+                if option["choices"] is not None:
+                    settings["choices"] = [settings["type"](choice) for choice in option["choices"]]
             parser.add_argument(*option["flags"], **settings)
         known, unknown = parser.parse_known_args(list(arguments))
         if unknown:

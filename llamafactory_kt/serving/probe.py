@@ -38,7 +38,7 @@ def options() -> list[dict[str, Any]]:
             "dest": action.dest,
             "nargs": action.nargs,
             "type": action.type.__name__ if action.type in (int, float) else None,
-            "choices": None if action.choices is None else list(action.choices),
+            "choices": None if action.choices is None else sorted(map(str, action.choices)),
             "default": action.default if isinstance(action.default, (str, int, float, bool)) else None,
         }
         for action in parser._actions

@@ -114,8 +114,9 @@ class Server:
             return probe.connect_ex((HOST, self.port)) == 0
 
     def check(self) -> None:
-        """Raise KTServerError, with the server's last lines, if it has ended."""
-        if (status := self._process.poll()) is not None:
+        """Raise KTServerError, with the server's last lines, if it has ended or just does."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(timeout=2)
             raise KTServerError(self._failure(f"SGLang has ended with exit status {status}"))
 
     def _failure(self, what: str) -> str:

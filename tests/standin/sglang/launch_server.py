@@ -94,7 +94,8 @@ class Handler(BaseHTTPRequestHandler):
             choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
             return self.answer(200, {**common, "object": "chat.completion", "choices": choices, "usage": usage})
         events = [
-            {**common, "choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]} for piece in pieces
+            {**common, "choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]}
+            for piece in pieces
         ]
         if request.get("stream_options", {}).get("include_usage"):
             events.append({**common, "choices": [], "usage": usage})

@@ -5,7 +5,12 @@ import os
 from pathlib import Path
 
 RECORDED = Path(__file__).parents[3] / "data" / "sglang-kt-0.7.2.json"
-MOE_LORA = {"--kt-moe-lora-path": None, "--kt-moe-lora-rank": "int", "--kt-moe-lora-alpha": "float", "--kt-moe-sft-method": None}
+MOE_LORA = {
+    "--kt-moe-lora-path": None,
+    "--kt-moe-lora-rank": "int",
+    "--kt-moe-lora-alpha": "float",
+    "--kt-moe-sft-method": None,
+}
 
 
 def _options():
@@ -14,11 +19,15 @@ def _options():
     if dialect == "plain":
         return [option for option in options if "--kt-" not in option["flags"][0]]
     if dialect in ("moe-lora", "none"):
-        options = [option for option in options if "lora-path" not in option["flags"][0] or "--kt" not in option["flags"][0]]
+        options = [
+            option for option in options if "lora-path" not in option["flags"][0] or "--kt" not in option["flags"][0]
+        ]
     if dialect == "moe-lora":
         for flag, kind in MOE_LORA.items():
             dest = flag[2:].replace("-", "_")
-            options.append({"flags": [flag], "dest": dest, "nargs": None, "type": kind, "choices": None, "default": None})
+            options.append(
+                {"flags": [flag], "dest": dest, "nargs": None, "type": kind, "choices": None, "default": None}
+            )
     return options
 
 
@@ -31,5 +40,7 @@ class ServerArgs:
                 settings["action"] = "store_true"
             else:
                 settings["type"] = {"int": int, "float": float}.get(option["type"], str)
-                settings |= {"nargs": option["nargs"], "choices": option["choices"]}
+                settings["nargs"] = option["nargs"]
+                if option["choices"] is not None:
+                    settings["choices"] = [settings["type"](choice) for choice in option["choices"]]
             parser.add_argument(*option["flags"], **settings)

@@ -120,5 +120,6 @@ if fail == "port-taken" and len(notes.read_text().splitlines()) == 1:
         os._exit(0)
     print(OSError(errno.EADDRINUSE, "address already in use"), file=sys.stderr)
     sys.exit(1)
+ThreadingHTTPServer.request_queue_size = 256
 server = ThreadingHTTPServer((args.host or "127.0.0.1", args.port), Handler)
 server.serve_forever()

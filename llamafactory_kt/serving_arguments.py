@@ -22,7 +22,17 @@ SFT_METHODS = {
 
 _ALIASES = {"AMXBF16": "BF16", "AMXFP8": "FP8", "AUTO": "BF16"}
 
-READ_FROM_CHECKPOINT = ("BF16", "FP8", "FP8_PERCHANNEL", "RAWINT4", "GPTQ_INT4", "MXFP4", "NVFP4", "MXFP8")
+READ_FROM_CHECKPOINT = (
+    "BF16",
+    "FP8",
+    "FP8_PERCHANNEL",
+    "RAWINT4",
+    "GPTQ_INT4",
+    "SYCL_GPTQ_INT4",
+    "MXFP4",
+    "NVFP4",
+    "MXFP8",
+)
 """Methods whose weights are the checkpoint's own, so that kt_weight_path may be left out."""
 
 

@@ -285,6 +285,23 @@ def test_bench_of_an_endpoint(command):
     assert all(column in table for column in ("p50", "first", "tok/s")), table
 
 
+def test_bench_of_llamafactorys_own_api(standin):
+    """``llamafactory-cli api`` in front of SGLang; it does not say how many tokens it made."""
+    path, _ = standin()
+    port = free_port()
+    env = {**os.environ, "API_PORT": str(port), "API_HOST": "127.0.0.1"}
+    api = subprocess.Popen([CLI, "api", path], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while socket.socket().connect_ex(("127.0.0.1", port)) and api.poll() is None:
+            time.sleep(0.1)
+        result = bench("--endpoint", f"http://127.0.0.1:{port}", "--requests", "3", "--concurrency", "2", "--json")
+    finally:
+        api.terminate()
+        api.wait()
+    level = json.loads(result.stdout)["levels"][0]
+    assert (level["failed"], level["tokens"], level["counted"]) == (0, 9, False), result.stdout
+
+
 def test_bench_says_what_is_wrong():
     result = bench("--endpoint", f"http://127.0.0.1:{free_port()}")
     assert result.returncode == 1 and "cannot be reached" in result.stderr and "Traceback" not in result.stderr

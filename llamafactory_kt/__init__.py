@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         KTMemoryError,
         KTModelError,
         KTPathError,
+        KTServerError,
     )
     from .experts import KTExpertsConfig
     from .lab.generating import Answer, generate
@@ -39,6 +40,7 @@ __all__ = [
     "KTMemoryError",
     "KTModelError",
     "KTPathError",
+    "KTServerError",
     "LayerStats",
     "LoadReport",
     "__version__",

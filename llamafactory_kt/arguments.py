@@ -11,6 +11,13 @@ from typing import Any
 
 from .backends import PACKED, canonical_backend
 from .errors import KTConfigError, KTError, KTKernelError, KTPathError
+from .serving_arguments import (
+    SERVING_KEYS,
+    KTServingArguments,
+    check_serving_combinations,
+    check_serving_values,
+    serves,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +29,14 @@ TRAINING_KEYS = frozenset(
         "kt_activation_policy", "kt_checkpoint_files", "kt_expert_checkpoint_path", "kt_expert_weight_format",
         "kt_force_fused_expert_lora", "kt_full_weight_grad", "kt_lora_alpha", "kt_lora_dropout",
         "kt_lora_expert_intermediate_size", "kt_lora_expert_num", "kt_lora_rank", "kt_max_cache_depth",
-        "kt_model_max_length", "kt_non_expert_weight_path", "kt_num_gpu_experts", "kt_share_backward_bb",
+        "kt_model_max_length", "kt_non_expert_weight_path", "kt_share_backward_bb",
         "kt_share_cache_pool", "kt_skip_expert_loading", "kt_train_mode", "kt_use_lora_experts", "kt_weight_lifecycle",
     }
 )  # fmt: skip
 
 
 @dataclass
-class KTArguments:
+class KTArguments(KTServingArguments):
     """Arguments pertaining to chatting with the routed experts in KTransformers' kt-kernel."""
 
     use_kt: bool = field(
@@ -57,7 +64,10 @@ class KTArguments:
     )
     kt_weight_path: str | None = field(
         default=None,
-        metadata={"help": "Directory of packed expert weights (.kt files), for AMXINT8 and AMXINT4."},
+        metadata={
+            "help": "Directory of packed expert weights (.kt files), for AMXINT8 and AMXINT4; with SGLang, of the experts' "
+            "weights in a format of their own."
+        },
     )
     kt_max_chunk: int = field(
         default=512,
@@ -108,7 +118,7 @@ def check_for_inference(args: Any) -> None:
         KTKernelError: Nothing is wrong but the kernel that this CPU cannot run.
     """
     problems = _merge_kt_config(args) + _check_values(args) + _check_combinations(args)
-    if not problems:
+    if not problems and not serves(args):
         problems += _check_machine(args)
     missing = _check_paths(args)
     if problems:
@@ -121,6 +131,10 @@ def check_for_inference(args: Any) -> None:
     for name in TRAINING_KEYS:
         if getattr(args, name, None) is not None:
             logger.warning("%s is a key for training and does nothing in a chat.", name)
+    useless = ("kt_max_chunk",) if serves(args) else SERVING_KEYS
+    for name in useless:
+        if getattr(args, name) != KTArguments.__dataclass_fields__[name].default:
+            logger.warning("%s does nothing with infer_backend: %s.", name, "sglang" if serves(args) else "huggingface")
 
 
 def _merge_kt_config(args: Any) -> list[str]:
@@ -183,7 +197,7 @@ def _check_values(args: Any) -> list[str]:
     for name in ("kt_weight_path", "kt_moe_lora_path"):
         if not isinstance(getattr(args, name), str | None):
             problems.append(f"{name} must be a path, found {getattr(args, name)!r}.")
-    return problems
+    return problems + (check_serving_values(args) if serves(args) else [])
 
 
 def _check_combinations(args: Any) -> list[str]:
@@ -194,20 +208,21 @@ def _check_combinations(args: Any) -> list[str]:
             problems.append(f"kt_tp_enabled: false means one sub-pool, but kt_threadpool_count is {pools}.")
         if isinstance(args.kt_num_threads, int) and args.kt_num_threads < pools:
             problems.append(f"kt_num_threads: {args.kt_num_threads} is fewer than kt_threadpool_count: {pools}.")
-    if args.kt_weight_path and args.kt_backend not in PACKED:
+    if args.kt_weight_path and args.kt_backend not in PACKED and not serves(args):
         problems.append(
             f"kt_weight_path is for kt_backend: {' and '.join(PACKED)}; with {args.kt_backend} the experts are read from the "
             "checkpoint. Remove it."
         )
-    if args.kt_backend == "AMXINT8" and not args.kt_weight_path:
+    if args.kt_backend == "AMXINT8" and not args.kt_weight_path and not serves(args):
         problems.append(
             "kt_backend: AMXINT8 needs kt_weight_path; llamafactory-kt quantize --model MODEL --output DIR makes it. AMXINT4 "
             "also packs while loading."
         )
     backend = getattr(args, "infer_backend", "huggingface")
-    if getattr(backend, "value", backend) != "huggingface":
+    backend = getattr(backend, "value", backend)
+    if backend not in ("huggingface", "sglang"):
         problems.append(
-            f"infer_backend: {getattr(backend, 'value', backend)} does not work with use_kt yet; use infer_backend: huggingface."
+            f"infer_backend: {backend} does not work with use_kt; use infer_backend: huggingface, or sglang for many users."
         )
     for name in ("quantization_bit", "mixture_of_depths"):
         if getattr(args, name, None) is not None:
@@ -224,14 +239,32 @@ def _check_combinations(args: Any) -> list[str]:
         problems.append(
             f"kt_moe_lora_path goes with one adapter, but adapter_name_or_path names {len(adapters)}: {', '.join(adapters)}."
         )
-    return problems
+    return problems + (check_serving_combinations(args) if serves(args) else [])
+
+
+def adapter_directories(args: Any) -> list[Path]:
+    """Where the configuration's adapters are; those on the hub are downloaded.
+
+    Raises:
+        KTPathError: One is nowhere.
+    """
+    from .adapters import locate_adapter
+
+    keys = {
+        "subfolder": args.adapter_folder,
+        "revision": args.model_revision,
+        "cache_dir": args.cache_dir,
+        "token": args.hf_hub_token,
+    }
+    return [locate_adapter(name, **keys) for name in args.adapter_name_or_path or []]
 
 
 def threadpool_count(args: KTArguments) -> int:
-    """NUMA sub-pools asked for: ``kt_threadpool_count``, else one per NUMA node with ``kt_tp_enabled``, else 1."""
+    """NUMA sub-pools asked for: ``kt_threadpool_count``, else one per NUMA node with ``kt_tp_enabled`` (and with SGLang,
+    unless that is false), else 1."""
     if args.kt_threadpool_count is not None:
         return args.kt_threadpool_count
-    if args.kt_tp_enabled:
+    if args.kt_tp_enabled or (serves(args) and args.kt_tp_enabled is None):
         from .machine import numa_nodes
 
         return numa_nodes()

@@ -8,6 +8,7 @@ KTError
 ├── KTDataError(ValueError)            a file of prompts or answers, or a line of it
 ├── KTKernelError(RuntimeError)        kt-kernel is missing or cannot run on this CPU
 ├── KTMemoryError(MemoryError)         not enough memory for the experts
+├── KTServerError(RuntimeError)        SGLang is missing, or its server did not start or answer
 └── KTHookError(RuntimeError)          this LLaMA-Factory cannot be hooked into
 """
 
@@ -50,6 +51,10 @@ class KTKernelError(KTError, RuntimeError):
 
 class KTMemoryError(KTError, MemoryError):
     """The experts do not fit into the memory that is free."""
+
+
+class KTServerError(KTError, RuntimeError):
+    """SGLang is missing or has no KT, or its server did not start or answer."""
 
 
 class KTHookError(KTError, RuntimeError):

@@ -139,7 +139,7 @@ def test_torch_engine_answers_where_the_kernel_is_missing(tmp_path, demo):
         ({"adapter_name_or_path": "/nowhere/adapter"}, "adapter_name_or_path: /nowhere/adapter does not exist"),
         ({"kt_backend": "AMXBF17", "kt_num_threads": 0}, "did you mean AMXBF16?\n- kt_num_threads must be a positive"),
         ({"kt_bakend": "torch"}, "kt_bakend"),
-        ({"infer_backend": "vllm"}, "infer_backend: vllm does not work with use_kt yet"),
+        ({"infer_backend": "vllm"}, "infer_backend: vllm does not work with use_kt"),
     ],
 )
 def test_mistakes_end_before_anything_is_loaded(tmp_path, demo, keys, message):

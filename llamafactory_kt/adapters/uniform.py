@@ -53,15 +53,24 @@ class Uniform:
     @property
     def num_layers(self) -> int:
         """One more than the highest layer with expert LoRA, as the converter for SGLang counts."""
-        return max(self.adapter.layers) + 1
+        return max(self.numbers) + 1
+
+    @property
+    def numbers(self) -> list[int]:
+        """The layers to write, ascending: those of ``shapes``, with zeros where the adapter has no expert LoRA. SGLang
+        looks for every layer with routed experts that the model has."""
+        return sorted(self.shapes)
 
     def layers(self) -> Iterator[tuple[int, Layer]]:
-        """Each layer's six stacked tensors, in the adapter's dtype.
+        """Each layer's six stacked tensors, in the adapter's dtype (bfloat16 where it has none).
 
         A scaling other than the common one is folded into B; where the dtype cannot hold the product, that B is float32.
         """
         common, folded = self.lora_alpha / self.lora_rank, 0
-        for number in tqdm(self.adapter.layers, desc="Converting", unit="layer", delay=1.0):
+        for number in tqdm(self.numbers, desc="Converting", unit="layer", delay=1.0):
+            if number not in self.adapter.layers:
+                yield number, self._zeros(number)
+                continue
             lora = self.adapter.read_layer(number, self.shapes[number])
             tensors: Layer = {}
             for projection in PROJECTIONS:
@@ -83,6 +92,15 @@ class Uniform:
                 "%d of %d projections had another scaling than %g; it was folded into their B.",
                 folded, 3 * len(self.adapter.layers), common,
             )  # fmt: skip
+
+    def _zeros(self, number: int) -> Layer:
+        shape, rank = self.shapes[number], self.lora_rank
+        tensors: Layer = {}
+        for projection in PROJECTIONS:
+            out, size = shape.projection(projection)
+            tensors[f"{projection}_lora_a"] = torch.zeros(shape.num_experts, rank, size, dtype=torch.bfloat16)
+            tensors[f"{projection}_lora_b"] = torch.zeros(shape.num_experts, out, rank, dtype=torch.bfloat16)
+        return tensors
 
 
 def narrowed(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

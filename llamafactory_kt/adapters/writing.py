@@ -49,7 +49,7 @@ def write_moe_lora(uniform: Uniform, path: Path) -> None:
 
 def _stacked_names(uniform: Uniform) -> list[str]:
     parts = [f"{projection}_lora_{side}" for projection in PROJECTIONS for side in "ab"]
-    return [f"layers.{number}.experts.{part}" for number in uniform.adapter.layers for part in parts]
+    return [f"layers.{number}.experts.{part}" for number in uniform.numbers for part in parts]
 
 
 def _stacked(uniform: Uniform, dtype: torch.dtype | None = None) -> Named:
@@ -72,7 +72,7 @@ def _expert_name(layer: int, expert: int, projection: str, side: str) -> str:
 def _per_expert_names(uniform: Uniform, prefix: str) -> list[str]:
     return [
         prefix + _expert_name(number, expert, projection, side)
-        for number in uniform.adapter.layers
+        for number in uniform.numbers
         for expert in range(uniform.shapes[number].num_experts)
         for projection in PROJECTIONS
         for side in "ab"
@@ -97,17 +97,21 @@ def _others(adapter: Adapter) -> Named:
         yield name, adapter.read(own)
 
 
-def _config(uniform: Uniform, **changes: Any) -> dict[str, Any]:
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", **uniform.adapter.settings.raw}
+_NOTHING_ELSE: dict[str, Any] = {
+    "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
+}  # fmt: skip
+"""what else in a configuration could change a scaling"""
+
+
+def _config(adapter: Adapter, **changes: Any) -> dict[str, Any]:
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", **adapter.settings.raw}
     return {**config, "target_parameters": None, **changes}
 
 
 def _expert_config(uniform: Uniform) -> dict[str, Any]:
     """A config of the experts alone: one rank, one alpha, nothing else that could change their scaling."""
-    return _config(
-        uniform, r=uniform.lora_rank, lora_alpha=uniform.lora_alpha, use_rslora=False, use_dora=False, rank_pattern={},
-        alpha_pattern={}, target_modules=EXPERT_TARGETS, modules_to_save=None,
-    )  # fmt: skip
+    ranks = {"r": uniform.lora_rank, "lora_alpha": uniform.lora_alpha}
+    return _config(uniform.adapter, **ranks, target_modules=EXPERT_TARGETS, **_NOTHING_ELSE)
 
 
 def _whole_config(uniform: Uniform) -> dict[str, Any]:
@@ -129,7 +133,7 @@ def _whole_config(uniform: Uniform) -> dict[str, Any]:
         root = uniform.lora_rank**0.5 if settings.use_rslora else uniform.lora_rank
         ranks = {experts: uniform.lora_rank, **ranks}
         alphas = {experts: uniform.lora_alpha / uniform.lora_rank * root, **alphas}
-    return _config(uniform, **changes, rank_pattern=ranks, alpha_pattern=alphas)
+    return _config(uniform.adapter, **changes, rank_pattern=ranks, alpha_pattern=alphas)
 
 
 def _without_experts(pattern: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +169,7 @@ def write_bundle(uniform: Uniform, path: Path) -> None:
         KTAdapterError: The rest has another rank or alpha than the experts: a bundle has one config for both.
     """
     settings, adapter = uniform.adapter.settings, uniform.adapter
-    config = _expert_config(uniform) if not adapter.other_names else _config(uniform)
+    config = _expert_config(uniform) if not adapter.other_names else _config(adapter)
     if (config["r"], config["lora_alpha"]) != (uniform.lora_rank, uniform.lora_alpha) or settings.use_rslora:
         raise KTAdapterError(
             f"A KT bundle has one rank and one alpha for experts and the rest: the experts have {uniform.lora_rank} and "
@@ -209,15 +213,43 @@ def write_sglang_merged(uniform: Uniform, path: Path) -> None:
         KTAdapterError: There is no other tensor, or one that is not half of a LoRA pair (DoRA, biases, saved modules).
     """
     adapter, pairs = uniform.adapter, _other_pairs(uniform.adapter)
-    rank = max(uniform.lora_rank, *(adapter.store.infos[a].shape[0] for a, _ in pairs.values()))
+    rank = max(uniform.lora_rank, _largest_rank(adapter, pairs))
     uniform = replace(uniform, lora_rank=rank, lora_alpha=uniform.lora_alpha / uniform.lora_rank * rank)
-    halves = [f"{PEFT_PREFIX}{module}.lora_{side}.weight" for module in pairs for side in "AB"]
-    targets = sorted({module.rpartition(".")[2] for module in pairs} | set(EXPERT_TARGETS))
+    targets = sorted(_targets(pairs) | set(EXPERT_TARGETS))
+    others = _padded_others(adapter, pairs, rank, uniform.lora_alpha)
     with replacing(path) as temporary:
         temporary.mkdir()
-        tensors = chain(_padded_others(uniform, pairs), _per_expert(uniform, PEFT_PREFIX))
-        _write_tensors(temporary / SAFETENSORS, [*halves, *_per_expert_names(uniform, PEFT_PREFIX)], tensors)
+        tensors = chain(others, _per_expert(uniform, PEFT_PREFIX))
+        _write_tensors(temporary / SAFETENSORS, [*_halves(pairs), *_per_expert_names(uniform, PEFT_PREFIX)], tensors)
         _write_config(temporary, {**_expert_config(uniform), "target_modules": targets})
+
+
+def write_sglang_rest(adapter: Adapter, path: Path) -> None:
+    """All but the routed experts with one rank and one alpha, for SGLang's own LoRA.
+
+    Raises:
+        KTAdapterError: There is no such tensor, or one that is not half of a LoRA pair.
+    """
+    pairs = _other_pairs(adapter)
+    rank = _largest_rank(adapter, pairs)
+    alpha = adapter.settings.lora_alpha / adapter.settings.r * rank
+    config = _config(adapter, r=rank, lora_alpha=alpha, target_modules=sorted(_targets(pairs)), **_NOTHING_ELSE)
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        _write_tensors(temporary / SAFETENSORS, _halves(pairs), _padded_others(adapter, pairs, rank, alpha))
+        _write_config(temporary, config)
+
+
+def _largest_rank(adapter: Adapter, pairs: dict[str, tuple[str, str]]) -> int:
+    return max(adapter.store.infos[a].shape[0] for a, _ in pairs.values())
+
+
+def _targets(pairs: dict[str, tuple[str, str]]) -> set[str]:
+    return {module.rpartition(".")[2] for module in pairs}
+
+
+def _halves(pairs: dict[str, tuple[str, str]]) -> list[str]:
+    return [f"{PEFT_PREFIX}{module}.lora_{side}.weight" for module in pairs for side in "AB"]
 
 
 def _other_pairs(adapter: Adapter) -> dict[str, tuple[str, str]]:
@@ -233,17 +265,17 @@ def _other_pairs(adapter: Adapter) -> dict[str, tuple[str, str]]:
             f"{len(wrong)} tensors that are not, first {name_some(wrong, 2)}" if wrong else "none besides the experts'"
         )
         raise KTAdapterError(
-            f"{adapter.store.path}: --format sglang-merged needs LoRA pairs besides the experts; found {found}."
+            f"{adapter.store.path}: for SGLang (--format sglang-merged) there must be LoRA pairs besides the experts; found {found}."
         )
     return {module: (own[halves[0]], own[halves[1]]) for module, own in parts.items()}
 
 
-def _padded_others(uniform: Uniform, pairs: dict[str, tuple[str, str]]) -> Named:
-    adapter, common = uniform.adapter, uniform.lora_alpha / uniform.lora_rank
+def _padded_others(adapter: Adapter, pairs: dict[str, tuple[str, str]], rank: int, alpha: float) -> Named:
+    common = alpha / rank
     for module, (name_a, name_b) in pairs.items():
         a, b = adapter.read(name_a), adapter.read(name_b)
         factor = adapter.settings.scaling(module, a.shape[0]) / common
-        extra = uniform.lora_rank - a.shape[0]
+        extra = rank - a.shape[0]
         folded = b if factor == 1 else narrowed(b.float() * factor, b.dtype)
         yield f"{PEFT_PREFIX}{module}.lora_A.weight", torch.nn.functional.pad(a, (0, 0, 0, extra))
         yield f"{PEFT_PREFIX}{module}.lora_B.weight", torch.nn.functional.pad(folded, (0, extra))

@@ -8,6 +8,8 @@ import typer
 
 from .._version import __version__
 from ..errors import KTError, traceback_wanted
+from .bench import bench
+from .cache import app as cache
 from .compare import compare
 from .convert import convert
 from .demo import demo
@@ -16,6 +18,7 @@ from .generate import generate
 from .inspect import inspect
 from .merge import merge
 from .quantize import quantize
+from .serve import serve
 from .stats import stats
 from .verify import verify
 
@@ -43,6 +46,7 @@ def _root(
     """MoE chats with the routed experts on the CPU, for stock LLaMA-Factory."""
 
 
+app.command()(bench)
 app.command()(compare)
 app.command()(convert)
 app.command()(demo)
@@ -51,8 +55,10 @@ app.command()(generate)
 app.command()(inspect)
 app.command()(merge)
 app.command()(quantize)
+app.command()(serve)
 app.command()(stats)
 app.command()(verify)
+app.add_typer(cache, name="cache")
 
 
 def main() -> None:

@@ -28,13 +28,13 @@ def patch(module: ModuleType) -> None:
 
     @functools.wraps(whole_stock)
     async def whole(request: Any, chat_model: Any) -> Any:
-        if has_kt_experts(chat_model.engine.model):
+        if has_kt_experts(getattr(chat_model.engine, "model", None)):
             _check(request, chat_model)
         return await whole_stock(request, chat_model)
 
     @functools.wraps(stream_stock)
     def stream(request: Any, chat_model: Any) -> AsyncIterator[str]:
-        if not has_kt_experts(chat_model.engine.model):
+        if not has_kt_experts(getattr(chat_model.engine, "model", None)):
             stock: AsyncIterator[str] = stream_stock(request, chat_model)
             return stock
         _check(request, chat_model)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters import AdapterSet, locate_adapter, open_adapters
+from ..adapters import AdapterSet, open_adapters
+from ..arguments import adapter_directories
 from ..errors import KTConfigError, KTError, KTPathError
 from .patching import require_hooks
 
@@ -51,26 +52,6 @@ def parse(values: dict[str, Any]) -> Any:
     from llamafactory.hparams import get_infer_args
 
     return get_infer_args(dict(values))[0]
-
-
-def adapter_directories(model_args: Any) -> list[str]:
-    """The local directories of the adapters that are asked for; those on the hub are downloaded.
-
-    Raises:
-        KTPathError: There is no such adapter.
-    """
-    return [
-        str(
-            locate_adapter(
-                name,
-                subfolder=model_args.adapter_folder,
-                revision=model_args.model_revision,
-                cache_dir=model_args.cache_dir,
-                token=model_args.hf_hub_token,
-            )
-        )
-        for name in model_args.adapter_name_or_path or []
-    ]
 
 
 def moe_lora_file(model_args: Any) -> str | None:

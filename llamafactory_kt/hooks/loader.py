@@ -12,9 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..arguments import threadpool_count
+from ..arguments import adapter_directories, threadpool_count
 from ..errors import KTModelError
-from .configuration import adapter_directories, moe_lora_file
+from .configuration import moe_lora_file
 from .patching import expect, is_patched, replace
 
 logger = logging.getLogger("llamafactory_kt")
@@ -126,7 +126,7 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
         threadpool_count=threadpool_count(model_args),
         weight_path=str(Path(model_args.kt_weight_path).expanduser()) if model_args.kt_weight_path else None,
         max_chunk=model_args.kt_max_chunk,
-        adapter=adapter_directories(model_args),
+        adapter=[str(path) for path in adapter_directories(model_args)],
         moe_lora=moe_lora_file(model_args),
         router_stats=model_args.kt_router_stats,
         debug=model_args.kt_debug,

@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import bootstrap
 from ..arguments import check_for_inference
+from ..serving_arguments import serves
 from .failures import end_in_one_paragraph
 from .patching import asks_for, check_stock, expect, is_patched, replace, require_hooks
 
@@ -32,13 +33,14 @@ def patch(module: ModuleType) -> None:
         if not model_args.use_kt or training_args is not None:
             check(model_args, finetuning_args, training_args)
             return
-        require_hooks()
+        require_hooks(*(["llamafactory.chat.sglang_engine"] if serves(model_args) else []))
         check_for_inference(model_args)
-        model_args.use_kt = False  # the stock check asks for forks of transformers and accelerate
+        # The stock check asks for forks of transformers and accelerate, and for a distribution named sglang.
+        backend, model_args.use_kt, model_args.infer_backend = model_args.infer_backend, False, "huggingface"
         try:
             check(model_args, finetuning_args, training_args)
         finally:
-            model_args.use_kt = True
+            model_args.use_kt, model_args.infer_backend = True, backend
         model_args.kt_inference = True
 
     replace(module, _check_extra_dependencies=check_extra_dependencies)

@@ -83,18 +83,19 @@ def replace(module: ModuleType | type, **functions: Any) -> None:
     setattr(module, _MARK, True)
 
 
-def require_hooks() -> None:
-    """Import every hooked module and check that all hooks are in place.
+def require_hooks(*more: str) -> None:
+    """Import the hooked modules that every chat needs, and ``more``, and check that their hooks are in place.
 
     Raises:
         KTHookError: The first hook that could not be applied.
     """
-    for name in (
+    always = (
         "llamafactory.hparams.model_args",
         "llamafactory.hparams.parser",
         "llamafactory.model.loader",
         "llamafactory.chat.hf_engine",
-    ):
+    )
+    for name in (*always, *more):
         module = import_module(name)
         if error := bootstrap.failures.get(name):
             raise (

@@ -1,0 +1,165 @@
+"""The adapter of a configuration, checked against the model and prepared in the form the installed server takes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..adapters import Adapter, ExpertsShape, open_adapter
+from ..adapters.keys import split_module
+from ..adapters.uniform import Uniform
+from ..adapters.writing import write_moe_lora, write_sglang, write_sglang_merged, write_sglang_rest
+from ..arguments import adapter_directories
+from ..errors import KTAdapterError, KTConfigError, KTServerError, name_some
+from ..machine import gib
+from ..serving_arguments import SFT_METHODS, method
+from .adapter_cache import prepared
+from .options import INSTALL, Dialect, ServerOptions
+
+logger = logging.getLogger(__name__)
+
+LORA_NAME = "lora0"
+"""what requests call the adapter, as in LLaMA-Factory's own SGLang engine"""
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """An adapter as a server gets it."""
+
+    flags: list[str] = field(default_factory=list)
+    experts: bool = False
+    """it has LoRA on routed experts, which a server applies to every request"""
+    name: str | None = None
+    """what requests must name to get the rest of it; None: there is no rest"""
+
+
+def serve_adapter(args: Any, options: ServerOptions) -> ServedAdapter:
+    """Prepare the adapter of a configuration (LLaMA-Factory's ModelArguments with our fields), if it has one.
+
+    Raises:
+        KTAdapterError: It is broken, does not fit the model, or has parts the server has no place for.
+        KTConfigError: The configuration says another rank or alpha, or a method without a kernel for expert LoRA.
+        KTServerError: This server cannot have LoRA on routed experts.
+    """
+    directories = adapter_directories(args)
+    moe_lora = Path(args.kt_moe_lora_path).expanduser() if args.kt_moe_lora_path else None
+    if not directories and moe_lora is None:
+        return ServedAdapter()
+    adapter = open_adapter(directories[0] if directories else None, moe_lora)
+    _check_targets(adapter, options)
+    if not adapter.layers:
+        return _serve_rest(args, adapter)
+    if options.dialect is None:
+        raise KTServerError(
+            f"{adapter.expert_file} has LoRA on routed experts, which {options.version} cannot apply (it has neither "
+            f"{' nor '.join(Dialect)}). {INSTALL}"
+        )
+    uniform = Uniform.of(adapter, _check_against_model(args, adapter))
+    _check_said(args, adapter, uniform.lora_rank, uniform.lora_alpha)
+    if options.dialect is Dialect.MOE_LORA:
+        return _serve_moe_lora(args, uniform)
+    if adapter.other_names:
+        entry = _prepare(
+            adapter, "sglang-merged", uniform.shapes, lambda path: write_sglang_merged(uniform, path / "merged")
+        )
+        return ServedAdapter(_lora_paths(args, entry / "merged"), experts=True, name=LORA_NAME)
+    entry = _prepare(adapter, "sglang", uniform.shapes, lambda path: write_sglang(uniform, path / "experts"))
+    return ServedAdapter([Dialect.EXPERT_LORA.value, str(entry / "experts")], experts=True)
+
+
+def _serve_rest(args: Any, adapter: Adapter) -> ServedAdapter:
+    _check_said(args, adapter, adapter.settings.r, adapter.settings.lora_alpha)
+    entry = _prepare(adapter, "rest", None, lambda path: write_sglang_rest(adapter, path / "rest"))
+    return ServedAdapter(_lora_paths(args, entry / "rest"), name=LORA_NAME)
+
+
+def _serve_moe_lora(args: Any, uniform: Uniform) -> ServedAdapter:
+    adapter = uniform.adapter
+
+    def make(path: Path) -> None:
+        write_moe_lora(uniform, path / "moe_lora.pt")
+        if adapter.other_names:
+            write_sglang_rest(adapter, path / "rest")
+
+    entry = _prepare(adapter, "moe-lora", uniform.shapes, make)
+    flags = [
+        Dialect.MOE_LORA.value, str(entry / "moe_lora.pt"),
+        "--kt-moe-lora-rank", str(uniform.lora_rank),
+        "--kt-moe-lora-alpha", f"{uniform.lora_alpha:g}",
+        "--kt-moe-sft-method", SFT_METHODS[method(args)],
+    ]  # fmt: skip
+    if not adapter.other_names:
+        return ServedAdapter(flags, experts=True)
+    return ServedAdapter([*flags, *_lora_paths(args, entry / "rest")], experts=True, name=LORA_NAME)
+
+
+def _lora_paths(args: Any, directory: Path) -> list[str]:
+    return [
+        "--lora-paths", f"{LORA_NAME}={directory}",
+        "--max-loras-per-batch", "1",
+        "--lora-backend", args.sglang_lora_backend,
+    ]  # fmt: skip
+
+
+def _prepare(adapter: Adapter, form: str, shapes: dict[int, ExpertsShape] | None, make: Callable[[Path], None]) -> Path:
+    def checked(path: Path) -> None:
+        logger.info("Preparing %s for SGLang (%s) in %s", adapter.directory, form, path)
+        adapter.check_finite(adapter.other_names)
+        make(path)
+
+    entry = prepared(adapter, form, shapes, checked)
+    logger.info("SGLang gets the adapter %s from %s (%s, %s)", adapter.directory, entry.path, form, gib(entry.nbytes))
+    return entry.path
+
+
+def _check_targets(adapter: Adapter, options: ServerOptions) -> None:
+    """The modules beside the experts must be ones the server has LoRA for, by the choices of its own option."""
+    known = options.choices("--lora-target-modules")
+    targets = {split_module(name)[0].rpartition(".")[2] for name in adapter.other_names}
+    if unknown := sorted(targets - set(known)) if known else []:
+        raise KTAdapterError(
+            f"{adapter.store.path}: {options.version} has no LoRA for {name_some(unknown)}; it has it for "
+            f"{', '.join(known)}. Merge this adapter into the model (llamafactory-kt merge) and serve that."
+        )
+
+
+def _check_against_model(args: Any, adapter: Adapter) -> dict[int, ExpertsShape]:
+    """The model's experts, all layers that have any: the server wants tensors for each of them."""
+    from ..experts.contract import find_experts
+    from ..experts.empty import empty_model
+    from ..peft_part import check_peft_part
+
+    if (kind := method(args)) not in SFT_METHODS:
+        raise KTConfigError(
+            f"kt_method: {kind} has no kernel for the LoRA of routed experts; use one of {', '.join(SFT_METHODS)}."
+        )
+    model = empty_model(args.model_name_or_path, quantised=kind not in ("BF16", "AMXINT8", "AMXINT4"))
+    shapes = {module.layer: module.shape for module in find_experts(model)}
+    adapter.check_fits(shapes)
+    check_peft_part(model, adapter)
+    if kind == "AMXINT8" and not any(Path(args.kt_weight_path).expanduser().glob("_layer_*/_numa_0/*.kt")):
+        raise KTConfigError(
+            f"kt_weight_path: {args.kt_weight_path} has no _layer_N/_numa_N/*.kt files. kt-kernel's AMXINT8 kernel reads only those "
+            "where experts have LoRA, and not the safetensors files that serve without it."
+        )
+    shape = next(iter(shapes.values()))
+    if kind == "BF16" and (shape.hidden_size % 32 or shape.intermediate_size % 32):
+        raise KTAdapterError(
+            f"{args.model_name_or_path}: hidden_size {shape.hidden_size} and moe_intermediate_size {shape.intermediate_size} "
+            "must be multiples of 32: SGLang gives them to kt-kernel as they are, and its kernel for expert LoRA would "
+            "crash. infer_backend: huggingface pads them."
+        )
+    return shapes
+
+
+def _check_said(args: Any, adapter: Adapter, rank: int, alpha: float) -> None:
+    """kt_moe_lora_rank and kt_moe_lora_alpha must be the adapter's: those of its configuration, or those after folding."""
+    for key, own in (("kt_moe_lora_rank", (adapter.settings.r, rank)), ("kt_moe_lora_alpha", (adapter.settings.lora_alpha, alpha))):  # fmt: skip
+        said = getattr(args, key)
+        if said is not None and said not in own:
+            raise KTConfigError(
+                f"{key} is {said:g}, but {adapter.settings.path} says {own[0]:g}. The adapter knows best: remove the key."
+            )

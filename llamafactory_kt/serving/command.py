@@ -1,0 +1,196 @@
+"""A configuration as the command line of an SGLang server with KT."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..arguments import threadpool_count
+from ..errors import KTConfigError, KTModelError, KTPathError
+from ..machine import usable_cores
+from ..serving_arguments import method
+from .adapter import ServedAdapter, serve_adapter
+from .options import Dialect, ServerOptions
+
+MOST_THREADS = 60
+"""what kt_cpuinfer is at most if nothing was said; the number that SGLang's guides for KT give"""
+
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""where sglang-kt looks for the number of experts (kt_ep_wrapper.py, _init_kt_gpu_experts_masks)"""
+
+
+@dataclass(frozen=True)
+class ServerCommand:
+    """What to run."""
+
+    python: str
+    arguments: list[str]
+    """after ``python -m sglang.launch_server``"""
+    parsed: Namespace
+    """the arguments as the server will read them"""
+    adapter: ServedAdapter
+    notices: list[str]
+    """what people must know before they send requests"""
+
+    @property
+    def words(self) -> list[str]:
+        return [self.python, "-m", "sglang.launch_server", *self.arguments]
+
+    def __str__(self) -> str:
+        """For a shell; one option a line."""
+        lines: list[str] = []
+        for word in self.arguments:
+            if word.startswith("--") or not lines:
+                lines.append(shlex.quote(word))
+            else:
+                lines[-1] += f" {shlex.quote(word)}"
+        return " \\\n    ".join([f"{shlex.quote(self.python)} -m sglang.launch_server", *lines])
+
+
+def server_command(args: Any, options: ServerOptions, extra: Sequence[str] = ()) -> ServerCommand:
+    """Build the command, after checking everything that can be known before the server runs; prepares the adapter.
+
+    Args:
+        args: LLaMA-Factory's ModelArguments with our fields, checked by :func:`~llamafactory_kt.arguments.check_for_inference`.
+        options: the installed server.
+        extra: more of the server's own options; they come last, so they win.
+
+    Raises:
+        KTError: Of the kind of what is wrong.
+    """
+    model = _check_model(args, options)
+    pools, threads = (
+        threadpool_count(args),
+        args.kt_cpuinfer or args.kt_num_threads or min(usable_cores(), MOST_THREADS),
+    )
+    if threads < pools:
+        raise KTConfigError(
+            f"kt_cpuinfer: {threads} threads are fewer than kt_threadpool_count: {pools}; give each pool one."
+        )
+    adapter = serve_adapter(args, options)
+    arguments = [
+        "--model-path", str(model),
+        "--dtype", str(args.infer_dtype),
+        "--context-length", str(args.sglang_maxlen),
+        "--mem-fraction-static", str(args.sglang_mem_fraction),
+        "--tp-size", str(args.sglang_tp_size if args.sglang_tp_size != -1 else _gpus()),
+        "--kt-weight-path", str(Path(args.kt_weight_path).expanduser().resolve() if args.kt_weight_path else model),
+        "--kt-method", method(args),
+        "--kt-cpuinfer", str(threads),
+        "--kt-threadpool-count", str(pools),
+    ]  # fmt: skip
+    # Without either of the two, SGLang leaves KT out with no more than a warning, or fails on a None.
+    if args.kt_gpu_experts_ratio is not None:
+        arguments += ["--kt-gpu-experts-ratio", str(args.kt_gpu_experts_ratio)]
+    else:
+        arguments += ["--kt-num-gpu-experts", str(args.kt_num_gpu_experts or 0)]
+    if args.kt_max_deferred_experts_per_token is not None:
+        arguments += ["--kt-max-deferred-experts-per-token", str(args.kt_max_deferred_experts_per_token)]
+    if args.trust_remote_code:
+        arguments.append("--trust-remote-code")
+    arguments += adapter.flags
+    if adapter.experts:
+        arguments.append("--disable-cuda-graph")
+    if adapter.name and options.dialect is not Dialect.EXPERT_LORA:
+        arguments.append("--disable-radix-cache")  # as LLaMA-Factory does; newer ones keep adapters apart in it
+    arguments += [*_from_config(args.sglang_config), *extra]
+    parsed = options.parse(arguments)
+    if adapter.experts:
+        _check_expert_lora(options, parsed, adapter)
+    return ServerCommand(options.python, arguments, parsed, adapter, _notices(parsed, adapter))
+
+
+def _check_model(args: Any, options: ServerOptions) -> Path:
+    """The checkpoint's directory, with a model that the server has and that has routed experts."""
+    model = Path(args.model_name_or_path).expanduser()
+    if not model.is_dir():
+        raise KTPathError(
+            f"model_name_or_path: {args.model_name_or_path} is not a local directory, and SGLang with KT reads the experts from "
+            f"one: hf download {args.model_name_or_path} --local-dir DIR, and name DIR."
+        )
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise KTModelError(f"{model / 'config.json'} cannot be read: {error}.") from error
+    names = config.get("architectures") or []
+    if options.architectures and names and not set(names) & set(options.architectures):
+        raise KTModelError(f"{model} is a {', '.join(names)}, which {options.version} does not have.")
+    if not any(part.get(name) for part in (config, config.get("text_config") or {}) for name in _EXPERT_COUNTS):
+        raise KTModelError(
+            f"{model / 'config.json'} has none of {', '.join(_EXPERT_COUNTS)}: no routed experts that SGLang's KT would find. "
+            "Remove use_kt."
+        )
+    return model.resolve()
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() or 1
+
+
+def _from_config(config: Any) -> list[str]:
+    """LLaMA-Factory's ``sglang_config``, a dictionary of the server's options, as words."""
+    if config is None:
+        return []
+    if not isinstance(config, Mapping):
+        raise KTConfigError(f"sglang_config must be a dictionary of SGLang's options, found {config!r}.")
+    words: list[str] = []
+    for key, value in config.items():
+        flag = f"--{str(key).replace('_', '-')}"
+        if value is None or value is False:
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [flag, *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
+    return words
+
+
+def _check_expert_lora(options: ServerOptions, parsed: Namespace, adapter: ServedAdapter) -> None:
+    """What the server would refuse minutes later, with LoRA on routed experts (sglang-kt 0.7.2, server_args.py and
+    kt_ep_wrapper.py)."""
+    problems = []
+
+    def found(flag: str) -> Any:
+        return options.value(parsed, flag)
+
+    if found("--kt-num-gpu-experts") or found("--kt-gpu-experts-ratio"):
+        problems.append("all experts must be on the CPU: kt_num_gpu_experts: 0, and no kt_gpu_experts_ratio")
+    if (running := found("--max-running-requests")) is not None and running < 2:
+        problems.append(f"--max-running-requests must be at least 2, found {running}")
+    for flag in ("--kt-gpu-prefill-token-threshold", "--kt-enable-dynamic-expert-update"):
+        if found(flag):
+            problems.append(f"{flag} must be left out")
+    if adapter.name and (stages := found("--pp-size") or 1) > 1:
+        problems.append(f"--pp-size must be 1 with an adapter that has more than experts, found {stages}")
+    if adapter.name and (algorithm := found("--speculative-algorithm")) not in (None, "NGRAM"):
+        problems.append(f"--speculative-algorithm {algorithm} does not go with LoRA")
+    if problems:
+        raise KTConfigError("The adapter has LoRA on routed experts: " + "; ".join(problems) + ".")
+
+
+def _notices(parsed: Namespace, adapter: ServedAdapter) -> list[str]:
+    notices = []
+    if adapter.experts:
+        notices.append(
+            "CUDA graph is disabled because the adapter has LoRA on routed experts, which kt-kernel computes on the CPU "
+            "within each step."
+        )
+        base = "Every request gets the experts' LoRA, also one to the base model: SGLang loads it once, at the start."
+        rest = (
+            f' Only requests that name the adapter get the rest of it ("lora_path": "{adapter.name}" to /generate, '
+            f'"model": "NAME:{adapter.name}" to /v1/chat/completions): let all of them name it.'
+        )
+        notices.append(base + (rest if adapter.name else ""))
+    elif adapter.name:
+        notices.append(
+            f'Only requests that name the adapter get it: "lora_path": "{adapter.name}" to /generate, '
+            f'"model": "NAME:{adapter.name}" to /v1/chat/completions.'
+        )
+    if adapter.experts and getattr(parsed, "kt_max_deferred_experts_per_token", None):
+        notices.append("kt_max_deferred_experts_per_token does nothing with LoRA on routed experts.")
+    return notices

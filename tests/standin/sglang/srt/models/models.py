@@ -1,0 +1,10 @@
+class DeepseekV2ForCausalLM: ...
+
+
+class DeepseekV3ForCausalLM: ...
+
+
+class Qwen3MoeForCausalLM: ...
+
+
+EntryClass = [DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, Qwen3MoeForCausalLM]

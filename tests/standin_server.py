@@ -1,0 +1,92 @@
+"""Where tests get an SGLang from: the stand-in of tests/standin, or sglang-kt itself, installed beside nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).parent
+RECORDED = HERE / "data" / "sglang-kt-0.7.2.json"
+
+# sglang-kt 0.7.2 and what its server_args.py imports beyond llamafactory's and kt-kernel's own dependencies.
+PACKAGES = [
+    "sglang-kt==0.7.2",
+    "openai==2.6.1",
+    "jiter",
+    "distro",
+    "sniffio",
+    "pybase64",
+    "pyzmq",
+    "partial-json-parser",
+    "orjson",
+    "jsonschema",
+    "attrs",
+    "jsonschema-specifications",
+    "referencing",
+    "rpds-py",
+    "ipython",
+    "traitlets",
+    "decorator",
+    "stack-data",
+    "executing",
+    "asttokens",
+    "pure-eval",
+    "matplotlib-inline",
+    "jedi",
+    "parso",
+    "pexpect",
+    "ptyprocess",
+    "prompt-toolkit",
+    "wcwidth",
+    "ipython-pygments-lexers",
+]
+
+
+def interpreter(directory: Path, packages: Path = HERE / "standin", **environment: str) -> Path:
+    """A Python in a directory with a blank in its name that has one more directory of packages."""
+    path = directory / "a venv" / "python"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    variables = " ".join(f"{name}='{value}'" for name, value in {"PYTHONPATH": str(packages), **environment}.items())
+    path.write_text(f'#!/bin/sh\nexec env {variables} "{sys.executable}" "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def install_sglang_kt(directory: Path) -> str | None:
+    """Install the real one into a directory of its own; the reason where that is impossible."""
+    uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
+    pip = [uv, "pip", "install", "--python", sys.executable] if uv else [sys.executable, "-m", "pip", "install"]
+    result = subprocess.run(
+        [*pip, "--quiet", "--no-deps", "--target", directory, *PACKAGES], capture_output=True, text=True, timeout=300
+    )
+    return (result.stderr.strip() or "pip failed").splitlines()[-1] if result.returncode else None
+
+
+def configuration(directory: Path, python: Path, model: Path, **keys) -> Path:
+    """A YAML for the server that ``python`` has."""
+    values = {
+        "model_name_or_path": str(model), "template": "deepseek", "infer_backend": "sglang", "use_kt": True,
+        "kt_sglang_python": str(python), "do_sample": False, **keys,
+    }  # fmt: skip
+    path = directory / "serve.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}, allow_unicode=True), "utf-8")
+    return path
+
+
+def notes(path: Path) -> list[dict]:
+    """What the stand-in wrote into STANDIN_NOTES."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False

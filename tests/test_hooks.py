@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def python(code: str, *path: Path, **environment: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), **environment}
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, path), *inherited]), **environment}
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=env, cwd="/", timeout=300
     )
@@ -118,6 +119,24 @@ def test_changed_llamafactory(demo, module, change, named):
         assert part in result.stdout
     plain = python(code.replace("use_kt=True, kt_backend='torch'", "use_kt=False"))
     assert plain.stdout.strip().endswith("loaded"), plain.stdout + plain.stderr
+
+
+def test_changed_sglang_engine(demo):
+    """Only a chat that asks for SGLang needs its hook."""
+    code = """
+    import llamafactory_kt.bootstrap as bootstrap
+    stock_patch = bootstrap._patch
+    def patch(module):
+        if module.__name__ == "llamafactory.chat.sglang_engine":
+            module.SGLangEngine = lambda model_args: None
+        stock_patch(module)
+    bootstrap._patch = patch
+    """
+    chat = CHAT.format(model=str(demo / "model"), kt=True, more="kt_backend='torch', infer_backend='huggingface'")
+    code = textwrap.dedent(code) + textwrap.dedent(chat)
+    assert python(code).stdout.strip().endswith("loaded")
+    result = python(code.replace("infer_backend='huggingface'", "infer_backend='sglang'"))
+    assert "KTHookError llamafactory.chat.sglang_engine.SGLangEngine cannot be hooked" in result.stdout, result.stderr
 
 
 def test_fork_in_place_of_stock(tmp_path, demo):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..peft_part import check_peft_part
 from .checkpoint import ExpertsCheckpoint
 from .config import QUANT_METHOD, KTExpertsConfig
 from .contract import ExpertsModule, find_experts
+from .debugging import Debugger
 from .engine import Engine, EngineSpec
 from .gate import guard
 from .kernel import MULTIPLE, idle_bytes, padded
@@ -68,11 +70,13 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
                 logger.warning(
                     "The experts are stored as %s; kt-kernel computes them in bfloat16.", ", ".join(checkpoint.dtypes())
                 )
+        directory = Path(config.debug_dir).expanduser() if config.debug_dir else None
+        self._debugger = Debugger(directory) if config.debug else None
         self._wrappers = [self._replace(model, module, checkpoint, adapters, backend) for module in experts]
         self._sizes = {module.name: checkpoint.nbytes(module.name) for module in experts}
         model._kt_wrappers = self._wrappers
         model._kt_adapters = adapters
-        model._kt_gate = guard(model, observe=self.quantization_config.router_stats)
+        model._kt_gate = guard(model, config.router_stats, self._debugger)
         model._kt_summary = {
             "engine": self._wrappers[0].engine.name,
             "variant": cpu_variant() if backend != "torch" else "any",
@@ -138,9 +142,11 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             engine = KTEngine(
                 spec, read, max_chunk=config.max_chunk, pools=config.threadpool_count, verbose=config.debug
             )
-        experts = KTExperts(module, engine, config.router_stats)
+        experts = KTExperts(module, engine, config.router_stats, self._debugger)
         parent, _, attribute = module.name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, experts)
+        if self._debugger is not None:
+            self._debugger.watch_router(model.get_submodule(parent))
         return experts
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

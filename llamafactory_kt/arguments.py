@@ -92,7 +92,16 @@ class KTArguments(KTServingArguments):
     )
     kt_debug: bool = field(
         default=False,
-        metadata={"help": "Whether to print the model's structure after loading and kt-kernel's own output."},
+        metadata={
+            "help": "Whether to print the model's structure after loading, kt-kernel's own output and each step's times, "
+            "and to stop at the first NaN or Inf."
+        },
+    )
+    kt_debug_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "With kt_debug: directory for a trace of the experts chosen and profiles of the first steps."
+        },
     )
     kt_stats: bool = field(
         default=False,
@@ -194,7 +203,7 @@ def _check_values(args: Any) -> list[str]:
         problems.append(f"kt_lora_scope: unknown value {args.kt_lora_scope!r}, expected {' or '.join(SCOPES)}.")
     else:
         args.kt_lora_scope = args.kt_lora_scope.lower()
-    for name in ("kt_weight_path", "kt_moe_lora_path"):
+    for name in ("kt_weight_path", "kt_moe_lora_path", "kt_debug_dir"):
         if not isinstance(getattr(args, name), str | None):
             problems.append(f"{name} must be a path, found {getattr(args, name)!r}.")
     return problems + (check_serving_values(args) if serves(args) else [])
@@ -232,6 +241,8 @@ def _check_combinations(args: Any) -> list[str]:
             "export_dir: a model with KT experts cannot be exported. llamafactory-kt merge --model M --adapter A --output DIR "
             "writes the checkpoint with the whole adapter merged."
         )
+    if args.kt_debug_dir and not args.kt_debug:
+        problems.append("kt_debug_dir needs kt_debug: true.")
     if getattr(args, "use_unsloth", False):
         problems.append("use_unsloth: true cannot be combined with use_kt; remove it.")
     adapters = getattr(args, "adapter_name_or_path", None)

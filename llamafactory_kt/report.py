@@ -28,6 +28,8 @@ def load_table(model: nn.Module, report: LoadReport | None) -> str:
 
     table = Table(title="KTransformers experts", show_header=False, title_justify="left")
     table.add_row("Layers wrapped", f"{len(wrappers)} ({_ranges([w.layer_idx for w in wrappers])})")
+    if kinds := layer_kinds(model):
+        table.add_row("Layer kinds", kinds)
     engine = summary["engine"]
     table.add_row("Engine", engine if engine == "torch" else f"{engine} on {summary['variant']}")
     workers = f"kt-kernel {summary['threads']} in {summary['pools']} sub-pool(s), " if summary["threads"] else ""
@@ -48,6 +50,20 @@ def load_table(model: nn.Module, report: LoadReport | None) -> str:
     console.print(table)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return text.rstrip()
+
+
+def layer_kinds(model: Any) -> str:
+    """``MoE 1-3, dense MLP 0 (first_k_dense_replace: 1)``, with the keys of config.json that decide it; empty where all
+    layers are MoE layers."""
+    config = model.config.get_text_config()
+    moe = [wrapper.layer_idx for wrapper in kt_wrappers(model)]
+    dense = [layer for layer in range(config.num_hidden_layers) if layer not in moe]
+    if not dense:
+        return ""
+    neutral = {"first_k_dense_replace": 0, "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_layer_freq": 1}
+    values = {name: getattr(config, name, None) for name in neutral}
+    deciding = ", ".join(f"{name}: {value}" for name, value in values.items() if value not in (None, neutral[name]))
+    return f"MoE {_ranges(moe)}, dense MLP {_ranges(dense)}" + (f" ({deciding})" if deciding else "")
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -31,7 +31,8 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         moe_lora: a ``moe_lora.pt`` with the experts' part of the LoRA to come, alone or beside ``adapter``.
         lora_rank: room for LoRA in layers where ``adapter`` says nothing.
         router_stats: count what the routers choose; ``get_router_stats`` reads the counts.
-        debug: let the kernel write to stdout.
+        debug: let the kernel write to stdout, log where each step's time goes, and stop at NaN and Inf.
+        debug_dir: with ``debug``, directory for a trace of the chosen experts and torch.profiler's of the first steps.
 
     Example:
         >>> from transformers import AutoModelForCausalLM                          # doctest: +SKIP
@@ -48,4 +49,5 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     lora_rank: int = DEFAULT_LORA_RANK
     router_stats: bool = False
     debug: bool = False
+    debug_dir: str | None = None
     quant_method: str = QUANT_METHOD

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from . import router_counts
+from .debugging import Debugger
 
 
 class Gate:
@@ -79,30 +80,39 @@ class Gate:
                 self._changed.notify_all()
 
 
-def guard(model: nn.Module, observe: bool = False) -> Gate:
+def guard(model: nn.Module, observe: bool = False, debugger: Debugger | None = None) -> Gate:
     """Let the model's ``generate`` and ``forward`` pass through a gate of its own, also where PEFT wraps the model.
 
     Args:
         observe: note what each call is about, for the layers' :class:`RouterCounts`.
+        debugger: follows each call of ``forward``.
     """
     gate, reference = Gate(), weakref.ref(model)  # no cycle: a dropped model gives its memory back at once
 
     def through(stock: Callable[..., Any]) -> MethodType:
         signature = inspect.signature(stock)
 
-        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
-            if not observe:
-                return contextlib.nullcontext()
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> contextlib.ExitStack:
+            notes = contextlib.ExitStack()
             if args:  # by position
                 kwargs = {**signature.bind_partial(None, *args).arguments, **kwargs}
             if stock.__name__ == "generate":
-                return router_counts.generation(reference(), kwargs)
-            return router_counts.call(kwargs)
+                if observe:
+                    notes.enter_context(router_counts.generation(reference(), kwargs))
+                return notes
+            if observe:
+                notes.enter_context(router_counts.call(kwargs))
+            if debugger is not None:
+                notes.enter_context(debugger.step(kwargs))
+            return notes
 
         @functools.wraps(stock)
         def call(_: Any, *args: Any, **kwargs: Any) -> Any:
-            with gate.generation(), note(args, kwargs):
-                return stock(reference(), *args, **kwargs)
+            with gate.generation():
+                if not (observe or debugger):
+                    return stock(reference(), *args, **kwargs)
+                with note(args, kwargs):
+                    return stock(reference(), *args, **kwargs)
 
         return MethodType(call, weakref.proxy(model))  # LLaMA-Factory and transformers look into the method
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .contract import ExpertsModule
+from .debugging import Debugger
 from .engine import Engine
 from .router_counts import RouterCounts
 from .threads import enter
@@ -19,10 +20,13 @@ class KTExperts(nn.Module):
     It has no parameters or buffers: ``model.to()``, ``.half()`` and ``requires_grad_()`` do not reach the weights.
     """
 
-    def __init__(self, info: ExpertsModule, engine: Engine, router_stats: bool = False):
+    def __init__(
+        self, info: ExpertsModule, engine: Engine, router_stats: bool = False, debugger: Debugger | None = None
+    ):
         super().__init__()
         self.info = info
         self.engine = engine
+        self.debugger = debugger
         self.router_counts = RouterCounts(info.shape.num_experts) if router_stats else None
         self.layer_idx = info.layer
         self.num_experts = info.shape.num_experts
@@ -40,6 +44,9 @@ class KTExperts(nn.Module):
         index, weights = top_k_index.cpu(), top_k_weights.cpu()
         if self.router_counts is not None:
             self.router_counts.add(index, weights)
+        if self.debugger is not None:
+            debugged: torch.Tensor = self.debugger.forward(self.layer_idx, self.engine, hidden_states, index, weights)
+            return debugged
         out = self.engine.forward(hidden_states.cpu(), index, weights)
         return out.to(device)
 

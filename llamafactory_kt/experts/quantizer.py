@@ -26,6 +26,7 @@ from ..peft_part import check_peft_part
 from .checkpoint import ExpertsCheckpoint, LayerWeights
 from .config import QUANT_METHOD, KTExpertsConfig
 from .contract import ExpertsModule, find_experts
+from .debugging import Debugger
 from .engine import Engine, EngineSpec
 from .gate import guard
 from .kt_engine import KTEngine
@@ -71,12 +72,14 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
                 logger.warning(
                     "The experts are stored as %s; kt-kernel computes them in bfloat16.", ", ".join(checkpoint.dtypes())
                 )
+        directory = Path(config.debug_dir).expanduser() if config.debug_dir else None
+        self._debugger = Debugger(directory) if config.debug else None
         engines = [self._engine(module, checkpoint, adapters, method) for module in experts]
         self._wrappers = [self._replace(model, module, engine) for module, engine in zip(experts, engines, strict=True)]
         self._sizes = {module.name: checkpoint.nbytes(module.name) for module in experts}
         model._kt_wrappers = self._wrappers
         model._kt_adapters = adapters
-        model._kt_gate = guard(model, observe=self.quantization_config.router_stats)
+        model._kt_gate = guard(model, config.router_stats, self._debugger)
         model._kt_summary = {
             "engine": self._wrappers[0].engine.name,
             "variant": cpu_variant() if method else "any",
@@ -128,9 +131,11 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         return KTEngine(spec, read, method, stored, max_chunk=config.max_chunk, pools=pools, verbose=config.debug)
 
     def _replace(self, model: nn.Module, module: ExpertsModule, engine: Engine) -> KTExperts:
-        experts = KTExperts(module, engine, self.quantization_config.router_stats)
+        experts = KTExperts(module, engine, self.quantization_config.router_stats, self._debugger)
         parent, _, attribute = module.name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, experts)
+        if self._debugger is not None:
+            self._debugger.watch_router(model.get_submodule(parent))
         return experts
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -72,10 +72,7 @@ def generation(model: Any, kwargs: dict[str, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def call(kwargs: dict[str, Any]) -> Iterator[None]:
-    """Around ``model.forward(**kwargs)``: notes which rows are tokens, and whether they are of a prompt or an answer.
-
-    One new token on a cache that is not empty is of an answer, everything else of a prompt.
-    """
+    """Around ``model.forward(**kwargs)``: notes which rows are tokens, and whether they are of a prompt or an answer."""
     ids, embeds, mask = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
     tokens = ids if ids is not None else embeds
     before = getattr(_local, "call", None)
@@ -83,19 +80,17 @@ def call(kwargs: dict[str, Any]) -> Iterator[None]:
         _local.call = (PROMPT, None)
     else:
         rows, length = tokens.shape[:2]
-        cache = kwargs.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0
-        phase = ANSWER if length == 1 and past else PROMPT
+        kind = phase(kwargs)
         real = None
         if rows > 1 or length > 1:
             if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
                 real = mask[:, -length:].bool().cpu()
             batch: _Batch | None = getattr(_local, "batch", None)
-            if batch is not None and phase == ANSWER and ids is not None:
+            if batch is not None and kind == ANSWER and ids is not None:
                 alive = batch.alive(ids)
                 real = alive if real is None else real & alive
             real = None if real is None or bool(real.all()) else real.reshape(-1)
-        _local.call = (phase, real)
+        _local.call = (kind, real)
     try:
         yield
     finally:
@@ -103,6 +98,14 @@ def call(kwargs: dict[str, Any]) -> Iterator[None]:
             del _local.call
         else:
             _local.call = before
+
+
+def phase(kwargs: dict[str, Any]) -> int:
+    """Of ``model.forward(**kwargs)``: one new token on a cache that is not empty is of an answer, all else of a prompt."""
+    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    cache = kwargs.get("past_key_values")
+    one = isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 and tokens.shape[1] == 1
+    return ANSWER if one and cache is not None and cache.get_seq_length() else PROMPT
 
 
 class _Batch:

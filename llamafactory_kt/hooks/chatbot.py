@@ -1,4 +1,4 @@
-"""``llamafactory.webui.components.chatbot``: a heat map of the experts below the conversation of ``webchat``."""
+"""``llamafactory.webui.components.chatbot``: a heat map of the experts beside the conversation of ``webchat``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ def patch(module: ModuleType) -> None:
 
     @functools.wraps(stock)
     def create_chat_box(engine: Any, visible: bool = False) -> Any:
-        chatbot, messages, elements = stock(engine, visible)
         model = getattr(getattr(engine.chatter, "engine", None), "model", None)
-        if any(wrapper.router_counts for wrapper in getattr(model, "_kt_wrappers", ())):
-            _add_heat_map(chatbot, model)
-        return chatbot, messages, elements
+        if not any(wrapper.router_counts for wrapper in getattr(model, "_kt_wrappers", ())):
+            return stock(engine, visible)
+        import gradio
+
+        with gradio.Row():
+            with gradio.Column(scale=3):
+                box = stock(engine, visible)
+            with gradio.Column(scale=2):
+                _add_heat_map(box[0], model)
+        return box
 
     replace(module, create_chat_box=create_chat_box)
 
@@ -39,7 +45,7 @@ def _add_heat_map(chatbot: Any, model: Any) -> None:
         answers = first.tokens - first.prompt_tokens
         return router_heat_map(stats, f"{first.tokens} tokens, {answers} of them in answers")
 
-    plot = gradio.Plot(value=draw(), label="Experts")
+    plot = gradio.Plot(value=draw(), label="Experts", show_label=False)
     # Every piece of an answer changes the conversation. One drawing waits for the end of the answer, and of those that
     # are asked for meanwhile the last one is done.
     chatbot.change(draw, outputs=plot, trigger_mode="always_last", show_progress="hidden")

@@ -130,6 +130,7 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
         moe_lora=moe_lora_file(model_args),
         router_stats=model_args.kt_router_stats,
         debug=model_args.kt_debug,
+        debug_dir=model_args.kt_debug_dir,
     )
     if getattr(model_args, "kt_native", False):
         init_kwargs["trust_remote_code"] = False  # also where the tokenizer needed it

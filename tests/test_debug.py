@@ -28,7 +28,7 @@ def load(path, engine="torch", **keys):
 
 
 @torch.inference_mode()
-def test_steps_are_logged_and_traced(path, tmp_path, kt_log):
+def test_steps_are_logged_and_traced(path, tmp_path, kt_log, capsys):
     model = load(path, debug_dir=str(tmp_path / "debug"))
     chosen = []
     for wrapper in model._kt_wrappers:
@@ -43,9 +43,12 @@ def test_steps_are_logged_and_traced(path, tmp_path, kt_log):
     assert "3 steps, 19 tokens" in debugger.summary()
     assert all(debugger._total[part] > 0 for part in ("experts", "router", "rest"))
     debugger.close()
-    text = kt_log.text
-    for line in ("DEBUG step 1, layer 2: 17 tokens, transfer", "DEBUG step 3: 1 tokens", "DEBUG profile: 3 steps"):
+    assert "DEBUG profile: 3 steps" in kt_log.text and "DEBUG step" not in capsys.readouterr().err
+    text = (tmp_path / "debug" / "steps.log").read_text()
+    for line in ("DEBUG step 1, layer 2: 17 tokens, transfer", "DEBUG step 3: 1 tokens"):
         assert line in text
+    load(path)(IDS)
+    assert "DEBUG step 1: 17 tokens" in capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "debug" / "experts.jsonl").read_text().splitlines()]
     rows = [
         (layer, i, s) for layer, index, weights in chosen for i, s in zip(index.tolist(), weights.tolist(), strict=True)

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import json
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -32,7 +33,7 @@ class Debugger:
     """Follows the calls of one model.
 
     Args:
-        directory: for ``experts.jsonl`` (a line a token and layer), ``trace_prompt.json`` and ``trace_answer.json``
+        directory: for ``steps.log`` (else on stderr, out of the chat), ``experts.jsonl`` (a line a token and layer), ``trace_prompt.json`` and ``trace_answer.json``
             (torch.profiler's, in Chrome's format, of the first step of each kind); None writes no files.
     """
 
@@ -43,11 +44,13 @@ class Debugger:
         self._total = {"experts": 0.0, "transfer": 0.0, "router": 0.0, "rest": 0.0}
         self._tokens = 0
         self._file: IO[str] | None = None
+        self._log: IO[str] | None = None
         self._directory = directory
         self._profiled: set[str] = set()
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
             self._file = (directory / "experts.jsonl").open("w", encoding="utf-8")
+            self._log = (directory / "steps.log").open("w", encoding="utf-8")
         reference = weakref.ref(self)
         atexit.register(lambda: debugger.close() if (debugger := reference()) else None)
 
@@ -87,13 +90,14 @@ class Debugger:
             step = self._steps
             for key, value in parts.items():
                 self._total[key] += value
-        for layer in layers:
-            logger.info(
-                "DEBUG step %d, layer %d: %d tokens, transfer %.2f ms, experts %.2f ms",
-                step, layer["layer"], layer["tokens"], 1000 * layer["transfer"], 1000 * layer["experts"],
-            )  # fmt: skip
+        lines = [
+            f"DEBUG step {step}, layer {layer['layer']}: {layer['tokens']} tokens, transfer {1000 * layer['transfer']:.2f} ms, "
+            f"experts {1000 * layer['experts']:.2f} ms"
+            for layer in layers
+        ]
         times = ", ".join(f"{key} {1000 * value:.2f}" for key, value in parts.items())
-        logger.info("DEBUG step %d: %d tokens, %.2f ms (%s)", step, tokens, 1000 * seconds, times)
+        lines.append(f"DEBUG step {step}: {tokens} tokens, {1000 * seconds:.2f} ms ({times})")
+        print(*lines, sep="\n", file=self._log or sys.stderr)
 
     def watch_router(self, block: nn.Module) -> None:
         """Measure the router of a MoE block: its child ``gate`` or ``router``; what the block itself computes is rest."""
@@ -159,8 +163,10 @@ class Debugger:
         if self._steps:
             logger.info("%s", self.summary())
         if self._file is not None:
+            assert self._log is not None
             self._file.close()
-            self._file = None
+            self._log.close()
+            self._file = self._log = None
         self._steps = 0
 
 

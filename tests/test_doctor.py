@@ -79,7 +79,8 @@ def test_kernel_absent_fork_over_stock_and_wrong_torchaudio(tmp_path):
     assert found["torchaudio"]["text"].startswith("2.11.0 is outside of <2.10,>=2.9.1")
     assert found["import torchaudio"]["text"] == "OSError: _torchaudio.so: undefined symbol: aoti"
     assert found["KMP_AFFINITY"]["status"] == found["KT_KERNEL_CPU_VARIANT"]["status"] == "warning"
-    assert found["import torch"]["status"] == found["hooks"]["status"] == "ok", found["hooks"]
+    assert found["import torch"]["status"] == "ok"
+    assert "_torchaudio.so" in found["hooks"]["text"], "LLaMA-Factory's chat imports torchaudio"
 
 
 def test_without_torch(tmp_path, demo):

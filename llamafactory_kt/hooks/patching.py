@@ -96,7 +96,12 @@ def require_hooks(*more: str) -> None:
         "llamafactory.chat.hf_engine",
     )
     for name in (*always, *more):
-        module = import_module(name)
+        try:
+            module = import_module(name)
+        except (ImportError, OSError) as reason:  # a library below it is broken or was installed in part
+            raise KTHookError(
+                f"{name} cannot be imported: {reason}. llamafactory-kt doctor may say more. {versions()}"
+            ) from reason
         if error := bootstrap.failures.get(name):
             raise (
                 error

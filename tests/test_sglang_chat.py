@@ -239,7 +239,7 @@ def test_serve(standin, tmp_path):
 
 
 def test_serve_wants_a_configuration_for_kt(tmp_path):
-    for content, message in (("use_kt: false", "with use_kt: true"), ("a: [", "cannot be read as YAML")):
+    for content, message in (("use_kt: false", "with use_kt: true"), ("a: [", "is not valid YAML")):
         (tmp_path / "c.yaml").write_text(content)
         run = [sys.executable, "-m", "llamafactory_kt", "serve", tmp_path / "c.yaml"]
         result = subprocess.run(run, capture_output=True, text=True)

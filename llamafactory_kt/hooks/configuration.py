@@ -21,12 +21,14 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
     Raises:
         KTPathError: There is no such file.
-        KTConfigError: It is not YAML, or not a mapping of keys.
+        KTConfigError: It is not YAML, or not a mapping of keys; a word is not ``key=value``.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    if wrong := [word for word in overrides if "=" not in word]:
+        raise KTConfigError(f"expected key=value after the configuration, found {wrong[0]!r}.")
     path = Path(path).expanduser()
     if not path.is_file():
         raise KTPathError(f"{path}: the configuration does not exist or is not a file.")

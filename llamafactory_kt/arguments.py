@@ -46,13 +46,17 @@ class KTArguments(KTServingArguments):
     kt_backend: str = field(
         default="auto",
         metadata={
-            "help": "Engine for the experts: AMXBF16, AMXINT8 or AMXINT4 (kt-kernel), torch (plain torch, slow), or auto: "
-            "AMXBF16 where the CPU has its instructions. Any letter case; a suffix _SFT is accepted."
+            "help": "Engine for the experts: AMXBF16, AMXINT8 or AMXINT4 (kt-kernel), oneDNN (torch's bfloat16 kernels), torch "
+            "(float32, slow), or auto: the faster of AMXBF16 and oneDNN. Any letter case; a suffix _SFT is accepted."
         },
     )
     kt_num_threads: str | None = field(
         default=None,
-        metadata={"help": "CPU threads of kt-kernel. Default: chosen from the physical cores."},
+        metadata={"help": "CPU threads of kt-kernel. Default: what is measured to be fastest."},
+    )
+    kt_recalibrate: bool = field(
+        default=False,
+        metadata={"help": "Whether to measure engines and threads again, although this machine's times are known."},
     )
     kt_tp_enabled: bool | None = field(
         default=None,
@@ -195,7 +199,7 @@ def _check_values(args: Any) -> list[str]:
         value = getattr(args, name)
         if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             problems.append(f"{name} must be a positive whole number, found {value!r}.")
-    for name in ("use_kt", "kt_tp_enabled", "kt_router_stats", "kt_debug", "kt_stats"):
+    for name in ("use_kt", "kt_tp_enabled", "kt_recalibrate", "kt_router_stats", "kt_debug", "kt_stats"):
         value = getattr(args, name)
         if not isinstance(value, bool) and not (name == "kt_tp_enabled" and value is None):
             problems.append(f"{name} must be true or false, found {value!r}.")
@@ -300,13 +304,11 @@ def _check_paths(args: Any) -> list[str]:
 
 
 def _check_machine(args: Any) -> list[Any]:
-    from .experts.kt_runtime import choose_threads, require_kernel
+    from .experts.plan import candidates
 
     problems: list[Any] = []
     try:
-        if args.kt_backend not in ("auto", "torch"):
-            require_kernel(args.kt_backend)
-        choose_threads(None, threadpool_count(args), on_gpu=False)
+        candidates(args.kt_backend, None, threadpool_count(args), on_gpu=False, weight_path=args.kt_weight_path)
     except (KTConfigError, KTKernelError) as error:
         problems.append(error)
     return problems

@@ -93,6 +93,13 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def cache_directory() -> Path:
+    """``LLAMAFACTORY_KT_CACHE``, else ``llamafactory-kt`` below ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    if own := os.environ.get("LLAMAFACTORY_KT_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamafactory-kt"
+
+
 @cache
 def _cpu_info() -> dict[str, str]:
     """/proc/cpuinfo of the first CPU."""

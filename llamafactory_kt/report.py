@@ -30,10 +30,13 @@ def load_table(model: nn.Module, report: LoadReport | None) -> str:
     table.add_row("Layers wrapped", f"{len(wrappers)} ({_ranges([w.layer_idx for w in wrappers])})")
     if kinds := layer_kinds(model):
         table.add_row("Layer kinds", kinds)
-    engine = summary["engine"]
-    table.add_row("Engine", engine if engine == "torch" else f"{engine} on {summary['variant']}")
-    workers = f"kt-kernel {summary['threads']} in {summary['pools']} sub-pool(s), " if summary["threads"] else ""
+    engine, plan = summary["engine"], summary["plan"]
+    table.add_row("Engine", f"{engine} on {summary['variant']}" if plan.method else engine)
+    idle = ", in the idle class" if plan.idle_workers else ""
+    workers = f"kt-kernel {plan.workers} in {summary['pools']} sub-pool(s){idle}; " if plan.workers else ""
     table.add_row("Threads", f"{workers}torch {torch.get_num_threads()}")
+    if summary["reason"]:
+        table.add_row("Chosen because", summary["reason"])
     cpu = experts_bytes + lora_bytes + torch_bytes.get("cpu", 0)
     table.add_row(
         "Memory on CPU",

@@ -87,9 +87,9 @@ def batch(shape: ExpertsShape, tokens: int, seed=2):
 
 @pytest.fixture(autouse=True, scope="module")
 def worker_threads():
-    from llamafactory_kt.experts.kt_runtime import share_cores
+    from llamafactory_kt.experts.kt_runtime import settle_pool
 
-    share_cores(1, 1, on_gpu=False)
+    settle_pool(1, 1)
 
 
 @pytest.mark.parametrize("kind", ENGINES)

@@ -16,8 +16,8 @@ def list_entries() -> None:
     from rich.markup import escape
     from rich.table import Column, Table
 
-    from ..machine import gib
-    from ..serving.adapter_cache import cache_directory, entries
+    from ..machine import cache_directory, gib
+    from ..serving.adapter_cache import entries
 
     found = entries()
     table = Table("entry", Column("made of", overflow="fold"), "form", "size", "made")

@@ -131,22 +131,18 @@ def _adapters(args: Any, model: Any, experts: Any) -> Any:
 def _placement(args: Any, model: Any, experts: Any, adapters: Any, itemsize: int) -> Findings:
     import torch
 
-    from ..experts.kt_runtime import choose_threads, kernel_problem
     from ..experts.memory import memory_need
-    from ..experts.methods import METHODS
+    from ..experts.plan import candidates
 
-    name = "AMXBF16" if args.kt_backend == "auto" else args.kt_backend
-    kernel = name != "torch" and kernel_problem(name) is None
     pools, gpus = threadpool_count(args), torch.cuda.device_count()
+    plans = candidates(args.kt_backend, args.kt_num_threads, pools, gpus > 0, args.kt_weight_path)
     need = memory_need(
-        model, experts, adapters, method=METHODS[name] if kernel else None, pools=pools, itemsize=itemsize,
+        model, experts, adapters, backend=plans[0].backend, pools=pools, itemsize=itemsize,
         stored=bool(args.kt_weight_path),
     )  # fmt: skip
     layers = name_some([module.layer for module in experts], 4)
-    engine = name if kernel else "torch"
-    workers = choose_threads(args.kt_num_threads, pools, gpus > 0)
-    how = f"{workers} worker(s) in {pools} sub-pool(s)" if kernel else f"{torch.get_num_threads()} torch threads"
-    yield ok("experts", f"layers {layers}: {engine} on the CPU, {how}")
+    how = f"{plans[0]}" if len(plans) == 1 else f"the fastest of {'; '.join(str(plan) for plan in plans)}"
+    yield ok("experts", f"layers {layers} on the CPU; {how}")
     free, needed = available_memory(), need.on_cpu(others_on_gpu=gpus > 0)
     text = (
         f"about {gib(needed)} while loading (experts {gib(need.experts)}, their LoRA {gib(need.lora)}, the layer being "

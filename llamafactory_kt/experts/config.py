@@ -19,12 +19,13 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     backends quantise.
 
     Args:
-        backend: ``AMXBF16``, ``AMXINT8`` or ``AMXINT4`` (kt-kernel), ``torch``, or ``auto``: ``AMXBF16`` where the CPU has
-            its instructions.
-        num_threads: worker threads of kt-kernel; None chooses from the physical cores.
+        backend: ``AMXBF16``, ``AMXINT8`` or ``AMXINT4`` (kt-kernel), ``oneDNN`` (torch's bfloat16 kernels), ``torch`` (float32
+            arithmetic, slow), or ``auto``: whichever of ``AMXBF16`` and ``oneDNN`` is measured to be faster.
+        num_threads: worker threads of kt-kernel; None measures what is fastest.
         threadpool_count: NUMA sub-pools the workers are divided into.
         weight_path: directory of packed weights that ``llamafactory-kt quantize`` made; ``AMXINT8`` needs it, ``AMXINT4``
             packs the checkpoint's weights while loading without it.
+        recalibrate: measure engines and threads again, although this machine's times are known.
         max_chunk: tokens per kernel call; longer inputs are split.
         adapter: directory of the LoRA adapter to come, or several. They are checked against the model before weights
             are read, and the kernels get room for their ranks. They are not applied: that is ``apply_adapter``'s part.
@@ -43,6 +44,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     num_threads: int | None = None
     threadpool_count: int = 1
     weight_path: str | None = None
+    recalibrate: bool = False
     max_chunk: int = DEFAULT_MAX_CHUNK
     adapter: str | list[str] | None = None
     moe_lora: str | None = None

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from ..errors import KTConfigError, KTKernelError
-from ..machine import missing_cpu_flags, numa_nodes, usable_cores
+from ..errors import KTKernelError
+from ..machine import missing_cpu_flags, usable_cores
 from .checkpoint import LayerWeights
 from .methods import Method
 from .threads import wait
@@ -56,45 +56,16 @@ def cpu_variant() -> str:
     return str(kt_kernel.__cpu_variant__)
 
 
-def choose_threads(requested: int | None, pools: int, on_gpu: bool) -> int:
-    """Worker threads for the experts.
-
-    Workers spin between layers, so workers and torch's own threads together must fit the cores (a naive choice
-    decodes three times slower on a small machine). Without a GPU, torch computes the attention on the same cores and
-    gets half of them; with one, a core is left for the thread that dispatches.
-
-    Raises:
-        KTConfigError: Fewer workers than sub-pools, or more sub-pools than NUMA nodes.
-    """
-    cores, nodes = usable_cores(), numa_nodes()
-    if pools > nodes:
-        raise KTConfigError(f"kt_threadpool_count: {pools} sub-pools asked for, this machine has {nodes} NUMA node(s).")
-    default = max(1, pools, cores - 1 if on_gpu else cores // 2)
-    most = max(1, pools, cores - 1)
-    if requested is None:
-        return default
-    if requested < pools:
-        raise KTConfigError(
-            f"kt_num_threads: {requested} is fewer than kt_threadpool_count: {pools}; give each pool one."
-        )
-    if requested > cores:
-        logger.warning(
-            "kt_num_threads: %d is more than the %d cores this process may use; using %d.", requested, cores, most
-        )
-        return most
-    return requested
-
-
 class _Pool:
     threads: int | None = None
     pools = 1
 
 
-def share_cores(threads: int, pools: int, on_gpu: bool) -> tuple[int, int]:
-    """Settle the process's worker threads and leave the other cores to torch.
+def settle_pool(threads: int, pools: int) -> tuple[int, int]:
+    """Settle the process's worker threads and sub-pools.
 
     Returns:
-        (worker threads, sub-pools) in force: those of the first load, since kt-kernel cannot change them.
+        Those in force: the first load's, since kt-kernel cannot change them.
     """
     if _Pool.threads is None:
         _Pool.threads, _Pool.pools = threads, pools
@@ -105,9 +76,6 @@ def share_cores(threads: int, pools: int, on_gpu: bool) -> tuple[int, int]:
             "(asked for: %d in %d); start a new process to change that.",
             _Pool.threads, _Pool.pools, threads, pools,
         )  # fmt: skip
-    rest = max(1, usable_cores() - _Pool.threads)
-    if not on_gpu and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > rest:
-        torch.set_num_threads(rest)
     return _Pool.threads, _Pool.pools
 
 

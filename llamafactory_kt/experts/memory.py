@@ -10,7 +10,7 @@ from torch import nn
 from ..adapters import AdapterSet, ExpertsShape
 from .contract import ExpertsModule
 from .kernel import idle_bytes, packed_nbytes
-from .methods import Method
+from .methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def memory_need(
     experts: Sequence[ExpertsModule],
     adapters: AdapterSet,
     *,
-    method: Method | None,
+    backend: str,
     pools: int,
     itemsize: int,
     stored: bool = False,
@@ -46,14 +46,14 @@ def memory_need(
     """Add up a model that is still empty.
 
     Args:
-        method: of kt-kernel; None for the torch engine, which keeps the checkpoint's weights.
+        backend: not ``auto``; ``torch`` keeps the checkpoint's weights, ``oneDNN`` has them in bfloat16.
         pools: NUMA sub-pools, over which each expert's intermediate size is divided.
         itemsize: bytes of a weight in the checkpoint.
         stored: the packed weights are read from ``kt_weight_path``, and not made from the checkpoint's.
     """
-    raw = [3 * m.shape.num_experts * m.shape.hidden_size * m.shape.intermediate_size * itemsize for m in experts]
-    packed, reusable = raw, 0
-    if method is not None:
+    weights = [3 * m.shape.num_experts * m.shape.hidden_size * m.shape.intermediate_size for m in experts]
+    packed, reusable = [n * (2 if backend == "oneDNN" else itemsize) for n in weights], 0
+    if (method := METHODS.get(backend)) is not None:
 
         def sizes(shape: ExpertsShape) -> tuple[int, int, int]:
             hidden, intermediate = method.padded(shape.hidden_size), method.padded(shape.intermediate_size, pools)
@@ -68,7 +68,7 @@ def memory_need(
             3 * m.shape.num_experts * adapters.rank(m.layer) * (m.shape.hidden_size + m.shape.intermediate_size) * 2
             for m in experts
         ),
-        layer=0 if stored else max(raw),
+        layer=0 if stored else max(weights) * itemsize,
         others=sum(p.nbytes for n, p in model.named_parameters() if n not in names),
         reusable=reusable,
     )

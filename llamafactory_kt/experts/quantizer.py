@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..adapters import AdapterSet, open_adapters
-from ..backends import PACKED, canonical_backend
-from ..errors import KTConfigError, KTMemoryError, KTModelError
+from ..errors import KTMemoryError, KTModelError
 from ..machine import available_memory, gib, give_back_memory
 from ..peft_part import check_peft_part
+from .calibration import choose
 from .checkpoint import ExpertsCheckpoint, LayerWeights
 from .config import QUANT_METHOD, KTExpertsConfig
 from .contract import ExpertsModule, find_experts
@@ -30,12 +31,14 @@ from .debugging import Debugger
 from .engine import Engine, EngineSpec
 from .gate import guard
 from .kt_engine import KTEngine
-from .kt_runtime import choose_threads, cpu_variant, kernel_problem, require_kernel, share_cores
+from .kt_runtime import cpu_variant, settle_pool
 from .memory import memory_need
-from .methods import METHODS, Method
 from .module import KTExperts
+from .onednn_engine import OneDNNEngine
+from .plan import candidates
 from .stored import StoredLayer, record_for
 from .torch_engine import TorchEngine
+from .workers import arrange
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +54,9 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        backend = _resolve_backend(config.backend, config.weight_path)
         on_gpu = torch.cuda.is_available() and device_map not in (None, {"": "cpu"}, {"": torch.device("cpu")})
-        threads = choose_threads(config.num_threads, config.threadpool_count, on_gpu)
+        pools = config.threadpool_count
+        plans = candidates(config.backend, config.num_threads, pools, on_gpu, config.weight_path)
         experts = find_experts(model)
         if not checkpoint_files:
             raise KTModelError(f"{type(model).__name__}: experts are read from checkpoint files, and there are none.")
@@ -64,17 +67,22 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         for adapter in adapters.adapters:
             check_peft_part(model, adapter)
         adapters.check_finite()
-        method = METHODS.get(backend)
-        self._check_memory(model, checkpoint, adapters, on_gpu, method)
-        if method is not None:
-            threads, config.threadpool_count = share_cores(threads, config.threadpool_count, on_gpu)
-            if method.bits == 16 and checkpoint.dtypes() != {"BF16"}:
-                logger.warning(
-                    "The experts are stored as %s; kt-kernel computes them in bfloat16.", ", ".join(checkpoint.dtypes())
-                )
+        first = experts[0]
+        self._plan, reason = choose(
+            plans, first.shape, first.num_experts_per_tok, pools, config.max_chunk, on_gpu, config.recalibrate
+        )
+        self._check_memory(model, checkpoint, adapters, on_gpu)
+        if self._plan.workers:
+            workers, config.threadpool_count = settle_pool(self._plan.workers, pools)
+            self._plan = replace(self._plan, workers=workers)
+        if self._plan.backend in ("AMXBF16", "oneDNN") and checkpoint.dtypes() != {"BF16"}:
+            logger.warning(
+                "The experts are stored as %s; %s computes them in bfloat16.",
+                ", ".join(checkpoint.dtypes()), self._plan.backend,
+            )  # fmt: skip
         directory = Path(config.debug_dir).expanduser() if config.debug_dir else None
         self._debugger = Debugger(directory) if config.debug else None
-        engines = [self._engine(module, checkpoint, adapters, method) for module in experts]
+        engines = [self._engine(module, checkpoint, adapters) for module in experts]
         self._wrappers = [self._replace(model, module, engine) for module, engine in zip(experts, engines, strict=True)]
         self._sizes = {module.name: checkpoint.nbytes(module.name) for module in experts}
         model._kt_wrappers = self._wrappers
@@ -82,8 +90,9 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         model._kt_gate = guard(model, config.router_stats, self._debugger)
         model._kt_summary = {
             "engine": self._wrappers[0].engine.name,
-            "variant": cpu_variant() if method else "any",
-            "threads": threads if method else 0,
+            "variant": cpu_variant() if self._plan.method else "any",
+            "plan": self._plan,
+            "reason": reason,
             "pools": config.threadpool_count,
         }
         # transformers will find just these tensors unexpected, as no parameter asks for them any more.
@@ -93,13 +102,13 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         ]
 
     def _check_memory(
-        self, model: nn.Module, checkpoint: ExpertsCheckpoint, adapters: AdapterSet, on_gpu: bool, method: Method | None
+        self, model: nn.Module, checkpoint: ExpertsCheckpoint, adapters: AdapterSet, on_gpu: bool
     ) -> None:
         need = memory_need(
             model,
             checkpoint.modules,
             adapters,
-            method=method,
+            backend=self._plan.backend,
             pools=self.quantization_config.threadpool_count,
             itemsize=max(checkpoint.dtype(module.name).itemsize for module in checkpoint.modules),
             stored=self.quantization_config.weight_path is not None,
@@ -110,10 +119,8 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"the model {gib(needed)}; {gib(free)} are free. Free memory, use a machine with more, or a smaller model."
             )
 
-    def _engine(
-        self, module: ExpertsModule, checkpoint: ExpertsCheckpoint, adapters: AdapterSet, method: Method | None
-    ) -> Engine:
-        config = self.quantization_config
+    def _engine(self, module: ExpertsModule, checkpoint: ExpertsCheckpoint, adapters: AdapterSet) -> Engine:
+        config, method = self.quantization_config, self._plan.method
         spec = EngineSpec(
             module.layer, module.shape, module.num_experts_per_tok,
             lora_rank=adapters.rank(module.layer) or config.lora_rank, lora_scaling=adapters.scaling(module.layer),
@@ -123,7 +130,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             return checkpoint.read(module.name, dtype, size)
 
         if method is None:
-            return TorchEngine(spec, read)
+            return (OneDNNEngine if self._plan.backend == "oneDNN" else TorchEngine)(spec, read)
         pools, stored = config.threadpool_count, None
         if config.weight_path:
             record = record_for(module.shape, method, pools, checkpoint.fingerprint(module.name))
@@ -146,6 +153,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
                 experts.engine.load()
                 give_back_memory()
                 bar.update(self._sizes[experts.info.name])
+        arrange(self._plan)
         return model
 
     def is_serializable(self) -> bool:
@@ -154,19 +162,3 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def _resolve_backend(name: str, weight_path: str | None) -> str:
-    backend = canonical_backend(name)
-    if weight_path and backend not in PACKED:
-        raise KTConfigError(f"weight_path is for {' and '.join(PACKED)}, not for backend {backend}.")
-    if backend == "AMXINT8" and not weight_path:
-        raise KTConfigError("AMXINT8 needs weight_path: a directory that llamafactory-kt quantize made.")
-    if backend in METHODS:
-        require_kernel(backend)
-    elif backend == "auto":
-        backend = "AMXBF16"
-        if problem := kernel_problem():
-            logger.warning("kt_backend: auto falls back to plain torch, which is slow: %s.", problem)
-            backend = "torch"
-    return backend

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,17 +18,11 @@ from pathlib import Path
 
 from ..adapters import Adapter, ExpertsShape
 from ..adapters.replacing import replacing
+from ..machine import cache_directory
 
 ENTRY = "entry.json"
 VERSION = 1
 """of the forms that are written; a change makes all entries anew"""
-
-
-def cache_directory() -> Path:
-    """``LLAMAFACTORY_KT_CACHE``, else ``llamafactory-kt`` below ``XDG_CACHE_HOME`` or ``~/.cache``."""
-    if own := os.environ.get("LLAMAFACTORY_KT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamafactory-kt"
 
 
 @dataclass(frozen=True)

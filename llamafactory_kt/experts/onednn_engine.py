@@ -1,0 +1,115 @@
+"""Experts in torch's own bfloat16 kernels (oneDNN), their weights packed as those kernels want them.
+
+kt-kernel's workers spin between layers and take the cores from torch's threads; where cores are few and torch computes
+the attention on them too, torch's own threads are faster. Packing once saves oneDNN from sorting each weight anew in
+every call, which makes it faster than the same product on plain weights. The memory is the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from ..adapters import ExpertLora
+from .engine import Engine, Undo
+
+
+def onednn_problem() -> str | None:
+    """Why this engine cannot run here, or None."""
+    try:
+        supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):
+        supported = False
+    return None if supported else "torch has no bfloat16 kernels of oneDNN for this CPU (AVX-512 is needed)"
+
+
+class OneDNNEngine(Engine):
+    """The checkpoint's weights in bfloat16, gate and up side by side; sums in float32 inside each product."""
+
+    name = "oneDNN"
+
+    _lora: list[tuple[torch.Tensor, ...]] | None = None
+    _lora_nbytes = 0
+
+    def load(self) -> None:
+        shape = self.spec.shape
+        weights = self._read_weights(torch.bfloat16, (shape.hidden_size, shape.intermediate_size))
+        self._packed = [
+            (_pack(torch.cat((gate, up))), _pack(down))
+            for gate, up, down in zip(weights.gate, weights.up, weights.down, strict=True)
+        ]
+
+    def set_lora(self, lora: ExpertLora | None) -> Undo:
+        before = self._lora, self._lora_nbytes, self.lora_rank
+        self._lora = _lora_tensors(lora) if lora else None
+        self._lora_nbytes = sum(tensor.nbytes for tensors in self._lora or () for tensor in tensors)
+        self.lora_rank = lora.rank if lora else 0
+
+        def undo() -> None:
+            self._lora, self._lora_nbytes, self.lora_rank = before
+
+        return undo
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        # Each expert's tokens side by side: one product for all of them.
+        experts = index.reshape(-1)
+        order = experts.argsort(stable=True)
+        token = order // index.shape[1]
+        rows = hidden.to(torch.bfloat16)[token]
+        counts = torch.bincount(experts, minlength=len(self._packed)).tolist()
+        parts = rows.split([count for count in counts if count])
+        hit = [expert for expert, count in enumerate(counts) if count]
+        results = torch.cat([self._expert(expert, part) for expert, part in zip(hit, parts, strict=True)])
+        scores = weights.reshape(-1)[order].float()
+        out = torch.zeros(hidden.shape, dtype=torch.float32)
+        return out.index_add_(0, token, results.float() * scores[:, None]).to(hidden.dtype)
+
+    def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """x [n, H] bf16 -> [n, H] bf16."""
+        gate_up_weight, down_weight = self._packed[expert]
+        gate_up = _linear(x, gate_up_weight)
+        if self._lora is not None:
+            a, b, down_a, down_b = self._lora[expert]
+            gate_up.addmm_(F.linear(x, a), b)
+        gate, up = gate_up.chunk(2, dim=-1)
+        inner = F.silu(gate) * up
+        out = _linear(inner, down_weight)
+        if self._lora is not None:
+            out.addmm_(F.linear(inner, down_a), down_b)
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        shape = self.spec.shape
+        return 3 * shape.num_experts * shape.hidden_size * shape.intermediate_size * 2
+
+    @property
+    def lora_nbytes(self) -> int:
+        return self._lora_nbytes
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in] in oneDNN's blocked layout."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    return packed
+
+
+def _linear(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return out
+
+
+def _lora_tensors(lora: ExpertLora) -> list[tuple[torch.Tensor, ...]]:
+    """Per expert, bf16: A of gate and up [2r, H]; their B as [2r, 2I], block by block; A of down [r, I]; its B [r, H].
+
+    The scaling is multiplied into B.
+    """
+    rank = lora.rank
+    b = {projection: lora.folded(projection, 1.0).to(torch.bfloat16) for projection in ("gate", "up", "down")}
+    experts, inner = b["gate"].shape[:2]
+    blocks = torch.zeros(experts, 2 * rank, 2 * inner, dtype=torch.bfloat16)
+    blocks[:, :rank, :inner] = b["gate"].transpose(1, 2)
+    blocks[:, rank:, inner:] = b["up"].transpose(1, 2)
+    a = torch.cat((lora.a["gate"], lora.a["up"]), dim=1).to(torch.bfloat16)
+    down_a, down_b = lora.a["down"].to(torch.bfloat16), b["down"].transpose(1, 2).contiguous()
+    return list(zip(a, blocks, down_a, down_b, strict=True))

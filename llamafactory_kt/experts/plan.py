@@ -1,0 +1,123 @@
+"""Which engine computes the experts here, with how many threads, and how those get along with torch's.
+
+Threads decide everything: kt-kernel's workers spin for 50 ms after their work, and where they and torch's threads
+together exceed the cores, each starves the other (decoding becomes three times slower). There are three ways out, and
+which is best is measured (:mod:`.calibration`):
+
+- the cores are divided between workers and torch;
+- torch has all cores, and the workers run in the idle scheduling class, in which they lose every contest against
+  torch and still have the cores while torch waits (:mod:`.workers`);
+- no workers: torch's threads compute the experts too (:mod:`.onednn_engine`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+from ..backends import PACKED, canonical_backend
+from ..errors import KTConfigError
+from ..machine import numa_nodes, usable_cores
+from .kt_runtime import kernel_problem, require_kernel
+from .methods import METHODS, Method
+from .onednn_engine import onednn_problem
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen, before or after measuring."""
+
+    backend: str
+    """one of :data:`~llamafactory_kt.backends.BACKENDS` but ``auto``"""
+    workers: int
+    """kt-kernel's worker threads, 0 for other engines"""
+    torch_threads: int
+    idle_workers: bool = False
+    """workers run in the idle scheduling class"""
+
+    @property
+    def method(self) -> Method | None:
+        """How kt-kernel packs the weights; None for torch's engines."""
+        return METHODS.get(self.backend)
+
+    def __str__(self) -> str:
+        workers = f"{self.workers} {'idle-class ' if self.idle_workers else ''}worker(s), " if self.workers else ""
+        return f"{self.backend}: {workers}torch {self.torch_threads}"
+
+
+def candidates(backend: str, num_threads: int | None, pools: int, on_gpu: bool, weight_path: str | None) -> list[Plan]:
+    """The plans that fit the configuration and this machine; the first is taken where nothing is measured.
+
+    ``OMP_NUM_THREADS`` fixes torch's threads. A number of workers that is asked for is taken as it is, and means
+    kt-kernel where the backend is ``auto``.
+
+    Raises:
+        KTConfigError: Unknown backend, ``weight_path`` missing or useless, or threads and sub-pools that do not fit.
+        KTKernelError: The kernel that was asked for cannot run here.
+    """
+    backend = canonical_backend(backend)
+    if weight_path and backend not in PACKED:
+        raise KTConfigError(f"weight_path is for {' and '.join(PACKED)}, not for backend {backend}.")
+    if backend == "AMXINT8" and not weight_path:
+        raise KTConfigError("AMXINT8 needs weight_path: a directory that llamafactory-kt quantize made.")
+    if backend in METHODS:
+        require_kernel(backend)
+    choose_threads(num_threads, pools, on_gpu)
+    fixed = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ or on_gpu else None
+    if backend in METHODS:
+        return _with_workers(backend, num_threads, pools, on_gpu, fixed)
+    alone = fixed or usable_cores()
+    if backend == "auto":
+        plans = [] if kernel_problem() else _with_workers("AMXBF16", num_threads, pools, on_gpu, fixed)
+        if not (onednn_problem() or (plans and num_threads)):
+            plans.append(Plan("oneDNN", 0, alone))
+        if plans:
+            return plans
+        logger.warning(
+            "kt_backend: auto falls back to plain torch, which is slow: %s; %s.", kernel_problem(), onednn_problem()
+        )
+        backend = "torch"
+    if backend == "oneDNN" and (problem := onednn_problem()):
+        raise KTConfigError(f"kt_backend: oneDNN cannot run here: {problem}. Use kt_backend: torch.")
+    return [Plan(backend, 0, alone)]
+
+
+def _with_workers(backend: str, num_threads: int | None, pools: int, on_gpu: bool, fixed: int | None) -> list[Plan]:
+    """Plans for kt-kernel: the cores divided, and shared with workers that give way."""
+    cores, workers = usable_cores(), choose_threads(num_threads, pools, on_gpu)
+    plans = [Plan(backend, workers, fixed or max(1, cores - workers))]
+    most = choose_threads(num_threads or max(1, pools, cores - 1), pools, on_gpu)
+    if fixed is None and most < cores:  # with as many idle workers as cores, nothing moves for seconds
+        plans.append(Plan(backend, most, cores, idle_workers=True))
+    return plans
+
+
+def choose_threads(requested: int | None, pools: int, on_gpu: bool) -> int:
+    """Worker threads where the cores are divided. Without a GPU, torch computes the attention on the same cores and gets
+    half of them; with one, a core is left for the thread that dispatches.
+
+    Raises:
+        KTConfigError: Fewer workers than sub-pools, or more sub-pools than NUMA nodes.
+    """
+    cores, nodes = usable_cores(), numa_nodes()
+    if pools > nodes:
+        raise KTConfigError(f"kt_threadpool_count: {pools} sub-pools asked for, this machine has {nodes} NUMA node(s).")
+    default = max(1, pools, cores - 1 if on_gpu else cores // 2)
+    most = max(1, pools, cores - 1)
+    if requested is None:
+        return default
+    if requested < pools:
+        raise KTConfigError(
+            f"kt_num_threads: {requested} is fewer than kt_threadpool_count: {pools}; give each pool one."
+        )
+    if requested > cores:
+        logger.warning(
+            "kt_num_threads: %d is more than the %d cores this process may use; using %d.", requested, cores, most
+        )
+        return most
+    return requested

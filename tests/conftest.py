@@ -10,12 +10,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 
 from llamafactory_kt.experts.kt_runtime import kernel_problem
+from llamafactory_kt.experts.onednn_engine import onednn_problem
 
 collect_ignore = ["standin"]  # packages that tests put before a server's interpreter; importing them runs a server
 
 KERNEL_PROBLEM = kernel_problem()
 needs_kernel = pytest.mark.skipif(KERNEL_PROBLEM is not None, reason=str(KERNEL_PROBLEM))
-ENGINES = [pytest.param("AMXBF16", marks=needs_kernel), "torch"]
+needs_onednn = pytest.mark.skipif(onednn_problem() is not None, reason=str(onednn_problem()))
+ENGINES = [pytest.param("AMXBF16", marks=needs_kernel), pytest.param("oneDNN", marks=needs_onednn), "torch"]
 
 
 @pytest.fixture(scope="session")

@@ -168,21 +168,6 @@ def test_help_shows_the_keys():
         assert f"--{name}" in text
 
 
-def test_threads_chosen_and_clamped(monkeypatch, kt_log):
-    from llamafactory_kt.experts import kt_runtime
-
-    monkeypatch.setattr(kt_runtime, "usable_cores", lambda: 16)
-    monkeypatch.setattr(kt_runtime, "numa_nodes", lambda: 2)
-    assert kt_runtime.choose_threads(None, 1, on_gpu=False) == 8
-    assert kt_runtime.choose_threads(None, 2, on_gpu=True) == 15
-    assert kt_runtime.choose_threads(12, 2, on_gpu=False) == 12
-    assert kt_runtime.choose_threads(60, 1, on_gpu=False) == 15
-    assert "kt_num_threads: 60 is more than the 16 cores this process may use; using 15" in kt_log.text
-    for arguments in ((None, 3), (1, 2)):
-        with pytest.raises(KTConfigError):
-            kt_runtime.choose_threads(*arguments, on_gpu=False)
-
-
 @pytest.mark.parametrize("example", EXAMPLES, ids=[path.stem for path in EXAMPLES])
 def test_example_configurations_are_understood(example, monkeypatch):
     monkeypatch.setattr("llamafactory_kt.arguments._check_paths", lambda args: [])  # /models and /saves are yours

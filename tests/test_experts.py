@@ -19,6 +19,7 @@ from llamafactory_kt.experts.checkpoint import LayerWeights
 from llamafactory_kt.experts.engine import EngineSpec
 from llamafactory_kt.experts.kt_engine import KTEngine
 from llamafactory_kt.experts.methods import METHODS
+from llamafactory_kt.experts.onednn_engine import OneDNNEngine
 from llamafactory_kt.experts.torch_engine import TorchEngine
 
 TOP_K = 3
@@ -69,9 +70,10 @@ def make_engine(kind: str, shape: ExpertsShape, weights: LayerWeights, *, rank=8
         return out
 
     spec = EngineSpec(0, shape, TOP_K, rank, scaling)
+    plain = {"torch": TorchEngine, "oneDNN": OneDNNEngine}
     engine = (
-        TorchEngine(spec, read)
-        if kind == "torch"
+        plain[kind](spec, read)
+        if kind in plain
         else KTEngine(spec, read, METHODS[kind], max_chunk=chunk, pools=1, verbose=False)
     )
     engine.load()

@@ -25,7 +25,7 @@ from llamafactory_kt.adapters import open_adapters
 
 Thread = partial(threading.Thread, daemon=True)  # one that waits for ever must not keep the test run from ending
 IDS = torch.arange(30, 70).reshape(2, 20)
-DTYPES = {"AMXBF16": torch.bfloat16, "torch": torch.float32}
+DTYPES = {"AMXBF16": torch.bfloat16, "oneDNN": torch.bfloat16, "torch": torch.float32}
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +105,13 @@ def test_routers_go_back_to_their_own_weights():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_larger_rank_builds_larger_kernels(files, engine, tmp_path, monkeypatch):
+def test_a_larger_rank_than_was_expected(files, engine, tmp_path, monkeypatch):
     path = files[0]
     big = make_adapter(tmp_path / "big", path, rank=24, alpha=24, seed=3)
     model = load(path, engine, lora_rank=4)
     switch_adapter(model, big)
     assert per_token(logits(model), logits(merged_float32(path, big))) < 0.1
-    if engine != "torch":
+    if engine == "AMXBF16":
         bigger = make_adapter(tmp_path / "bigger", path, rank=25, alpha=24, seed=3)
         monkeypatch.setattr("llamafactory_kt.lora.available_memory", lambda: 1000)
         before = logits(model)

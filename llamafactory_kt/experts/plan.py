@@ -67,13 +67,14 @@ def candidates(backend: str, num_threads: int | None, pools: int, on_gpu: bool, 
         raise KTConfigError("AMXINT8 needs weight_path: a directory that llamafactory-kt quantize made.")
     if backend in METHODS:
         require_kernel(backend)
-    choose_threads(num_threads, pools, on_gpu)
+    workers = choose_threads(num_threads, pools, on_gpu)
+    asked = num_threads is not None
     fixed = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ or on_gpu else None
     if backend in METHODS:
-        return _with_workers(backend, num_threads, pools, on_gpu, fixed)
+        return _with_workers(backend, workers, asked, fixed)
     alone = fixed or usable_cores()
     if backend == "auto":
-        plans = [] if kernel_problem() else _with_workers("AMXBF16", num_threads, pools, on_gpu, fixed)
+        plans = [] if kernel_problem() else _with_workers("AMXBF16", workers, asked, fixed)
         if not (onednn_problem() or (plans and num_threads)):
             plans.append(Plan("oneDNN", 0, alone))
         if plans:
@@ -87,11 +88,16 @@ def candidates(backend: str, num_threads: int | None, pools: int, on_gpu: bool, 
     return [Plan(backend, 0, alone)]
 
 
-def _with_workers(backend: str, num_threads: int | None, pools: int, on_gpu: bool, fixed: int | None) -> list[Plan]:
-    """Plans for kt-kernel: the cores divided, and shared with workers that give way."""
-    cores, workers = usable_cores(), choose_threads(num_threads, pools, on_gpu)
+def _with_workers(backend: str, workers: int, asked: bool, fixed: int | None) -> list[Plan]:
+    """Plans for kt-kernel: the cores divided, and shared with workers that give way.
+
+    Args:
+        asked: for just this number of workers.
+        fixed: torch's threads where they are not ours to choose.
+    """
+    cores = usable_cores()
     plans = [Plan(backend, workers, fixed or max(1, cores - workers))]
-    most = choose_threads(num_threads or max(1, pools, cores - 1), pools, on_gpu)
+    most = workers if asked else max(workers, cores - 1)
     if fixed is None and most < cores:  # with as many idle workers as cores, nothing moves for seconds
         plans.append(Plan(backend, most, cores, idle_workers=True))
     return plans

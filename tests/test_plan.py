@@ -1,0 +1,174 @@
+"""Which engine and threads are chosen: by the machine's limits, by what was measured, and how they then run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import needs_kernel, needs_onednn
+
+from llamafactory_kt import KTConfigError, machine
+from llamafactory_kt.adapters import ExpertsShape
+from llamafactory_kt.experts import calibration, plan
+from llamafactory_kt.experts.calibration import Measured, choose
+from llamafactory_kt.experts.plan import Plan, candidates, choose_threads
+
+SHAPE = ExpertsShape(16, 2048, 1408)
+PLANS = [Plan("AMXBF16", 1, 1), Plan("AMXBF16", 1, 2, idle_workers=True), Plan("oneDNN", 0, 2)]
+
+
+@pytest.fixture(autouse=True)
+def big_machine(monkeypatch, tmp_path):
+    """16 cores in 2 NUMA nodes that can run everything, nothing remembered, no OMP_NUM_THREADS."""
+    monkeypatch.setattr(plan, "usable_cores", lambda: 16)
+    monkeypatch.setattr(plan, "numa_nodes", lambda: 2)
+    monkeypatch.setattr(plan, "kernel_problem", lambda: None)
+    monkeypatch.setattr(plan, "require_kernel", lambda backend: None)
+    monkeypatch.setattr(plan, "onednn_problem", lambda: None)
+    monkeypatch.setenv("LLAMAFACTORY_KT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+def test_threads_chosen_and_clamped(kt_log):
+    assert choose_threads(None, 1, on_gpu=False) == 8
+    assert choose_threads(None, 2, on_gpu=True) == 15
+    assert choose_threads(12, 2, on_gpu=False) == 12
+    assert choose_threads(60, 1, on_gpu=False) == 15
+    assert "kt_num_threads: 60 is more than the 16 cores this process may use; using 15" in kt_log.text
+    for arguments in ((None, 3), (1, 2)):
+        with pytest.raises(KTConfigError):
+            choose_threads(*arguments, on_gpu=False)
+
+
+def test_candidates(monkeypatch):
+    def found(backend="auto", threads=None, on_gpu=False):
+        return [str(each) for each in candidates(backend, threads, 1, on_gpu, None)]
+
+    shared = "AMXBF16: 15 idle-class worker(s), torch 16"
+    assert found() == ["AMXBF16: 8 worker(s), torch 8", shared, "oneDNN: torch 16"]
+    assert found("AMXINT4") == [line.replace("BF16", "INT4") for line in found()[:2]]
+    assert found("torch") == ["torch: torch 16"] and found("onednn") == ["oneDNN: torch 16"]
+    asked = ["AMXBF16: 12 worker(s), torch 4", "AMXBF16: 12 idle-class worker(s), torch 16"]
+    assert found(threads=12) == asked, "a number that is asked for is taken, and means workers"
+    assert found(threads=16) == ["AMXBF16: 16 worker(s), torch 1"], "never as many idle workers as cores"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    assert found(on_gpu=True) == ["AMXBF16: 15 worker(s), torch 16", "oneDNN: torch 16"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert found() == ["AMXBF16: 8 worker(s), torch 3", "oneDNN: torch 3"], "the user's number of torch threads stays"
+
+
+def test_candidates_where_something_is_missing(monkeypatch, kt_log):
+    monkeypatch.setattr(plan, "kernel_problem", lambda: "no kernel")
+    assert [each.backend for each in candidates("auto", None, 1, False, None)] == ["oneDNN"]
+    monkeypatch.setattr(plan, "onednn_problem", lambda: "no AVX-512")
+    assert [each.backend for each in candidates("auto", None, 1, False, None)] == ["torch"]
+    assert "falls back to plain torch, which is slow: no kernel; no AVX-512" in kt_log.text
+    with pytest.raises(KTConfigError, match="oneDNN cannot run here: no AVX-512"):
+        candidates("oneDNN", None, 1, False, None)
+
+
+def test_affinity_and_cgroup_limit_the_cores(monkeypatch):
+    monkeypatch.setattr(plan, "usable_cores", machine.usable_cores)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0})
+    assert candidates("AMXBF16", None, 1, False, None) == [Plan("AMXBF16", 1, 1)]
+    monkeypatch.undo()
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(1000, 1064)))
+    monkeypatch.setattr(machine, "cgroup_cpus", lambda: 2.5)
+    assert machine.usable_cores() == 2
+
+
+@pytest.fixture
+def measuring(monkeypatch):
+    """Times of PLANS instead of measured ones; counts the measurements."""
+    calls = []
+
+    def measure(plans, facts, experts):
+        calls.append(experts)
+        return [Measured(0.036, 0.3), Measured(0.010, 0.2), Measured(0.011, 0.1)]
+
+    monkeypatch.setattr(calibration, "_measure", measure)
+    return calls
+
+
+def chosen(shape=SHAPE, recalibrate=False):
+    return choose(PLANS, shape, 6, 1, 512, False, recalibrate)
+
+
+def test_the_fastest_is_chosen_and_remembered(measuring, monkeypatch):
+    best, reason = chosen()
+    assert best == PLANS[2], "3.36 s for 256 tokens of answer and 512 of prompt against 3.22 s, though the token is slower"
+    assert reason.startswith("measured 11.0 ms a token") and reason.count("AMXBF16") == 2
+    chosen()
+    assert len(measuring) == 1
+    chosen(recalibrate=True)
+    assert len(measuring) == 2
+    chosen(ExpertsShape(16, 2048, 1536))
+    assert len(measuring) == 3, "another shape"
+    monkeypatch.setattr(calibration, "cpu_name", lambda: "another CPU")
+    chosen()
+    assert len(measuring) == 4
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"facts": 1, "measured": []}', "other", "negative", "text"])
+def test_a_damaged_or_foreign_memory_is_ignored(measuring, damage):
+    chosen()
+    (file,) = Path(os.environ["LLAMAFACTORY_KT_CACHE"], "calibration").iterdir()
+    content = json.loads(file.read_text())
+    if damage == "other":
+        content["facts"]["machine"][0] = "another CPU"
+    if damage in ("negative", "text"):
+        content["measured"][0]["decode"] = -1 if damage == "negative" else "quick"
+    file.write_text(json.dumps(content) if damage.isalpha() else damage)
+    chosen()
+    assert len(measuring) == 2 and json.loads(file.read_text())["measured"][0]["decode"] == 0.036
+
+
+def test_nothing_is_measured_where_it_does_not_pay_or_cannot_be(measuring, monkeypatch, kt_log):
+    assert chosen(ExpertsShape(16, 64, 96)) == (PLANS[0], "small layers, not measured")
+    assert choose(PLANS[2:], SHAPE, 6, 1, 512, False) == (PLANS[2], "")
+    monkeypatch.setattr(calibration, "available_memory", lambda: 10**9)
+    assert chosen()[0] == PLANS[0] and not measuring
+    monkeypatch.undo()
+    monkeypatch.setattr(calibration.sys, "executable", "/bin/false")
+    assert chosen(recalibrate=True)[0] == PLANS[0]
+    assert "Measuring engines and threads failed (the measuring process ended with 1" in kt_log.text
+
+
+@needs_kernel
+@needs_onednn
+def test_measuring_for_real(monkeypatch):
+    monkeypatch.setattr(calibration, "SMALLEST_LAYER", 0)
+    best, reason = choose(PLANS[:1] + PLANS[2:], ExpertsShape(12, 256, 192), 3, 1, 64, False, recalibrate=True)
+    assert best in PLANS and reason.count("ms a token") == 2
+
+
+RUN = """
+import os, pathlib, torch
+from llamafactory_kt.experts import workers
+from llamafactory_kt.experts.kt_runtime import settle_pool
+from llamafactory_kt.experts.plan import Plan
+settle_pool(1, 1)
+from kt_kernel.sft.amx import AMXSFTMoEWrapper
+AMXSFTMoEWrapper._get_cpu_infer(1, 1)
+def policies():
+    tasks = pathlib.Path("/proc/self/task").iterdir()
+    names = {int(task.name): (task / "comm").read_text() for task in tasks}
+    return {os.sched_getscheduler(task) for task, name in names.items() if name.startswith("numa_")}
+print(policies())
+workers.arrange(Plan("AMXBF16", 1, 2, idle_workers=True))
+print(policies(), torch.get_num_threads(), (torch.ones(100000) + 1).sum().item())
+"""
+
+
+@needs_kernel
+def test_idle_workers():
+    """In a process of its own: a thread in the idle class may not be allowed to leave it again."""
+    done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert lines == [f"{{{os.SCHED_OTHER}}}", f"{{{os.SCHED_IDLE}}} 2 200000.0"], done.stdout + done.stderr

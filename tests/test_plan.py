@@ -102,7 +102,9 @@ def chosen(shape=SHAPE, recalibrate=False):
 
 def test_the_fastest_is_chosen_and_remembered(measuring, monkeypatch):
     best, reason = chosen()
-    assert best == PLANS[2], "3.36 s for 256 tokens of answer and 512 of prompt against 3.22 s, though the token is slower"
+    assert best == PLANS[2], (
+        "3.36 s for 256 tokens of answer and 512 of prompt against 3.22 s, though the token is slower"
+    )
     assert reason.startswith("measured 11.0 ms a token") and reason.count("AMXBF16") == 2
     chosen()
     assert len(measuring) == 1

@@ -16,6 +16,9 @@ from torch import nn
 from . import router_counts
 from .debugging import Debugger
 
+Observer = Callable[[dict[str, Any]], contextlib.AbstractContextManager[Any]]
+"""Given a call's arguments by name: what surrounds the call"""
+
 
 class Gate:
     """Many generations at once, or one exchange alone. An exchange that waits goes before generations that come later.
@@ -88,35 +91,28 @@ def guard(model: nn.Module, observe: bool = False, debugger: Debugger | None = N
         debugger: follows each call of ``forward``.
     """
     gate, reference = Gate(), weakref.ref(model)  # no cycle: a dropped model gives its memory back at once
+    observers: dict[str, list[Observer]] = {"generate": [], "forward": []}
+    if observe:
+        observers["generate"].append(lambda kwargs: router_counts.generation(reference(), kwargs))
+        observers["forward"].append(router_counts.call)
+    if debugger is not None:
+        observers["forward"].append(debugger.step)
 
-    def through(stock: Callable[..., Any]) -> MethodType:
+    def through(stock: Callable[..., Any], observers: list[Observer]) -> MethodType:
         signature = inspect.signature(stock)
-
-        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> contextlib.ExitStack:
-            notes = contextlib.ExitStack()
-            if args:  # by position
-                kwargs = {**signature.bind_partial(None, *args).arguments, **kwargs}
-            if stock.__name__ == "generate":
-                if observe:
-                    notes.enter_context(router_counts.generation(reference(), kwargs))
-                return notes
-            if observe:
-                notes.enter_context(router_counts.call(kwargs))
-            if debugger is not None:
-                notes.enter_context(debugger.step(kwargs))
-            return notes
 
         @functools.wraps(stock)
         def call(_: Any, *args: Any, **kwargs: Any) -> Any:
-            with gate.generation():
-                if not (observe or debugger):
-                    return stock(reference(), *args, **kwargs)
-                with note(args, kwargs):
-                    return stock(reference(), *args, **kwargs)
+            with gate.generation(), contextlib.ExitStack() as notes:
+                if observers:
+                    by_name = {**signature.bind_partial(None, *args).arguments, **kwargs} if args else kwargs
+                    for observer in observers:
+                        notes.enter_context(observer(by_name))
+                return stock(reference(), *args, **kwargs)
 
         return MethodType(call, weakref.proxy(model))  # LLaMA-Factory and transformers look into the method
 
-    for name in ("generate", "forward"):
+    for name in observers:
         if stock := getattr(type(model), name, None):
-            setattr(model, name, through(stock))
+            setattr(model, name, through(stock, observers[name]))
     return gate

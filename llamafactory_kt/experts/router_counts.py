@@ -19,41 +19,57 @@ PROMPT, ANSWER = 0, 1
 _local = threading.local()
 
 
+KEPT_ROWS = 1024
+"""rows of choices that are kept before they are added up, which costs a token far less than adding up each"""
+
+
 class RouterCounts:
     """Counts of one layer. Rows of the arrays: prompt, answer."""
 
     def __init__(self, num_experts: int):
         self._lock = threading.Lock()
-        self.tokens = np.zeros(2, np.int64)
-        self.counts = np.zeros((2, num_experts), np.int64)
-        """tokens that were routed to each expert"""
-        self.weights = np.zeros((2, num_experts), np.float64)
-        """sum of their routing weights"""
+        self._tokens = np.zeros(2, np.int64)
+        self._counts = np.zeros((2, num_experts), np.int64)
+        self._weights = np.zeros((2, num_experts), np.float64)
+        self._kept: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._rows = 0
 
     def add(self, index: torch.Tensor, weights: torch.Tensor) -> None:
         """Count one call: index [T, K] int64 and weights [T, K], on the CPU; rows that are padding are left out."""
         phase, mask = getattr(_local, "call", (PROMPT, None))
         if mask is not None and len(mask) == len(index):
             index, weights = index[mask], weights[mask]
-        size = self.counts.shape[1]
-        chosen = index.detach().reshape(-1).numpy()
-        counts = np.bincount(chosen, minlength=size)
-        sums = np.bincount(chosen, weights.detach().reshape(-1).float().numpy(), minlength=size)
         with self._lock:
-            self.tokens[phase] += len(index)
-            self.counts[phase] += counts
-            self.weights[phase] += sums
+            self._kept.append((phase, index, weights))
+            self._rows += len(index)
+            if self._rows >= KEPT_ROWS:
+                self._add_up()
+
+    def _add_up(self) -> None:
+        """Move what is kept into the counts. The caller holds the lock."""
+        size = self._counts.shape[1]
+        for phase in {phase for phase, *_ in self._kept}:
+            mine = [(index, weights) for each, index, weights in self._kept if each == phase]
+            index, weights = (torch.cat(tensors).detach() for tensors in zip(*mine, strict=True))
+            chosen = index.reshape(-1).numpy()
+            self._tokens[phase] += len(index)
+            self._counts[phase] += np.bincount(chosen, minlength=size)
+            self._weights[phase] += np.bincount(chosen, weights.reshape(-1).float().numpy(), minlength=size)
+        self._kept, self._rows = [], 0
 
     def reset(self) -> None:
         """Start again from zero."""
         with self._lock:
-            for array in (self.tokens, self.counts, self.weights):
+            self._kept, self._rows = [], 0
+            for array in (self._tokens, self._counts, self._weights):
                 array[:] = 0
 
     def snapshot(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Copies of (tokens [2], counts [2, E], weights [2, E]) that belong together."""
+        """Tokens [2], tokens that were routed to each expert [2, E], and the sums of their routing weights [2, E]: copies
+        that belong together."""
         with self._lock:
-            return self.tokens.copy(), self.counts.copy(), self.weights.copy()
+            self._add_up()
+            return self._tokens.copy(), self._counts.copy(), self._weights.copy()
 
 
 @contextlib.contextmanager

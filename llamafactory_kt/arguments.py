@@ -54,6 +54,13 @@ class KTArguments(KTServingArguments):
         default=None,
         metadata={"help": "CPU threads of kt-kernel. Default: what is measured to be fastest."},
     )
+    kt_idle_workers: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether kt-kernel's workers run in the idle scheduling class beside torch's threads, without a GPU. "
+            "Default: what is measured to be faster. Say false where other programs keep the cores busy."
+        },
+    )
     kt_recalibrate: bool = field(
         default=False,
         metadata={"help": "Whether to measure engines and threads again, although this machine's times are known."},
@@ -199,9 +206,17 @@ def _check_values(args: Any) -> list[str]:
         value = getattr(args, name)
         if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             problems.append(f"{name} must be a positive whole number, found {value!r}.")
-    for name in ("use_kt", "kt_tp_enabled", "kt_recalibrate", "kt_router_stats", "kt_debug", "kt_stats"):
+    for name in (
+        "use_kt",
+        "kt_tp_enabled",
+        "kt_idle_workers",
+        "kt_recalibrate",
+        "kt_router_stats",
+        "kt_debug",
+        "kt_stats",
+    ):
         value = getattr(args, name)
-        if not isinstance(value, bool) and not (name == "kt_tp_enabled" and value is None):
+        if not isinstance(value, bool) and not (name in ("kt_tp_enabled", "kt_idle_workers") and value is None):
             problems.append(f"{name} must be true or false, found {value!r}.")
     if not isinstance(args.kt_lora_scope, str) or args.kt_lora_scope.lower() not in SCOPES:
         problems.append(f"kt_lora_scope: unknown value {args.kt_lora_scope!r}, expected {' or '.join(SCOPES)}.")

@@ -46,13 +46,15 @@ def test_threads_chosen_and_clamped(kt_log):
 
 
 def test_candidates(monkeypatch):
-    def found(backend="auto", threads=None, on_gpu=False):
-        return [str(each) for each in candidates(backend, threads, 1, on_gpu, None)]
+    def found(backend="auto", threads=None, on_gpu=False, idle=None):
+        return [str(each) for each in candidates(backend, threads, 1, on_gpu, idle_workers=idle)]
 
     shared = "AMXBF16: 15 idle-class worker(s), torch 16"
     assert found() == ["AMXBF16: 8 worker(s), torch 8", shared, "oneDNN: torch 16"]
     assert found("AMXINT4") == [line.replace("BF16", "INT4") for line in found()[:2]]
     assert found("torch") == ["torch: torch 16"] and found("onednn") == ["oneDNN: torch 16"]
+    assert found("AMXINT4", idle=True) == found("AMXINT4")[1:]
+    assert found(idle=False) == [found()[0], found()[2]]
     asked = ["AMXBF16: 12 worker(s), torch 4", "AMXBF16: 12 idle-class worker(s), torch 16"]
     assert found(threads=12) == asked, "a number that is asked for is taken, and means workers"
     assert found(threads=16) == ["AMXBF16: 16 worker(s), torch 1"], "never as many idle workers as cores"
@@ -65,18 +67,18 @@ def test_candidates(monkeypatch):
 
 def test_candidates_where_something_is_missing(monkeypatch, kt_log):
     monkeypatch.setattr(plan, "kernel_problem", lambda: "no kernel")
-    assert [each.backend for each in candidates("auto", None, 1, False, None)] == ["oneDNN"]
+    assert [each.backend for each in candidates("auto", None, 1, False)] == ["oneDNN"]
     monkeypatch.setattr(plan, "onednn_problem", lambda: "no AVX-512")
-    assert [each.backend for each in candidates("auto", None, 1, False, None)] == ["torch"]
+    assert [each.backend for each in candidates("auto", None, 1, False)] == ["torch"]
     assert "falls back to plain torch, which is slow: no kernel; no AVX-512" in kt_log.text
     with pytest.raises(KTConfigError, match="oneDNN cannot run here: no AVX-512"):
-        candidates("oneDNN", None, 1, False, None)
+        candidates("oneDNN", None, 1, False)
 
 
 def test_affinity_and_cgroup_limit_the_cores(monkeypatch):
     monkeypatch.setattr(plan, "usable_cores", machine.usable_cores)
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0})
-    assert candidates("AMXBF16", None, 1, False, None) == [Plan("AMXBF16", 1, 1)]
+    assert candidates("AMXBF16", None, 1, False) == [Plan("AMXBF16", 1, 1)]
     monkeypatch.undo()
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(1000, 1064)))
     monkeypatch.setattr(machine, "cgroup_cpus", lambda: 2.5)

@@ -17,6 +17,7 @@ from .checkpoint import LayerWeights
 from .engine import Engine, EngineSpec
 from .kt_engine import KTEngine
 from .kt_runtime import settle_pool
+from .methods import METHODS
 from .onednn_engine import OneDNNEngine
 from .plan import Plan
 from .workers import arrange
@@ -51,9 +52,11 @@ def _engine(plan: Plan, task: dict[str, Any]) -> Engine:
         return LayerWeights(every.clone(), every.clone(), every.transpose(1, 2).contiguous())
 
     spec = EngineSpec(0, shape, top_k, RANK)
+    # AMXINT8 takes files only; for sharing the cores, its kernel is like the other integers'.
+    method = METHODS["AMXINT4"] if plan.backend == "AMXINT8" else plan.method
     engine: Engine = (
-        KTEngine(spec, read, plan.method, max_chunk=max_chunk, pools=pools, verbose=False)
-        if plan.method
+        KTEngine(spec, read, method, max_chunk=max_chunk, pools=pools, verbose=False)
+        if method
         else OneDNNEngine(spec, read)
     )
     engine.load()

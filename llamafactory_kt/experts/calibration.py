@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 SMALLEST_LAYER = 64 * 2**20
 """bytes; for smaller layers the choice matters less than the seconds that measuring takes"""
-SAMPLE = 512 * 2**20
+SAMPLE = 256 * 2**20
 """bytes of experts to measure with: far more than caches hold"""
 PROMPT, ANSWER = 512, 256
 """tokens of the chat for which the whole time is to be least"""

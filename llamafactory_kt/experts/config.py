@@ -25,6 +25,8 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         threadpool_count: NUMA sub-pools the workers are divided into.
         weight_path: directory of packed weights that ``llamafactory-kt quantize`` made; ``AMXINT8`` needs it, ``AMXINT4``
             packs the checkpoint's weights while loading without it.
+        idle_workers: whether kt-kernel's workers run in the idle scheduling class, beside torch's threads on all cores; None
+            measures what is faster. Only where torch computes on the CPU too.
         recalibrate: measure engines and threads again, although this machine's times are known.
         max_chunk: tokens per kernel call; longer inputs are split.
         adapter: directory of the LoRA adapter to come, or several. They are checked against the model before weights
@@ -44,6 +46,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     num_threads: int | None = None
     threadpool_count: int = 1
     weight_path: str | None = None
+    idle_workers: bool | None = None
     recalibrate: bool = False
     max_chunk: int = DEFAULT_MAX_CHUNK
     adapter: str | list[str] | None = None

@@ -50,11 +50,21 @@ class Plan:
         return f"{self.backend}: {workers}torch {self.torch_threads}"
 
 
-def candidates(backend: str, num_threads: int | None, pools: int, on_gpu: bool, weight_path: str | None) -> list[Plan]:
+def candidates(
+    backend: str,
+    num_threads: int | None,
+    pools: int,
+    on_gpu: bool,
+    weight_path: str | None = None,
+    idle_workers: bool | None = None,
+) -> list[Plan]:
     """The plans that fit the configuration and this machine; the first is taken where nothing is measured.
 
     ``OMP_NUM_THREADS`` fixes torch's threads. A number of workers that is asked for is taken as it is, and means
     kt-kernel where the backend is ``auto``.
+
+    Args:
+        idle_workers: only plans with or without them; None for both.
 
     Raises:
         KTConfigError: Unknown backend, ``weight_path`` missing or useless, or threads and sub-pools that do not fit.
@@ -71,10 +81,10 @@ def candidates(backend: str, num_threads: int | None, pools: int, on_gpu: bool, 
     asked = num_threads is not None
     fixed = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ or on_gpu else None
     if backend in METHODS:
-        return _with_workers(backend, workers, asked, fixed)
+        return _with_workers(backend, workers, asked, fixed, idle_workers)
     alone = fixed or usable_cores()
     if backend == "auto":
-        plans = [] if kernel_problem() else _with_workers("AMXBF16", workers, asked, fixed)
+        plans = [] if kernel_problem() else _with_workers("AMXBF16", workers, asked, fixed, idle_workers)
         if not (onednn_problem() or (plans and num_threads)):
             plans.append(Plan("oneDNN", 0, alone))
         if plans:
@@ -88,7 +98,7 @@ def candidates(backend: str, num_threads: int | None, pools: int, on_gpu: bool, 
     return [Plan(backend, 0, alone)]
 
 
-def _with_workers(backend: str, workers: int, asked: bool, fixed: int | None) -> list[Plan]:
+def _with_workers(backend: str, workers: int, asked: bool, fixed: int | None, idle_workers: bool | None) -> list[Plan]:
     """Plans for kt-kernel: the cores divided, and shared with workers that give way.
 
     Args:
@@ -96,11 +106,12 @@ def _with_workers(backend: str, workers: int, asked: bool, fixed: int | None) ->
         fixed: torch's threads where they are not ours to choose.
     """
     cores = usable_cores()
-    plans = [Plan(backend, workers, fixed or max(1, cores - workers))]
+    divided = Plan(backend, workers, fixed or max(1, cores - workers))
     most = workers if asked else max(workers, cores - 1)
-    if fixed is None and most < cores:  # with as many idle workers as cores, nothing moves for seconds
-        plans.append(Plan(backend, most, cores, idle_workers=True))
-    return plans
+    if fixed is not None or most >= cores or idle_workers is False:
+        return [divided]  # with as many idle workers as cores, nothing moves for seconds
+    shared = Plan(backend, most, cores, idle_workers=True)
+    return [shared] if idle_workers else [divided, shared]
 
 
 def choose_threads(requested: int | None, pools: int, on_gpu: bool) -> int:

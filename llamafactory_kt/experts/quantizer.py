@@ -8,6 +8,7 @@ layer by layer.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..adapters import AdapterSet, open_adapters
 from ..errors import KTMemoryError, KTModelError
-from ..machine import available_memory, gib, give_back_memory
+from ..machine import available_memory, gib, give_back_memory, usable_cores
 from ..peft_part import check_peft_part
 from .calibration import choose
 from .checkpoint import ExpertsCheckpoint, LayerWeights
@@ -56,7 +57,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         on_gpu = torch.cuda.is_available() and device_map not in (None, {"": "cpu"}, {"": torch.device("cpu")})
         pools = config.threadpool_count
-        plans = candidates(config.backend, config.num_threads, pools, on_gpu, config.weight_path)
+        plans = candidates(config.backend, config.num_threads, pools, on_gpu, config.weight_path, config.idle_workers)
         experts = find_experts(model)
         if not checkpoint_files:
             raise KTModelError(f"{type(model).__name__}: experts are read from checkpoint files, and there are none.")
@@ -146,6 +147,8 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         return experts
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if "OMP_NUM_THREADS" not in os.environ:  # copying and packing take all cores; running is arranged afterwards
+            torch.set_num_threads(usable_cores())
         total = sum(self._sizes.values())
         with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Loading experts") as bar:
             for number, experts in enumerate(self._wrappers, start=1):

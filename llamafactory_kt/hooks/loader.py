@@ -125,6 +125,7 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
         num_threads=model_args.kt_num_threads,
         threadpool_count=threadpool_count(model_args),
         weight_path=str(Path(model_args.kt_weight_path).expanduser()) if model_args.kt_weight_path else None,
+        idle_workers=model_args.kt_idle_workers,
         recalibrate=model_args.kt_recalibrate,
         max_chunk=model_args.kt_max_chunk,
         adapter=[str(path) for path in adapter_directories(model_args)],

@@ -6,6 +6,8 @@ KEY    := $(shell cat pyproject.toml Makefile | sha256sum | cut -c1-12)
 ENV    ?= $(CACHE)/env-$(KEY)
 READY  := $(ENV)/.ready
 BIN    := $(ENV)/bin
+# tests at a time: most of one is starting LLaMA-Factory, on one core and about 1 GB
+JOBS   ?= 2
 HERE   := $(CURDIR)
 
 .PHONY: help setup demo test lint types format clean
@@ -28,7 +30,7 @@ demo: setup ## the same prompts with and without the demo adapter, through llama
 	@$(BIN)/python -m llamafactory_kt demo
 
 test: setup lint types ## everything CI checks
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: setup ## ruff: style and formatting
 	$(BIN)/ruff check .

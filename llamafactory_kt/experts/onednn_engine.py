@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from ..adapters import ExpertLora
+from ..adapters.keys import PROJECTIONS
 from .engine import Engine, Undo
 
 
@@ -65,18 +66,17 @@ class OneDNNEngine(Engine):
         return out.index_add_(0, token, results.float() * scores[:, None]).to(hidden.dtype)
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """x [n, H] bf16 -> [n, H] bf16."""
+        """x [n, H] bf16 -> [n, H] float32, or bf16 without LoRA."""
         gate_up_weight, down_weight = self._packed[expert]
         gate_up = _linear(x, gate_up_weight)
-        if self._lora is not None:
-            a, b, down_a, down_b = self._lora[expert]
-            gate_up.addmm_(F.linear(x, a), b)
-        gate, up = gate_up.chunk(2, dim=-1)
-        inner = F.silu(gate) * up
-        out = _linear(inner, down_weight)
-        if self._lora is not None:
-            out.addmm_(F.linear(inner, down_a), down_b)
-        return out
+        if self._lora is None:
+            gate, up = gate_up.chunk(2, dim=-1)
+            return _linear(F.silu(gate).mul_(up), down_weight)
+        a, gate_b, up_b, down_a, down_b = self._lora[expert]
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        gate_low, up_low = F.linear(x.float(), a).chunk(2, dim=-1)
+        inner = F.silu(gate.addmm_(gate_low, gate_b)).mul_(up.addmm_(up_low, up_b))
+        return _linear(inner.to(torch.bfloat16), down_weight).float().addmm_(F.linear(inner, down_a), down_b)
 
     @property
     def nbytes(self) -> int:
@@ -100,16 +100,10 @@ def _linear(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
 
 
 def _lora_tensors(lora: ExpertLora) -> list[tuple[torch.Tensor, ...]]:
-    """Per expert, bf16: A of gate and up [2r, H]; their B as [2r, 2I], block by block; A of down [r, I]; its B [r, H].
+    """Per expert: A of gate and up [2r, H], their B [r, I], A of down [r, I], its B [r, H], scaling multiplied into B.
 
-    The scaling is multiplied into B.
+    In float32, whose products of this size take a third of the time of bfloat16's.
     """
-    rank = lora.rank
-    b = {projection: lora.folded(projection, 1.0).to(torch.bfloat16) for projection in ("gate", "up", "down")}
-    experts, inner = b["gate"].shape[:2]
-    blocks = torch.zeros(experts, 2 * rank, 2 * inner, dtype=torch.bfloat16)
-    blocks[:, :rank, :inner] = b["gate"].transpose(1, 2)
-    blocks[:, rank:, inner:] = b["up"].transpose(1, 2)
-    a = torch.cat((lora.a["gate"], lora.a["up"]), dim=1).to(torch.bfloat16)
-    down_a, down_b = lora.a["down"].to(torch.bfloat16), b["down"].transpose(1, 2).contiguous()
-    return list(zip(a, blocks, down_a, down_b, strict=True))
+    b = {projection: lora.folded(projection, 1.0).transpose(1, 2).contiguous() for projection in PROJECTIONS}
+    a = torch.cat((lora.a["gate"], lora.a["up"]), dim=1).float()
+    return list(zip(a, b["gate"], b["up"], lora.a["down"].float(), b["down"], strict=True))

@@ -266,9 +266,7 @@ def test_a_real_run(tmp_path, demo):
         # Three layers, two of eight experts a token, in bfloat16.
         assert loaded["experts_per_token"] == 3 * 2 * 3 * 128 * 96 * 2
     assert stock["loaded"]["weights"] == pytest.approx(files, rel=0.01) and found["machine"]["checkpoint"] == files
-    assert configured["loaded"]["weights"] - stock["loaded"]["weights"] == pytest.approx(
-        2 * (60_672 + 129_024), rel=0.1
-    )
+    assert configured["loaded"]["weights"] >= stock["loaded"]["weights"] + 2 * (60_672 + 129_024), "and its LoRA"
     assert (
         len(found["machine"]["bandwidth"]) == 2 and "decode speed after 40" in found["ratios"]["stock"]["as configured"]
     )

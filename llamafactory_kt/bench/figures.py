@@ -52,7 +52,7 @@ class Loaded:
     before: int
     """resident memory when all was imported and nothing loaded"""
     resident: int
-    """resident memory after the load"""
+    """resident memory after the load and one prompt: until then many weights are only mapped"""
     peak_loading: int
     """the most resident memory until then"""
     weights: int
@@ -86,12 +86,12 @@ class Measured:
 
     @property
     def added(self) -> int:
-        """Resident memory that the load added to the process."""
+        """Resident memory that the model added to the process."""
         return self.loaded.resident - self.loaded.before
 
     @property
     def over_weights(self) -> float:
-        """Resident memory that the load added, over the bytes of the weights."""
+        """Resident memory that the model added, over the bytes of the weights."""
         return self.added / self.loaded.weights
 
     @property

@@ -58,8 +58,9 @@ def _load(row: Row, prompt_tokens: Sequence[int]) -> tuple[Any, Loaded, Prepare]
     before, started = resident_memory(), time.perf_counter()
     model = ChatModel(row.loaded_config).engine.model
     load = time.perf_counter() - started
-    resident, peak = resident_memory(), resident_memory("VmHWM")
     prepare: Prepare = lambda tokens: None  # noqa: E731
+    measure(model, min(prompt_tokens), 2, prepare)  # so that weights that are only mapped so far are resident
+    resident, peak = resident_memory(), resident_memory("VmHWM")
     push = None
     if args is not None and adapters is not None:
         model = merge_into(model, adapters, args.kt_lora_scope)

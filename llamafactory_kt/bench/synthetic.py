@@ -21,8 +21,7 @@ from tqdm.auto import tqdm
 from ..adapters.replacing import replacing
 from ..adapters.streaming import write_safetensors
 from ..errors import KTModelError
-from ..machine import gib
-from ..serving.adapter_cache import cache_directory
+from ..machine import cache_directory, gib
 from .shapes import Shape
 
 RANK, ALPHA = 8, 16

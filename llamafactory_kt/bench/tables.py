@@ -23,7 +23,7 @@ def show(report: Report, console: Console) -> None:
         f"{machine.cpu}, {machine.cores} cores; reads {speed.median / 1e9:.1f} GB/s "
         f"({speed.low / 1e9:.1f}-{speed.high / 1e9:.1f}) of memory with {machine.cores} threads (torch's sum of 1 GiB of "
         "float32). Medians over rounds, in brackets the lowest and highest. Speeds above 1 are faster than the reference; "
-        "memory is what the load added to the process.",
+        "memory is what the model added to the process.",
         highlight=False,
     )
     for row in report.rows:
@@ -74,8 +74,8 @@ def _figures(report: Report) -> Table:
         table.add_section()
     line("expert weights a token", *(gib(row.loaded.experts_per_token) for row in rows))
     line("  reading them, at least", *(f"{1000 * report.floor(row).median:.1f} ms" for row in rows))
-    line("resident after load", *(gib(row.loaded.resident) for row in rows))
-    line("  added by the load", *(gib(row.added) for row in rows))
+    line("resident, ready", *(gib(row.loaded.resident) for row in rows))
+    line("  added by the model", *(gib(row.added) for row in rows))
     line("  weights", *(gib(row.loaded.weights) for row in rows))
     line("  added over weights", *(f"{row.over_weights:.2f}" for row in rows))
     line("peak while loading", *(gib(row.loaded.peak_loading) for row in rows))

@@ -65,20 +65,18 @@ def _load(row: Row, prompt_tokens: Sequence[int]) -> tuple[Any, Loaded, Prepare]
     if args is not None and adapters is not None:
         model = merge_into(model, adapters, args.kt_lora_scope)
         prepare = best = BestExperts(model, prompt_tokens)
-        engine = f"transformers, {best}; {_threads()}"
+        engine = f"transformers, {best}: {_threads()}"
     elif hasattr(model, "_kt_summary"):
         push = _push_again(model)
-        summary = model._kt_summary
-        workers = f"kt-kernel {summary['threads']}, " if summary["threads"] else ""
-        engine = f"{summary['engine']}; {workers}{_threads()}"
+        engine = str(model._kt_summary["plan"])
     else:
-        engine = f"transformers; {_threads()}"
+        engine = f"transformers: {_threads()}"
     sizes = _sizes(model)
     return model, Loaded(engine, load, before, resident, peak, *sizes, push=push), prepare
 
 
 def _threads() -> str:
-    """As the load table puts it."""
+    """As a plan puts it."""
     import torch
 
     return f"torch {torch.get_num_threads()}"

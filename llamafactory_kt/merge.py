@@ -159,17 +159,10 @@ class _Plan:
         if self._lora is None or self._lora.layer != layer:
             self._lora = self.adapter.read_layer(layer, self._shapes[layer])
         lora, (kind, expert) = self._lora, piece
-
-        def delta(projection: str, number: int | slice) -> torch.Tensor:
-            factor = lora.scaling[projection][number].float()[..., 0, None, None]  # the ranks of one adapter share it
-            return factor * (lora.b[projection][number].float() @ lora.a[projection][number].float())
-
         if expert is not None:
-            return delta(kind, expert)
-        every = slice(None)
-        fused = (
-            delta("down", every) if kind == "down_proj" else torch.cat([delta("gate", every), delta("up", every)], 1)
-        )
+            return expert_delta(lora, kind, expert)
+        projections = ["down"] if kind == "down_proj" else ["gate", "up"]
+        fused = torch.cat([expert_delta(lora, projection, slice(None)) for projection in projections], 1)
         return fused if fused.shape == value.shape else fused.transpose(1, 2)
 
     def check_all_done(self) -> None:
@@ -177,6 +170,12 @@ class _Plan:
             raise KTAdapterError(
                 f"{len(self._todo)} weights were not met while merging, first {name_some(sorted(self._todo), 3)}."
             )
+
+
+def expert_delta(lora: ExpertLora, projection: str, expert: int | slice) -> torch.Tensor:
+    """ΔW of one adapter for one expert's projection [out, in], or for several [E, out, in], float32."""
+    factor = lora.scaling[projection][expert].float()[..., 0, None, None]  # the ranks of one adapter share it
+    return factor * (lora.b[projection][expert].float() @ lora.a[projection][expert].float())
 
 
 def _parameter_names(model: Any, names: list[str]) -> dict[str, str]:

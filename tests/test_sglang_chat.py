@@ -271,6 +271,7 @@ def test_bench_of_an_endpoint(command):
             "--max-tokens",
             "9",
             "--json",
+            "-",
         )
         report = json.loads(result.stdout)
         asked = [note["request"] for note in notes(written) if note.get("path") == "/v1/chat/completions"]
@@ -296,7 +297,7 @@ def test_bench_of_llamafactorys_own_api(standin):
     try:
         while socket.socket().connect_ex(("127.0.0.1", port)) and api.poll() is None:
             time.sleep(0.1)
-        result = bench("--endpoint", f"http://127.0.0.1:{port}", "--requests", "3", "--concurrency", "2", "--json")
+        result = bench("--endpoint", f"http://127.0.0.1:{port}", "--requests", "3", "--concurrency", "2", "--json", "-")
     finally:
         api.terminate()
         api.wait()

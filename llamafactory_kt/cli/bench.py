@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
     from ..bench.endpoint import Level
-    from ..bench.engine import Measured
+    from ..bench.figures import Report
+    from ..bench.rows import Row
 
 PROMPT = "Explain in a few sentences what a mixture-of-experts language model is."
 _ENDPOINT, _CONFIG = "Endpoint", "Configuration"
 
 
 def bench(
-    config: Path = typer.Argument(
-        None, help="LLaMA-Factory configuration for chatting, to measure on this machine.", show_default=False
-    ),
-    against: list[str] = typer.Option(
+    words: list[str] = typer.Argument(
         None,
-        help="Also measure it without the adapter (base), by stock transformers (stock), or with key=value; repeatable.",
+        metavar="[CONFIG] [KEY=VALUE]...",
+        help="LLaMA-Factory configuration for chatting, to measure on this machine, and keys that replace its own.",
+        show_default=False,
+    ),
+    synthetic: str = typer.Option(
+        None,
+        metavar="NAME[:LAYERS]",
+        help="Instead of a configuration: a random model of real layer sizes with a random adapter, made in the cache "
+        "directory: deepseek-v2-lite, deepseek-v3, mixtral-8x7b, qwen3-30b-a3b.",
         show_default=False,
         rich_help_panel=_CONFIG,
     ),
+    against: list[str] = typer.Option(
+        None,
+        help="Also measure stock transformers with the adapter merged (stock), or the same with key=value; repeatable.",
+        show_default=False,
+        rich_help_panel=_CONFIG,
+    ),
+    base: bool = typer.Option(True, help="Also measure it without its adapter.", rich_help_panel=_CONFIG),
     prompt_tokens: str = typer.Option("128", help="Lengths of prompts, with commas.", rich_help_panel=_CONFIG),
-    new_tokens: int = typer.Option(32, min=1, help="Tokens generated after each.", rich_help_panel=_CONFIG),
+    new_tokens: int = typer.Option(64, min=1, help="Tokens generated after each.", rich_help_panel=_CONFIG),
     rounds: int = typer.Option(5, min=1, help="Rounds; in each, all are measured in turn.", rich_help_panel=_CONFIG),
+    loads: int = typer.Option(1, min=1, help="Times that each is loaded, in turn.", rich_help_panel=_CONFIG),
     endpoint: str = typer.Option(
         None,
         metavar="URL",
@@ -48,19 +62,28 @@ def bench(
     warm_up: int = typer.Option(3, min=0, help="Requests before, not counted.", rich_help_panel=_ENDPOINT),
     max_tokens: int = typer.Option(128, min=1, help="Tokens of an answer, at most.", rich_help_panel=_ENDPOINT),
     prompt: str = typer.Option(PROMPT, help="What to ask; a number is put before it.", rich_help_panel=_ENDPOINT),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON (seconds, tokens a second)."),
+    json_file: Path = typer.Option(
+        None,
+        "--json",
+        metavar="FILE",
+        dir_okay=False,
+        help="Write all figures as JSON (seconds, bytes, tokens a second) to a file, or to standard output (-).",
+        show_default=False,
+    ),
 ) -> None:
     """Measure a configuration on this machine, or an endpoint: time to the first token, tokens a second, memory."""
-    import json
+    if sum((synthetic is not None, bool(words) and synthetic is None, endpoint is not None)) != 1:
+        raise typer.BadParameter("give a configuration, or --synthetic, or the server's URL with --endpoint")
+    if endpoint is None:
+        levels = _levels(prompt_tokens, "--prompt-tokens")
+        found = _measure(words or [], synthetic, against or [], base, levels, new_tokens, rounds, loads)
+        _write(json_file, found.to_dict())
+        if str(json_file) != "-":
+            from rich.console import Console
 
-    if (config is None) == (endpoint is None):
-        raise typer.BadParameter("give a configuration, or the server's URL with --endpoint")
-    if config is not None:
-        found = _measure(config, against or [], _levels(prompt_tokens, "--prompt-tokens"), new_tokens, rounds)
-        if as_json:
-            typer.echo(json.dumps([one.to_dict() for one in found], indent=2))
-        else:
-            _show_engines(found)
+            from ..bench.tables import show
+
+            show(found, Console())
         return
     import asyncio
 
@@ -72,61 +95,69 @@ def bench(
     server = Endpoint(endpoint, model, api_key)
     with tqdm(total=warm_up + requests * len(levels), unit="request", delay=1.0) as bar:
         reached = asyncio.run(server.measure(prompt, max_tokens, requests, warm_up, levels, bar.update))
-    if as_json:
-        typer.echo(
-            json.dumps(
-                {"endpoint": server.url, "model": server.model, "levels": [x.to_dict() for x in reached]}, indent=2
-            )
-        )
-    else:
+    _write(json_file, {"endpoint": server.url, "model": server.model, "levels": [x.to_dict() for x in reached]})
+    if str(json_file) != "-":
         _show(server.url, server.model or "", reached)
     if any(level.failed for level in reached):
         raise typer.Exit(1)
 
 
-def _measure(path: Path, against: list[str], lengths: list[int], new_tokens: int, rounds: int) -> list[Measured]:
+def _measure(
+    words: list[str], synthetic: str | None, against: list[str], base: bool, lengths: list[int], new_tokens: int,
+    rounds: int, loads: int,
+) -> Report:  # fmt: skip
     from tqdm import tqdm
 
-    from ..bench.engine import bench as measure
-    from ..bench.engine import variants
+    from ..bench.room import warm_page_cache
+    from ..bench.rounds import bench as measure
+    from ..bench.rows import rows
     from ..hooks.configuration import read_yaml
 
-    configs = variants(read_yaml(path), against)
-    with tqdm(total=len(configs) * (1 + rounds * len(lengths)), delay=1.0, desc="Measuring") as bar:
-        return measure(configs, lengths, new_tokens, rounds, bar.update)
+    if synthetic is not None:
+        chosen = _make(synthetic, words, against, base)
+    else:
+        chosen = rows(read_yaml(words[0], words[1:]), against, base=base)
+        _check_room(chosen)
+    checkpoint = warm_page_cache(str(chosen[0].config.get("model_name_or_path")))
+    with tqdm(total=len(chosen) * (loads + rounds * len(lengths)), delay=1.0, desc="Measuring") as bar:
+        return measure(chosen, lengths, new_tokens, rounds, loads=loads, checkpoint=checkpoint, tick=bar.update)
 
 
-def _show_engines(found: list[Measured]) -> None:
-    from statistics import median
-
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from ..bench.engine import ratio
+def _make(synthetic: str, words: list[str], against: list[str], base: bool) -> list[Row]:
+    """Make the synthetic model, if it is not there yet, and say what it takes."""
+    from ..bench.rows import overrides, rows
+    from ..bench.shapes import parse_shape
+    from ..bench.synthetic import Synthetic
     from ..machine import gib
 
-    first, table = found[0], Table("", "load", "peak memory", title="Speed on this machine", title_justify="left")
-    for length in first.prefill:
-        for text in (f"prompt {length}", "ratio", "token/s", "ratio"):
-            table.add_column(text)
-    for one in found:
-        row = [
-            escape(one.name),
-            f"{one.load:.1f} s",
-            gib(one.memory) + (f" + {gib(one.gpu_memory)}" if one.gpu_memory else ""),
-        ]
-        for length, times in one.prefill.items():
-            decode = one.decode[length]
-            row += [f"{1000 * median(times):.0f} ms", f"{ratio(times, first.prefill[length]):.2f}"]
-            low, high = 1 / max(decode), 1 / min(decode)
-            row += [f"{1 / median(decode):.1f} ({low:.1f}-{high:.1f})", f"{ratio(decode, first.decode[length]):.2f}"]
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    console.print(
-        "Ratios are speeds against the first row's of the same round, medians over rounds: above 1 is faster."
-    )
+    made = Synthetic.of(parse_shape(synthetic))
+    chosen = rows({**made.values, **overrides(words)}, against, base=base)
+    needs = _check_room(chosen, made.weights)
+    each = ", ".join(f"{name} {gib(size)}" for name, size in needs.items())
+    typer.echo(f"{made.directory}: {gib(sum(made.weights))} on disk; in memory: {each}.", err=True)
+    typer.echo(f"Its configuration: {made.build()}", err=True)
+    return chosen
+
+
+def _check_room(chosen: list[Row], weights: tuple[int, int] | None = None) -> dict[str, int]:
+    import torch
+
+    from ..bench.room import check_room, stored_weights
+
+    weights = weights or stored_weights(str(chosen[0].config.get("model_name_or_path")))
+    return check_room(chosen, weights, torch.cuda.is_available()) if weights else {}
+
+
+def _write(path: Path | None, content: dict[str, Any]) -> None:
+    import json
+
+    if path is None:
+        return
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    if str(path) == "-":
+        typer.echo(text)
+    else:
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def _levels(text: str, option: str) -> list[int]:

@@ -1,0 +1,177 @@
+"""The process of one configuration: it loads, and measures when it is asked to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from .figures import Loaded
+from .rows import Row
+
+Prepare = Callable[[int], None]
+"""Told how many tokens the model gets next."""
+
+
+def serve(pipe: Connection, row: Row, prompt_tokens: Sequence[int]) -> None:
+    """Send a :class:`Loaded`, or a text why that failed; then answer ``(length, new tokens)`` with (time of the prompt,
+    median time of a token, cores kept busy since the last answer), and ``("end",)`` with (peak memory, GPU memory)."""
+    os.dup2(2, 1)  # LLaMA-Factory and kt-kernel write to stdout, where only the report belongs
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+    try:
+        model, loaded, prepare = _load(row, prompt_tokens)
+        for length in prompt_tokens:
+            measure(model, length, 2, prepare)  # what only the first calls do
+        _forget_peak()
+    except Exception as error:
+        pipe.send(" ".join(str(error).split()) or type(error).__name__)
+        return
+    settle()
+    resting = Resting()
+    pipe.send(loaded)
+    with contextlib.suppress(EOFError):  # whoever asked is gone
+        while (words := pipe.recv()) != ("end",):
+            idle, (length, new_tokens) = resting.cores(), words
+            prefill, decode = measure(model, length, new_tokens, prepare)
+            settle()
+            resting = Resting()
+            pipe.send((prefill, decode, idle))
+        pipe.send((resident_memory("VmHWM"), _gpu_memory()))
+
+
+def _load(row: Row, prompt_tokens: Sequence[int]) -> tuple[Any, Loaded, Prepare]:
+    from .. import bootstrap
+
+    bootstrap.activate()
+    from llamafactory.chat import ChatModel
+
+    from ..hooks.configuration import open_configured, parse
+    from .stock import BestExperts, merge_into
+
+    args = parse(row.config) if row.stock else None
+    adapters = open_configured(args) if row.stock else None
+    before, started = resident_memory(), time.perf_counter()
+    model = ChatModel(row.loaded_config).engine.model
+    load = time.perf_counter() - started
+    prepare: Prepare = lambda tokens: None  # noqa: E731
+    measure(model, min(prompt_tokens), 2, prepare)  # so that weights that are only mapped so far are resident
+    resident, peak = resident_memory(), resident_memory("VmHWM")
+    push = None
+    if args is not None and adapters is not None:
+        model = merge_into(model, adapters, args.kt_lora_scope)
+        prepare = best = BestExperts(model, prompt_tokens)
+        engine = f"transformers, {best}: {_threads()}"
+    elif hasattr(model, "_kt_summary"):
+        push = _push_again(model)
+        engine = str(model._kt_summary["plan"])
+    else:
+        engine = f"transformers: {_threads()}"
+    sizes = _sizes(model)
+    return model, Loaded(engine, load, before, resident, peak, *sizes, push=push), prepare
+
+
+def _threads() -> str:
+    """As a plan puts it."""
+    import torch
+
+    return f"torch {torch.get_num_threads()}"
+
+
+def _push_again(model: Any) -> float | None:
+    """Seconds a layer to load the expert LoRA that the model has once more."""
+    from ..lora import load_moe_lora_from_adapter
+
+    adapters = model._kt_adapters
+    if not adapters.layers:
+        return None
+    started = time.perf_counter()
+    load_moe_lora_from_adapter(model, adapters)
+    return (time.perf_counter() - started) / len(adapters.layers)
+
+
+def _sizes(model: Any) -> tuple[int, int, int]:
+    """(bytes of all weights on the CPU, of the expert weights that a token reads there, of the others that it reads)."""
+    from ..experts.contract import find_experts
+    from ..peft_part import non_expert_nbytes
+
+    others = non_expert_nbytes(model).get("cpu", 0)
+    if hasattr(model, "_kt_wrappers"):
+        experts = [(w.engine.nbytes, w.info) for w in model._kt_wrappers]
+        lora = sum(w.engine.lora_nbytes for w in model._kt_wrappers)
+    else:
+        lora, experts = 0, []
+        for info in find_experts(model):
+            weights = [p for p in model.get_submodule(info.name).parameters() if p.device.type == "cpu"]
+            experts.append((sum(p.nbytes for p in weights), info))
+        others -= sum(size for size, _ in experts)
+    per_token = sum(size * info.num_experts_per_tok // info.shape.num_experts for size, info in experts)
+    embedding = model.get_input_embeddings().weight
+    tied = embedding is getattr(model.get_output_embeddings(), "weight", None)
+    unread = embedding.nbytes if embedding.device.type == "cpu" and not tied else 0
+    return sum(size for size, _ in experts) + lora + others, per_token, others - unread
+
+
+def measure(model: Any, length: int, new_tokens: int, prepare: Prepare) -> tuple[float, float]:
+    """(seconds of a random prompt, median seconds of one of the greedy tokens after it)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(10, model.config.get_text_config().vocab_size, (1, length), generator=generator)
+    ids, cache, times = ids.to(model.device), None, []
+    with torch.inference_mode():
+        for number in range(new_tokens + 1):
+            prepare(1 if number else length)
+            started = time.perf_counter()
+            # As generate() does: scores of the last token only.
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            ids.tolist()  # waits for a GPU
+            times.append(time.perf_counter() - started)
+    return times[0], statistics.median(times[1:])
+
+
+class Resting:
+    """The cores that this process keeps busy from now on."""
+
+    def __init__(self) -> None:
+        self._started, self._used = time.perf_counter(), time.process_time()
+
+    def cores(self) -> float | None:
+        """None where too little time has passed to tell."""
+        passed = time.perf_counter() - self._started
+        return (time.process_time() - self._used) / passed if passed > 0.05 else None
+
+
+def settle(longest: float = 2.0) -> None:
+    """Wait until this process's threads sleep: kt-kernel's workers spin for 50 ms after their work, OpenMP's a while."""
+    deadline = time.perf_counter() + longest
+    while time.perf_counter() < deadline:
+        used = time.process_time()
+        time.sleep(0.06)
+        if time.process_time() - used < 0.003:
+            return
+
+
+def resident_memory(field: str = "VmRSS") -> int:
+    """Bytes; ``VmHWM`` is the most there was (proc_pid_status(5))."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _forget_peak() -> None:
+    """Let VmHWM begin anew (proc_pid_clear_refs(5)); where that is forbidden, the peak includes loading."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _gpu_memory() -> int:
+    import torch
+
+    return sum(torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count()))

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .adapters.replacing import replacing
 from .errors import KTConfigError, KTModelError, KTPathError
-from .experts.methods import METHODS, Method
+from .experts.methods import METHODS, Method, PackedShape
 from .experts.stored import LayerRecord, layer_directory, missing_layers, record_for, write_record
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -79,7 +79,7 @@ def quantize_model(
     }
     _check_output(target, records)
     missing = list(missing_layers(target, records))
-    sizes = {module.layer: _stored_nbytes(kind, module.shape, pools) for module in checkpoint.modules}
+    sizes = {module.layer: PackedShape.of(kind, module.shape, pools).nbytes for module in checkpoint.modules}
     _check_disk(target, sum(sizes[layer] for layer in missing))
     _pack_all(source, target, kind, pools, threads, {layer: sizes[layer] for layer in missing}, records)
     total = sum(file.stat().st_size for file in target.rglob("*.kt"))
@@ -157,14 +157,6 @@ def _check_output(target: Path, records: dict[int, LayerRecord]) -> None:
                 f"{found[0].pools} sub-pools, {found[0].num_experts} experts of {found[0].hidden_size} x "
                 f"{found[0].intermediate_size}). Choose another output or remove it."
             )
-
-
-def _stored_nbytes(method: Method, shape: Any, pools: int) -> int:
-    from .experts.kernel import packed_nbytes
-
-    return packed_nbytes(
-        method, shape.num_experts, method.padded(shape.hidden_size), method.padded(shape.intermediate_size, pools)
-    )
 
 
 def _check_disk(target: Path, needed: int) -> None:

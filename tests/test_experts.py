@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTAdapterError, KTExpertsConfig, apply_adapter, load_moe_lora_from_adapter, machine
 from llamafactory_kt.adapters import ExpertLora, ExpertsShape
-from llamafactory_kt.experts import kernel
 from llamafactory_kt.experts.checkpoint import LayerWeights
 from llamafactory_kt.experts.engine import EngineSpec
 from llamafactory_kt.experts.kt_engine import KTEngine
@@ -128,23 +127,6 @@ def test_another_lora_of_any_rank_and_back_to_the_base(kind):
     assert torch.equal(engine.forward(x, index, scores), fresh.forward(x, index, scores)), (
         "the old LoRA must be gone, exactly"
     )
-
-
-@needs_kernel
-def test_kernel_objects_are_used_again_instead_of_leaked():
-    """kt-kernel never frees packed weights; a second load of the same shape fills the object of the first."""
-    shape = ExpertsShape(3, 96, 160)
-    first = make_engine("AMXBF16", shape, layer(shape, seed=10), rank=4)
-    first.set_lora(lora_for(shape, 4, 2.0))
-    address = id(first._kernel.wrapper)
-    del first
-    gc.collect()
-    assert kernel.idle_bytes(METHODS["AMXBF16"], 3, 96, 160) == 3 * 3 * 96 * 160 * 2
-    weights = layer(shape, seed=11)
-    second = make_engine("AMXBF16", shape, weights, rank=4)
-    assert id(second._kernel.wrapper) == address and kernel.idle_bytes(METHODS["AMXBF16"], 3, 96, 160) == 0
-    x, index, scores = batch(shape, 9)
-    assert rel(second.forward(x, index, scores), reference(weights, None, x, index, scores)) < 0.01
 
 
 @needs_kernel

@@ -1,8 +1,4 @@
-"""Kernel objects of kt-kernel's SFT kernels: built, filled, given LoRA, and used again instead of being dropped.
-
-kt-kernel 0.7.2 never frees the packed weights of a kernel object that goes away. Objects that nobody uses any more are
-therefore kept, and filled again by the next load of the same kind, instead of leaking one model per load.
-"""
+"""Kernel objects of kt-kernel's SFT kernels: built, given LoRA, and given back when nobody refers to them any more."""
 
 from __future__ import annotations
 
@@ -17,55 +13,28 @@ from ..adapters import ExpertLora
 from ..adapters.keys import PROJECTIONS
 from .checkpoint import LayerWeights
 from .kt_runtime import kernel_lock, make_wrapper, quiet_stdout
-from .methods import Method
+from .methods import PackedShape
+from .reclaim import building, drop, free_dropped
 
 
 @dataclass(frozen=True)
 class KernelKind:
-    """What a kernel object is built with and cannot change afterwards; hidden and intermediate size are padded."""
+    """What a kernel object is built with and cannot change afterwards."""
 
-    method: Method
-    num_experts: int
+    packed: PackedShape
     num_experts_per_tok: int
-    hidden: int
-    intermediate: int
     rank: int
     scaling: float
     max_chunk: int
-    pools: int
-    source: str | None = None
-    """the ``.kt`` files of one layer that were read; None where the weights came as tensors, and others can follow"""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the packed base weights."""
-        return packed_nbytes(self.method, self.num_experts, self.hidden, self.intermediate)
 
 
-def packed_nbytes(method: Method, num_experts: int, hidden: int, intermediate: int) -> int:
-    """Memory of one layer's packed base weights."""
-    return num_experts * (2 * method.nbytes(intermediate, hidden) + method.nbytes(hidden, intermediate))
-
-
-_idle: dict[KernelKind, list[Any]] = {}
 _kernels: weakref.WeakSet[Kernel] = weakref.WeakSet()
 
 
-def idle_bytes(method: Method, num_experts: int, hidden: int, intermediate: int) -> int:
-    """Bytes that idle kernel objects of this (padded) shape hold and a load would use again."""
-    wanted = (method, num_experts, hidden, intermediate)
-    return sum(
-        len(idle) * kind.nbytes
-        for kind, idle in _idle.items()
-        if (kind.method, kind.num_experts, kind.hidden, kind.intermediate) == wanted
-    )
-
-
 def release_all() -> None:
-    """Drop every kernel object of the process, in use or idle; only for the end of the process."""
+    """Drop every kernel object of the process; only for its end, when its memory goes anyway."""
     for kernel in list(_kernels):
         kernel.release()
-    _idle.clear()
 
 
 LoraTensors = tuple[torch.Tensor, ...]
@@ -73,7 +42,7 @@ LoraTensors = tuple[torch.Tensor, ...]
 
 
 class Kernel:
-    """One kernel object with its base weights. It goes to the idle ones when it is no longer referenced.
+    """One kernel object with its base weights. Its memory is given back when it is no longer referenced.
 
     Args:
         weights: gate, up and down in bf16, padded; they are packed, and not needed afterwards. Or the directory with
@@ -85,25 +54,24 @@ class Kernel:
         self.kind = kind
         self.lora: LoraTensors | None = None
         """the LoRA in place; the kernel holds raw pointers into these tensors"""
-        with kernel_lock, quiet_stdout(not verbose):
-            if idle := _idle.get(kind):
-                self.wrapper = self._fill(idle.pop(), weights)
-            else:
-                self.wrapper = self._make(layer, weights)
-        self._retire = weakref.finalize(self, _idle.setdefault(kind, []).append, self.wrapper)
-        self._retire.atexit = False
+        with kernel_lock, quiet_stdout(not verbose), building:
+            self.wrapper = self._make(layer, weights)
+        free_dropped()
+        self._drop = weakref.finalize(self, drop, self.wrapper, kind.packed)
+        self._drop.atexit = False
         _kernels.add(self)
 
     def _make(self, layer: int, weights: LayerWeights | Path) -> Any:
-        kind, experts = self.kind, torch.arange(self.kind.num_experts)
+        kind, packed = self.kind, self.kind.packed
+        experts = torch.arange(packed.num_experts)
         wrapper = make_wrapper(
             layer_idx=layer,
-            num_experts=kind.num_experts,
+            num_experts=packed.num_experts,
             num_experts_per_tok=kind.num_experts_per_tok,
-            hidden_size=kind.hidden,
-            moe_intermediate_size=kind.intermediate,
+            hidden_size=packed.hidden,
+            moe_intermediate_size=packed.intermediate,
             chunked_prefill_size=kind.max_chunk,
-            method=kind.method.sft,
+            method=packed.method.sft,
             weight_path=str(weights) if isinstance(weights, Path) else None,
             lora_rank=kind.rank,
             lora_alpha=kind.scaling * kind.rank,
@@ -115,25 +83,15 @@ class Kernel:
             wrapper.load_weights_from_tensors(weights.gate, weights.up, weights.down, experts)
         return wrapper
 
-    @staticmethod
-    def _fill(wrapper: Any, weights: LayerWeights | Path) -> Any:
-        if not isinstance(weights, Path):  # an object made from the same files has these weights already
-            pointers = (tensor.data_ptr() for tensor in (weights.gate, weights.up, weights.down))
-            wrapper.moe.set_base_weight_pointers(*pointers)
-            wrapper.cpu_infer.submit(wrapper.moe.load_weights_task())
-            wrapper.cpu_infer.sync()
-        _zero_lora(wrapper)
-        return wrapper
-
     def lora_tensors(self, lora: ExpertLora) -> LoraTensors:
         """``lora`` in the kernel's form: its scaling relative to the kernel's own folded into B, its rank padded."""
         kind, tensors = self.kind, []
+        sizes = (kind.packed.hidden, kind.packed.intermediate)
         for projection in PROJECTIONS:
-            sizes = (kind.hidden, kind.intermediate)
             out_size, in_size = sizes if projection == "down" else sizes[::-1]
             b = lora.folded(projection, kind.scaling)
             for value, shape in ((lora.a[projection], (kind.rank, in_size)), (b, (out_size, kind.rank))):
-                tensor = torch.zeros(kind.num_experts, *shape, dtype=torch.bfloat16)
+                tensor = torch.zeros(kind.packed.num_experts, *shape, dtype=torch.bfloat16)
                 tensor[:, : value.shape[1], : value.shape[2]] = value
                 tensors.append(tensor)
         return tuple(tensors)
@@ -159,7 +117,7 @@ class Kernel:
 
     def release(self) -> None:
         """Let go of the kernel object for good."""
-        self._retire.detach()
+        self._drop.detach()
         self.wrapper = None
 
 

@@ -13,7 +13,7 @@ from .checkpoint import LayerWeights
 from .engine import Engine, EngineSpec, ReadWeights, Undo
 from .kernel import Kernel, KernelKind
 from .kt_runtime import kernel_lock
-from .methods import Method
+from .methods import Method, PackedShape
 from .stored import StoredLayer
 
 logger = logging.getLogger(__name__)
@@ -50,18 +50,14 @@ class KTEngine(Engine):
         self._kernel = self._build(self.spec.lora_rank, self.spec.lora_scaling)
 
     def _build(self, rank: int, scaling: float) -> Kernel:
-        shape, method = self.spec.shape, self._method
-        kind = KernelKind(
-            method, shape.num_experts, self.spec.num_experts_per_tok, method.padded(shape.hidden_size),
-            method.padded(shape.intermediate_size, self._pools), max(rank, 1), mantissa(scaling), self._max_chunk,
-            self._pools, self._stored.identity if self._stored else None,
-        )  # fmt: skip
+        packed = PackedShape.of(self._method, self.spec.shape, self._pools)
+        kind = KernelKind(packed, self.spec.num_experts_per_tok, max(rank, 1), mantissa(scaling), self._max_chunk)
         weights: LayerWeights | Path
         if self._stored:
             self._stored.check_files()
             weights = self._stored.root
         else:
-            weights = self._read_weights(torch.bfloat16, (kind.hidden, kind.intermediate))
+            weights = self._read_weights(torch.bfloat16, (packed.hidden, packed.intermediate))
         return Kernel(kind, self.spec.layer, weights, verbose=self._verbose)
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:
@@ -91,8 +87,8 @@ class KTEngine(Engine):
         if index.shape[1] != kind.num_experts_per_tok:
             raise ValueError(f"expected {kind.num_experts_per_tok} experts per token, got {index.shape[1]}")
         x = hidden.to(torch.bfloat16)
-        if size != kind.hidden:
-            x = torch.nn.functional.pad(x, (0, kind.hidden - size))
+        if padding := kind.packed.hidden - size:
+            x = torch.nn.functional.pad(x, (0, padding))
         # Contiguous and of the kernel's types: it reads through raw pointers.
         x, index, scores = x.contiguous(), index.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous()
         out = torch.empty_like(x)
@@ -107,9 +103,9 @@ class KTEngine(Engine):
 
     @property
     def nbytes(self) -> int:
-        return self._kernel.kind.nbytes
+        return self._kernel.kind.packed.nbytes
 
     @property
     def lora_nbytes(self) -> int:
-        kind = self._kernel.kind
-        return 3 * kind.num_experts * kind.rank * (kind.hidden + kind.intermediate) * 2 if self.lora_rank else 0
+        kind, packed = self._kernel.kind, self._kernel.kind.packed
+        return 3 * packed.num_experts * kind.rank * (packed.hidden + packed.intermediate) * 2 if self.lora_rank else 0

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..adapters import AdapterSet, ExpertsShape
+from ..adapters import AdapterSet
 from .contract import ExpertsModule
-from .kernel import idle_bytes, packed_nbytes
-from .methods import METHODS
+from .methods import METHODS, PackedShape
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,10 @@ class MemoryNeed:
     """the layer that is being read, on top of the packed ones, while loading"""
     others: int
     """everything but routed experts, wherever it goes"""
-    reusable: int
-    """what idle kernels of this process already hold for the experts"""
 
     def on_cpu(self, others_on_gpu: bool) -> int:
         """The most that loading takes of the CPU's memory."""
-        return max(0, self.experts - self.reusable) + self.layer + self.lora + (0 if others_on_gpu else self.others)
+        return self.experts + self.layer + self.lora + (0 if others_on_gpu else self.others)
 
 
 def memory_need(
@@ -52,15 +49,9 @@ def memory_need(
         stored: the packed weights are read from ``kt_weight_path``, and not made from the checkpoint's.
     """
     weights = [3 * m.shape.num_experts * m.shape.hidden_size * m.shape.intermediate_size for m in experts]
-    packed, reusable = [n * (2 if backend == "oneDNN" else itemsize) for n in weights], 0
+    packed = [n * (2 if backend == "oneDNN" else itemsize) for n in weights]
     if (method := METHODS.get(backend)) is not None:
-
-        def sizes(shape: ExpertsShape) -> tuple[int, int, int]:
-            hidden, intermediate = method.padded(shape.hidden_size), method.padded(shape.intermediate_size, pools)
-            return shape.num_experts, hidden, intermediate
-
-        packed = [packed_nbytes(method, *sizes(module.shape)) for module in experts]
-        reusable = idle_bytes(method, *sizes(experts[0].shape))
+        packed = [PackedShape.of(method, m.shape, pools).nbytes for m in experts]
     names = {f"{module.name}.{weight}" for module in experts for weight in ("gate_up_proj", "down_proj")}
     return MemoryNeed(
         experts=sum(packed),
@@ -70,5 +61,4 @@ def memory_need(
         ),
         layer=0 if stored else max(weights) * itemsize,
         others=sum(p.nbytes for n, p in model.named_parameters() if n not in names),
-        reusable=reusable,
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..adapters import ExpertsShape
+
 
 @dataclass(frozen=True)
 class Method:
@@ -35,3 +37,31 @@ class Method:
 METHODS = {
     method.name: method for method in (Method("AMXBF16", 16, 32), Method("AMXINT8", 8, 64), Method("AMXINT4", 4, 128))
 }
+
+
+@dataclass(frozen=True)
+class PackedShape:
+    """The packed base weights of one layer; sizes are padded."""
+
+    method: Method
+    num_experts: int
+    hidden: int
+    intermediate: int
+    pools: int
+    """NUMA sub-pools, over which the intermediate size is divided"""
+
+    @classmethod
+    def of(cls, method: Method, shape: ExpertsShape, pools: int) -> PackedShape:
+        hidden, intermediate = method.padded(shape.hidden_size), method.padded(shape.intermediate_size, pools)
+        return cls(method, shape.num_experts, hidden, intermediate, pools)
+
+    @property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of an expert's gate, up and down in one sub-pool."""
+        share = self.intermediate // self.pools
+        return (share, self.hidden), (share, self.hidden), (self.hidden, share)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of them all."""
+        return self.num_experts * self.pools * sum(self.method.nbytes(*matrix) for matrix in self.matrices)

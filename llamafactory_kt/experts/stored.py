@@ -109,9 +109,6 @@ class StoredLayer:
                 f"{self._directory}: {len(wrong)} of {len(self._files)} files are missing, truncated or of another size, first "
                 f"{name_some(wrong, 2)}. Remove the layer's directory and quantise again."
             )
-        digest = hashlib.sha256(repr(sorted(self._files.items())).encode()).hexdigest()[:16]
-        self.identity = f"{self._directory.resolve()} {digest}"
-        """the same for the same files only"""
 
     def _compare(self, found: LayerRecord, wanted: LayerRecord) -> None:
         differs = [

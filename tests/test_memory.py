@@ -1,0 +1,132 @@
+"""What a kernel object takes of the system's memory is given back when it goes, and nothing else is."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+from conftest import needs_kernel
+from test_experts import batch, layer, lora_for, make_engine, reference
+from test_experts import worker_threads as worker_threads
+from tiny import rel
+
+from llamafactory_kt.adapters import ExpertsShape
+from llamafactory_kt.experts import reclaim
+from llamafactory_kt.experts.checkpoint import LayerWeights
+from llamafactory_kt.experts.methods import METHODS
+from llamafactory_kt.experts.reclaim import UnknownLayoutError, packed_buffers
+
+pytestmark = needs_kernel
+MB = 2**20
+LARGE = ExpertsShape(32, 1024, 1024)  # 192 MB in bf16, 6 MB a block: the allocator maps them
+SMALL = ExpertsShape(40, 128, 256)  # 64 KB a block: they are in the allocator's heap
+BOUND = {"AMXBF16": 0.01, "AMXINT4": 0.25}
+
+
+def resident() -> float:
+    gc.collect()
+    return psutil.Process().memory_info().rss / MB
+
+
+def check(engine, shape: ExpertsShape, weights: LayerWeights, lora=None) -> None:
+    """The engine's answers with the first experts, and thereby that its weights are all there."""
+    x, _, scores = batch(shape, 4)
+    index = torch.arange(12).reshape(4, 3) % shape.num_experts
+    few = LayerWeights(weights.gate[:12], weights.up[:12], weights.down[:12])
+    assert rel(engine.forward(x, index, scores), reference(few, None, x, index, scores)) < BOUND[engine.name]
+
+
+def test_memory_is_given_back_and_taken_again():
+    weights = layer(LARGE)
+    make_engine("AMXBF16", SMALL, layer(SMALL), chunk=4)  # kt-kernel's threads and work buffers, which stay
+    make_engine("AMXBF16", LARGE, weights, chunk=4)
+    before = resident()
+    for kind, least in (("AMXBF16", 190), ("AMXINT4", 45), ("AMXBF16", 190)):
+        engine = make_engine(kind, LARGE, weights, chunk=4)
+        engine.set_lora(lora_for(LARGE, 8, 2.0))
+        engine.set_lora(None)
+        check(engine, LARGE, weights)
+        assert resident() - before > least
+        del engine
+        assert resident() - before < 8
+
+
+def test_cycles_of_different_kinds_stay_flat():
+    weights = {shape: layer(shape) for shape in (SMALL, ExpertsShape(16, 1024, 512))}
+    sizes = []
+    for _ in range(6):
+        for shape, value in weights.items():
+            for kind, rank in (("AMXBF16", 4), ("AMXINT4", 16)):
+                engine = make_engine(kind, shape, value, rank=rank, chunk=4)
+                check(engine, shape, value)
+        del engine
+        sizes.append(resident())
+    assert max(sizes[2:]) - sizes[1] < 4, sizes
+
+
+def wrapper_and_shape(kind="AMXBF16"):
+    engine = make_engine(kind, SMALL, layer(SMALL))
+    return engine, engine._kernel.wrapper, engine._kernel.kind.packed
+
+
+@pytest.mark.parametrize("kind", ["AMXBF16", "AMXINT4"])
+def test_addresses_are_believed_together_or_not_at_all(kind, monkeypatch):
+    _engine, wrapper, shape = wrapper_and_shape(kind)
+    buffers = packed_buffers(wrapper.moe, shape)
+    assert len(set(buffers)) == 3 * 40
+    other = METHODS["AMXINT8"]
+    for changed in (
+        replace(shape, num_experts=39), replace(shape, num_experts=41), replace(shape, hidden=256),
+        replace(shape, intermediate=128), replace(shape, pools=2), replace(shape, method=other),
+    ):  # fmt: skip
+        with pytest.raises(UnknownLayoutError):
+            packed_buffers(wrapper.moe, changed)
+    with pytest.raises((UnknownLayoutError, OSError)):
+        packed_buffers(object(), shape)
+
+    with open("/proc/self/mem", "rb", buffering=0) as memory:
+        (value,) = reclaim._words(memory, id(wrapper.moe) + reclaim._VALUE, 1)
+        (part,) = reclaim._vector(memory, value + reclaim._TPS, 1)
+        pointers = reclaim._vector(memory, part + reclaim._PROJECTIONS[2], 2 * 40)
+        first, last = (ctypes.c_uint64.from_address(pointers[n]) for n in (0, -2))
+    right = last.value
+    for wrong in (first.value, right + 64, right + 8, 0, 64):  # another's, inside of the block, not aligned, nowhere
+        last.value = wrong
+        try:
+            with pytest.raises((UnknownLayoutError, OSError)):
+                packed_buffers(wrapper.moe, shape)
+        finally:
+            last.value = right
+    assert packed_buffers(wrapper.moe, shape) == buffers
+    monkeypatch.setattr(reclaim, "version", lambda name: "0.7.3")
+    with pytest.raises(UnknownLayoutError, match=r"kt-kernel is 0\.7\.3"):
+        packed_buffers(wrapper.moe, shape)
+
+
+def test_nothing_is_freed_that_somebody_may_still_use(caplog):
+    """An object that others refer to keeps its weights, and the log says so."""
+    engine, wrapper, shape = wrapper_and_shape()
+    moe, buffers = wrapper.moe, packed_buffers(wrapper.moe, shape)
+    bytes_before = [ctypes.string_at(address, shape.method.nbytes(128, 256)) for address in buffers]
+    with caplog.at_level("DEBUG", "llamafactory_kt"):
+        del engine, wrapper
+        gc.collect()
+    assert "somebody else refers" in caplog.text
+    again = make_engine("AMXBF16", SMALL, layer(SMALL, seed=3))  # would take the blocks that were freed
+    assert not set(buffers) & set(packed_buffers(again._kernel.wrapper.moe, shape))
+    assert [ctypes.string_at(address, shape.method.nbytes(128, 256)) for address in buffers] == bytes_before
+    assert packed_buffers(moe, shape) == buffers
+
+
+def test_what_goes_while_another_is_built_is_freed_afterwards():
+    engine, wrapper, _ = wrapper_and_shape()
+    with reclaim.building:
+        del engine
+        gc.collect()
+        assert wrapper.moe is not None
+    reclaim.free_dropped()
+    assert wrapper.moe is None

@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import mmap
 import os
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    import torch
 
 # What kt-kernel's avx512_bf16 build asks for (kt_kernel/_cpu_detect.py); its BF16 SFT kernel needs it at least.
 BF16_FLAGS = ("avx512f", "avx512bw", "avx512_vnni", "avx512_vbmi", "avx512_bf16")
@@ -98,6 +103,16 @@ def cache_directory() -> Path:
     if own := os.environ.get("LLAMAFACTORY_KT_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamafactory-kt"
+
+
+def forget_pages(tensor: torch.Tensor) -> None:
+    """Drop a mapped file's pages from the process's resident memory, those that are the tensor's alone; the system's
+    cache keeps them. The tensor, which must be contiguous, is not to be used any more."""
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if tensor.is_contiguous() and end > start:
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 @cache

@@ -24,7 +24,7 @@ pytestmark = needs_kernel
 MB = 2**20
 LARGE = ExpertsShape(32, 1024, 1024)  # 192 MB in bf16, 6 MB a block: the allocator maps them
 SMALL = ExpertsShape(40, 128, 256)  # 64 KB a block: they are in the allocator's heap
-BOUND = {"AMXBF16": 0.01, "AMXINT4": 0.25}
+BOUND = {"AMXBF16": 0.01, "AMXINT4": 0.3}
 
 
 def resident() -> float:
@@ -32,7 +32,7 @@ def resident() -> float:
     return psutil.Process().memory_info().rss / MB
 
 
-def check(engine, shape: ExpertsShape, weights: LayerWeights, lora=None) -> None:
+def check(engine, shape: ExpertsShape, weights: LayerWeights) -> None:
     """The engine's answers with the first experts, and thereby that its weights are all there."""
     x, _, scores = batch(shape, 4)
     index = torch.arange(12).reshape(4, 3) % shape.num_experts
@@ -41,18 +41,21 @@ def check(engine, shape: ExpertsShape, weights: LayerWeights, lora=None) -> None
 
 
 def test_memory_is_given_back_and_taken_again():
-    weights = layer(LARGE)
-    make_engine("AMXBF16", SMALL, layer(SMALL), chunk=4)  # kt-kernel's threads and work buffers, which stay
-    make_engine("AMXBF16", LARGE, weights, chunk=4)
-    before = resident()
-    for kind, least in (("AMXBF16", 190), ("AMXINT4", 45), ("AMXBF16", 190)):
+    weights, least = layer(LARGE), {"AMXBF16": 190, "AMXINT4": 45}
+
+    def load_and_drop(kind: str) -> float:
         engine = make_engine(kind, LARGE, weights, chunk=4)
         engine.set_lora(lora_for(LARGE, 8, 2.0))
         engine.set_lora(None)
         check(engine, LARGE, weights)
-        assert resident() - before > least
-        del engine
-        assert resident() - before < 8
+        return resident()
+
+    for kind in least:
+        load_and_drop(kind)  # threads and work buffers of kt-kernel and torch, which stay
+    before = resident()
+    for kind in ("AMXBF16", "AMXINT4", "AMXBF16"):
+        assert load_and_drop(kind) - before > least[kind]
+        assert resident() - before < 4
 
 
 def test_cycles_of_different_kinds_stay_flat():

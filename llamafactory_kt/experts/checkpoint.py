@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import KTModelError, name_some
+from ..machine import forget_pages
 from .contract import ExpertsModule
 
 _NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -212,7 +213,7 @@ class ExpertsCheckpoint:
         return _TORCH[stored.pop()] if len(stored) == 1 else torch.float32
 
     def read(self, name: str, dtype: torch.dtype | None, padded: tuple[int, int]) -> LayerWeights:
-        """Read one module's experts, each tensor once.
+        """Read one module's experts, each tensor once; what has been copied no longer counts as resident memory.
 
         Args:
             dtype: to convert to while copying; None keeps the checkpoint's.
@@ -240,14 +241,17 @@ class ExpertsCheckpoint:
 
         for projection, experts in layer.per_expert.items():
             for expert, tensor in experts.items():
-                views[projection][expert].copy_(get(tensor))
+                views[projection][expert].copy_(value := get(tensor))
+                forget_pages(value)
         for weight, tensor in layer.fused.items():
-            value = get(tensor)
-            expected = (2 * i, h) if weight == "gate_up_proj" else (h, i)
-            value = value if value.shape[1:] == expected else value.transpose(1, 2)
-            if weight == "gate_up_proj":
-                views["gate"].copy_(value[:, :i])
-                views["up"].copy_(value[:, i:])
-            else:
-                views["down"].copy_(value)
+            fused = get(tensor)
+            turned = fused.shape[1:] != ((2 * i, h) if weight == "gate_up_proj" else (h, i))
+            for expert, value in enumerate(fused):
+                rows = value.T if turned else value
+                if weight == "gate_up_proj":
+                    views["gate"][expert].copy_(rows[:i])
+                    views["up"][expert].copy_(rows[i:])
+                else:
+                    views["down"][expert].copy_(rows)
+                forget_pages(value)
         return weights

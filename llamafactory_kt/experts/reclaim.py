@@ -17,6 +17,7 @@ work buffers are the kernel's own to free, and it does.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import struct
 import sys
@@ -78,7 +79,16 @@ def _free(wrapper: Any, shape: PackedShape) -> None:
     wrapper.moe = None
     for address in buffers:
         ctypes.CDLL(None).free(ctypes.c_void_p(address))
-    give_back_memory()
+    if _give_back not in gc.callbacks:
+        gc.callbacks.append(_give_back)
+
+
+def _give_back(phase: str, info: dict[str, int]) -> None:
+    """Return what was freed to the system after the next full collection of garbage: the rest of a model goes with its
+    kernel objects, or shortly after them, and LLaMA-Factory collects garbage when it unloads one."""
+    if phase == "stop" and info["generation"] == 2:
+        gc.callbacks.remove(_give_back)
+        give_back_memory()
 
 
 def packed_buffers(moe: Any, shape: PackedShape) -> list[int]:

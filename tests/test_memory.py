@@ -10,18 +10,25 @@ import psutil
 import pytest
 import torch
 from conftest import needs_kernel
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_experts import batch, layer, lora_for, make_engine, reference
 from test_experts import worker_threads as worker_threads
 from tiny import rel
 
 from llamafactory_kt.adapters import ExpertsShape
+from llamafactory_kt.experts import kernel as kernel_module
 from llamafactory_kt.experts import reclaim
 from llamafactory_kt.experts.checkpoint import LayerWeights
-from llamafactory_kt.experts.methods import METHODS
+from llamafactory_kt.experts.kernel import Kernel, KernelKind
+from llamafactory_kt.experts.kt_runtime import write_packed
+from llamafactory_kt.experts.methods import METHODS, PackedShape
 from llamafactory_kt.experts.reclaim import UnknownLayoutError, packed_buffers
+from llamafactory_kt.machine import forget_pages
 
 pytestmark = needs_kernel
 MB = 2**20
+KEPT = 64  # glibc keeps this much at the end of a thread's arena (M_TRIM_THRESHOLD grows to it), once for each sub-pool
 LARGE = ExpertsShape(32, 1024, 1024)  # 192 MB in bf16, 6 MB a block: the allocator maps them
 SMALL = ExpertsShape(40, 128, 256)  # 64 KB a block: they are in the allocator's heap
 BOUND = {"AMXBF16": 0.01, "AMXINT4": 0.3}
@@ -55,7 +62,7 @@ def test_memory_is_given_back_and_taken_again():
     before = resident()
     for kind in ("AMXBF16", "AMXINT4", "AMXBF16"):
         assert load_and_drop(kind) - before > least[kind]
-        assert resident() - before < 4
+        assert resident() - before < KEPT
 
 
 def test_cycles_of_different_kinds_stay_flat():
@@ -68,20 +75,23 @@ def test_cycles_of_different_kinds_stay_flat():
                 check(engine, shape, value)
         del engine
         sizes.append(resident())
-    assert max(sizes[2:]) - sizes[1] < 4, sizes
+    assert max(sizes[2:]) - sizes[1] < KEPT, sizes  # 70 MB a cycle otherwise
 
 
-def wrapper_and_shape(kind="AMXBF16"):
-    engine = make_engine(kind, SMALL, layer(SMALL))
-    return engine, engine._kernel.wrapper, engine._kernel.kind.packed
+def small_kernel(kind="AMXBF16", directory=None):
+    packed = PackedShape.of(METHODS[kind], SMALL, 1)
+    if directory is not None:
+        write_packed(packed.method, 0, 3, layer(SMALL), directory, 1, 1)
+    return Kernel(KernelKind(packed, 3, 8, 1.0, 16), 0, directory or layer(SMALL), verbose=False)
 
 
-@pytest.mark.parametrize("kind", ["AMXBF16", "AMXINT4"])
-def test_addresses_are_believed_together_or_not_at_all(kind, monkeypatch):
-    _engine, wrapper, shape = wrapper_and_shape(kind)
+@pytest.mark.parametrize("kind", METHODS)
+def test_addresses_are_believed_together_or_not_at_all(kind, monkeypatch, tmp_path):
+    kernel = small_kernel(kind, tmp_path if kind == "AMXINT8" else None)
+    wrapper, shape = kernel.wrapper, kernel.kind.packed
     buffers = packed_buffers(wrapper.moe, shape)
     assert len(set(buffers)) == 3 * 40
-    other = METHODS["AMXINT8"]
+    other = METHODS["AMXINT4" if kind == "AMXINT8" else "AMXINT8"]
     for changed in (
         replace(shape, num_experts=39), replace(shape, num_experts=41), replace(shape, hidden=256),
         replace(shape, intermediate=128), replace(shape, pools=2), replace(shape, method=other),
@@ -112,24 +122,57 @@ def test_addresses_are_believed_together_or_not_at_all(kind, monkeypatch):
 
 def test_nothing_is_freed_that_somebody_may_still_use(caplog):
     """An object that others refer to keeps its weights, and the log says so."""
-    engine, wrapper, shape = wrapper_and_shape()
+    kernel = small_kernel()
+    wrapper, shape = kernel.wrapper, kernel.kind.packed
     moe, buffers = wrapper.moe, packed_buffers(wrapper.moe, shape)
     bytes_before = [ctypes.string_at(address, shape.method.nbytes(128, 256)) for address in buffers]
     with caplog.at_level("DEBUG", "llamafactory_kt"):
-        del engine, wrapper
+        del kernel, wrapper
         gc.collect()
     assert "somebody else refers" in caplog.text
-    again = make_engine("AMXBF16", SMALL, layer(SMALL, seed=3))  # would take the blocks that were freed
-    assert not set(buffers) & set(packed_buffers(again._kernel.wrapper.moe, shape))
+    again = small_kernel()  # would take the blocks that were freed
+    assert not set(buffers) & set(packed_buffers(again.wrapper.moe, shape))
     assert [ctypes.string_at(address, shape.method.nbytes(128, 256)) for address in buffers] == bytes_before
     assert packed_buffers(moe, shape) == buffers
 
 
 def test_what_goes_while_another_is_built_is_freed_afterwards():
-    engine, wrapper, _ = wrapper_and_shape()
+    kernel = small_kernel()
+    wrapper = kernel.wrapper
     with reclaim.building:
-        del engine
+        del kernel
         gc.collect()
         assert wrapper.moe is not None
     reclaim.free_dropped()
     assert wrapper.moe is None
+
+
+def test_llamafactory_lets_go_of_an_unloaded_model(demo):
+    """As the chat tab of LlamaBoard unloads: the engine is forgotten, and garbage collected."""
+    from llamafactory.chat import ChatModel
+    from llamafactory.extras.misc import torch_gc
+
+    others = len(kernel_module._kernels)
+    chat = ChatModel(
+        {
+            "model_name_or_path": str(demo / "model"), "adapter_name_or_path": str(demo / "adapter"),
+            "template": "deepseek", "use_kt": True, "kt_backend": "AMXBF16", "max_new_tokens": 4,
+        }
+    )  # fmt: skip
+    chat.chat([{"role": "user", "content": "hi"}])
+    assert len(kernel_module._kernels) > others
+    chat.engine = None
+    torch_gc()
+    assert len(kernel_module._kernels) == others
+
+
+def test_pages_of_a_file_are_forgotten_and_read_again(tmp_path):
+    values = torch.arange(8 * MB, dtype=torch.int32)
+    save_file({"values": values}, tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as handle:
+        mapped = handle.get_tensor("values")
+        assert torch.equal(mapped, values)
+        before = psutil.Process().memory_info().rss / MB
+        forget_pages(mapped)
+        assert before - psutil.Process().memory_info().rss / MB > 30
+        assert torch.equal(mapped, values)

@@ -17,7 +17,6 @@ from test_experts import worker_threads as worker_threads
 from tiny import rel
 
 from llamafactory_kt.adapters import ExpertsShape
-from llamafactory_kt.experts import kernel as kernel_module
 from llamafactory_kt.experts import reclaim
 from llamafactory_kt.experts.checkpoint import LayerWeights
 from llamafactory_kt.experts.kernel import Kernel, KernelKind
@@ -145,25 +144,6 @@ def test_what_goes_while_another_is_built_is_freed_afterwards():
         assert wrapper.moe is not None
     reclaim.free_dropped()
     assert wrapper.moe is None
-
-
-def test_llamafactory_lets_go_of_an_unloaded_model(demo):
-    """As the chat tab of LlamaBoard unloads: the engine is forgotten, and garbage collected."""
-    from llamafactory.chat import ChatModel
-    from llamafactory.extras.misc import torch_gc
-
-    others = len(kernel_module._kernels)
-    chat = ChatModel(
-        {
-            "model_name_or_path": str(demo / "model"), "adapter_name_or_path": str(demo / "adapter"),
-            "template": "deepseek", "use_kt": True, "kt_backend": "AMXBF16", "max_new_tokens": 4,
-        }
-    )  # fmt: skip
-    chat.chat([{"role": "user", "content": "hi"}])
-    assert len(kernel_module._kernels) > others
-    chat.engine = None
-    torch_gc()
-    assert len(kernel_module._kernels) == others
 
 
 def test_pages_of_a_file_are_forgotten_and_read_again(tmp_path):

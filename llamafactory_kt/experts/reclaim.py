@@ -114,8 +114,11 @@ def packed_buffers(moe: Any, shape: PackedShape) -> list[int]:
 
 
 def _words(memory: BinaryIO, address: int, count: int) -> tuple[int, ...]:
-    memory.seek(address)
-    data = memory.read(8 * count)
+    try:
+        memory.seek(address)
+        data = memory.read(8 * count)
+    except OverflowError:
+        data = b""
     if len(data) != 8 * count:
         raise UnknownLayoutError(f"{address:#x} is not readable")
     return struct.unpack(f"<{count}Q", data)

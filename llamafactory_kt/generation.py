@@ -48,13 +48,17 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Whether each row of input_ids [B, T] is finished, bool [B]."""
-        self._last = time.perf_counter()
-        self._first = self._first or self._last
-        self.tokens += 1
+        self.count(self.tokens + 1)
         done = [self.stopped or self._at_stop_string(row) for row in input_ids]
         if done[0] or int(input_ids[0, -1]) in self._eos:
             self.finish_reason = "stop"
         return torch.tensor(done, device=input_ids.device)
+
+    def count(self, tokens: int) -> None:
+        """Note that the answer has so many tokens by now."""
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+        self.tokens = tokens
 
     def _at_stop_string(self, row: torch.Tensor) -> bool:
         if not self.stop_strings:

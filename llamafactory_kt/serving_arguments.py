@@ -22,18 +22,15 @@ SFT_METHODS = {
 
 _ALIASES = {"AMXBF16": "BF16", "AMXFP8": "FP8", "AUTO": "BF16"}
 
-READ_FROM_CHECKPOINT = (
-    "BF16",
-    "FP8",
-    "FP8_PERCHANNEL",
-    "RAWINT4",
-    "GPTQ_INT4",
-    "SYCL_GPTQ_INT4",
-    "MXFP4",
-    "NVFP4",
-    "MXFP8",
-)
-"""Methods whose weights are the checkpoint's own, so that kt_weight_path may be left out."""
+_CONVERT = "kt-kernel's convert_cpu_weights.py writes it"
+WEIGHTS_OF_THEIR_OWN = {
+    "AMXINT8": "llamafactory-kt quantize --method int8 writes it",
+    "AMXINT4": "llamafactory-kt quantize --method int4 writes it",
+    "MOE_INT8": _CONVERT,
+    "MOE_INT4": _CONVERT,
+    "LLAMAFILE": "it holds the model's GGUF files",
+}
+"""Methods that need kt_weight_path, and where such a directory comes from; the others read the checkpoint."""
 
 
 @dataclass
@@ -91,7 +88,7 @@ def serves(args: Any) -> bool:
 
 
 def check_serving_values(args: Any) -> list[str]:
-    """What is wrong with the values of these keys. Numbers written as words become numbers, methods upper case."""
+    """What is wrong with the values of these keys. The methods' names become sglang-kt's."""
     problems = []
     for name, least in (
         ("kt_cpuinfer", 1), ("kt_num_gpu_experts", 0), ("kt_max_deferred_experts_per_token", 0), ("kt_moe_lora_rank", 1),
@@ -112,8 +109,7 @@ def check_serving_values(args: Any) -> list[str]:
         value = getattr(args, name)
         if value is None:
             continue
-        plain = str(value).upper()
-        plain = _ALIASES.get(plain, plain) if name == "kt_method" else plain
+        plain = _ALIASES.get(str(value).upper(), str(value).upper())
         if plain not in known:
             close = get_close_matches(plain, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else "."
@@ -141,10 +137,9 @@ def check_serving_combinations(args: Any) -> list[str]:
             "kt_weight_path says where the experts' weights are, but not in which format: add kt_method, one of "
             f"{', '.join(METHODS)}."
         )
-    elif not args.kt_weight_path and method(args) not in READ_FROM_CHECKPOINT:
+    elif not args.kt_weight_path and (source := WEIGHTS_OF_THEIR_OWN.get(method(args))):
         problems.append(
-            f"kt_method: {method(args)} needs kt_weight_path, the directory with the experts' weights in that format "
-            "(kt-kernel's convert_cpu_weights.py writes it)."
+            f"kt_method: {method(args)} needs kt_weight_path, the directory with the experts' weights in that format; {source}."
         )
     if args.kt_num_threads is not None and args.kt_cpuinfer not in (None, args.kt_num_threads):
         problems.append(f"kt_num_threads is {args.kt_num_threads}, but kt_cpuinfer {args.kt_cpuinfer}; keep one.")

@@ -17,7 +17,16 @@ collect_ignore = ["standin"]  # packages that tests put before a server's interp
 KERNEL_PROBLEM = kernel_problem()
 needs_kernel = pytest.mark.skipif(KERNEL_PROBLEM is not None, reason=str(KERNEL_PROBLEM))
 needs_onednn = pytest.mark.skipif(onednn_problem() is not None, reason=str(onednn_problem()))
+SGLANG_CONTRACT = "SGLang's contract was tested with"
 ENGINES = [pytest.param("AMXBF16", marks=needs_kernel), pytest.param("oneDNN", marks=needs_onednn), "torch"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say whether sglang-kt itself was there (its import may be impossible) or its recorded options had to do."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    properties = [pair for report in reports for pair in getattr(report, "user_properties", ())]
+    for used in sorted({value for name, value in properties if name == SGLANG_CONTRACT}):
+        terminalreporter.write_line(f"{SGLANG_CONTRACT} {used}.")
 
 
 @pytest.fixture(scope="session")

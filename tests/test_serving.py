@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import needs_kernel
+from conftest import SGLANG_CONTRACT, needs_kernel
 from safetensors.torch import load_file
 from standin_server import RECORDED, configuration, install_sglang_kt, interpreter
 from tiny import edit_adapter, make_adapter, make_model
 
-from llamafactory_kt import KTAdapterError, KTConfigError, KTError, KTModelError, KTServerError
+from llamafactory_kt import KTAdapterError, KTConfigError, KTError, KTModelError, KTPathError, KTServerError
 from llamafactory_kt.cli.serve import model_arguments
 from llamafactory_kt.serving import adapter_cache
 from llamafactory_kt.serving.command import server_command
@@ -171,12 +171,12 @@ def test_dialects(build, adapter, moe_lora, tmp_path):
     experts, rest = experts_only(tmp_path / "e", adapter), rest_only(tmp_path / "r", adapter)
     whole = build(adapter_name_or_path=str(adapter))
     assert whole.parsed.lora_paths[0].startswith("lora0=") and whole.parsed.kt_expert_lora_path is None
-    assert any("Only requests that name the adapter" in notice for notice in whole.notices)
+    assert "Only requests that name the adapter get the rest of it" in whole.request_notice
     alone = build(adapter_name_or_path=str(experts))
     assert (
         alone.parsed.lora_paths is None
         and Path(alone.parsed.kt_expert_lora_path).is_dir()
-        and alone.adapter.name is None
+        and alone.request_notice is None
     )
     assert build(adapter_name_or_path=str(rest)).parsed.kt_expert_lora_path is None
 
@@ -187,6 +187,8 @@ def test_dialects(build, adapter, moe_lora, tmp_path):
     assert names and not any(".mlp.experts." in name for name in names)
     beside = build(adapter_name_or_path=str(rest), kt_moe_lora_path=old.kt_moe_lora_path)
     assert beside.adapter.experts and beside.adapter.name == "lora0"
+    only = build(kt_moe_lora_path=old.kt_moe_lora_path, kt_moe_lora_rank=8, kt_moe_lora_alpha=16)
+    assert Path(only.parsed.kt_expert_lora_path).is_dir() and only.adapter.name is None
 
     without = discover(str(interpreter(tmp_path, STANDIN_DIALECT="none")))
     with pytest.raises(KTServerError, match=r"has LoRA on routed experts, which sglang-kt 0.7.2 cannot apply"):
@@ -250,6 +252,7 @@ def test_layers_without_expert_lora_get_zeros(build, adapter):
         ({"kt_method": "AMXINT9"}, "kt_method: unknown value 'AMXINT9'"),
         ({"kt_weight_path": "/tmp"}, "but not in which format: add kt_method"),
         ({"kt_weight_path": "/nowhere", "kt_method": "AMXINT8"}, "kt_weight_path: /nowhere does not exist"),
+        ({"kt_method": "AMXINT4"}, "AMXINT4 needs kt_weight_path, .* llamafactory-kt quantize --method int4 writes it"),
         ({"kt_num_threads": 4, "kt_cpuinfer": 5}, "kt_num_threads is 4, but kt_cpuinfer 5"),
         ({"kt_num_gpu_experts": 1, "kt_gpu_experts_ratio": 0.1}, "say the same in two ways"),
         ({"kt_gpu_experts_ratio": 2}, "kt_gpu_experts_ratio must be a number of at least 0 and at most 1, found 2"),
@@ -295,6 +298,16 @@ def test_models_and_adapters_that_the_server_does_not_have(build, tmp_path, mode
         build(adapter_name_or_path=str(odd))
 
 
+def test_packed_weights_are_divided_among_as_many_pools(build, tmp_path):
+    """A directory for one NUMA node would otherwise fail in the server, after it loaded everything else."""
+    for pool in range(2):
+        (tmp_path / "packed" / "_layer_1" / f"_numa_{pool}").mkdir(parents=True)
+    keys = {"kt_backend": "AMXINT8", "kt_weight_path": str(tmp_path / "packed"), "kt_cpuinfer": 4}
+    assert build(**keys, kt_threadpool_count=2).parsed.kt_threadpool_count == 2
+    with pytest.raises(KTConfigError, match=r"divided among 2 sub-pool\(s\), but kt_threadpool_count is 1"):
+        build(**keys, kt_threadpool_count=1)
+
+
 def _with_config(directory: Path, model: Path, **changes) -> Path:
     directory.mkdir()
     config = {**json.loads((model / "config.json").read_text()), **changes}
@@ -323,6 +336,7 @@ def test_cache_is_keyed_by_content(build, adapter, model, tmp_path, cache):
         return Path(build(adapter_name_or_path=str(path)).parsed.lora_paths[0].partition("=")[2]).parent
 
     first = entry(adapter)
+    assert (first / "merged").stat().st_mode & 0o111 == 0o111, "others than root can enter it, too"
     written = (first / "merged" / "adapter_model.safetensors").stat().st_mtime_ns
     copy = shutil.copytree(adapter, tmp_path / "copy")
     assert entry(adapter) == entry(copy) == first, "the same content in another place is the same entry"
@@ -343,7 +357,7 @@ def test_cache_is_keyed_by_content(build, adapter, model, tmp_path, cache):
     assert [path.name for path in cache.iterdir()] == [".lock"]
 
 
-def test_nothing_is_left_of_an_adapter_that_cannot_be_prepared(build, adapter, tmp_path, cache, model):
+def test_nothing_is_left_of_an_adapter_that_cannot_be_prepared(build, adapter, tmp_path, cache, model, monkeypatch):
     def spoil(tensors):
         next(tensor for name, tensor in tensors.items() if ".experts.3." in name)[0, 0] = float("nan")
         return tensors
@@ -352,6 +366,9 @@ def test_nothing_is_left_of_an_adapter_that_cannot_be_prepared(build, adapter, t
     with pytest.raises(KTAdapterError, match="NaN"):
         build(adapter_name_or_path=str(broken))
     assert [path.name for path in cache.iterdir()] == [".lock"] and adapter_cache.entries() == []
+    monkeypatch.setenv("LLAMAFACTORY_KT_CACHE", str(tmp_path / "broken" / "adapter_config.json"))
+    with pytest.raises(KTPathError, match=r"cannot be written .* in LLAMAFACTORY_KT_CACHE"):
+        build(adapter_name_or_path=str(adapter))
 
 
 # sglang-kt itself.
@@ -382,10 +399,18 @@ print("\\nANSWERS " + json.dumps(answers))
 
 
 @pytest.fixture(scope="module")
-def sglang_kt(tmp_path_factory) -> Path:
-    """sglang-kt 0.7.2 in a directory of its own. Without it, the tests above rely on the recorded facts alone."""
+def installed(tmp_path_factory) -> tuple[Path, str | None]:
+    """A directory for sglang-kt 0.7.2, and why it could not be installed there."""
     target = tmp_path_factory.mktemp("sglang-kt")
-    if reason := install_sglang_kt(target):
+    return target, install_sglang_kt(target)
+
+
+@pytest.fixture
+def sglang_kt(installed, record_property) -> Path:
+    """sglang-kt itself. Without it, the tests above rely on the recorded facts alone; the summary says which it was."""
+    target, reason = installed
+    record_property(SGLANG_CONTRACT, "its recorded options alone" if reason else "sglang-kt 0.7.2 itself")
+    if reason:
         pytest.skip(f"sglang-kt 0.7.2 could not be installed, only its recorded options were used: {reason}")
     return target
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,12 +13,14 @@ import sysconfig
 import time
 from pathlib import Path
 
+import openai
 import pytest
 import yaml
 from standin_server import alive, configuration, interpreter, notes
 
-from llamafactory_kt import KTServerError
+from llamafactory_kt import KTConfigError, KTServerError
 from llamafactory_kt.cli.serve import model_arguments
+from llamafactory_kt.generation import Generation
 from llamafactory_kt.serving.command import server_command
 from llamafactory_kt.serving.options import discover
 from llamafactory_kt.serving.server import Server, free_port, start_server
@@ -29,6 +32,7 @@ CLI = Path(sysconfig.get_path("scripts")) / "llamafactory-cli"
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMAFACTORY_KT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
 @pytest.fixture
@@ -70,22 +74,23 @@ def test_chat_through_the_command_line(standin, demo, tmp_path):
     env = {**os.environ, "LLAMAFACTORY_VERBOSITY": "INFO", "PYTHONIOENCODING": "utf-8"}
     result = subprocess.run(
         [CLI, "chat", path],
-        input="hello\nand then?\nexit\n",
+        input="hello\n/stats\nand then?\nexit\n",
         capture_output=True,
         encoding="utf-8",
         env=env,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    turns = [turn.removeprefix("Assistant: ").strip() for turn in result.stdout.split("\nUser: ")[1:3]]
-    assert (
-        turns[0] == "lora=lora0 tokens=14 你好" and turns[1].startswith("lora=lora0 tokens=") and turns[1] != turns[0]
-    )
+    first, _, second = (turn.removeprefix("Assistant: ").strip() for turn in result.stdout.split("\nUser: ")[1:4])
+    assert first == "lora=lora0 tokens=14 你好"
+    answer, figures = second.splitlines()
+    tokens = re.fullmatch("lora=lora0 tokens=([0-9]+) 你好", answer)[1]
+    assert int(tokens) > 14 and re.match(rf"\[prompt {tokens} tokens, first token after .* s, answer 3 tokens", figures)
     for line in ("SGLang is sglang-kt 0.7.2", "CUDA graph is disabled because", "Every request gets the experts' LoRA"):
         assert line in result.stdout
-    started, first, _ = notes(written)
+    started, asked, _ = notes(written)
     assert started["argv"][started["argv"].index("--lora-paths") + 1].startswith("lora0=")
-    sampling = first["request"]["sampling_params"]
+    sampling = asked["request"]["sampling_params"]
     assert sampling["temperature"] == 0.0 and sampling["max_new_tokens"] == 1024 and sampling["stop_token_ids"] == [1]
     assert gone(started["server"], started["child"]) and not list(tmp_path.glob("*.log"))
 
@@ -190,12 +195,39 @@ def test_python_many_requests_at_once(standin, demo):
 
     answers = asyncio.run_coroutine_threadsafe(many(), model._loop).result()
     assert {answer[0].response_text for answer in answers} == {"lora=lora0 tokens=14 你好"}
+    assert len(model.chat(messages, num_return_sequences=3)) == 3
     first, second = (note["request"]["sampling_params"] for note in notes(written)[1:3])
     assert (first["temperature"], first["max_new_tokens"]) == (0.5, 7)
     assert (second["temperature"], second["max_new_tokens"]) == (0.9, 3)
     with pytest.raises(NotImplementedError):
         model.chat(messages, images=["picture.png"])
     model.engine._cleanup_server()
+
+
+def test_a_stopped_answer_ends_in_the_server_too(standin):
+    """As with Ctrl-C in the terminal."""
+    from llamafactory.chat import ChatModel
+
+    path, written = standin("endless")
+    model = ChatModel(yaml.safe_load(path.read_text("utf-8")))
+    generation, pieces = Generation(), 0
+    for _ in model.stream_chat([{"role": "user", "content": "hello"}], kt_generation=generation):
+        pieces += 1
+        if pieces == 3:
+            generation.stop()
+    assert pieces in (3, 4) and (generation.prompt_tokens, generation.finish_reason) == (14, "stop")
+    while not any("gone" in note for note in notes(written)):
+        time.sleep(0.05)
+    model.engine._cleanup_server()
+
+
+def test_a_chat_needs_a_server_that_it_can_talk_to(standin):
+    from llamafactory.chat import ChatModel
+
+    path, written = standin(sglang_config={"stream_output": True, "api_key": "secret"})
+    with pytest.raises(KTConfigError, match="sglang_config: --stream-output, --api-key cannot be set in a chat"):
+        ChatModel(yaml.safe_load(path.read_text("utf-8")))
+    assert notes(written) == [], "nothing was started"
 
 
 def test_without_use_kt_the_stock_engine_is_built(demo):
@@ -213,11 +245,13 @@ def test_without_use_kt_the_stock_engine_is_built(demo):
 
 
 def test_serve(standin, tmp_path):
-    """A dry run prints a line that a shell can run; without it the command becomes the server itself."""
-    path, written = standin()
+    """A dry run prints a line that a shell can run, and nothing else on stdout; without it the command becomes the server
+    itself."""
+    path, written = standin(kt_max_chunk=64, kt_debug=True)  # the first does nothing here, with a warning
     serve, port = [sys.executable, "-m", "llamafactory_kt", "serve", path], free_port()
     printed = subprocess.run([*serve, "--dry-run", "--", "--port", str(port)], capture_output=True, text=True)
     assert printed.returncode == 0 and notes(written) == [], printed.stderr
+    assert printed.stdout.count("\n") == printed.stdout.count(" \\\n") + 1 and "kt_max_chunk does" in printed.stderr
     process = subprocess.Popen(["sh", "-c", f"exec {printed.stdout}"])
     while not notes(written):
         time.sleep(0.05)
@@ -288,8 +322,9 @@ def test_bench_of_an_endpoint(command):
     assert all(column in table for column in ("p50", "first", "tok/s")), table
 
 
-def test_bench_of_llamafactorys_own_api(standin):
-    """``llamafactory-cli api`` in front of SGLang; it does not say how many tokens it made."""
+def test_llamafactorys_own_api(standin):
+    """``llamafactory-cli api`` in front of SGLang: bad requests get status 400, ``n`` answers, and ``bench`` measures it
+    although it does not say how many tokens it made."""
     path, _ = standin()
     port = free_port()
     env = {**os.environ, "API_PORT": str(port), "API_HOST": "127.0.0.1"}
@@ -298,9 +333,21 @@ def test_bench_of_llamafactorys_own_api(standin):
         while socket.socket().connect_ex(("127.0.0.1", port)) and api.poll() is None:
             time.sleep(0.1)
         result = bench("--endpoint", f"http://127.0.0.1:{port}", "--requests", "3", "--concurrency", "2", "--json", "-")
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        messages = [{"role": "user", "content": "hello"}]
+        two = client.chat.completions.create(model="any", messages=messages, n=2)
+        picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "picture.png"}}]}]
+        refused = []
+        for bad in ({"max_tokens": 10**6}, {"temperature": -1, "stream": True}, {"messages": picture}):
+            with pytest.raises(openai.BadRequestError) as error:
+                client.chat.completions.create(**{"model": "any", "messages": messages, **bad})
+            refused.append(error.value.response.json()["detail"])
     finally:
         api.terminate()
         api.wait()
+    assert [choice.message.content for choice in two.choices] == ["lora=None tokens=14 你好"] * 2
+    for wanted, found in zip(("context has 4096 tokens", "temperature: -1", "more than text"), refused, strict=True):
+        assert wanted in found
     level = json.loads(result.stdout)["levels"][0]
     assert (level["failed"], level["tokens"], level["counted"]) == (0, 9, False), result.stdout
 

@@ -46,5 +46,6 @@ def _share(path: Path) -> None:
     """Give files the permissions of any new file; safetensors makes them readable by their owner only."""
     mask = os.umask(0)
     os.umask(mask)
-    for file in [path] if path.is_file() else path.iterdir():
-        file.chmod(0o666 & ~mask)
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():  # a directory without x could not be entered any more
+            file.chmod(0o666 & ~mask)

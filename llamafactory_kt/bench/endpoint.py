@@ -54,7 +54,8 @@ class Level:
     first_error: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, which has no NaN: None where no request was answered."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
 
 
 class Endpoint:
@@ -113,12 +114,13 @@ class Endpoint:
             response.raise_for_status()
             name: str = response.json()["data"][0]["id"]
         except httpx.TransportError as error:
-            raise KTServerError(
-                f"{self.url} cannot be reached ({error}). Is the server up, and are host and port right?"
-            ) from error
+            raise self._unreachable(error) from error
         except (httpx.HTTPStatusError, ValueError, LookupError, TypeError) as error:
             raise KTServerError(f"{self.url}/v1/models names no model ({error}); give one with --model.") from error
         return name
+
+    def _unreachable(self, error: Exception) -> KTServerError:
+        return KTServerError(f"{self.url} cannot be reached ({error}). Is the server up, and are host and port right?")
 
     async def _level(
         self, client: httpx.AsyncClient, concurrency: int, requests: int, prompt: Callable[[], str], max_tokens: int, done: Callable[[], object],
@@ -155,14 +157,21 @@ class Endpoint:
                 async for event in _events(response):
                     if "error" in event:
                         raise KTServerError(f"{self.url} broke an answer off: {event['error']}")
-                    if any((choice.get("delta") or {}).get("content") for choice in event.get("choices") or []):
+                    if any(map(_has_text, event.get("choices") or [])):
                         first = first or time.perf_counter()
                         pieces += 1
                     said = (event.get("usage") or {}).get("completion_tokens") or said
-        except httpx.HTTPError as error:
-            raise KTServerError(f"{self.url} did not answer a request: {error!r}.") from error
+        except httpx.ConnectError as error:
+            raise self._unreachable(error) from error
+        except (httpx.HTTPError, ValueError) as error:
+            raise KTServerError(f"{self.url} did not answer a request as it should: {error!r}.") from error
         ended = time.perf_counter()
         return Answer(ended - started, (first or ended) - started, said or pieces, said is not None)
+
+
+def _has_text(choice: dict[str, Any]) -> bool:
+    delta = choice.get("delta") or {}
+    return bool(delta.get("content") or delta.get("reasoning_content"))
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,16 @@ def serve(
     from ..serving.command import server_command
     from ..serving.options import discover
 
-    args = model_arguments(config)
-    command = server_command(args, discover(args.kt_sglang_python), extra or [])
-    for notice in command.notices:
+    with redirect_stdout(sys.stderr):  # where LLaMA-Factory logs; stdout is for the command alone
+        args = model_arguments(config)
+        command = server_command(args, discover(args.kt_sglang_python), extra or [])
+    for notice in filter(None, [*command.notices, command.request_notice]):
         typer.echo(f"Note: {notice}", err=True)
     if dry_run:
         typer.echo(str(command))
         return
     _check_port(command.parsed.host, command.parsed.port)
     typer.echo(str(command), err=True)
-    sys.stdout.flush()
     os.execvpe(command.python, command.words, {**os.environ, "LLAMAFACTORY_KT_DISABLE": "1"})
 
 
@@ -64,15 +65,14 @@ def model_arguments(path: Path) -> Any:
         raise KTConfigError(f"{path}: {error}") from error
 
 
-def _check_port(host: str | None, port: int | None) -> None:
+def _check_port(host: str, port: int) -> None:
     """A port that is taken is told now, and not after the model was loaded."""
-    family = socket.AF_INET6 if host and ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last server may linger
         try:
-            probe.bind((host or "127.0.0.1", port or 30000))
+            probe.bind((host, port))
         except OSError as error:
             raise KTServerError(
-                f"Port {port or 30000} of {host or '127.0.0.1'} cannot be used: {error.strerror}. Choose another: "
+                f"Port {port} of {host} cannot be used: {error.strerror}. Choose another: "
                 "llamafactory-kt serve CONFIG -- --port N"
             ) from error

@@ -1,4 +1,5 @@
-"""``llamafactory.api.app``: requests to a model with KT experts are checked before anything is generated or streamed.
+"""``llamafactory.api.app``: requests to a model with KT experts, in this process or in SGLang, are checked before
+anything is generated or streamed.
 
 Stock LLaMA-Factory finds some mistakes only after a stream has begun (status 200, then a broken connection), others in
 the middle of generating (status 500), and calls the end of every stream ``stop``. Other models are left alone.
@@ -14,9 +15,10 @@ from typing import Any
 
 from .engine import has_kt_experts
 from .patching import expect, is_patched, replace
+from .sglang_engine import KTSGLangEngine
 
 MOST_ANSWERS = 128
-"""``n`` at most, as in OpenAI's API; all answers of a request are one batch in memory"""
+"""``n`` at most, as in OpenAI's API; without SGLang, all answers of a request are one batch in memory"""
 
 
 def patch(module: ModuleType) -> None:
@@ -28,19 +30,23 @@ def patch(module: ModuleType) -> None:
 
     @functools.wraps(whole_stock)
     async def whole(request: Any, chat_model: Any) -> Any:
-        if has_kt_experts(getattr(chat_model.engine, "model", None)):
+        if _is_ours(chat_model.engine):
             _check(request, chat_model)
         return await whole_stock(request, chat_model)
 
     @functools.wraps(stream_stock)
     def stream(request: Any, chat_model: Any) -> AsyncIterator[str]:
-        if not has_kt_experts(getattr(chat_model.engine, "model", None)):
+        if not _is_ours(chat_model.engine):
             stock: AsyncIterator[str] = stream_stock(request, chat_model)
             return stock
         _check(request, chat_model)
         return _stream(request, chat_model)
 
     replace(module, create_chat_completion_response=whole, create_stream_chat_completion_response=stream)
+
+
+def _is_ours(engine: Any) -> bool:
+    return isinstance(engine, KTSGLangEngine) or has_kt_experts(getattr(engine, "model", None))
 
 
 def _check(request: Any, chat_model: Any) -> None:
@@ -71,6 +77,12 @@ def _check(request: Any, chat_model: Any) -> None:
         problems.append("Cannot stream function calls.")
     texts = [_text(message) for message in request.messages]
     problems += [f"messages[{number}] has no content." for number, text in enumerate(texts) if text is None]
+    if isinstance(chat_model.engine, KTSGLangEngine):
+        problems += [
+            f"messages[{number}] has more than text, which infer_backend: sglang cannot take with use_kt."
+            for number, message in enumerate(request.messages)
+            if isinstance(message.content, list) and any(item.type != "text" for item in message.content)
+        ]
     if not problems and texts:
         problems += _check_length(request, chat_model, [text or "" for text in texts])
     if problems:
@@ -88,8 +100,11 @@ def _text(message: Any) -> str | None:
 def _check_length(request: Any, chat_model: Any, texts: list[str]) -> list[str]:
     """Compare with the model's context; images and tools, which only add to it, are not counted."""
     engine = chat_model.engine
-    config = engine.model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
+    context: Any
+    if isinstance(engine, KTSGLangEngine):
+        context = engine.context_length
+    else:
+        context = getattr(engine.model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(context, int):
         return []
     prompt = len(engine.tokenizer.encode("\n".join(texts), add_special_tokens=False))

@@ -12,17 +12,20 @@ import functools
 import json
 import logging
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from types import ModuleType
 from typing import Any
 
 import httpx
 
-from ..errors import KTServerError
+from ..errors import KTConfigError, KTServerError
 from .patching import expect, is_patched, replace
 
 logger = logging.getLogger("llamafactory_kt")
 
 _ARGUMENTS = ("model_args", "data_args", "finetuning_args", "generating_args")
+_UNUSABLE = ("--stream-output", "--skip-tokenizer-init", "--api-key", "--ssl-certfile")
+"""options that change how a server is talked to"""
 
 
 def patch(module: ModuleType) -> None:
@@ -64,9 +67,15 @@ class KTSGLangEngine:
         options = discover(model_args.kt_sglang_python)
         logger.info("SGLang is %s, run by %s", options.version, options.python)
         command = server_command(model_args, options, ["--log-level", "info" if model_args.kt_debug else "error"])
+        if unusable := [flag for flag in _UNUSABLE if options.value(command.parsed, flag)]:
+            raise KTConfigError(
+                f"sglang_config: {', '.join(unusable)} cannot be set in a chat, which talks to a server of its own; "
+                "llamafactory-kt serve can have it."
+            )
         for notice in command.notices:
             logger.warning("%s", notice)
         self._lora = command.adapter.name
+        self.context_length: int = command.parsed.context_length
         logger.info("SGLang's command:\n%s", command)
         self._server = start_server(command, model_args.kt_sglang_timeout)
         logger.info("SGLang is ready")
@@ -75,30 +84,48 @@ class KTSGLangEngine:
         self._client = httpx.AsyncClient(base_url=self._server.url, timeout=timeout, limits=limits, trust_env=False)
 
     async def chat(self, messages: Sequence[dict[str, str]], *args: Any, **kwargs: Any) -> list[Any]:
-        """The whole answer, as LLaMA-Factory's ``Response``."""
+        """The whole answers, as many as ``num_return_sequences``, as LLaMA-Factory's ``Response``."""
+        wanted = kwargs.pop("num_return_sequences", None) or 1
+        return await asyncio.gather(*(self._answer(messages, *args, **kwargs) for _ in range(wanted)))
+
+    async def _answer(self, *args: Any, **kwargs: Any) -> Any:
         last: dict[str, Any] = {}
-        async for chunk in self._generate(messages, *args, **kwargs):
+        async for chunk in self._generate(*args, **kwargs):
             last = chunk
         if not last:
             raise KTServerError("SGLang ended the answer without a word.")
         meta = last["meta_info"]
-        return [
-            self._stock.Response(
-                response_text=last["text"],
-                response_length=meta["completion_tokens"],
-                prompt_length=meta["prompt_tokens"],
-                finish_reason="stop" if _finish_reason(meta) == "stop" else "length",
-            )
-        ]
+        return self._stock.Response(
+            response_text=last["text"],
+            response_length=meta["completion_tokens"],
+            prompt_length=meta["prompt_tokens"],
+            finish_reason=_finish_reason(meta),
+        )
 
     async def stream_chat(
-        self, messages: Sequence[dict[str, str]], *args: Any, **kwargs: Any
+        self, messages: Sequence[dict[str, str]], *args: Any, kt_generation: Any = None, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
-        """The answer piece by piece."""
-        shown = 0
-        async for chunk in self._generate(messages, *args, **kwargs):
-            yield chunk["text"][shown:]
-            shown = len(chunk["text"])
+        """The answer piece by piece; the server stops generating when the reader goes.
+
+        Args:
+            messages: the conversation.
+            args: and ``kwargs``, LLaMA-Factory's.
+            kt_generation: a :class:`~llamafactory_kt.generation.Generation` that gets the figures and can stop the answer.
+        """
+        from ..generation import Generation
+
+        generation, shown = kt_generation or Generation(), 0
+        generation.begin(self.tokenizer, 0, ())
+        async with aclosing(self._generate(messages, *args, **kwargs)) as chunks:
+            async for chunk in chunks:
+                meta = chunk["meta_info"]
+                generation.prompt_tokens = meta["prompt_tokens"]
+                generation.count(meta["completion_tokens"])
+                generation.finish_reason = "stop" if generation.stopped else _finish_reason(meta)
+                yield chunk["text"][shown:]
+                shown = len(chunk["text"])
+                if generation.stopped:
+                    return
 
     async def _generate(
         self,
@@ -145,25 +172,13 @@ class KTSGLangEngine:
         def choose(name: str) -> Any:
             return asked[name] if asked.get(name) is not None else defaults.get(name)
 
-        if asked.get("num_return_sequences") not in (None, 1):
-            raise NotImplementedError("SGLang only supports n=1.")
-        longest = next(
-            length
-            for length in (
-                asked.get("max_new_tokens"),
-                asked.get("max_length") and max(1, asked["max_length"] - prompt_length),
-                defaults.get("max_new_tokens"),
-                max(1, (defaults.get("max_length") or 0) - prompt_length),
-            )
-            if length
-        )
         greedy = choose("do_sample") is False and asked.get("temperature") is None
         return {
             "temperature": 0.0 if greedy else choose("temperature"),
             "top_p": choose("top_p") or 1.0,  # SGLang wants more than 0
             "top_k": choose("top_k") or -1,
             "repetition_penalty": choose("repetition_penalty") or 1.0,
-            "max_new_tokens": longest,
+            "max_new_tokens": _max_new_tokens(asked, prompt_length) or _max_new_tokens(defaults, prompt_length),
             "stop": asked.get("stop"),
             "stop_token_ids": self.template.get_stop_token_ids(self.tokenizer),
             "skip_special_tokens": choose("skip_special_tokens"),
@@ -175,7 +190,13 @@ class KTSGLangEngine:
             server.close()
 
 
-def _finish_reason(meta: dict[str, Any]) -> str | None:
-    """``{"type": "stop", ...}`` in today's SGLang, a word in older ones."""
+def _max_new_tokens(source: dict[str, Any], prompt_length: int) -> int | None:
+    if source.get("max_new_tokens"):
+        return int(source["max_new_tokens"])
+    return max(1, source["max_length"] - prompt_length) if source.get("max_length") else None
+
+
+def _finish_reason(meta: dict[str, Any]) -> str:
+    """``stop`` or ``length``. SGLang says ``{"type": "stop", ...}``, older ones a word."""
     reason = meta.get("finish_reason")
-    return reason.get("type") if isinstance(reason, dict) else reason
+    return "stop" if (reason.get("type") if isinstance(reason, dict) else reason) == "stop" else "length"

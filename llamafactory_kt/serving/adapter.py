@@ -106,7 +106,7 @@ def _lora_paths(args: Any, directory: Path) -> list[str]:
 
 def _prepare(adapter: Adapter, form: str, shapes: dict[int, ExpertsShape] | None, make: Callable[[Path], None]) -> Path:
     def checked(path: Path) -> None:
-        logger.info("Preparing %s for SGLang (%s) in %s", adapter.directory, form, path)
+        logger.info("Preparing %s for SGLang (%s)", adapter.directory, form)
         adapter.check_finite(adapter.other_names)
         make(path)
 
@@ -132,19 +132,12 @@ def _check_against_model(args: Any, adapter: Adapter) -> dict[int, ExpertsShape]
     from ..experts.empty import empty_model
     from ..peft_part import check_peft_part
 
-    if (kind := method(args)) not in SFT_METHODS:
-        raise KTConfigError(
-            f"kt_method: {kind} has no kernel for the LoRA of routed experts; use one of {', '.join(SFT_METHODS)}."
-        )
+    kind = method(args)
+    _check_kernel(args, kind)
     model = empty_model(args.model_name_or_path, quantised=kind not in ("BF16", "AMXINT8", "AMXINT4"))
     shapes = {module.layer: module.shape for module in find_experts(model)}
     adapter.check_fits(shapes)
     check_peft_part(model, adapter)
-    if kind == "AMXINT8" and not any(Path(args.kt_weight_path).expanduser().glob("_layer_*/_numa_0/*.kt")):
-        raise KTConfigError(
-            f"kt_weight_path: {args.kt_weight_path} has no _layer_N/_numa_N/*.kt files. kt-kernel's AMXINT8 kernel reads only those "
-            "where experts have LoRA, and not the safetensors files that serve without it."
-        )
     shape = next(iter(shapes.values()))
     if kind == "BF16" and (shape.hidden_size % 32 or shape.intermediate_size % 32):
         raise KTAdapterError(
@@ -155,11 +148,29 @@ def _check_against_model(args: Any, adapter: Adapter) -> dict[int, ExpertsShape]
     return shapes
 
 
+def _check_kernel(args: Any, kind: str) -> None:
+    """The method must have a kernel for expert LoRA, and the weights must be in the files that it reads."""
+    if kind not in SFT_METHODS:
+        raise KTConfigError(
+            f"kt_method: {kind} has no kernel for the LoRA of routed experts; use one of {', '.join(SFT_METHODS)}."
+        )
+    if kind == "AMXINT8" and not any(Path(args.kt_weight_path).expanduser().glob("_layer_*/_numa_0/*.kt")):
+        raise KTConfigError(
+            f"kt_weight_path: {args.kt_weight_path} has no _layer_N/_numa_N/*.kt files. kt-kernel's AMXINT8 kernel reads only those "
+            "where experts have LoRA, and not the safetensors files that serve without it. llamafactory-kt quantize "
+            "--method int8 writes them."
+        )
+
+
 def _check_said(args: Any, adapter: Adapter, rank: int, alpha: float) -> None:
     """kt_moe_lora_rank and kt_moe_lora_alpha must be the adapter's: those of its configuration, or those after folding."""
-    for key, own in (("kt_moe_lora_rank", (adapter.settings.r, rank)), ("kt_moe_lora_alpha", (adapter.settings.lora_alpha, alpha))):  # fmt: skip
+    settings = adapter.settings
+    for key, own, folded in (
+        ("kt_moe_lora_rank", settings.r, rank),
+        ("kt_moe_lora_alpha", settings.lora_alpha, alpha),
+    ):
         said = getattr(args, key)
-        if said is not None and said not in own:
+        if said not in (None, own, folded):
             raise KTConfigError(
-                f"{key} is {said:g}, but {adapter.settings.path} says {own[0]:g}. The adapter knows best: remove the key."
+                f"{key} is {said:g}, but {settings.path} says {own:g}. The adapter knows best: remove the key."
             )

@@ -1,7 +1,7 @@
 """Adapters in the form a server takes, made once and kept: a directory a content, outside of any checkpoint.
 
-``<cache>/adapters/<key>/`` holds what was made and ``entry.json``, which is written last. The key is a hash of the
-adapter's files, of the experts' sizes and of the form, so that a changed adapter is another entry.
+``<cache>/adapters/<key>/`` holds what was made and ``entry.json``. It appears when it is complete. The key is a hash of
+the adapter's files, of the experts' sizes and of the form, so that a changed adapter is another entry.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..adapters import Adapter, ExpertsShape
 from ..adapters.replacing import replacing
+from ..errors import KTPathError
 from ..machine import cache_directory
 
 ENTRY = "entry.json"
@@ -64,6 +65,7 @@ def prepared(
 
     Raises:
         KTAdapterError: What ``make`` raises. Nothing is left behind.
+        KTPathError: The cache cannot be written.
     """
     root = cache_directory() / "adapters"
     path = root / _key(adapter, form, shapes)
@@ -71,17 +73,15 @@ def prepared(
         entry = _read(path)
         if entry is not None and entry.complete:
             return entry
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir()
-        try:
-            make(path)
-            files = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
+        shutil.rmtree(path, ignore_errors=True)  # damaged
+        with replacing(path) as temporary:
+            temporary.mkdir()
+            make(temporary)
+            made = sorted(file for file in temporary.rglob("*") if file.is_file())
+            files = {str(file.relative_to(temporary)): file.stat().st_size for file in made}
             entry = Entry(path, str(adapter.directory.resolve()), form, time.time(), files)
-            with replacing(path / ENTRY) as temporary:
-                temporary.write_text(json.dumps({**asdict(entry), "path": str(path)}, indent=2), encoding="utf-8")
-        except BaseException:
-            shutil.rmtree(path, ignore_errors=True)
-            raise
+            text = json.dumps({**asdict(entry), "path": str(path)}, indent=2)
+            (temporary / ENTRY).write_text(text, encoding="utf-8")
     return entry
 
 
@@ -129,7 +129,14 @@ def _files(adapter: Adapter) -> list[Path]:
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as handle:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        handle = (root / ".lock").open("w")
+    except OSError as error:
+        raise KTPathError(
+            f"{root}, where adapters are prepared for SGLang, cannot be written ({error.strerror}); name another directory "
+            "in LLAMAFACTORY_KT_CACHE."
+        ) from error
+    with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

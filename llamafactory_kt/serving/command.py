@@ -35,7 +35,19 @@ class ServerCommand:
     """the arguments as the server will read them"""
     adapter: ServedAdapter
     notices: list[str]
-    """what people must know before they send requests"""
+    """what people must know about this server"""
+
+    @property
+    def request_notice(self) -> str | None:
+        """What those must know who write requests themselves."""
+        name = self.adapter.name
+        if name is None:
+            return None
+        what = "the rest of it" if self.adapter.experts else "it"
+        return (
+            f'Only requests that name the adapter get {what}: "lora_path": "{name}" to /generate, "model": "NAME:{name}" '
+            "to /v1/chat/completions. Let all of them name it."
+        )
 
     @property
     def words(self) -> list[str]:
@@ -64,14 +76,14 @@ def server_command(args: Any, options: ServerOptions, extra: Sequence[str] = ())
         KTError: Of the kind of what is wrong.
     """
     model = _check_model(args, options)
-    pools, threads = (
-        threadpool_count(args),
-        args.kt_cpuinfer or args.kt_num_threads or min(usable_cores(), MOST_THREADS),
-    )
+    weights = Path(args.kt_weight_path).expanduser().resolve() if args.kt_weight_path else model
+    pools = threadpool_count(args)
+    threads = args.kt_cpuinfer or args.kt_num_threads or min(usable_cores(), MOST_THREADS)
     if threads < pools:
         raise KTConfigError(
             f"kt_cpuinfer: {threads} threads are fewer than kt_threadpool_count: {pools}; give each pool one."
         )
+    _check_division(weights, pools)
     adapter = serve_adapter(args, options)
     arguments = [
         "--model-path", str(model),
@@ -79,7 +91,7 @@ def server_command(args: Any, options: ServerOptions, extra: Sequence[str] = ())
         "--context-length", str(args.sglang_maxlen),
         "--mem-fraction-static", str(args.sglang_mem_fraction),
         "--tp-size", str(args.sglang_tp_size if args.sglang_tp_size != -1 else _gpus()),
-        "--kt-weight-path", str(Path(args.kt_weight_path).expanduser().resolve() if args.kt_weight_path else model),
+        "--kt-weight-path", str(weights),
         "--kt-method", method(args),
         "--kt-cpuinfer", str(threads),
         "--kt-threadpool-count", str(pools),
@@ -128,6 +140,18 @@ def _check_model(args: Any, options: ServerOptions) -> Path:
     return model.resolve()
 
 
+def _check_division(weights: Path, pools: int) -> None:
+    """``.kt`` files are divided among sub-pools when they are made."""
+    layer = next(weights.glob("_layer_*"), None)
+    made_for = sum(1 for _ in layer.glob("_numa_*")) if layer is not None else pools
+    if made_for != pools:
+        raise KTConfigError(
+            f"kt_weight_path: {weights} is divided among {made_for} sub-pool(s), but kt_threadpool_count is {pools} (if nothing "
+            f"is said, one per NUMA node). Set kt_threadpool_count: {made_for}, or llamafactory-kt quantize "
+            f"--threadpool-count {pools}."
+        )
+
+
 def _gpus() -> int:
     import torch
 
@@ -174,23 +198,13 @@ def _check_expert_lora(options: ServerOptions, parsed: Namespace, adapter: Serve
 
 
 def _notices(parsed: Namespace, adapter: ServedAdapter) -> list[str]:
-    notices = []
-    if adapter.experts:
-        notices.append(
-            "CUDA graph is disabled because the adapter has LoRA on routed experts, which kt-kernel computes on the CPU "
-            "within each step."
-        )
-        base = "Every request gets the experts' LoRA, also one to the base model: SGLang loads it once, at the start."
-        rest = (
-            f' Only requests that name the adapter get the rest of it ("lora_path": "{adapter.name}" to /generate, '
-            f'"model": "NAME:{adapter.name}" to /v1/chat/completions): let all of them name it.'
-        )
-        notices.append(base + (rest if adapter.name else ""))
-    elif adapter.name:
-        notices.append(
-            f'Only requests that name the adapter get it: "lora_path": "{adapter.name}" to /generate, '
-            f'"model": "NAME:{adapter.name}" to /v1/chat/completions.'
-        )
-    if adapter.experts and getattr(parsed, "kt_max_deferred_experts_per_token", None):
+    if not adapter.experts:
+        return []
+    notices = [
+        "CUDA graph is disabled because the adapter has LoRA on routed experts, which kt-kernel computes on the CPU "
+        "within each step.",
+        "Every request gets the experts' LoRA, also one to the base model: SGLang loads it once, at the start.",
+    ]
+    if getattr(parsed, "kt_max_deferred_experts_per_token", None):
         notices.append("kt_max_deferred_experts_per_token does nothing with LoRA on routed experts.")
     return notices

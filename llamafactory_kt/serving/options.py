@@ -108,8 +108,9 @@ def discover(python: str | None = None) -> ServerOptions:
     environment = {**os.environ, "LLAMAFACTORY_KT_DISABLE": "1"}
     try:
         result = subprocess.run(
-            [python, "-c", code], capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL
-        )
+            [python, "-c", code], capture_output=True, encoding="utf-8", errors="replace", env=environment,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
     except OSError as error:
         raise KTServerError(f"kt_sglang_python: {python} cannot be run ({error}).") from error
     _, mark, line = result.stdout.rpartition(probe.MARK)

@@ -21,6 +21,7 @@ from .command import ServerCommand
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
+_ATTEMPTS = 3
 _LAST_LINES = 30
 
 
@@ -32,18 +33,21 @@ def start_server(command: ServerCommand, timeout: float) -> Server:
     """Start a server and wait until it answers; on another port if one was taken meanwhile.
 
     Raises:
-        KTServerError: It ended, or is not ready after ``timeout`` seconds; with its last lines.
+        KTServerError: It ended, or is not ready after ``timeout`` seconds; with its last lines. Nothing of it runs on.
     """
-    for _ in range(3):
+    for _ in range(_ATTEMPTS):
         server = Server(command)
         logger.info("Starting SGLang at %s, its log in %s", server.url, server.log)
         try:
             server.wait_until_ready(timeout)
-        except _PortTaken as error:
-            logger.warning("%s; trying another port", str(error).splitlines()[0])
-            taken = error
-        else:
             return server
+        except _PortTaken as error:
+            server.close()
+            logger.warning("%s Trying another.", str(error).splitlines()[0])
+            taken = error
+        except BaseException:
+            server.close()
+            raise
     raise taken
 
 
@@ -54,15 +58,15 @@ class Server:
         self.command = command
         self.port = free_port()
         self._failed = False
-        self.log = Path(tempfile.mkstemp(prefix="llamafactory-kt-sglang-", suffix=".log")[1])
-        words = [*command.words, "--host", HOST, "--port", str(self.port)]
-        # The supervisor needs this package, and no hooks; neither does the server.
-        root = str(Path(__file__).parents[2])
-        environment = {**os.environ, "LLAMAFACTORY_KT_DISABLE": "1"}
-        supervisor = [sys.executable, "-c", _SUPERVISE, root, *words]
-        with self.log.open("wb") as log:
+        server = [*command.words, "--host", HOST, "--port", str(self.port)]
+        # -P: the files beside the supervisor are no modules of its own.
+        supervisor = [sys.executable, "-P", str(Path(__file__).with_name("supervisor.py"))]
+        environment = {**os.environ, "LLAMAFACTORY_KT_DISABLE": "1"}  # the server needs no hooks
+        with tempfile.NamedTemporaryFile(prefix="llamafactory-kt-sglang-", suffix=".log", delete=False) as log:
+            self.log = Path(log.name)
             self._process = subprocess.Popen(
-                supervisor, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                [*supervisor, *server], env=environment, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         atexit.register(self.close)
 
@@ -85,9 +89,7 @@ class Server:
                         raise _PortTaken(self._failure(f"Port {self.port} was taken by another program"))
                     raise KTServerError(self._failure(f"SGLang ended with exit status {status} before it was ready"))
                 if now - started > timeout:
-                    failure = self._failure(f"SGLang was not ready after kt_sglang_timeout: {timeout:g} s")
-                    self.close()
-                    raise KTServerError(failure)
+                    raise KTServerError(self._failure(f"SGLang was not ready after kt_sglang_timeout: {timeout:g} s"))
                 if now - said > 60:
                     said = now
                     logger.info("SGLang is still loading after %d s; its log is %s", now - started, self.log)
@@ -104,9 +106,7 @@ class Server:
         except (httpx.HTTPError, ValueError, AttributeError):
             return False
         if found != (own := self.command.parsed.model_path):
-            failure = self._failure(f"Port {self.port} was taken by another server, of {found} and not {own}")
-            self.close()
-            raise _PortTaken(failure)
+            raise _PortTaken(self._failure(f"Port {self.port} was taken by another server, of {found} and not {own}"))
         return True
 
     def _port_taken(self) -> bool:
@@ -123,7 +123,7 @@ class Server:
         self._failed = True
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
         shown = "\n".join(f"  {line}" for line in lines[-_LAST_LINES:]) or "  (nothing)"
-        return f"{what}. The end of its log, {self.log}:\n{shown}\nIts command was:\n{self.command}"
+        return f"{what}.\nThe end of its log, {self.log}:\n{shown}\nIts command was:\n{self.command}"
 
     def close(self) -> None:
         """End the server and wait for that. A log that no error has named is removed. Calling it again does nothing."""
@@ -134,14 +134,6 @@ class Server:
         self._process.wait()
         if not self._failed:
             self.log.unlink(missing_ok=True)
-
-
-_SUPERVISE = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-from llamafactory_kt.serving.supervisor import run
-sys.exit(run(sys.argv[1:]))
-"""
 
 
 def free_port() -> int:

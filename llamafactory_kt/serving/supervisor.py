@@ -1,9 +1,10 @@
 """The process between LLaMA-Factory and SGLang: it runs the server and ends it when LLaMA-Factory is gone.
 
-Its stdin is a pipe that LLaMA-Factory holds open; the end of
-the pipe means that LLaMA-Factory is gone, whatever killed it. The server is asked to end, then killed, with everything
-it started. Should the supervisor itself be killed, the kernel kills the server (PR_SET_PDEATHSIG; set here and not by
-LLaMA-Factory, because it is about the thread that starts a process, and web servers start chats in threads that end).
+Run as a file, with the server's command as arguments; imports nothing of this package. Its stdin is a pipe that
+LLaMA-Factory holds open; the end of the pipe means that LLaMA-Factory is gone, whatever killed it. The server is asked
+to end, then killed, with everything it started. Should the supervisor itself be killed, the kernel kills the server
+(PR_SET_PDEATHSIG; set here and not by LLaMA-Factory, because it is about the thread that starts a process, and web
+servers start chats in threads that end).
 """
 
 from __future__ import annotations
@@ -65,5 +66,9 @@ def _end(server: subprocess.Popen[bytes], family: list[psutil.Process]) -> None:
     server.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         server.wait(PATIENCE)
-    psutil.wait_procs(family, timeout=PATIENCE if server.poll() is None else 1)
+    psutil.wait_procs(family, timeout=1)
     server.kill()
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

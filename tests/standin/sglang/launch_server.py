@@ -4,7 +4,9 @@ It starts a child process that sleeps, as the real server starts schedulers, and
 """
 
 import argparse
+import contextlib
 import errno
+import itertools
 import json
 import os
 import subprocess
@@ -47,10 +49,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
-        for event in [*map(json.dumps, events), "[DONE]"]:
-            self.wfile.write(f"data: {event}\n\n".encode())
-            self.wfile.flush()
         self.close_connection = True
+        with contextlib.suppress(ConnectionError):  # the client has gone
+            for event in itertools.chain(map(json.dumps, events), ["[DONE]"]):
+                self.wfile.write(f"data: {event}\n\n".encode())
+                self.wfile.flush()
 
     def do_GET(self):
         if self.path == "/health":
@@ -83,7 +86,21 @@ class Handler(BaseHTTPRequestHandler):
         meta = {"prompt_tokens": len(request["input_ids"]), "finish_reason": None}
         events = [{"text": text, "meta_info": {**meta, "completion_tokens": n + 1}} for n, text in enumerate(texts)]
         events[-1]["meta_info"]["finish_reason"] = {"type": "stop", "matched": 1}
-        self.events([events[0], {"error": {"message": "out of memory"}}] if fail == "breaks-off" else events)
+        if fail == "breaks-off":
+            events[1:] = [{"error": {"message": "out of memory"}}]
+        if fail == "endless":
+            events = self.without_end(meta)
+        self.events(events)
+
+    def without_end(self, meta):
+        """An answer that grows until nobody reads it any more."""
+        try:
+            for count in range(1, 6000):
+                yield {"text": "word " * count, "meta_info": {**meta, "completion_tokens": count}}
+                time.sleep(0.01)
+        except GeneratorExit:
+            note(gone=True)
+            raise
 
     def complete(self, request):
         pieces = ["Hello", " there", "!"]

@@ -259,7 +259,7 @@ def test_layers_without_expert_lora_get_zeros(build, adapter):
         ({"kt_lora_scope": "attention"}, "kt_lora_scope: attention works with infer_backend: huggingface only"),
         ({"kt_moe_lora_rank": 8}, "kt_moe_lora_rank: there is no adapter"),
         ({"kt_sglang_python": "/nowhere/python"}, "kt_sglang_python must be the path of a Python interpreter"),
-        ({"sglang_config": {"max_runing_requests": 4}}, "no option --max_runing|no option --max-runing-requests; did you mean"),
+        ({"sglang_config": {"max_runing_requests": 4}}, "no option --max-runing-requests .did you mean --max-running-requests"),
         ({"sglang_lora_backend": "flashinfer", "adapter_name_or_path": "ADAPTER"}, "invalid choice: 'flashinfer'"),
         ({"adapter_name_or_path": "ADAPTER,ADAPTER"}, "SGLang with KT serves one adapter, found 2"),
         ({"adapter_name_or_path": "ADAPTER", "kt_moe_lora_rank": 16}, "kt_moe_lora_rank is 16, but .* says 8"),
@@ -296,6 +296,13 @@ def test_models_and_adapters_that_the_server_does_not_have(build, tmp_path, mode
     )
     with pytest.raises(KTAdapterError, match=r"sglang-kt 0.7.2 has no LoRA for odd_proj; it has it for .*\bq_proj"):
         build(adapter_name_or_path=str(odd))
+    for absent in ("q_proj", "v_proj"):
+        half = edit_adapter(
+            make_adapter(tmp_path / absent, other),
+            lambda tensors, absent=absent: {n: t for n, t in tensors.items() if f".{absent}." not in n},
+        )
+        with pytest.raises(KTAdapterError, match=rf"not on model.layers.0.self_attn.{absent}, .* Merge this adapter"):
+            build(model=other, adapter_name_or_path=str(half))
 
 
 def test_packed_weights_are_divided_among_as_many_pools(build, tmp_path):

@@ -173,17 +173,15 @@ def _show(url: str, model: str, levels: list[Level]) -> None:
     from rich.table import Table
 
     table = Table(
-        "at once", "asked", "mean", "p50", "p90", "p99", "first", "first p90", "tok/s", "all tok/s",
+        "at once", "mean", "p50", "p90", "p99", "first", "first p90", "tok/s", "all tok/s",
         title=escape(f"{model} at {url}"), title_justify="left", caption_justify="left",
-        caption="Latency and time to the first token in ms; tokens a second of one answer, and of all together.",
+        caption=f"{levels[0].requests} requests at each level. Latency and time to the first token in ms; tokens a second "
+        "of one answer, and of all together.",
     )  # fmt: skip
     for level in levels:
         seconds = (level.mean, level.p50, level.p90, level.p99, level.first_token_mean, level.first_token_p90)
-        asked = f"{level.requests}" + (f" ({level.failed} failed)" if level.failed else "")
-        table.add_row(
-            str(level.concurrency), asked, *(f"{value * 1000:.1f}" for value in seconds),
-            f"{level.per_request_rate:.1f}", f"{level.total_rate:.1f}",
-        )  # fmt: skip
+        figures = [*(1000 * value for value in seconds), level.per_request_rate, level.total_rate]
+        table.add_row(str(level.concurrency), *(f"{x:.1f}" if x < 100 else f"{x:.0f}" for x in figures))
     console = Console()
     console.print(table)
     if not all(level.counted for level in levels):

@@ -12,21 +12,14 @@ app = typer.Typer(help="Adapters that were prepared for SGLang: list them, remov
 @app.command("list")
 def list_entries() -> None:
     """Show what is there, where it came from and how large it is."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Column, Table
-
     from ..machine import cache_directory, gib
     from ..serving.adapter_cache import entries
 
     found = entries()
-    table = Table("entry", Column("made of", overflow="fold"), "form", "size", "made")
     for entry in found:
-        source = escape(entry.source) + ("" if entry.source_exists else " (gone)")
         made = datetime.fromtimestamp(entry.created).strftime("%Y-%m-%d %H:%M")
-        table.add_row(entry.path.name, source, entry.form, gib(entry.nbytes), made)
-    if found:
-        Console().print(table)
+        typer.echo(f"{entry.source}{'' if entry.source_exists else ' (gone)'}")
+        typer.echo(f"    {entry.path.name}: {entry.form}, {gib(entry.nbytes)}, made {made}")
     size = gib(sum(entry.nbytes for entry in found))
     typer.echo(f"{len(found)} prepared adapter(s), {size}, in {cache_directory() / 'adapters'}")
 

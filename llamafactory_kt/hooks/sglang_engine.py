@@ -121,10 +121,11 @@ class KTSGLangEngine:
                 meta = chunk["meta_info"]
                 generation.prompt_tokens = meta["prompt_tokens"]
                 generation.count(meta["completion_tokens"])
-                generation.finish_reason = "stop" if generation.stopped else _finish_reason(meta)
+                generation.finish_reason = _finish_reason(meta)
                 yield chunk["text"][shown:]
                 shown = len(chunk["text"])
                 if generation.stopped:
+                    generation.finish_reason = "stop"
                     return
 
     async def _generate(

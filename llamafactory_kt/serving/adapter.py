@@ -36,8 +36,13 @@ class ServedAdapter:
     """what requests must name to get the rest of it; None: there is no rest"""
 
 
-def serve_adapter(args: Any, options: ServerOptions) -> ServedAdapter:
+def serve_adapter(args: Any, options: ServerOptions, *, mla: bool) -> ServedAdapter:
     """Prepare the adapter of a configuration (LLaMA-Factory's ModelArguments with our fields), if it has one.
+
+    Args:
+        args: the configuration.
+        options: the installed server.
+        mla: whether the model has multi-head latent attention, whose projections the server does not join.
 
     Raises:
         KTAdapterError: It is broken, does not fit the model, or has parts the server has no place for.
@@ -50,6 +55,7 @@ def serve_adapter(args: Any, options: ServerOptions) -> ServedAdapter:
         return ServedAdapter()
     adapter = open_adapter(directories[0] if directories else None, moe_lora)
     _check_targets(adapter, options)
+    _check_joined(adapter, mla)
     if not adapter.layers:
         return _serve_rest(args, adapter)
     if options.dialect is None:
@@ -123,6 +129,23 @@ def _check_targets(adapter: Adapter, options: ServerOptions) -> None:
         raise KTAdapterError(
             f"{adapter.store.path}: {options.version} has no LoRA for {name_some(unknown)}; it has it for "
             f"{', '.join(known)}. Merge this adapter into the model (llamafactory-kt merge) and serve that."
+        )
+
+
+def _check_joined(adapter: Adapter, mla: bool) -> None:
+    """Modules that the server joins must have LoRA together. It fills in zeros for k and for up only (lora.py of
+    sglang-kt 0.7.2, normalize_qkv_proj and normalize_gate_up_proj)."""
+    partners = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"} | ({} if mla else {"q_proj": "v_proj"})
+    modules = {split_module(name)[0] for name in adapter.other_names}
+    missing = {
+        f"{parent}.{partners[leaf]}"
+        for parent, _, leaf in (module.rpartition(".") for module in modules)
+        if leaf in partners and f"{parent}.{partners[leaf]}" not in modules
+    }
+    if missing:
+        raise KTAdapterError(
+            f"{adapter.store.path} has LoRA on other parts of what SGLang joins (q, k and v; gate and up), but not on "
+            f"{name_some(sorted(missing), 2)}. Merge this adapter into the model (llamafactory-kt merge) and serve that."
         )
 
 

@@ -75,7 +75,7 @@ def server_command(args: Any, options: ServerOptions, extra: Sequence[str] = ())
     Raises:
         KTError: Of the kind of what is wrong.
     """
-    model = _check_model(args, options)
+    model, config = _check_model(args, options)
     weights = Path(args.kt_weight_path).expanduser().resolve() if args.kt_weight_path else model
     pools = threadpool_count(args)
     threads = args.kt_cpuinfer or args.kt_num_threads or min(usable_cores(), MOST_THREADS)
@@ -84,7 +84,7 @@ def server_command(args: Any, options: ServerOptions, extra: Sequence[str] = ())
             f"kt_cpuinfer: {threads} threads are fewer than kt_threadpool_count: {pools}; give each pool one."
         )
     _check_division(weights, pools)
-    adapter = serve_adapter(args, options)
+    adapter = serve_adapter(args, options, mla=config.get("kv_lora_rank") is not None)
     arguments = [
         "--model-path", str(model),
         "--dtype", str(args.infer_dtype),
@@ -117,8 +117,8 @@ def server_command(args: Any, options: ServerOptions, extra: Sequence[str] = ())
     return ServerCommand(options.python, arguments, parsed, adapter, _notices(parsed, adapter))
 
 
-def _check_model(args: Any, options: ServerOptions) -> Path:
-    """The checkpoint's directory, with a model that the server has and that has routed experts."""
+def _check_model(args: Any, options: ServerOptions) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint's directory and its text model's configuration, which the server has and which has routed experts."""
     model = Path(args.model_name_or_path).expanduser()
     if not model.is_dir():
         raise KTPathError(
@@ -132,12 +132,13 @@ def _check_model(args: Any, options: ServerOptions) -> Path:
     names = config.get("architectures") or []
     if options.architectures and names and not set(names) & set(options.architectures):
         raise KTModelError(f"{model} is a {', '.join(names)}, which {options.version} does not have.")
-    if not any(part.get(name) for part in (config, config.get("text_config") or {}) for name in _EXPERT_COUNTS):
+    config |= config.get("text_config") or {}
+    if not any(config.get(name) for name in _EXPERT_COUNTS):
         raise KTModelError(
             f"{model / 'config.json'} has none of {', '.join(_EXPERT_COUNTS)}: no routed experts that SGLang's KT would find. "
             "Remove use_kt."
         )
-    return model.resolve()
+    return model.resolve(), config
 
 
 def _check_division(weights: Path, pools: int) -> None:
@@ -183,7 +184,7 @@ def _check_expert_lora(options: ServerOptions, parsed: Namespace, adapter: Serve
         return options.value(parsed, flag)
 
     if found("--kt-num-gpu-experts") or found("--kt-gpu-experts-ratio"):
-        problems.append("all experts must be on the CPU: kt_num_gpu_experts: 0, and no kt_gpu_experts_ratio")
+        problems.append("all experts must be on the CPU (kt_num_gpu_experts: 0, and no kt_gpu_experts_ratio)")
     if (running := found("--max-running-requests")) is not None and running < 2:
         problems.append(f"--max-running-requests must be at least 2, found {running}")
     for flag in ("--kt-gpu-prefill-token-threshold", "--kt-enable-dynamic-expert-update"):

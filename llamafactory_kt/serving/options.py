@@ -80,7 +80,7 @@ class ServerOptions:
         if unknown:
             flags = [flag for option in self.options for flag in option["flags"]]
             close = get_close_matches(unknown[0], flags, n=1)
-            parser.error(f"it has no option {unknown[0]}{f'; did you mean {close[0]}?' if close else ''}")
+            parser.error(f"it has no option {unknown[0]}{f' (did you mean {close[0]}?)' if close else ''}")
         return known
 
 

@@ -66,7 +66,8 @@ def experts_only(directory: Path, adapter: Path) -> Path:
 
 def rest_only(directory: Path, adapter: Path) -> Path:
     shutil.copytree(adapter, directory)
-    return edit_adapter(directory, lambda tensors: {n: t for n, t in tensors.items() if ".mlp.experts." not in n})
+    gone = (".mlp.experts.", ".kv_b_proj.")  # kv_b_proj: see test_latent_attention
+    return edit_adapter(directory, lambda tensors: {n: t for n, t in tensors.items() if not any(g in n for g in gone)})
 
 
 # The six bugs that users met when they first served expert LoRA with SGLang.
@@ -171,12 +172,15 @@ def test_dialects(build, adapter, moe_lora, tmp_path):
     experts, rest = experts_only(tmp_path / "e", adapter), rest_only(tmp_path / "r", adapter)
     whole = build(adapter_name_or_path=str(adapter))
     assert whole.parsed.lora_paths[0].startswith("lora0=") and whole.parsed.kt_expert_lora_path is None
-    assert "Only requests that name the adapter get the rest of it" in whole.request_notice
+    assert "Every request must name the adapter" in whole.request_notice
+    called_out = "Every request gets the experts' LoRA, also one to the base model"
+    assert not any(called_out in notice for notice in whole.notices), "SGLang refuses such requests"
     alone = build(adapter_name_or_path=str(experts))
     assert (
         alone.parsed.lora_paths is None
         and Path(alone.parsed.kt_expert_lora_path).is_dir()
         and alone.request_notice is None
+        and any(called_out in notice for notice in alone.notices)
     )
     assert build(adapter_name_or_path=str(rest)).parsed.kt_expert_lora_path is None
 
@@ -185,6 +189,9 @@ def test_dialects(build, adapter, moe_lora, tmp_path):
     assert Path(old.kt_moe_lora_path).name == "moe_lora.pt" and old.disable_radix_cache
     names = load_file(Path(old.lora_paths[0].partition("=")[2]) / "adapter_model.safetensors")
     assert names and not any(".mlp.experts." in name for name in names)
+    with_rest = build(moe_lora, adapter_name_or_path=str(adapter))
+    assert any(called_out in notice for notice in with_rest.notices)
+    assert "Only requests that name the adapter get the rest of it" in with_rest.request_notice
     beside = build(adapter_name_or_path=str(rest), kt_moe_lora_path=old.kt_moe_lora_path)
     assert beside.adapter.experts and beside.adapter.name == "lora0"
     only = build(kt_moe_lora_path=old.kt_moe_lora_path, kt_moe_lora_rank=8, kt_moe_lora_alpha=16)
@@ -315,6 +322,15 @@ def test_packed_weights_are_divided_among_as_many_pools(build, tmp_path):
         build(**keys, kt_threadpool_count=1)
 
 
+def test_latent_attention(build, adapter, tmp_path):
+    """SGLang adds the LoRA of kv_b_proj while decoding only where there is expert LoRA, too."""
+    assert build(adapter_name_or_path=str(adapter)).adapter.required
+    rest = shutil.copytree(adapter, tmp_path / "rest")
+    edit_adapter(rest, lambda tensors: {n: t for n, t in tensors.items() if ".mlp.experts." not in n})
+    with pytest.raises(KTAdapterError, match="LoRA on kv_b_proj, but none on routed experts"):
+        build(adapter_name_or_path=str(rest))
+
+
 def _with_config(directory: Path, model: Path, **changes) -> Path:
     directory.mkdir()
     config = {**json.loads((model / "config.json").read_text()), **changes}
@@ -398,7 +414,8 @@ for words in json.load(sys.stdin):
         split = None
         if args.lora_paths:
             split = [args.kt_expert_lora_path, args.lora_paths[0].lora_path]
-        answers.append({"error": None, "cuda_graph_off": args.disable_cuda_graph, "experts": args.kt_expert_lora_path, "split": split})
+        answers.append({"error": None, "cuda_graph_off": args.disable_cuda_graph, "experts": args.kt_expert_lora_path,
+            "split": split, "required": args.kt_composite_lora_name})
     except Exception as error:
         answers.append({"error": str(error)})
 print("\\nANSWERS " + json.dumps(answers))
@@ -450,6 +467,8 @@ def test_sglang_kt_takes_our_commands_and_adapters(sglang_kt, tmp_path, build, a
     answers = json.loads(result.stdout.rpartition("ANSWERS ")[2])
     assert [answer["error"] for answer in answers[:4]] == [None] * 4, result.stderr
     assert [answer["cuda_graph_off"] for answer in answers[:4]] == [False, True, True, False]
+    assert [answer["required"] for answer in answers[:4]] == [None, None, "lora0", None]
+    assert [c.adapter.required for c in (plain, alone, whole, other)] == [False, False, True, False]
     assert answers[1]["experts"] == alone.parsed.kt_expert_lora_path and answers[3]["experts"] is None
     ours = load_file(Path(whole.parsed.lora_paths[0].partition("=")[2]) / "adapter_model.safetensors")
     expert_part, rest_part = (load_file(Path(part) / "adapter_model.safetensors") for part in answers[2]["split"])

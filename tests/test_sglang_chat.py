@@ -86,7 +86,7 @@ def test_chat_through_the_command_line(standin, demo, tmp_path):
     answer, figures = second.splitlines()
     tokens = re.fullmatch("lora=lora0 tokens=([0-9]+) 你好", answer)[1]
     assert int(tokens) > 14 and re.match(rf"\[prompt {tokens} tokens, first token after .* s, answer 3 tokens", figures)
-    for line in ("SGLang is sglang-kt 0.7.2", "CUDA graph is disabled because", "Every request gets the experts' LoRA"):
+    for line in ("SGLang is sglang-kt 0.7.2", "CUDA graph is disabled because"):
         assert line in result.stdout
     started, asked, _ = notes(written)
     assert started["argv"][started["argv"].index("--lora-paths") + 1].startswith("lora0=")

@@ -34,6 +34,8 @@ class ServedAdapter:
     """it has LoRA on routed experts, which a server applies to every request"""
     name: str | None = None
     """what requests must name to get the rest of it; None: there is no rest"""
+    required: bool = False
+    """the server refuses requests that do not name it"""
 
 
 def serve_adapter(args: Any, options: ServerOptions, *, mla: bool) -> ServedAdapter:
@@ -57,7 +59,7 @@ def serve_adapter(args: Any, options: ServerOptions, *, mla: bool) -> ServedAdap
     _check_targets(adapter, options)
     _check_joined(adapter, mla)
     if not adapter.layers:
-        return _serve_rest(args, adapter)
+        return _serve_rest(args, adapter, mla)
     if options.dialect is None:
         raise KTServerError(
             f"{adapter.expert_file} has LoRA on routed experts, which {options.version} cannot apply (it has neither "
@@ -71,12 +73,20 @@ def serve_adapter(args: Any, options: ServerOptions, *, mla: bool) -> ServedAdap
         entry = _prepare(
             adapter, "sglang-merged", uniform.shapes, lambda path: write_sglang_merged(uniform, path / "merged")
         )
-        return ServedAdapter(_lora_paths(args, entry / "merged"), experts=True, name=LORA_NAME)
+        # sglang-kt 0.7.2, tokenizer_manager.py, _validate_and_resolve_lora
+        return ServedAdapter(_lora_paths(args, entry / "merged"), experts=True, name=LORA_NAME, required=True)
     entry = _prepare(adapter, "sglang", uniform.shapes, lambda path: write_sglang(uniform, path / "experts"))
     return ServedAdapter([Dialect.EXPERT_LORA.value, str(entry / "experts")], experts=True)
 
 
-def _serve_rest(args: Any, adapter: Adapter) -> ServedAdapter:
+def _serve_rest(args: Any, adapter: Adapter, mla: bool) -> ServedAdapter:
+    if mla and any(".kv_b_proj." in name for name in adapter.other_names):
+        # sglang-kt 0.7.2, deepseek_v2.py, _apply_static_kv_b_lora_to_mla_query: with LoRA on routed experts only
+        raise KTAdapterError(
+            f"{adapter.store.path} has LoRA on kv_b_proj, but none on routed experts. SGLang's latent attention takes the weight of "
+            "kv_b_proj apart and would leave this LoRA out while it decodes. Merge this adapter into the model "
+            "(llamafactory-kt merge) and serve that."
+        )
     _check_said(args, adapter, adapter.settings.r, adapter.settings.lora_alpha)
     entry = _prepare(adapter, "rest", None, lambda path: write_sglang_rest(adapter, path / "rest"))
     return ServedAdapter(_lora_paths(args, entry / "rest"), name=LORA_NAME)

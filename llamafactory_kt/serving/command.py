@@ -43,11 +43,11 @@ class ServerCommand:
         name = self.adapter.name
         if name is None:
             return None
+        how = f'"lora_path": "{name}" to /generate, "model": "NAME:{name}" to /v1/chat/completions'
+        if self.adapter.required:
+            return f"Every request must name the adapter, or SGLang refuses it: {how}."
         what = "the rest of it" if self.adapter.experts else "it"
-        return (
-            f'Only requests that name the adapter get {what}: "lora_path": "{name}" to /generate, "model": "NAME:{name}" '
-            "to /v1/chat/completions. Let all of them name it."
-        )
+        return f"Only requests that name the adapter get {what}: {how}."
 
     @property
     def words(self) -> list[str]:
@@ -203,9 +203,12 @@ def _notices(parsed: Namespace, adapter: ServedAdapter) -> list[str]:
         return []
     notices = [
         "CUDA graph is disabled because the adapter has LoRA on routed experts, which kt-kernel computes on the CPU "
-        "within each step.",
-        "Every request gets the experts' LoRA, also one to the base model: SGLang loads it once, at the start.",
+        "within each step."
     ]
+    if not adapter.required:
+        notices.append(
+            "Every request gets the experts' LoRA, also one to the base model: SGLang loads it once, at the start."
+        )
     if getattr(parsed, "kt_max_deferred_experts_per_token", None):
         notices.append("kt_max_deferred_experts_per_token does nothing with LoRA on routed experts.")
     return notices

@@ -22,6 +22,8 @@ ServerArgs.add_cli_args(parser)
 args = parser.parse_args()
 fail = os.environ.get("STANDIN_FAIL", "")
 started = time.monotonic()
+# An adapter with experts and the rest: the real one refuses requests that do not name it.
+merged = next((path.partition("=")[0] for path in args.lora_paths or [] if path.endswith("/merged")), None)
 notes = Path(os.environ.get("STANDIN_NOTES", os.devnull))
 
 
@@ -71,7 +73,9 @@ class Handler(BaseHTTPRequestHandler):
         note(path=self.path, request=request)
         if fail == "dies-while-answering":
             os._exit(9)
-        if fail == "refuses":
+        if merged and merged not in (request.get("lora_path"), request.get("model", "").partition(":")[2]):
+            self.answer(400, {"error": {"message": f"Every request must select exactly that adapter: {merged}"}})
+        elif fail == "refuses":
             self.answer(400, {"error": {"message": "lora0 is not loaded"}})
         elif self.path == "/generate":
             self.generate(request)

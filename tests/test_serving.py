@@ -255,6 +255,7 @@ def test_layers_without_expert_lora_get_zeros(build, adapter):
     ("keys", "message"),
     [
         ({"kt_backend": "torch"}, "kt_backend: torch is an engine of infer_backend: huggingface"),
+        ({"kt_backend": "oneDNN"}, "kt_backend: oneDNN is an engine of infer_backend: huggingface"),
         ({"kt_backend": "AMXINT4", "kt_method": "BF16", "kt_weight_path": "/tmp"}, "is contradictory: kt_method: BF16"),
         ({"kt_method": "AMXINT9"}, "kt_method: unknown value 'AMXINT9'"),
         ({"kt_weight_path": "/tmp"}, "but not in which format: add kt_method"),

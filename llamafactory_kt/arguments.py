@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 SCOPES = ("all", "attention")
 
+CHAT_ONLY_KEYS = ("kt_max_chunk", "kt_recalibrate", "kt_router_stats", "kt_debug_dir")
+"""keys about experts in this process, which infer_backend: sglang does not have"""
+
 # Keys that upstream's training stack puts into kt_config and that mean nothing when chatting.
 TRAINING_KEYS = frozenset(
     {
@@ -151,7 +154,7 @@ def check_for_inference(args: Any) -> None:
     for name in TRAINING_KEYS:
         if getattr(args, name, None) is not None:
             logger.warning("%s is a key for training and does nothing in a chat.", name)
-    useless = ("kt_max_chunk",) if serves(args) else SERVING_KEYS
+    useless = CHAT_ONLY_KEYS if serves(args) else SERVING_KEYS
     for name in useless:
         if getattr(args, name) != KTArguments.__dataclass_fields__[name].default:
             logger.warning("%s does nothing with infer_backend: %s.", name, "sglang" if serves(args) else "huggingface")

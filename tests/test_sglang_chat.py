@@ -70,19 +70,19 @@ def test_chat_through_the_command_line(standin, demo, tmp_path):
     """Blanks in every path, the adapter in the server's form and named by each request, nothing left behind."""
     blank = tmp_path / "my adapter"
     blank.symlink_to(demo / "adapter")
-    path, written = standin(adapter_name_or_path=str(blank))
+    path, written = standin(adapter_name_or_path=str(blank), kt_stats=True)
     env = {**os.environ, "LLAMAFACTORY_VERBOSITY": "INFO", "PYTHONIOENCODING": "utf-8"}
     result = subprocess.run(
         [CLI, "chat", path],
-        input="hello\n/stats\nand then?\nexit\n",
+        input="hello\nand then?\nexit\n",
         capture_output=True,
         encoding="utf-8",
         env=env,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    first, _, second = (turn.removeprefix("Assistant: ").strip() for turn in result.stdout.split("\nUser: ")[1:4])
-    assert first == "lora=lora0 tokens=14 你好"
+    first, second = (turn.removeprefix("Assistant: ").strip() for turn in result.stdout.split("\nUser: ")[1:3])
+    assert first.startswith("lora=lora0 tokens=14 你好\n[prompt 14 tokens")
     answer, figures = second.splitlines()
     tokens = re.fullmatch("lora=lora0 tokens=([0-9]+) 你好", answer)[1]
     assert int(tokens) > 14 and re.match(rf"\[prompt {tokens} tokens, first token after .* s, answer 3 tokens", figures)

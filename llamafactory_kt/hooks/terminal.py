@@ -41,7 +41,7 @@ def _converse(chat_model: Any) -> None:
 
     messages: list[dict[str, str]] = []
     model = getattr(chat_model.engine, "model", None)  # a server has it elsewhere
-    show_stats = bool(getattr(model, "_kt_show_stats", False))
+    show_stats = bool(getattr(model or chat_model.engine, "_kt_show_stats", False))
     print(
         "Welcome to the CLI application, use `clear` to remove the history, use `exit` to exit the application.\n"
         "Ctrl-C stops an answer, `/stats` shows its speed, `/experts` which experts it used."

@@ -21,7 +21,7 @@ SFT_METHODS = {
 """The kernel that computes expert LoRA on weights of a method."""
 
 _ALIASES = {"AMXBF16": "BF16", "AMXFP8": "FP8", "AUTO": "BF16"}
-_KERNELS = {"AMXBF16": "BF16", "AMXINT8": "AMXINT8", "AMXINT4": "AMXINT4"}
+KERNELS = {"AMXBF16": "BF16", "AMXINT8": "AMXINT8", "AMXINT4": "AMXINT4"}
 """kt_backend, where that is a kernel of kt-kernel -> the method"""
 
 _CONVERT = "kt-kernel's convert_cpu_weights.py writes it"
@@ -128,10 +128,10 @@ def check_serving_values(args: Any) -> list[str]:
 def check_serving_combinations(args: Any) -> list[str]:
     """Keys that contradict each other, and what SGLang with KT cannot do."""
     problems = []
-    if args.kt_backend not in ("auto", *_KERNELS):
+    if args.kt_backend not in ("auto", *KERNELS):
         problems.append(
             f"kt_backend: {args.kt_backend} is an engine of infer_backend: huggingface; SGLang computes with kt-kernel. Use "
-            f"one of {', '.join(_KERNELS)}, or remove it."
+            f"one of {', '.join(KERNELS)}, or remove it."
         )
     said = _methods_said(args)
     if len(set(said.values())) > 1:
@@ -175,8 +175,8 @@ def _methods_said(args: Any) -> dict[str, str]:
     if args.kt_moe_sft_method is not None:
         plain = {sft: name for name, sft in SFT_METHODS.items()}
         said["kt_moe_sft_method"] = plain.get(args.kt_moe_sft_method, args.kt_moe_sft_method)
-    if args.kt_backend in _KERNELS:
-        said["kt_backend"] = _KERNELS[args.kt_backend]
+    if args.kt_backend in KERNELS:
+        said["kt_backend"] = KERNELS[args.kt_backend]
     return said
 
 

@@ -323,6 +323,20 @@ def test_packed_weights_are_divided_among_as_many_pools(build, tmp_path):
         build(**keys, kt_threadpool_count=1)
 
 
+def test_sizes_that_the_kernel_cannot_take_as_they_are(build, tmp_path, adapter):
+    """The adapter's model has experts of 64 x 96."""
+    other = make_model(tmp_path / "other", "qwen3_moe")
+    (tmp_path / "packed" / "_layer_1" / "_numa_0").mkdir(parents=True)
+    packed = {"kt_backend": "AMXINT4", "kt_weight_path": str(tmp_path / "packed"), "kt_threadpool_count": 1}
+    for keys, message in (
+        ({"model": other, "adapter_name_or_path": str(make_adapter(tmp_path / "a", other))}, "hidden_size 72 must be"),
+        ({"adapter_name_or_path": str(adapter), "kt_threadpool_count": 2, "kt_cpuinfer": 2}, "96 one of 64 .kt_thread"),
+        ({"adapter_name_or_path": str(adapter), **packed}, "hidden_size 64 must be a multiple of 128"),
+    ):
+        with pytest.raises(KTAdapterError, match=message):
+            build(**keys)
+
+
 def test_latent_attention(build, adapter, tmp_path):
     """SGLang adds the LoRA of kv_b_proj while decoding only where there is expert LoRA, too."""
     assert build(adapter_name_or_path=str(adapter)).adapter.required

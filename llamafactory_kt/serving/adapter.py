@@ -12,10 +12,10 @@ from ..adapters import Adapter, ExpertsShape, open_adapter
 from ..adapters.keys import split_module
 from ..adapters.uniform import Uniform
 from ..adapters.writing import write_moe_lora, write_sglang, write_sglang_merged, write_sglang_rest
-from ..arguments import adapter_directories
+from ..arguments import adapter_directories, threadpool_count
 from ..errors import KTAdapterError, KTConfigError, KTServerError, name_some
 from ..machine import gib
-from ..serving_arguments import SFT_METHODS, method
+from ..serving_arguments import KERNELS, SFT_METHODS, method
 from .adapter_cache import prepared
 from .options import INSTALL, Dialect, ServerOptions
 
@@ -171,14 +171,25 @@ def _check_against_model(args: Any, adapter: Adapter) -> dict[int, ExpertsShape]
     shapes = {module.layer: module.shape for module in find_experts(model)}
     adapter.check_fits(shapes)
     check_peft_part(model, adapter)
-    shape = next(iter(shapes.values()))
-    if kind == "BF16" and (shape.hidden_size % 32 or shape.intermediate_size % 32):
-        raise KTAdapterError(
-            f"{args.model_name_or_path}: hidden_size {shape.hidden_size} and moe_intermediate_size {shape.intermediate_size} "
-            "must be multiples of 32: SGLang gives them to kt-kernel as they are, and its kernel for expert LoRA would "
-            "crash. infer_backend: huggingface pads them."
-        )
+    _check_sizes(args, kind, next(iter(shapes.values())))
     return shapes
+
+
+def _check_sizes(args: Any, kind: str, shape: ExpertsShape) -> None:
+    """The kernel must take the experts' sizes as they are: SGLang pads nothing."""
+    from ..experts.methods import METHODS
+
+    kernel = next((METHODS[backend] for backend, name in KERNELS.items() if name == kind), None)
+    if kernel is None:  # not one that we have measured
+        return
+    pools = threadpool_count(args)
+    wanted = kernel.padded(shape.hidden_size), kernel.padded(shape.intermediate_size, pools)
+    if wanted != (shape.hidden_size, shape.intermediate_size):
+        raise KTAdapterError(
+            f"{args.model_name_or_path}: hidden_size {shape.hidden_size} must be a multiple of {kernel.multiple}, and "
+            f"moe_intermediate_size {shape.intermediate_size} one of {kernel.multiple * pools} (kt_threadpool_count: {pools}): "
+            f"SGLang gives them to kt-kernel's {kind} kernel for expert LoRA as they are. infer_backend: huggingface pads them."
+        )
 
 
 def _check_kernel(args: Any, kind: str) -> None:

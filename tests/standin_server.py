@@ -72,7 +72,7 @@ def configuration(directory: Path, python: Path, model: Path, **keys) -> Path:
     """A YAML for the server that ``python`` has."""
     values = {
         "model_name_or_path": str(model), "template": "deepseek", "infer_backend": "sglang", "use_kt": True,
-        "kt_sglang_python": str(python), "do_sample": False, **keys,
+        "kt_sglang_python": str(python), "kt_threadpool_count": 1, "do_sample": False, **keys,
     }  # fmt: skip
     path = directory / "serve.yaml"
     path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}, allow_unicode=True), "utf-8")

@@ -87,9 +87,9 @@ def test_bug_2_number_of_threads_is_never_none(build, monkeypatch):
         assert build().parsed.kt_cpuinfer == wanted
     assert build(kt_num_threads=5).parsed.kt_cpuinfer == build(kt_cpuinfer=5).parsed.kt_cpuinfer == 5
     monkeypatch.setattr("llamafactory_kt.machine.numa_nodes", lambda: 4)
-    assert build().parsed.kt_threadpool_count == 4
+    assert build(kt_threadpool_count=None).parsed.kt_threadpool_count == 4
     with pytest.raises(KTConfigError, match="3 threads are fewer than kt_threadpool_count: 4"):
-        build(kt_cpuinfer=3)
+        build(kt_threadpool_count=None, kt_cpuinfer=3)
 
 
 @needs_kernel
@@ -327,7 +327,7 @@ def test_sizes_that_the_kernel_cannot_take_as_they_are(build, tmp_path, adapter)
     """The adapter's model has experts of 64 x 96."""
     other = make_model(tmp_path / "other", "qwen3_moe")
     (tmp_path / "packed" / "_layer_1" / "_numa_0").mkdir(parents=True)
-    packed = {"kt_backend": "AMXINT4", "kt_weight_path": str(tmp_path / "packed"), "kt_threadpool_count": 1}
+    packed = {"kt_backend": "AMXINT4", "kt_weight_path": str(tmp_path / "packed")}
     for keys, message in (
         ({"model": other, "adapter_name_or_path": str(make_adapter(tmp_path / "a", other))}, "hidden_size 72 must be"),
         ({"adapter_name_or_path": str(adapter), "kt_threadpool_count": 2, "kt_cpuinfer": 2}, "96 one of 64 .kt_thread"),

@@ -1,0 +1,78 @@
+"""How far a load is: one count, shown as a bar on stderr and told to whoever else watches."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+from .machine import gib
+
+Layer = TypeVar("Layer")
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """Where the reading of the experts is."""
+
+    layer: int
+    """the one that is being read, counted from 1"""
+    layers: int
+    read: int
+    """bytes of the checkpoint's expert tensors that have been read"""
+    total: int
+    seconds: float
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Mean since the first layer, 0 before it has been read."""
+        return self.read / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        """
+        >>> print(LoadProgress(layer=3, layers=26, read=2 * 2**30, total=26 * 2**30, seconds=4))
+        layer 3 of 26, 2.0 GiB of 26.0 GiB, 0.50 GiB/s
+        """
+        speed = self.bytes_per_second / 2**30
+        return f"layer {self.layer} of {self.layers}, {gib(self.read)} of {gib(self.total)}, {speed:.2f} GiB/s"
+
+
+_watcher: ContextVar[Callable[[LoadProgress], None] | None] = ContextVar("llamafactory_kt_load_watcher", default=None)
+
+
+@contextlib.contextmanager
+def watch_loads(watcher: Callable[[LoadProgress], None]) -> Iterator[None]:
+    """Tell ``watcher`` of the layers of all loads in this context (a thread, or a task of asyncio)."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def with_progress(layers: Sequence[Layer], nbytes: Sequence[int]) -> Iterator[Layer]:
+    """The layers, each to be loaded before the next is asked for, with a bar.
+
+    Args:
+        nbytes: what reading each layer takes of the checkpoint.
+    """
+    watcher, started, read = _watcher.get(), time.perf_counter(), 0
+    # smoothing 0: the bar's speed is the mean, as the watcher's
+    with tqdm(
+        total=sum(nbytes), unit="B", unit_scale=True, unit_divisor=1024, smoothing=0, desc="Loading experts"
+    ) as bar:
+        for number, (layer, size) in enumerate(zip(layers, nbytes, strict=True), start=1):
+            bar.set_postfix_str(f"layer {number} of {len(layers)}", refresh=True)
+            if watcher:
+                seconds = time.perf_counter() - started if read else 0.0
+                watcher(LoadProgress(number, len(layers), read, sum(nbytes), seconds))
+            yield layer
+            bar.update(size)
+            read += size
+        if watcher:
+            watcher(LoadProgress(len(layers), len(layers), read, sum(nbytes), time.perf_counter() - started))

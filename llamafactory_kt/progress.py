@@ -11,8 +11,6 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
-from .machine import gib
-
 Layer = TypeVar("Layer")
 
 
@@ -30,16 +28,12 @@ class LoadProgress:
 
     @property
     def bytes_per_second(self) -> float:
-        """Mean since the first layer, 0 before it has been read."""
-        return self.read / self.seconds if self.seconds else 0.0
+        """Mean since the first layer was begun, 0 before it has been read.
 
-    def __str__(self) -> str:
+        >>> LoadProgress(layer=3, layers=26, read=2000, total=26000, seconds=4).bytes_per_second
+        500.0
         """
-        >>> print(LoadProgress(layer=3, layers=26, read=2 * 2**30, total=26 * 2**30, seconds=4))
-        layer 3 of 26, 2.0 GiB of 26.0 GiB, 0.50 GiB/s
-        """
-        speed = self.bytes_per_second / 2**30
-        return f"layer {self.layer} of {self.layers}, {gib(self.read)} of {gib(self.total)}, {speed:.2f} GiB/s"
+        return self.read / self.seconds if self.seconds else 0.0
 
 
 _watcher: ContextVar[Callable[[LoadProgress], None] | None] = ContextVar("llamafactory_kt_load_watcher", default=None)
@@ -61,18 +55,19 @@ def with_progress(layers: Sequence[Layer], nbytes: Sequence[int]) -> Iterator[La
     Args:
         nbytes: what reading each layer takes of the checkpoint.
     """
-    watcher, started, read = _watcher.get(), time.perf_counter(), 0
+    watcher, started = _watcher.get(), time.perf_counter()
+    total, read = sum(nbytes), 0
+
+    def tell(number: int) -> None:
+        if watcher:
+            watcher(LoadProgress(number, len(layers), read, total, time.perf_counter() - started))
+
     # smoothing 0: the bar's speed is the mean, as the watcher's
-    with tqdm(
-        total=sum(nbytes), unit="B", unit_scale=True, unit_divisor=1024, smoothing=0, desc="Loading experts"
-    ) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, smoothing=0, desc="Loading experts") as bar:
         for number, (layer, size) in enumerate(zip(layers, nbytes, strict=True), start=1):
             bar.set_postfix_str(f"layer {number} of {len(layers)}", refresh=True)
-            if watcher:
-                seconds = time.perf_counter() - started if read else 0.0
-                watcher(LoadProgress(number, len(layers), read, sum(nbytes), seconds))
+            tell(number)
             yield layer
             bar.update(size)
             read += size
-        if watcher:
-            watcher(LoadProgress(len(layers), len(layers), read, sum(nbytes), time.perf_counter() - started))
+        tell(len(layers))

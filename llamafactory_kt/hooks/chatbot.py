@@ -6,6 +6,7 @@ import functools
 from types import ModuleType
 from typing import Any
 
+from .engine import has_kt_experts
 from .patching import expect, is_patched, replace
 
 
@@ -19,6 +20,9 @@ def patch(module: ModuleType) -> None:
     def create_chat_box(engine: Any, visible: bool = False) -> Any:
         import gradio
 
+        if has_kt_experts(getattr(engine.chatter.engine, "model", None)):
+            # webchat: "en" to begin with is no change of language, and without one the page's elements get no labels
+            engine.manager.get_elem_by_id("top.lang").value = None
         with gradio.Row():
             with gradio.Column(scale=3):
                 chatbot, messages, elements = stock(engine, visible)

@@ -146,7 +146,7 @@ class Load(PageLoad):
                 return say("waiting", language, before=ALERTS["info_loading"][language], seconds=load.seconds)
             return say(
                 "experts", language, layer=at.layer, layers=at.layers, read=gib(at.read), total=gib(at.total),
-                speed=at.bytes_per_second / 2**30, seconds=load.seconds,
+                speed=gib(at.bytes_per_second), seconds=load.seconds,
             )  # fmt: skip
 
         yield ALERTS["info_loading"][language]

@@ -43,8 +43,7 @@ def patch(module: ModuleType) -> None:
         with _more_inputs(engine.manager, {section[key] for key in _KEYS}):
             elements: dict[str, Any] = stock(engine)
         _move(section["kt_section"], before=elements["load_btn"].parent)
-        _add_report(engine, elements, locales)
-        return elements | section
+        return elements | section | _create_report(engine, elements, locales)
 
     add_components(locales.LOCALES, languages)
     replace(module, create_infer_tab=create_infer_tab)
@@ -88,27 +87,18 @@ def _create_section() -> dict[str, Any]:
     import gradio as gr
 
     with gr.Accordion(open=False) as section:
+        elements: dict[str, Any] = {"kt_section": section}
         with gr.Row():
-            use_kt = gr.Checkbox(value=False)
-            kt_backend = gr.Dropdown(choices=list(BACKENDS), value=_DEFAULTS["kt_backend"])
-            kt_num_threads = gr.Textbox(value=_SHOWN["kt_num_threads"])
-            kt_threadpool_count = gr.Number(value=_SHOWN["kt_threadpool_count"], precision=0, minimum=1)
+            elements["use_kt"] = gr.Checkbox(value=False)
+            elements["kt_backend"] = gr.Dropdown(choices=list(BACKENDS), value=_DEFAULTS["kt_backend"])
+            elements["kt_num_threads"] = gr.Textbox(value=_SHOWN["kt_num_threads"])
+            elements["kt_threadpool_count"] = gr.Number(value=_SHOWN["kt_threadpool_count"], precision=0, minimum=1)
         with gr.Row():
-            kt_weight_path = gr.Textbox(value=_SHOWN["kt_weight_path"])
-            kt_lora_scope = gr.Dropdown(choices=list(SCOPES), value=_DEFAULTS["kt_lora_scope"])
-            kt_router_stats = gr.Checkbox(value=False)
-            kt_debug = gr.Checkbox(value=False)
-    return {
-        "kt_section": section,
-        "use_kt": use_kt,
-        "kt_backend": kt_backend,
-        "kt_num_threads": kt_num_threads,
-        "kt_threadpool_count": kt_threadpool_count,
-        "kt_weight_path": kt_weight_path,
-        "kt_lora_scope": kt_lora_scope,
-        "kt_router_stats": kt_router_stats,
-        "kt_debug": kt_debug,
-    }
+            elements["kt_weight_path"] = gr.Textbox(value=_SHOWN["kt_weight_path"])
+            elements["kt_lora_scope"] = gr.Dropdown(choices=list(SCOPES), value=_DEFAULTS["kt_lora_scope"])
+            elements["kt_router_stats"] = gr.Checkbox(value=False)
+            elements["kt_debug"] = gr.Checkbox(value=False)
+    return elements
 
 
 @contextlib.contextmanager
@@ -129,32 +119,32 @@ def _move(element: Any, before: Any = None, after: Any = None) -> None:
     siblings.insert(siblings.index(before) if before else siblings.index(after) + 1, element)
 
 
-def _add_report(engine: Any, elements: dict[str, Any], locales: Any) -> None:
+def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[str, Any]:
     """The load table below the status line, and the heat map beside the chat; they follow what the status line says."""
     import gradio as gr
 
-    def table() -> str:
-        from ..report import load_markdown
-
-        model: Any = getattr(engine.chatter.engine, "model", None)
-        return load_markdown(model._kt_load_rows) if has_kt_experts(model) else ""
+    from ..report import load_markdown
 
     def refresh(lang: str, status: str) -> list[Any]:
-        rows = table()
+        model: Any = getattr(engine.chatter.engine, "model", None)
+        loaded = has_kt_experts(model)
         # Changing the language sets the status line to "unloaded", whatever there is.
         unloaded = status == locales.LOCALES["info_box"][lang]["value"]
-        status = locales.ALERTS["info_loaded"][lang] if rows and unloaded else gr.skip()
-        return [status, gr.Markdown(value=rows, visible=bool(rows)), *(draw_experts(engine) if experts else ())]
+        return [
+            locales.ALERTS["info_loaded"][lang] if loaded and unloaded else gr.skip(),
+            gr.Accordion(visible=loaded),
+            load_markdown(model._kt_load_rows) if loaded else "",
+            *(draw_experts(engine) if experts else ()),
+        ]
 
     box, lang = elements["info_box"], engine.manager.get_elem_by_id("top.lang")
-    report = gr.Markdown(visible=False)
+    box.lines = 2  # from two lines on, a text field grows with its text
+    with gr.Accordion(open=True, visible=False) as report:
+        table = gr.Markdown()
     _move(report, after=box)
     experts = [elements[name] for name in ("kt_heat_map", "kt_plot") if name in elements]
     box.change(
-        refresh,
-        [lang, box],
-        [box, report, *experts],
-        trigger_mode="always_last",
-        show_progress="hidden",
-        show_api=False,
-    )
+        refresh, [lang, box], [box, report, table, *experts],
+        trigger_mode="always_last", show_progress="hidden", show_api=False,
+    )  # fmt: skip
+    return {"kt_report": report}

@@ -42,13 +42,17 @@ COMPONENTS: dict[str, dict[str, dict[str, str]]] = {
         "en": {"label": "Debug mode", "info": "Log each step; stop at NaN and Inf."},
         "zh": {"label": "调试模式", "info": "记录每一步；遇到 NaN 或 Inf 时停止。"},
     },
+    "kt_report": {
+        "en": {"label": "What was loaded"},
+        "zh": {"label": "加载报告"},
+    },
 }
 """elements of the page as in LLaMA-Factory's ``LOCALES``: name -> language -> properties"""
 
 MESSAGES: dict[str, dict[str, str]] = {
     "experts": {
-        "en": "Loading the experts: layer {layer} of {layers}, {read} of {total}, {speed:.2f} GiB/s. {seconds:.0f} s",
-        "zh": "正在加载专家：第 {layer} 层，共 {layers} 层；已读取 {read}，共 {total}；{speed:.2f} GiB/s。已用 {seconds:.0f} 秒",
+        "en": "Loading the experts: layer {layer} of {layers}, {read} of {total}, {speed}/s. {seconds:.0f} s",
+        "zh": "正在加载专家：第 {layer} 层，共 {layers} 层；已读取 {read}，共 {total}；{speed}/s。已用 {seconds:.0f} 秒",
     },
     "waiting": {"en": "{before} {seconds:.0f} s", "zh": "{before}已用 {seconds:.0f} 秒"},
     "switching": {"en": "Exchanging the adapter...", "zh": "正在切换 adapter……"},

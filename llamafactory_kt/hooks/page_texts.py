@@ -15,12 +15,12 @@ COMPONENTS: dict[str, dict[str, dict[str, str]]] = {
         "zh": {"label": "启用 KTransformers", "info": "在 CPU 上计算路由专家。"},
     },
     "kt_backend": {
-        "en": {"label": "Expert engine", "info": "auto: AMXBF16 where this CPU runs it, else torch (slow)."},
-        "zh": {"label": "专家引擎", "info": "auto：CPU 支持时用 AMXBF16，否则用 torch（很慢）。"},
+        "en": {"label": "Expert engine", "info": "auto: the faster of AMXBF16 and oneDNN."},
+        "zh": {"label": "专家引擎", "info": "auto：AMXBF16 与 oneDNN 中较快的一个。"},
     },
     "kt_num_threads": {
-        "en": {"label": "Threads", "info": "kt-kernel's worker threads. auto: chosen from the physical cores."},
-        "zh": {"label": "线程数", "info": "kt-kernel 的工作线程数。auto：按物理核数决定。"},
+        "en": {"label": "Threads", "info": "kt-kernel's worker threads. auto: measured."},
+        "zh": {"label": "线程数", "info": "kt-kernel 的工作线程数。auto：按实测决定。"},
     },
     "kt_threadpool_count": {
         "en": {"label": "Sub-pools", "info": "One per NUMA node at most."},

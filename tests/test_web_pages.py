@@ -28,14 +28,19 @@ FIGURES = {
 SLOWLY = """
 import sys, time
 from llamafactory_kt.experts.torch_engine import TorchEngine
-load = TorchEngine.load
-def slowly(self):
-    time.sleep(0.7)  # a layer of a real model takes seconds
-    load(self)
-TorchEngine.load = slowly
+
+def slowed(stock, seconds):
+    def method(*args):
+        time.sleep(seconds)
+        return stock(*args)
+    return method
+
+TorchEngine.load = slowed(TorchEngine.load, 0.7)
+TorchEngine.forward = slowed(TorchEngine.forward, 0.015)
 from llamafactory.cli import main
 main()
 """
+"""llamafactory-cli whose layers take as long as those of real models, so that a browser sees what happens meanwhile"""
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +105,9 @@ def board(browser, tmp_path_factory) -> Iterator[str]:
 
 def open_page(browser: Any, address: str) -> Any:
     page = browser.new_page(viewport={"width": 1280, "height": 1400})
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(20_000)
     page.goto(address)
-    page.wait_for_load_state("networkidle")
+    page.wait_for_function("document.querySelectorAll('[data-testid=block-info]')[0]?.innerText.match(/Language|语言/)")
     return page
 
 
@@ -114,6 +119,7 @@ def field(page: Any, label: str | re.Pattern) -> Any:
 
 def choose(page: Any, label: str, value: str) -> None:
     field(page, label).click()
+    page.wait_for_timeout(300)  # the list of checkpoints is read, and the field emptied, when it gets the focus
     field(page, label).fill(value)
     field(page, label).press("Enter")
 
@@ -214,7 +220,7 @@ def test_board(browser, board, demo, shots):
     press(page, "Load model")
     progress = status(page, "layer 2 of 3")
     assert re.fullmatch(
-        r"Loading the experts: layer 2 of 3, 0\.\d MiB of 1\.7 MiB, [\d.]+ [KM]iB/s\. \d+ s", progress
+        r"Loading the experts: layer 2 of 3 · 0\.\d MiB of 1\.7 MiB · [\d.]+ [KM]iB/s · \d+ s", progress
     ), progress
     page.screenshot(path=shots / "board_en_loading.png")
     status(page, "Model loaded")

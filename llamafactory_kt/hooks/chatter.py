@@ -190,10 +190,10 @@ def _recorder(base: Any) -> Any:
 
 
 class _Asking:
-    """The chatter for one answer, whose Generation goes along with the question."""
+    """The chatter for one answer, whose Generation goes along with the question; Unload does not take its engine away."""
 
     def __init__(self, chatter: Any, generation: Any):
-        self._chatter, self._generation = chatter, generation
+        self._chatter, self._generation, self.engine = chatter, generation, chatter.engine
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._chatter, name)

@@ -9,6 +9,7 @@ from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
+from .. import bootstrap
 from ..arguments import SCOPES, KTArguments
 from ..backends import BACKENDS
 from ..errors import KTHookError
@@ -32,9 +33,14 @@ def patch(module: ModuleType) -> None:
     """Replace ``create_infer_tab``, which the page looks up in its package; and add our texts to LLaMA-Factory's."""
     if is_patched(module):
         return
-    from llamafactory.webui import locales
+    from llamafactory.webui import chatter, locales
 
     stock = expect(module, "create_infer_tab", ("engine",))
+    if not is_patched(chatter):  # nobody would read the section
+        raise KTHookError(
+            f"{module.__name__} gets no section for KTransformers, as {chatter.__name__} could not be hooked: "
+            f"{bootstrap.failures.get(chatter.__name__)}"
+        )
     languages = _languages(locales)
 
     @functools.wraps(stock)

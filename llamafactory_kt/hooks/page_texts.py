@@ -51,10 +51,10 @@ COMPONENTS: dict[str, dict[str, dict[str, str]]] = {
 
 MESSAGES: dict[str, dict[str, str]] = {
     "experts": {
-        "en": "Loading the experts: layer {layer} of {layers}, {read} of {total}, {speed}/s. {seconds:.0f} s",
-        "zh": "正在加载专家：第 {layer} 层，共 {layers} 层；已读取 {read}，共 {total}；{speed}/s。已用 {seconds:.0f} 秒",
+        "en": "Loading the experts: layer {layer} of {layers} · {read} of {total} · {speed}/s · {seconds:.0f} s",
+        "zh": "正在加载专家：第 {layer} 层，共 {layers} 层 · 已读 {read}，共 {total} · {speed}/s · {seconds:.0f} 秒",
     },
-    "waiting": {"en": "{before} {seconds:.0f} s", "zh": "{before}已用 {seconds:.0f} 秒"},
+    "waiting": {"en": "{before} {seconds:.0f} s", "zh": "{before}{seconds:.0f} 秒"},
     "switching": {"en": "Exchanging the adapter...", "zh": "正在切换 adapter……"},
     "switched": {
         "en": "Adapter exchanged; the model stayed loaded.",

@@ -339,8 +339,9 @@ def test_unloading_ends_answers_and_leaves_nothing(tab):
         answer = tab.ask(PROMPTS[2])
         next(answer)
         assert tab.unload() == "Model unloaded." and model() is not None, "the answer that is being read holds it"
-        for _ in answer:  # it ends, and the reader does not wait for ever
-            pass
+        *_, (_, messages) = answer  # it ends, and the reader does not wait for ever
+        said, whole = messages[-1]["content"], EXPECTED[PROMPTS[2]]["base"]
+        assert whole.startswith(said) and len(said) < len(whole)
         del answer
         gc.collect()
         assert model() is None

@@ -20,6 +20,8 @@ TARGETS = {
     "llamafactory.chat.chat_model": "llamafactory_kt.hooks.terminal",
     "llamafactory.api.app": "llamafactory_kt.hooks.api",
     "llamafactory.webui.components.chatbot": "llamafactory_kt.hooks.chatbot",
+    "llamafactory.webui.components.infer": "llamafactory_kt.hooks.infer",
+    "llamafactory.webui.chatter": "llamafactory_kt.hooks.chatter",
     "llamafactory.chat.sglang_engine": "llamafactory_kt.hooks.sglang_engine",
     "llamafactory.v1.config.arg_parser": "llamafactory_kt.hooks.v1",
 }

@@ -14,9 +14,14 @@ from .lora import LoadReport, kt_wrappers
 from .machine import gib
 from .peft_part import count_lora, non_expert_nbytes
 
+TITLE = "KTransformers experts"
 
-def load_table(model: nn.Module, report: LoadReport | None) -> str:
-    """One table of plain text, ready for a log line of its own."""
+Rows = list[tuple[str, str]]
+"""the load table: what each row is about, and what it says"""
+
+
+def load_rows(model: nn.Module, report: LoadReport | None) -> Rows:
+    """What was loaded where; ``report`` is of the adapter that the model has, None without one."""
     wrappers = kt_wrappers(model)
     summary: dict[str, Any] = model._kt_summary  # type: ignore[assignment]
     experts_bytes = sum(w.engine.nbytes for w in wrappers)
@@ -26,33 +31,49 @@ def load_table(model: nn.Module, report: LoadReport | None) -> str:
     torch_params = sum(p.numel() for p in model.parameters())
     peft_params = count_lora(model)[1]
 
-    table = Table(title="KTransformers experts", show_header=False, title_justify="left")
-    table.add_row("Layers wrapped", f"{len(wrappers)} ({_ranges([w.layer_idx for w in wrappers])})")
+    rows = [("Layers wrapped", f"{len(wrappers)} ({_ranges([w.layer_idx for w in wrappers])})")]
     if kinds := layer_kinds(model):
-        table.add_row("Layer kinds", kinds)
+        rows.append(("Layer kinds", kinds))
     engine, plan = summary["engine"], summary["plan"]
-    table.add_row("Engine", f"{engine} on {summary['variant']}" if plan.method else engine)
+    rows.append(("Engine", f"{engine} on {summary['variant']}" if plan.method else engine))
     idle = ", in the idle class" if plan.idle_workers else ""
     workers = f"kt-kernel {plan.workers} in {summary['pools']} sub-pool(s){idle}; " if plan.workers else ""
-    table.add_row("Threads", f"{workers}torch {torch.get_num_threads()}")
+    rows.append(("Threads", f"{workers}torch {torch.get_num_threads()}"))
     if summary["reason"]:
-        table.add_row("Chosen because", summary["reason"])
+        rows.append(("Chosen because", summary["reason"]))
     cpu = experts_bytes + lora_bytes + torch_bytes.get("cpu", 0)
-    table.add_row(
-        "Memory on CPU",
-        f"{gib(cpu)} (experts {gib(experts_bytes)}, their LoRA {gib(lora_bytes)}, other {gib(torch_bytes.get('cpu', 0))})",
-    )
-    table.add_row("Memory on GPU", gib(torch_bytes["cuda"]) if "cuda" in torch_bytes else "none")
-    table.add_row("LoRA tensors", str(report) if report else "no adapter")
+    parts = f"experts {gib(experts_bytes)}, their LoRA {gib(lora_bytes)}, other {gib(torch_bytes.get('cpu', 0))}"
+    rows.append(("Memory on CPU", f"{gib(cpu)} ({parts})"))
+    rows.append(("Memory on GPU", gib(torch_bytes["cuda"]) if "cuda" in torch_bytes else "none"))
+    rows.append(("LoRA tensors", str(report) if report else "no adapter"))
     if report:
-        table.add_row("LoRA layers", f"{len(report.layers)} with expert LoRA, rank up to {report.max_rank}")
-    table.add_row("Parameters", f"torch {torch_params - peft_params:,}, KT experts {experts_params:,}")
+        rows.append(("LoRA layers", f"{len(report.layers)} with expert LoRA, rank up to {report.max_rank}"))
+    rows.append(("Parameters", f"torch {torch_params - peft_params:,}, KT experts {experts_params:,}"))
     if report:
-        table.add_row("LoRA parameters", f"PEFT {peft_params:,}, KT experts {report.expert_params:,}")
+        rows.append(("LoRA parameters", f"PEFT {peft_params:,}, KT experts {report.expert_params:,}"))
+    return rows
+
+
+def load_table(rows: Rows) -> str:
+    """One table of plain text, ready for a log line of its own."""
+    table = Table(title=TITLE, show_header=False, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
     console = Console(file=io.StringIO(), width=110, color_system=None)
     console.print(table)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return text.rstrip()
+
+
+def load_markdown(rows: Rows) -> str:
+    """The same for a page.
+
+    >>> print(load_markdown([("Layers wrapped", "3 (1-3)")]))
+    | KTransformers experts | |
+    |---|---|
+    | Layers wrapped | 3 (1-3) |
+    """
+    return "\n".join([f"| {TITLE} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
 def layer_kinds(model: Any) -> str:

@@ -139,6 +139,31 @@ def test_changed_sglang_engine(demo):
     assert "KTHookError llamafactory.chat.sglang_engine.SGLangEngine cannot be hooked" in result.stdout, result.stderr
 
 
+def test_changed_pages(tmp_path, demo):
+    """LlamaBoard opens without our section, and use_kt in its extra arguments ends in the error."""
+    code = f"""
+    import llamafactory_kt.bootstrap as bootstrap
+    stock_patch = bootstrap._patch
+    def patch(module):
+        if module.__name__ == "llamafactory.webui.chatter":
+            stock, module.WebChatModel.load_model = module.WebChatModel.load_model, lambda self: None
+            stock_patch(module)
+            module.WebChatModel.load_model = stock
+        else:
+            stock_patch(module)
+    bootstrap._patch = patch
+    import os
+    os.chdir({str(tmp_path)!r})
+    from llamafactory.webui.interface import create_ui
+    create_ui()
+    print([name.rpartition(".")[2] for name in bootstrap.failures])
+    """
+    chat = CHAT.format(model=str(demo / "model"), kt=True, more="kt_backend='torch'")
+    result = python(textwrap.dedent(code) + textwrap.dedent(chat))
+    assert "['chatter', 'infer']" in result.stdout, result.stdout + result.stderr
+    assert "KTHookError WebChatModel.load_model cannot be hooked" in result.stdout
+
+
 def test_fork_in_place_of_stock(tmp_path, demo):
     info = tmp_path / "llamafactory_kt-0.9.6.dist-info"
     info.mkdir()

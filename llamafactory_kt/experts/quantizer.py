@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -24,6 +23,7 @@ from ..adapters import AdapterSet, open_adapters
 from ..errors import KTMemoryError, KTModelError
 from ..machine import available_memory, gib, give_back_memory, usable_cores
 from ..peft_part import check_peft_part
+from ..progress import with_progress
 from .calibration import choose
 from .checkpoint import ExpertsCheckpoint, LayerWeights
 from .config import QUANT_METHOD, KTExpertsConfig
@@ -85,7 +85,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         self._debugger = Debugger(directory) if config.debug else None
         engines = [self._engine(module, checkpoint, adapters) for module in experts]
         self._wrappers = [self._replace(model, module, engine) for module, engine in zip(experts, engines, strict=True)]
-        self._sizes = {module.name: checkpoint.nbytes(module.name) for module in experts}
+        self._sizes = [checkpoint.nbytes(module.name) for module in experts]
         model._kt_wrappers = self._wrappers
         model._kt_adapters = adapters
         model._kt_gate = guard(model, config.router_stats, self._debugger)
@@ -149,13 +149,9 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if "OMP_NUM_THREADS" not in os.environ:  # copying and packing take all cores; running is arranged afterwards
             torch.set_num_threads(usable_cores())
-        total = sum(self._sizes.values())
-        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Loading experts") as bar:
-            for number, experts in enumerate(self._wrappers, start=1):
-                bar.set_postfix_str(f"layer {number} of {len(self._wrappers)}", refresh=True)
-                experts.engine.load()
-                give_back_memory()
-                bar.update(self._sizes[experts.info.name])
+        for experts in with_progress(self._wrappers, self._sizes):
+            experts.engine.load()
+            give_back_memory()
         arrange(self._plan)
         return model
 

@@ -143,14 +143,22 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
 
 def _apply(model: Any, model_args: Any) -> Any:
     from ..lora import apply_adapter
-    from ..report import debug_structure, load_table
+    from ..report import debug_structure
 
     report = None
     if model._kt_adapters.adapters:
         model, report = apply_adapter(model, model._kt_adapters, model_args.kt_lora_scope)
         logger.info("Loaded adapter(s): %s", ",".join(model_args.adapter_name_or_path or [model_args.kt_moe_lora_path]))
     model._kt_show_stats = model_args.kt_stats
-    logger.info("%s", "\n" + load_table(model, report))
+    announce(model, report)
     if model_args.kt_debug:
         logger.info("%s", "\n" + debug_structure(model))
     return model
+
+
+def announce(model: Any, report: Any) -> None:
+    """Log the load table, and keep it with the model for pages that show it."""
+    from ..report import load_rows, load_table
+
+    model._kt_load_rows = load_rows(model, report)
+    logger.info("%s", "\n" + load_table(model._kt_load_rows))

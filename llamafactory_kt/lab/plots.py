@@ -36,7 +36,8 @@ def heat_map(
         figsize=(min(16, max(6, 1.5 + 0.16 * width)), max(2.8, 1.6 + 0.25 * len(rows))), layout="constrained"
     )
     axes = figure.add_subplot()
-    image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0)
+    top = float(np.nanmax(grid)) or 1.0  # nothing was counted yet
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0, vmax=top)
     axes.set(xlabel="expert", ylabel="layer", title=title)
     step = max(1, len(rows) // 32)
     axes.set_yticks(range(0, len(rows), step), [str(layer) for layer in list(rows)[::step]])

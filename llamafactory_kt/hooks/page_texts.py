@@ -1,0 +1,88 @@
+"""What our parts of LLaMA-Factory's pages say, by language; English where a language is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+COMPONENTS: dict[str, dict[str, dict[str, str]]] = {
+    "kt_section": {
+        "en": {"label": "KTransformers (MoE experts on the CPU)"},
+        "zh": {"label": "KTransformers（MoE 专家在 CPU 上计算）"},
+    },
+    "use_kt": {
+        "en": {"label": "Use KTransformers", "info": "Compute the routed experts on the CPU."},
+        "zh": {"label": "启用 KTransformers", "info": "在 CPU 上计算路由专家。"},
+    },
+    "kt_backend": {
+        "en": {"label": "Expert engine", "info": "auto: the faster of AMXBF16 and oneDNN."},
+        "zh": {"label": "专家引擎", "info": "auto：AMXBF16 与 oneDNN 中较快的一个。"},
+    },
+    "kt_num_threads": {
+        "en": {"label": "Threads", "info": "kt-kernel's worker threads. auto: measured."},
+        "zh": {"label": "线程数", "info": "kt-kernel 的工作线程数。auto：按实测决定。"},
+    },
+    "kt_threadpool_count": {
+        "en": {"label": "Sub-pools", "info": "One per NUMA node at most."},
+        "zh": {"label": "线程子池数", "info": "最多每个 NUMA 节点一个。"},
+    },
+    "kt_weight_path": {
+        "en": {"label": "Packed expert weights", "info": "Directory of .kt files: for AMXINT8 (needed) and AMXINT4."},
+        "zh": {"label": "打包的专家权重", "info": "存放 .kt 文件的目录，用于 AMXINT8（必填）和 AMXINT4。"},
+    },
+    "kt_lora_scope": {
+        "en": {"label": "LoRA scope", "info": "attention: without shared experts and dense layers."},
+        "zh": {"label": "LoRA 范围", "info": "attention：不含共享专家和稠密层。"},
+    },
+    "kt_router_stats": {
+        "en": {"label": "Router statistics", "info": "Count which experts are used, and draw them."},
+        "zh": {"label": "统计路由", "info": "统计各专家的使用情况并画成热力图。"},
+    },
+    "kt_debug": {
+        "en": {"label": "Debug mode", "info": "Log each step; stop at NaN and Inf."},
+        "zh": {"label": "调试模式", "info": "记录每一步；遇到 NaN 或 Inf 时停止。"},
+    },
+    "kt_report": {
+        "en": {"label": "What was loaded"},
+        "zh": {"label": "加载报告"},
+    },
+}
+"""elements of the page as in LLaMA-Factory's ``LOCALES``: name -> language -> properties"""
+
+MESSAGES: dict[str, dict[str, str]] = {
+    "experts": {
+        "en": "Loading the experts: layer {layer} of {layers} · {read} of {total} · {speed}/s · {seconds:.0f} s",
+        "zh": "正在加载专家：第 {layer} 层，共 {layers} 层 · 已读 {read}，共 {total} · {speed}/s · {seconds:.0f} 秒",
+    },
+    "waiting": {"en": "{before} {seconds:.0f} s", "zh": "{before}{seconds:.0f} 秒"},
+    "switching": {"en": "Exchanging the adapter...", "zh": "正在切换 adapter……"},
+    "switched": {
+        "en": "Adapter exchanged; the model stayed loaded.",
+        "zh": "adapter 已切换，模型没有重新加载。",
+    },
+    "failed": {"en": "The model was not loaded. {error}", "zh": "模型未能加载。{error}"},
+    "not_switched": {
+        "en": "The adapter was not exchanged, and the one before is still in place. {error}",
+        "zh": "adapter 未能切换，原来的 adapter 仍然生效。{error}",
+    },
+    "busy": {
+        "en": "A model is being loaded. Unload it when that is done.",
+        "zh": "模型正在加载，请等加载完成后再卸载。",
+    },
+    "figures": {
+        "en": "{speed:.1f} tokens/s · prompt {prompt} tokens · first token after {first:.2f} s · answer {answer} tokens",
+        "zh": "{speed:.1f} token/s · 提示词 {prompt} 个 token · 首个 token 用时 {first:.2f} 秒 · 回答 {answer} 个 token",
+    },
+}
+
+
+def add_components(locales: dict[str, Any], languages: Iterable[str]) -> None:
+    """Put :data:`COMPONENTS` into LLaMA-Factory's ``LOCALES``, so that its own language switch finds them."""
+    for name, texts in COMPONENTS.items():
+        locales[name] = {language: texts.get(language, texts["en"]) for language in languages}
+
+
+def say(name: str, language: str | None, **values: Any) -> str:
+    """One of :data:`MESSAGES`."""
+    texts = MESSAGES[name]
+    return texts.get(language or "en", texts["en"]).format(**values)

@@ -1,0 +1,73 @@
+"""How far a load is: one count, shown as a bar on stderr and told to whoever else watches."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+Layer = TypeVar("Layer")
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """Where the reading of the experts is."""
+
+    layer: int
+    """the one that is being read, counted from 1"""
+    layers: int
+    read: int
+    """bytes of the checkpoint's expert tensors that have been read"""
+    total: int
+    seconds: float
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Mean since the first layer was begun, 0 before it has been read.
+
+        >>> LoadProgress(layer=3, layers=26, read=2000, total=26000, seconds=4).bytes_per_second
+        500.0
+        """
+        return self.read / self.seconds if self.seconds else 0.0
+
+
+_watcher: ContextVar[Callable[[LoadProgress], None] | None] = ContextVar("llamafactory_kt_load_watcher", default=None)
+
+
+@contextlib.contextmanager
+def watch_loads(watcher: Callable[[LoadProgress], None]) -> Iterator[None]:
+    """Tell ``watcher`` of the layers of all loads in this context (a thread, or a task of asyncio)."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def with_progress(layers: Sequence[Layer], nbytes: Sequence[int]) -> Iterator[Layer]:
+    """The layers, each to be loaded before the next is asked for, with a bar.
+
+    Args:
+        nbytes: what reading each layer takes of the checkpoint.
+    """
+    watcher, started = _watcher.get(), time.perf_counter()
+    total, read = sum(nbytes), 0
+
+    def tell(number: int) -> None:
+        if watcher:
+            watcher(LoadProgress(number, len(layers), read, total, time.perf_counter() - started))
+
+    # smoothing 0: the bar's speed is the mean, as the watcher's
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, smoothing=0, desc="Loading experts") as bar:
+        for number, (layer, size) in enumerate(zip(layers, nbytes, strict=True), start=1):
+            bar.set_postfix_str(f"layer {number} of {len(layers)}", refresh=True)
+            tell(number)
+            yield layer
+            bar.update(size)
+            read += size
+        tell(len(layers))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from torch import nn
 
 from . import router_counts
 from .debugging import Debugger
+from .threads import require_own_process
 
 Observer = Callable[[dict[str, Any]], contextlib.AbstractContextManager[Any]]
 """Given a call's arguments by name: what surrounds the call"""
@@ -32,10 +34,16 @@ class Gate:
         self._waiting = 0
         self._exchanging = False
         self._inside = threading.local()
+        self._process = os.getpid()
 
     @contextlib.contextmanager
     def generation(self) -> Iterator[None]:
-        """Hold the model as it is. A thread may enter again while it is inside: ``generate`` calls ``forward``."""
+        """Hold the model as it is. A thread may enter again while it is inside: ``generate`` calls ``forward``.
+
+        Raises:
+            KTKernelError: The process was forked from the model's.
+        """
+        require_own_process(self._process)
         depth = getattr(self._inside, "depth", 0)
         if depth == 0:
             with self._changed:
@@ -62,7 +70,9 @@ class Gate:
 
         Raises:
             RuntimeError: The calling thread is generating, and would wait for itself.
+            KTKernelError: As in :meth:`generation`.
         """
+        require_own_process(self._process)
         if getattr(self._inside, "depth", 0):
             raise RuntimeError("An adapter cannot be exchanged from within a generation.")
         with self._changed:

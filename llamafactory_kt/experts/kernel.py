@@ -31,6 +31,11 @@ class KernelKind:
 _kernels: weakref.WeakSet[Kernel] = weakref.WeakSet()
 
 
+def every_wrapper() -> list[Any]:
+    """Every kernel object that is in use."""
+    return [kernel.wrapper for kernel in _kernels]
+
+
 def release_all() -> None:
     """Drop every kernel object of the process; only for its end, when its memory goes anyway."""
     for kernel in list(_kernels):

@@ -1,15 +1,21 @@
-"""Threads that compute experts, and the end of the process.
+"""Threads that compute experts, the end of the process, and forks of it.
 
 Chats generate in daemon threads. Python kills those at exit wherever they are, and one that is killed inside C++ code
 (the kernel's or torch's) takes the process down with SIGABRT; so they are stopped here and waited for before that.
+
+A forked child has none of its parent's threads, neither kt-kernel's workers nor OpenMP's, and whoever waits for them
+there waits for ever; so a model and the workers stay with the process that made them.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import weakref
+
+from ..errors import KTKernelError
 
 _callers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 _closing = threading.Event()
@@ -24,6 +30,20 @@ def enter() -> None:
     if _closing.is_set():
         raise SystemExit
     _callers.add(threading.current_thread())
+
+
+def require_own_process(process: int) -> None:
+    """This is the process with that id.
+
+    Raises:
+        KTKernelError: It is one that was forked from it.
+    """
+    if (here := os.getpid()) != process:
+        raise KTKernelError(
+            f"KT experts of process {process} were used in process {here}, which was forked from it: the threads that compute "
+            "them do not survive a fork. Load the model in the process that uses it, and start processes with "
+            'multiprocessing.get_context("spawn").'
+        )
 
 
 def wait(seconds: float = 5.0) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -83,6 +84,10 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
             f"prompt {self.prompt_tokens} tokens, first token after {self.seconds_to_first_token:.2f} s, "
             f"answer {self.tokens} tokens at {self.tokens_per_second:.1f} tokens/s"
         )
+
+
+generation_of_request: ContextVar[Generation | None] = ContextVar("generation_of_request", default=None)
+"""the generation of the request that is being answered, where somebody watches whether the answer is still wanted"""
 
 
 class StopText:

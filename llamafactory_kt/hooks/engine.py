@@ -53,7 +53,10 @@ def patch(module: ModuleType) -> None:
             return chat_stock(*args, **kwargs)
         from ..generation import StopText
 
-        stop_strings = _generation(parts).stop_strings
+        generation = _generation(parts)
+        if generation.stopped:  # while it waited for its turn
+            return [module.Response(response_text="", response_length=0, prompt_length=0, finish_reason="stop")]
+        stop_strings = generation.stop_strings
         responses = chat_stock(**parts)
         for response in responses:
             cut = StopText(stop_strings)
@@ -99,10 +102,10 @@ def patch(module: ModuleType) -> None:
 
 def _generation(parts: dict[str, Any]) -> Any:
     """The request's Generation, made where the caller brought none; ``stop`` moves into it."""
-    from ..generation import Generation
+    from ..generation import Generation, generation_of_request
 
     keys = parts["input_kwargs"] = {} if parts.get("input_kwargs") is None else parts["input_kwargs"]
-    generation = keys.setdefault("kt_generation", Generation())
+    generation = keys.setdefault("kt_generation", generation_of_request.get() or Generation())
     stop = keys.pop("stop", None)
     if stop:
         generation.stop_strings = (stop,) if isinstance(stop, str) else tuple(text for text in stop if text)

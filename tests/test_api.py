@@ -9,11 +9,14 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
+import psutil
 import pytest
 from conftest import KERNEL_PROBLEM
 from test_chat import CLI, EXPECTED, PROMPTS, config
@@ -141,36 +144,114 @@ MESSAGES = [{"role": "user", "content": "x"}]
 def test_bad_requests(client, keys, named, stream):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**{"model": "any", "messages": MESSAGES, "stream": stream, **keys})
-    assert named in caught.value.response.json()["detail"]
+    assert named in caught.value.body["message"]
+    assert caught.value.param in {None, *keys} and caught.value.type == "invalid_request_error"
+    assert (caught.value.code == "context_length_exceeded") == ("context" in named)
 
 
-def test_requests_that_are_no_requests(server, client):
-    for body in (b"{", b'{"model": "\xff\xfe", "messages": []}', b"", b'{"model": "any"}', b"[1]", b'{"messages": 3}'):
-        answer = httpx.post(f"{server}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
-        assert 400 <= answer.status_code < 500, (body, answer.text)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "JSON decode error"),
+        (b'{"model": "\xff\xfe", "messages": []}', "error parsing the body"),
+        (b'{"model": "any", "messages": [{"role": "user", "content": "\\ud800"}]}', "messages.0.content"),
+        (b'{"model": "any", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature: nan"),
+        (b"[" * 100_000, "error parsing the body"),
+        (b"", "Field required"),
+        (b'{"model": "any"}', "messages: Field required"),
+        (b"[1]", "body: "),
+        (b'{"messages": 3}', "model: Field required; messages: Input should be a valid list"),
+    ],
+)
+def test_requests_that_are_no_requests(server, client, content, said):
+    answer = httpx.post(f"{server}/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and said in error["message"], answer.text
+    assert error["type"] == "invalid_request_error" and error.keys() == {"message", "type", "param", "code"}
+
+
+def test_the_server_lives(server, client):
+    """After all that, and where there is nothing."""
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("none")
+    assert caught.value.body["message"] == "Not Found"
     assert ask(client, PROMPTS[2]).choices[0].message.content == EXPECTED[PROMPTS[2]]["adapter"]
 
 
-def test_clients_that_go_away_and_the_end(tmp_path, demo):
-    """A model that goes on and on, one request at a time: who comes after one that left is answered, and SIGTERM in the
-    middle of a stream ends the server."""
+def ends(process: subprocess.Popen, log: Path) -> None:
+    """SIGTERM ends the server at once, without a word of complaint and with nothing left behind."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    status, text = process.wait(60), log.read_text()
+    assert status in (0, -signal.SIGTERM), "uvicorn ends by the signal itself once everything is shut down"
+    for word in ("Traceback", "terminate called", "Cancelled"):
+        assert word not in text, text[-3000:]
+    assert "Application shutdown complete" in text and not any(child.is_running() for child in children)
+
+
+def test_one_worker(tmp_path, demo):
+    """A model that goes on and on, one request at a time: who comes after one that left is answered; eight at once are all
+    answered, as they are alone; and the end comes in the middle of two answers, one of which waits for the other."""
     model = make_model(tmp_path / "model", "deepseek_v2", max_position_embeddings=100_000)
     path = config(tmp_path, demo, model_name_or_path=str(model), kt_backend="torch", kt_num_threads=None)
     log = tmp_path / "log"
     with serving(path, log, MAX_CONCURRENT="1") as (address, process):
+        listening = [c for c in psutil.Process(process.pid).net_connections() if c.status == psutil.CONN_LISTEN]
+        assert [f"http://{c.laddr.ip}:{c.laddr.port}" for c in listening] == [address], "nothing else listens"
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
         for _ in range(3):
             stream = ask(client, "one", stream=True, max_tokens=50_000)
             for _ in zip(range(3), stream, strict=False):
                 pass
             stream.close()
+        with pytest.raises(openai.APITimeoutError):
+            ask(client, "one", max_tokens=50_000, timeout=1)
         assert ask(client, "two", max_tokens=3).usage.completion_tokens == 3
+
+        def answer(number: int) -> str:
+            return ask(client, str(number % 8), max_tokens=12).choices[0].message.content
+
+        alone = [answer(number) for number in range(8)]
+        with ThreadPoolExecutor(8) as clients:
+            assert [*clients.map(answer, range(40))] == alone * 5 and len(set(alone)) == 8
+
         stream = ask(client, "one", stream=True, max_tokens=50_000)
         next(iter(stream))
-        process.send_signal(signal.SIGTERM)
-        status = process.wait(120)
-        text = log.read_text()
-        assert status in (0, -signal.SIGTERM) and "Traceback" not in text and "terminate called" not in text, text[
-            -3000:
-        ]
-        assert "Application shutdown complete" in text
+        with ThreadPoolExecutor(1) as waiting:
+            whole = waiting.submit(ask, client, "two", max_tokens=50_000)
+            time.sleep(0.5)
+            ends(process, log)
+            with pytest.raises(openai.InternalServerError, match="The server is shutting down"):
+                whole.result()
+
+
+def test_what_goes_wrong_while_generating(tmp_path):
+    """The endpoint with an engine that breaks in the middle; the model itself cannot be made to."""
+    from fastapi.testclient import TestClient
+    from llamafactory.api import app as module
+
+    class Broken:
+        async def astream_chat(self, *args, **kwargs):
+            yield "one"
+            raise RuntimeError("broken on purpose")
+
+        async def achat(self, *args, **kwargs):
+            raise RuntimeError("broken on purpose")
+
+        class engine:
+            can_generate, name = True, None
+            tokenizer = SimpleNamespace(encode=lambda text, **keys: [1])
+            model = SimpleNamespace(
+                _kt_gate=True,
+                config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=9)),
+            )
+
+    http = TestClient(module.create_app(Broken()), raise_server_exceptions=False)
+    client = openai.OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=http)
+    with pytest.raises(openai.InternalServerError, match="RuntimeError: broken on purpose"):
+        ask(client, "x")
+    texts = []
+    with pytest.raises(openai.APIError, match="RuntimeError: broken on purpose"):
+        for chunk in ask(client, "x", stream=True):
+            texts.append(chunk.choices[0].delta.content)
+    assert texts == ["", "one"]

@@ -1,0 +1,118 @@
+"""Every message that users can get is on the troubleshooting pages.
+
+Messages are found in the source: what a KTError (or an error of the API) is raised with, what is logged as a warning, and
+the problems that the checks of keys collect. A page covers a message if it quotes, in backticks, four words of it in a
+row; or quotes parts of it, with … between them, that stand in it in that order. Rewording is free as long as one such
+part stays.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "llamafactory_kt"
+RUN = 4
+HOLE = "\0"
+"""stands for what is only known at run time"""
+COLLECTING = {"arguments.py", "serving_arguments.py"}
+"""files that put problems into lists instead of raising each"""
+RAISED = re.compile(r"KT\w+Error|BadRequest|HTTPException|NotFiniteError")
+
+
+def text_of(node: ast.AST) -> str:
+    """What an expression says: literals as they are, a hole for everything else."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else HOLE
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(value) if isinstance(value, ast.Constant) else HOLE for value in node.values)
+    if isinstance(node, ast.BinOp):
+        return text_of(node.left) + text_of(node.right)
+    return HOLE
+
+
+def messages(path: Path) -> dict[int, str]:
+    """line -> message with holes."""
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        arguments: list[ast.expr] = []
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            if RAISED.fullmatch(ast.unparse(node.exc.func)):
+                arguments = [*node.exc.args, *(keyword.value for keyword in node.exc.keywords)]
+        elif isinstance(node, ast.Call) and is_warning(node, path):
+            arguments = [with_holes(argument) for argument in node.args[:1]]
+        texts = [text_of(argument) for argument in arguments]
+        message = max(texts, key=lambda text: len(text.replace(HOLE, "")), default="")
+        if len(re.findall(r"\w+", message.replace(HOLE, ""))) > 1:  # a prefix before another message says nothing
+            found[node.lineno] = message
+    return found
+
+
+def is_warning(node: ast.Call, path: Path) -> bool:
+    if not isinstance(node.func, ast.Attribute):
+        return False
+    return node.func.attr == "warning" or (path.name in COLLECTING and node.func.attr == "append")
+
+
+def with_holes(node: ast.expr) -> ast.expr:
+    """``%s`` and ``%d`` of logging as holes."""
+    return ast.Constant(re.sub(r"%[sdg]|%\.\df", HOLE, text_of(node)))
+
+
+def quoted(page: Path) -> list[str]:
+    return [" ".join(quote.split()) for quote in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))]
+
+
+def bare(text: str) -> str:
+    """Without punctuation at the ends of words."""
+    return re.sub(r"[.,:;]+(?=\s|$)", "", text)
+
+
+def is_covered(message: str, quotes: list[str]) -> bool:
+    """
+    >>> is_covered("layer \\0 has no \\0; the file is incomplete", ["…: layer … has no …"])
+    True
+    >>> is_covered("layer \\0 has no \\0; the file is incomplete", ["the file is incomplete"])
+    True
+    >>> is_covered("layer \\0 has no \\0; the file is incomplete", ["…: layer … has two …"])
+    False
+    """
+    whole = " ".join(message.split())
+    literals = [bare(part).split() for part in whole.split(HOLE)]
+    longest = max(map(len, literals))
+    size = min(RUN, longest)
+    runs = {" ".join(words[start : start + size]) for words in literals for start in range(len(words) - size + 1)}
+    if any(run in bare(quote) for run in runs for quote in quotes):
+        return True
+    for quote in quotes:
+        parts = [part.strip(" :.;,'") for part in quote.split("…")]
+        parts = [part for part in parts if part]
+        if len(" ".join(parts).split()) >= 2 and re.search(".*".join(map(re.escape, parts)), whole):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", ["troubleshooting.md", "troubleshooting_zh.md"])
+def test_every_message_is_on_the_page(name):
+    quotes = quoted(ROOT / "docs" / name)
+    every = {(path, line): text for path in sorted(PACKAGE.rglob("*.py")) for line, text in messages(path).items()}
+    assert len(every) > 200, "the collector has lost most of them"
+    missing = [
+        f"{path.relative_to(ROOT)}:{line}: {text.replace(HOLE, '…')}"
+        for (path, line), text in every.items()
+        if not is_covered(text, quotes)
+    ]
+    assert not missing, f"{len(missing)} messages are not quoted in docs/{name}:\n" + "\n".join(missing)
+
+
+def test_every_class_is_on_the_page():
+    from llamafactory_kt import errors
+
+    classes = {name for name in vars(errors) if re.fullmatch(r"KT\w+Error", name)}
+    for name in ("troubleshooting.md", "troubleshooting_zh.md"):
+        rows = re.findall(r"^\| `(KT\w+Error)` \|", (ROOT / "docs" / name).read_text(encoding="utf-8"), re.M)
+        assert {*rows, "KTError"} == classes

@@ -1,0 +1,109 @@
+"""Processes that are killed while they load, forked from one that has a model, or run beside one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ENGINES
+
+LOAD = """
+import json, os, signal, sys, time
+import torch
+from transformers import AutoModelForCausalLM
+from llamafactory_kt import KTExpertsConfig, apply_adapter
+directory, backend = sys.argv[1:3]
+def load():
+    config = KTExpertsConfig(backend=backend, adapter=directory + "/adapter")
+    model = AutoModelForCausalLM.from_pretrained(directory + "/model", quantization_config=config, dtype=torch.bfloat16)
+    return apply_adapter(model, directory + "/adapter")[0]
+def answer(model):
+    ids = torch.arange(30, 60)[None]
+    return model.generate(input_ids=ids, attention_mask=ids > 0, max_new_tokens=6, do_sample=False)[0, 30:].tolist()
+"""
+KILLED = """
+from llamafactory_kt.experts import kt_engine, torch_engine
+count = 0
+for engine in (kt_engine.KTEngine, torch_engine.TorchEngine):
+    def load_layer(self, load=engine.load):
+        global count
+        load(self)
+        count += 1
+        if count == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    engine.load = load_layer
+load()
+"""
+BESIDE = "print(json.dumps(answer(load())))"
+FORKED = """
+model = load()
+first = answer(model)
+said = {}
+for task in ("generate", "load", "nothing"):
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            if task != "nothing":
+                answer(model if task == "generate" else load())
+            os.write(writer, b"fine")
+        except Exception as error:
+            os.write(writer, f"{type(error).__name__}: {error}".encode())
+        sys.exit(0)  # the interpreter's whole end, and not os._exit as multiprocessing has it
+    for _ in range(600):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        status = "hung"
+    os.close(writer)
+    said[task] = [status, os.read(reader, 10000).decode()]
+print(json.dumps([said, answer(model) == first]))
+"""
+
+
+def start(code: str, demo: Path, engine: str, **keys) -> subprocess.Popen:
+    """Two OpenMP threads: with one there would be none to miss."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **keys.pop("env", {})}
+    command = [sys.executable, "-c", LOAD + code, str(demo.absolute()), engine]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **keys)
+
+
+def finish(process: subprocess.Popen):
+    """What it printed last."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_kill_9_in_a_load_leaves_nothing(tmp_path, demo, engine):
+    """Nothing in the working directory, among temporary files, beside the model, or in shared memory."""
+    shared = Path("/dev/shm")
+    files = {*demo.rglob("*"), *shared.iterdir()}
+    killed = start(KILLED, demo, engine, cwd=tmp_path, env={"TMPDIR": str(tmp_path)})
+    err = killed.communicate(timeout=300)[1]
+    assert killed.returncode == -signal.SIGKILL, err
+    assert {*demo.rglob("*"), *shared.iterdir()} <= files and not [*tmp_path.iterdir()]
+    both = [start(BESIDE, demo, engine), start(BESIDE, demo, engine)]  # and two at once do not disturb each other
+    first, second = map(finish, both)
+    assert first == second and len(first) == 6
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_forked_child_does_not_hang(demo, engine):
+    said, parent_is_well = finish(start(FORKED, demo, engine))
+    assert parent_is_well and [status for status, _ in said.values()] == [0, 0, 0], said
+    assert "which was forked from it: the threads that compute them do not survive" in said["generate"][1]
+    # plain torch has no threads of its own, so a child may load a model for itself
+    assert said["load"][1] == "fine" if engine == "torch" else "KTKernelError: KT experts of process" in said["load"][1]
+    assert said["nothing"][1] == "fine"

@@ -9,8 +9,9 @@ BIN    := $(ENV)/bin
 # tests at a time: most of one is starting LLaMA-Factory, on one core and about 1 GB
 JOBS   ?= 2
 HERE   := $(CURDIR)
+TURNS  ?= 50000
 
-.PHONY: help setup demo test lint types format clean
+.PHONY: help setup demo test lint types docs soak format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,6 +39,12 @@ lint: setup ## ruff: style and formatting
 
 types: setup ## mypy
 	$(BIN)/mypy
+
+docs: setup ## the pages: links, both languages, every example executed, every message explained
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_messages.py $(ARGS)
+
+soak: setup ## memory and answers over TURNS short turns, and a hundredth as many loads
+	LLAMAFACTORY_KT_SOAK_TURNS=$(TURNS) $(BIN)/python -m pytest tests/test_soak.py -rP --timeout=0 $(ARGS)
 
 format: setup ## let ruff put the sources in order
 	$(BIN)/ruff check --fix .

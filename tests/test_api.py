@@ -135,10 +135,11 @@ MESSAGES = [{"role": "user", "content": "x"}]
         ({"max_tokens": 10**9}, "The model's context has 1024 tokens; the messages take"),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, "The model's context has 1024 tokens"),
         ({"max_tokens": -1}, "max_tokens: -1 is not 1 or more"),
-        ({"temperature": -1, "top_p": 2}, "temperature: -1 is not 0 or more. top_p: 2 is not above 0"),
+        ({"max_tokens": -(10**400)}, "max_tokens: -1000"),
+        ({"temperature": -1, "top_p": 2}, "temperature: -1.0 is not 0 or more. top_p: 2.0 is not above 0"),
         ({"n": 0}, "n: 0 is not between 1 and 128"),
-        ({"n": 10**6}, "n: 1e+06 is not between"),
-        ({"presence_penalty": -1}, "presence_penalty: -1 is not"),
+        ({"n": 10**6}, "n: 1000000 is not between"),
+        ({"presence_penalty": -1}, "presence_penalty: -1.0 is not"),
     ],
 )
 def test_bad_requests(client, keys, named, stream):

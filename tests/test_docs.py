@@ -66,7 +66,7 @@ def test_both_languages(page):
 
     def code(of: Path) -> list[str]:
         text = "\n".join(block for language in ("bash", "python", "yaml") for block in blocks(of, language))
-        text = re.sub(r'"content": "[^"]*"', '"content": "..."', text)  # people ask in their own language
+        text = re.sub(r'"[^"\n]*"', '""', text)  # people ask in their own language
         return [bare for line in text.splitlines() if (bare := re.sub(r"(^|\s)#.*$", "", line).rstrip())]
 
     assert code(page) == code(other)
@@ -158,6 +158,20 @@ def test_example_configurations(path, reader, monkeypatch):
     if "adapter_name_or_path" in values:
         values["adapter_name_or_path"] = str(reader / "my_adapter")
     assert parse({**values, "model_name_or_path": str(reader / "my_model")}).use_kt
+
+
+def test_make_targets():
+    """Those that the pages and the workflows call are in the Makefile, each with a line for `make help`."""
+    targets = set(re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.M))
+    workflows = [*(ROOT / ".github" / "workflows").glob("*.yml")]
+    steps = [
+        step for file in workflows for job in yaml.safe_load(file.read_text())["jobs"].values() for step in job["steps"]
+    ]
+    called = [step["run"].split()[1] for step in steps if "run" in step]
+    assert {"setup", "lint", "types", "docs", "test", "soak"} == set(called)
+    for page in PAGES:
+        called += re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(encoding="utf-8"), re.M)
+    assert set(called) <= targets
 
 
 def test_names_of_tests():

@@ -155,7 +155,7 @@ def test_bad_requests(client, keys, named, stream):
     [
         (b"{", "JSON decode error"),
         (b'{"model": "\xff\xfe", "messages": []}', "error parsing the body"),
-        (b'{"model": "any", "messages": [{"role": "user", "content": "\\ud800"}]}', "messages.0.content"),
+        (b'{"model": "any", "messages": [{"role": "user", "content": "\\ud800"}]}', "not Unicode"),
         (b'{"model": "any", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature: nan"),
         (b"[" * 100_000, "error parsing the body"),
         (b"", "Field required"),

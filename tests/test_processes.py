@@ -104,6 +104,5 @@ def test_a_forked_child_does_not_hang(demo, engine):
     said, parent_is_well = finish(start(FORKED, demo, engine))
     assert parent_is_well and [status for status, _ in said.values()] == [0, 0, 0], said
     assert "which was forked from it: the threads that compute them do not survive" in said["generate"][1]
-    # plain torch has no threads of its own, so a child may load a model for itself
-    assert said["load"][1] == "fine" if engine == "torch" else "KTKernelError: KT experts of process" in said["load"][1]
+    assert said["load"][1].startswith("KTKernelError: KT experts of process"), "OpenMP's threads are missing too"
     assert said["nothing"][1] == "fine"

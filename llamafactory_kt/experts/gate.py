@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -34,7 +33,6 @@ class Gate:
         self._waiting = 0
         self._exchanging = False
         self._inside = threading.local()
-        self._process = os.getpid()
 
     @contextlib.contextmanager
     def generation(self) -> Iterator[None]:
@@ -43,7 +41,7 @@ class Gate:
         Raises:
             KTKernelError: The process was forked from the model's.
         """
-        require_own_process(self._process)
+        require_own_process()
         depth = getattr(self._inside, "depth", 0)
         if depth == 0:
             with self._changed:
@@ -72,7 +70,7 @@ class Gate:
             RuntimeError: The calling thread is generating, and would wait for itself.
             KTKernelError: As in :meth:`generation`.
         """
-        require_own_process(self._process)
+        require_own_process()
         if getattr(self._inside, "depth", 0):
             raise RuntimeError("An adapter cannot be exchanged from within a generation.")
         with self._changed:

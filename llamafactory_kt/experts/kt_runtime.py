@@ -23,7 +23,7 @@ from ..errors import KTKernelError
 from ..machine import missing_cpu_flags, usable_cores
 from .checkpoint import LayerWeights
 from .methods import Method
-from .threads import require_own_process, wait
+from .threads import is_forked, require_own_process, wait
 
 logger = logging.getLogger(__name__)
 
@@ -59,20 +59,6 @@ def cpu_variant() -> str:
 class _Pool:
     threads: int | None = None
     pools = 1
-    process: int | None = None
-    """the one that has the threads; None before the first"""
-
-
-def require_own_threads() -> None:
-    """The worker threads belong to this process, or are still to be started.
-
-    Raises:
-        KTKernelError: They are those of the process that this one was forked from.
-    """
-    if _Pool.process is None:
-        _Pool.process = os.getpid()
-        atexit.register(_shut_down)
-    require_own_process(_Pool.process)
 
 
 def settle_pool(threads: int, pools: int) -> tuple[int, int]:
@@ -81,7 +67,6 @@ def settle_pool(threads: int, pools: int) -> tuple[int, int]:
     Returns:
         Those in force: the first load's, since kt-kernel cannot change them.
     """
-    require_own_threads()
     if _Pool.threads is None:
         _Pool.threads, _Pool.pools = threads, pools
     elif (_Pool.threads, _Pool.pools) != (threads, pools):
@@ -93,31 +78,25 @@ def settle_pool(threads: int, pools: int) -> tuple[int, int]:
     return _Pool.threads, _Pool.pools
 
 
+@atexit.register
 def _shut_down() -> None:
     """Wait for threads that were in the kernel, then let it say goodbye into the void: its destructor writes to stdout
-    after Python's own is closed."""
-    if _Pool.process != os.getpid():
-        _keep_for_ever()
+    after Python's own is closed. In a forked child, it would wait for workers that the child does not have."""
+    if "kt_kernel.sft.amx" not in sys.modules:
         return
     wait()
     with contextlib.suppress(Exception), quiet_stdout():
         from kt_kernel.sft.amx import AMXSFTMoEWrapper
 
-        from .kernel import release_all
+        from .kernel import every_wrapper, release_all
 
+        if is_forked():
+            for kept in (AMXSFTMoEWrapper._cpu_infer_instance, *every_wrapper()):
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))  # never destroyed
+            return
         release_all()
         AMXSFTMoEWrapper._cpu_infer_instance = None
         gc.collect()
-
-
-def _keep_for_ever() -> None:
-    """In a forked child: keep Python from destroying what would wait for worker threads that the child does not have."""
-    from kt_kernel.sft.amx import AMXSFTMoEWrapper
-
-    from .kernel import every_wrapper
-
-    for kept in (AMXSFTMoEWrapper._cpu_infer_instance, *every_wrapper()):
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
 
 @contextlib.contextmanager
@@ -170,7 +149,7 @@ def write_packed(
     from kt_kernel import kt_kernel_ext
     from kt_kernel.sft.amx import AMXSFTMoEWrapper
 
-    require_own_threads()
+    require_own_process()
     experts, intermediate, hidden = weights.gate.shape
     mask, every = torch.zeros(experts, dtype=torch.bool), torch.arange(experts)
     with kernel_lock, quiet_stdout():

@@ -38,6 +38,7 @@ from .module import KTExperts
 from .onednn_engine import OneDNNEngine
 from .plan import candidates
 from .stored import StoredLayer, record_for
+from .threads import require_own_process
 from .torch_engine import TorchEngine
 from .workers import arrange
 
@@ -54,6 +55,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> None:
+        require_own_process()
         config = self.quantization_config
         on_gpu = torch.cuda.is_available() and device_map not in (None, {"": "cpu"}, {"": torch.device("cpu")})
         pools = config.threadpool_count

@@ -4,7 +4,7 @@ Chats generate in daemon threads. Python kills those at exit wherever they are, 
 (the kernel's or torch's) takes the process down with SIGABRT; so they are stopped here and waited for before that.
 
 A forked child has none of its parent's threads, neither kt-kernel's workers nor OpenMP's, and whoever waits for them
-there waits for ever; so a model and the workers stay with the process that made them.
+there waits for ever; so whoever has loaded experts keeps them to itself.
 """
 
 from __future__ import annotations
@@ -32,16 +32,27 @@ def enter() -> None:
     _callers.add(threading.current_thread())
 
 
-def require_own_process(process: int) -> None:
-    """This is the process with that id.
+class _Home:
+    process: int | None = None
+
+
+def is_forked() -> bool:
+    """Whether experts were loaded in the process that this one was forked from."""
+    return _Home.process not in (None, os.getpid())
+
+
+def require_own_process() -> None:
+    """Experts are loaded and used in one process; the first call decides which.
 
     Raises:
-        KTKernelError: It is one that was forked from it.
+        KTKernelError: This is one that was forked from it.
     """
-    if (here := os.getpid()) != process:
+    if _Home.process is None:
+        _Home.process = os.getpid()
+    if is_forked():
         raise KTKernelError(
-            f"KT experts of process {process} were used in process {here}, which was forked from it: the threads that compute "
-            "them do not survive a fork. Load the model in the process that uses it, and start processes with "
+            f"KT experts of process {_Home.process} were used in process {os.getpid()}, which was forked from it: the threads that "
+            "compute them do not survive a fork. Load the model in the process that uses it, and start processes with "
             'multiprocessing.get_context("spawn").'
         )
 

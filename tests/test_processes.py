@@ -93,7 +93,9 @@ def test_kill_9_in_a_load_leaves_nothing(tmp_path, demo, engine):
     killed = start(KILLED, demo, engine, cwd=tmp_path, env={"TMPDIR": str(tmp_path)})
     err = killed.communicate(timeout=300)[1]
     assert killed.returncode == -signal.SIGKILL, err
-    assert {*demo.rglob("*"), *shared.iterdir()} <= files and not [*tmp_path.iterdir()]
+    assert {*demo.rglob("*"), *shared.iterdir()} <= files
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert set(left) <= {"_remote_module_non_scriptable.py"}, "which torch writes when it is imported"
     both = [start(BESIDE, demo, engine), start(BESIDE, demo, engine)]  # and two at once do not disturb each other
     first, second = map(finish, both)
     assert first == second and len(first) == 6

@@ -21,7 +21,7 @@ from llamafactory_kt import switch_adapter
 from llamafactory_kt.machine import give_back_memory
 
 ENGINE = "torch" if KERNEL_PROBLEM else "AMXBF16"
-TURNS = int(os.environ.get("LLAMAFACTORY_KT_SOAK_TURNS", "1200"))
+TURNS = int(os.environ.get("LLAMAFACTORY_KT_SOAK_TURNS", "1000"))
 SAMPLES = 24
 
 

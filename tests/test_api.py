@@ -153,7 +153,7 @@ def test_bad_requests(client, keys, named, stream):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"{", "JSON decode error"),
+        (b"{", "body: JSON decode error"),
         (b'{"model": "\xff\xfe", "messages": []}', "error parsing the body"),
         (b'{"model": "any", "messages": [{"role": "user", "content": "\\ud800"}]}', "not Unicode"),
         (b'{"model": "any", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature: nan"),

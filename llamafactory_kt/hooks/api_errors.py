@@ -55,9 +55,12 @@ def answer_errors(app: Any) -> None:
         return JSONResponse(content, error.status_code, headers=error.headers)
 
     async def malformed(request: Any, error: Any) -> Any:
-        places = [".".join(map(str, problem["loc"][1:])) for problem in error.errors()]
-        texts = [f"{place or 'body'}: {problem['msg']}" for place, problem in zip(places, error.errors(), strict=True)]
-        return JSONResponse(body("; ".join(texts), 400, places[0] if places and places[0] else None), 400)
+        # where a field is wrong: ("body", "messages", 0, "role"); where it is no JSON: ("body", position)
+        problems = [
+            ("", p) if p["type"] == "json_invalid" else (".".join(map(str, p["loc"][1:])), p) for p in error.errors()
+        ]
+        text = "; ".join(f"{place or 'body'}: {problem['msg']}" for place, problem in problems)
+        return JSONResponse(body(text, 400, problems[0][0] or None), 400)
 
     async def failed(request: Any, error: Exception) -> Any:
         return JSONResponse(body(f"{type(error).__name__}: {error}", 500), 500)

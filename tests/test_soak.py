@@ -23,6 +23,8 @@ from llamafactory_kt.machine import give_back_memory
 ENGINE = "torch" if KERNEL_PROBLEM else "AMXBF16"
 TURNS = int(os.environ.get("LLAMAFACTORY_KT_SOAK_TURNS", "1000"))
 SAMPLES = 24
+NOISE = 8 * 2**20
+"""bytes; two runs of about 1000 turns grew by 1 and by 3 MiB"""
 
 
 def slope(step: Callable[[int], None], steps: int) -> float:
@@ -78,8 +80,9 @@ def test_thousands_of_turns(demo):
             switch_adapter(model, None if number % 100 == 49 else demo / "adapter")
 
     grown = slope(turn, TURNS)
-    # a turn reads 16 tokens at least; keeping a tenth of its cache would already be seen
-    assert grown < cache_bytes(model, 16) / 10
+    # a turn reads 16 tokens at least: a tenth of their cache, and once the steps that allocator and thread stacks take.
+    # A short run so sees whole caches that are kept, a long one a tenth of them.
+    assert grown * TURNS < cache_bytes(model, 16) / 10 * TURNS + NOISE
     switch_adapter(model, demo / "adapter")
     assert [ask(question) for question in questions[:8]] == before
 

@@ -88,7 +88,7 @@ def test_thousands_of_turns(demo):
 
 
 def test_loads_and_switches(tmp_path):
-    """A model whose experts are most of it; kt-kernel does not free them, so they have to be used again."""
+    """A model whose experts are most of it; kt-kernel itself does not free them."""
     model = make_model(
         tmp_path / "model", "deepseek_v2", moe_intermediate_size=512, hidden_size=256, num_hidden_layers=2
     )

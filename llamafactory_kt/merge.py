@@ -160,9 +160,9 @@ class _Plan:
             self._lora = self.adapter.read_layer(layer, self._shapes[layer])
         lora, (kind, expert) = self._lora, piece
         if expert is not None:
-            return expert_delta(lora, kind, expert)
+            return lora.delta(kind, expert)
         projections = ["down"] if kind == "down_proj" else ["gate", "up"]
-        fused = torch.cat([expert_delta(lora, projection, slice(None)) for projection in projections], 1)
+        fused = torch.cat([lora.delta(projection, slice(None)) for projection in projections], 1)
         return fused if fused.shape == value.shape else fused.transpose(1, 2)
 
     def check_all_done(self) -> None:
@@ -170,12 +170,6 @@ class _Plan:
             raise KTAdapterError(
                 f"{len(self._todo)} weights were not met while merging, first {name_some(sorted(self._todo), 3)}."
             )
-
-
-def expert_delta(lora: ExpertLora, projection: str, expert: int | slice) -> torch.Tensor:
-    """ΔW of one adapter for one expert's projection [out, in], or for several [E, out, in], float32."""
-    factor = lora.scaling[projection][expert].float()[..., 0, None, None]  # the ranks of one adapter share it
-    return factor * (lora.b[projection][expert].float() @ lora.a[projection][expert].float())
 
 
 def _parameter_names(model: Any, names: list[str]) -> dict[str, str]:

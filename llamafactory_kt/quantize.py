@@ -139,7 +139,7 @@ def _open(source: Path) -> Any:
     files = weight_files(source)
     if not files:
         raise KTPathError(f"{source} is not a directory with safetensors files.")
-    model = empty_model(source)
+    model = empty_model(source, fp8=True)
     return ExpertsCheckpoint(model, find_experts(model), [str(file) for file in files])
 
 

@@ -178,9 +178,9 @@ def chat_model(path, **keys):
 def test_missing_model_and_quantised_model(tmp_path, demo):
     with pytest.raises(KTPathError, match=r"model_name_or_path: .*nowhere does not exist"):
         chat_model(tmp_path / "nowhere")
-    path = shutil.copytree(demo / "model", tmp_path / "fp8")
+    path = shutil.copytree(demo / "model", tmp_path / "gptq")
     config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(KTModelError, match="is a quantised checkpoint"):
         chat_model(path)

@@ -41,6 +41,11 @@ class ExpertLora:
     def rank(self) -> int:
         return int(self.a["gate"].shape[1])
 
+    def delta(self, projection: str, expert: int | slice) -> torch.Tensor:
+        """ΔW of one expert [out, in], or of a slice of them [E, out, in], float32."""
+        b, scaling = self.b[projection][expert].float(), self.scaling[projection][expert].float()
+        return (b * scaling[..., None, :]) @ self.a[projection][expert].float()
+
     def norms(self) -> torch.Tensor:
         """Frobenius norm of each expert's ΔW over its three projections, [E], float64.
 

@@ -13,7 +13,6 @@ from ..adapters import AdapterSet
 from ..errors import KTModelError, name_some
 from ..experts.contract import find_experts
 from ..machine import available_memory
-from ..merge import expert_delta
 from ..peft_layers import exchange_peft_layers
 from ..peft_part import check_peft_part
 
@@ -46,7 +45,7 @@ def merge_into(model: Any, adapters: AdapterSet, scope: str = "all") -> Any:
             for number in range(module.shape.num_experts if loras else 0):
                 total = weight[number].float()
                 for lora in loras:
-                    total += expert_delta(lora, projection, number).to(total.device)
+                    total += lora.delta(projection, number).to(total.device)
                 weight[number] = total.to(weight.dtype)
     return model
 

@@ -60,7 +60,7 @@ def _check_model(name: str, adapter: Any) -> tuple[Any, str]:
     from ..experts.empty import empty_model
     from ..peft_part import check_peft_part
 
-    model = empty_model(name)
+    model = empty_model(name, quantised=True)
     shapes = {module.layer: module.shape for module in find_experts(model)}
     try:
         adapter.check_fits(shapes)

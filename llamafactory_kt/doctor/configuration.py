@@ -57,7 +57,7 @@ def _model(args: Any) -> Findings:
 
     name = args.model_name_or_path
     try:
-        model = empty_model(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)
+        model = empty_model(Path(name).expanduser() if Path(name).expanduser().is_dir() else name, fp8=True)
         experts = find_experts(model)
     except KTError as problem:
         yield error("model", one_line(problem), "docs/architectures.md says which models are accepted.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
 
-from transformers.quantizers.auto import register_quantization_config
+from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 QUANT_METHOD = "kt_experts"
@@ -37,6 +39,8 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         debug: let the kernel write to stdout, log where each step's time goes, and stop at NaN and Inf.
         debug_dir: with ``debug``, directory for a trace of the chosen experts and torch.profiler's of the first steps.
 
+        checkpoint: the checkpoint's own ``quantization_config``, which loading fills in.
+
     Example:
         >>> from transformers import AutoModelForCausalLM                          # doctest: +SKIP
         >>> model = AutoModelForCausalLM.from_pretrained(path, quantization_config=KTExpertsConfig())  # doctest: +SKIP
@@ -55,4 +59,25 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     router_stats: bool = False
     debug: bool = False
     debug_dir: str | None = None
+    checkpoint: dict[str, Any] | None = None
     quant_method: str = QUANT_METHOD
+
+
+def _compose() -> None:
+    """Let ``from_pretrained`` take a :class:`KTExpertsConfig` for a checkpoint that is quantised itself.
+
+    transformers has one quantizer for a model and refuses two; ours reads the checkpoint's format too.
+    """
+    stock = AutoHfQuantizer.merge_quantization_configs
+
+    @functools.wraps(stock)
+    def merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        if not isinstance(quantization_config_from_args, KTExpertsConfig):
+            return stock(quantization_config, quantization_config_from_args)
+        own = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+        return replace(quantization_config_from_args, checkpoint=own)
+
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge)
+
+
+_compose()

@@ -30,6 +30,7 @@ from .config import QUANT_METHOD, KTExpertsConfig
 from .contract import ExpertsModule, find_experts
 from .debugging import Debugger
 from .engine import Engine, EngineSpec
+from .fp8 import block_size, loading_rules
 from .gate import guard
 from .kt_engine import KTEngine
 from .kt_runtime import cpu_variant, settle_pool
@@ -51,6 +52,15 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
     adapters that were checked, to be applied; ``_kt_gate``: what keeps generations and an exchange of adapters apart."""
 
     quantization_config: KTExpertsConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Is the checkpoint's format one that can be read?"""
+        block_size(self.quantization_config)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """How transformers reads all but the experts."""
+        block = block_size(self.quantization_config)
+        return loading_rules(block) if block is not None else []
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any

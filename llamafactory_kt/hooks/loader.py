@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 from ..arguments import adapter_directories, threadpool_count
-from ..errors import KTModelError
 from .configuration import moe_lora_file
 from .patching import expect, is_patched, replace
 
@@ -53,11 +52,12 @@ def patch(module: ModuleType) -> None:
     def patch_config(
         config: Any, tokenizer: Any, model_args: Any, init_kwargs: dict[str, Any], is_trainable: bool
     ) -> None:
-        if _with_kt(model_args, is_trainable) and getattr(config, "quantization_config", None) is not None:
-            raise KTModelError(
-                f"{model_args.model_name_or_path} is a quantised checkpoint (quantization_config in config.json); use_kt "
-                "takes bfloat16, float16 and float32 checkpoints so far. Use an unquantised copy of the model."
-            )
+        if _with_kt(model_args, is_trainable):
+            from ..experts.fp8 import block_size
+
+            block_size(
+                getattr(config, "quantization_config", None)
+            )  # before LLaMA-Factory asks for the library of another format
         patch_stock(config, tokenizer, model_args, init_kwargs, is_trainable)
         if _with_kt(model_args, is_trainable):
             _prepare(model_args, init_kwargs)
@@ -134,6 +134,7 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
         debug=model_args.kt_debug,
         debug_dir=model_args.kt_debug_dir,
     )
+    init_kwargs.pop("ignore_mismatched_sizes", None)  # which LLaMA-Factory sets for FP8 checkpoints
     if getattr(model_args, "kt_native", False):
         init_kwargs["trust_remote_code"] = False  # also where the tokenizer needed it
     # Without a GPU everything is on the CPU; with one, all but the experts goes there; several share it as usual.

@@ -38,12 +38,13 @@ class Reference:
         files = weight_files(directory)
         if not files:
             raise KTModelError(f"{directory} holds no safetensors files to compare with.")
-        model = empty_model(directory)
+        model = empty_model(directory, fp8=True)
         modules = find_experts(model)
         self.modules: dict[int, ExpertsModule] = {module.layer: module for module in modules}
         self.adapters = adapters
         adapters.check_fits({layer: module.shape for layer, module in self.modules.items()})
-        self._names = ExpertsCheckpoint(model, modules, files).names()
+        checkpoint = ExpertsCheckpoint(model, modules, files)
+        self._names, self._block = checkpoint.names(), checkpoint.block
         self._files: dict[str, Path] = {}
         for file in files:
             with safe_open(file, framework="pt") as handle:
@@ -80,11 +81,18 @@ class Reference:
     def _read(self, layer: int, pieces: dict[tuple[str, int | None], str], expert: int) -> Expert:
         shape = self.modules[layer].shape
 
-        def tensor(name: str, slice_of: int | None) -> torch.Tensor:
+        def stored(name: str, slice_of: int | None) -> torch.Tensor:
             with safe_open(self._files[name], framework="pt") as handle:
                 value: Any = handle.get_slice(name)
                 read: torch.Tensor = value[slice_of] if slice_of is not None else value[:]
             return read.float()
+
+        def tensor(name: str, slice_of: int | None) -> torch.Tensor:
+            value, scales = stored(name, slice_of), f"{name}_scale_inv"
+            if self._block is None or scales not in self._files:
+                return value
+            factors = stored(scales, slice_of).repeat_interleave(self._block[0], 0).repeat_interleave(self._block[1], 1)
+            return value * factors[: value.shape[0], : value.shape[1]]
 
         if ("gate", expert) in pieces:
             return {projection: tensor(pieces[projection, expert], None) for projection in ("gate", "up", "down")}

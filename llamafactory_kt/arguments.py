@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 SCOPES = ("all", "attention")
 
-CHAT_ONLY_KEYS = ("kt_max_chunk", "kt_idle_workers", "kt_recalibrate", "kt_router_stats", "kt_debug_dir")
+CHAT_ONLY_KEYS = ("kt_max_chunk", "kt_merge_adapter", "kt_idle_workers", "kt_recalibrate", "kt_router_stats", "kt_debug_dir")
 """keys about experts in this process, which infer_backend: sglang does not have"""
 
 # Keys that upstream's training stack puts into kt_config and that mean nothing when chatting.
@@ -49,8 +49,8 @@ class KTArguments(KTServingArguments):
     kt_backend: str = field(
         default="auto",
         metadata={
-            "help": "Engine for the experts: AMXBF16, AMXINT8 or AMXINT4 (kt-kernel), oneDNN (torch's bfloat16 kernels), torch "
-            "(float32, slow), or auto: the faster of AMXBF16 and oneDNN. Any letter case; a suffix _SFT is accepted."
+            "help": "Engine for the experts: AMXBF16, AMXINT8, AMXINT4 or AVX2BF16 (kt-kernel), oneDNN (torch's bfloat16 kernels), torch "
+            "(float32, slow), or auto: the faster of AMXBF16 and oneDNN, else AVX2BF16 (with the adapter merged). Any letter case; a suffix _SFT is accepted."
         },
     )
     kt_num_threads: str | None = field(
@@ -92,6 +92,13 @@ class KTArguments(KTServingArguments):
         metadata={
             "help": "Which LoRA is applied besides the routed experts': all, or attention (without shared experts and "
             "dense MLP layers, as early KTransformers chats did)."
+        },
+    )
+    kt_merge_adapter: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to merge the adapter into the weights while loading: no cost of LoRA afterwards, and no way to "
+            "exchange the adapter or take it away."
         },
     )
     kt_moe_lora_path: str | None = field(
@@ -214,6 +221,7 @@ def _check_values(args: Any) -> list[str]:
         "kt_tp_enabled",
         "kt_idle_workers",
         "kt_recalibrate",
+        "kt_merge_adapter",
         "kt_router_stats",
         "kt_debug",
         "kt_stats",
@@ -248,6 +256,11 @@ def _check_combinations(args: Any) -> list[str]:
         problems.append(
             "kt_backend: AMXINT8 needs kt_weight_path; llamafactory-kt quantize --model MODEL --output DIR makes it. AMXINT4 "
             "also packs while loading."
+        )
+    if args.kt_merge_adapter and args.kt_weight_path and not serves(args):
+        problems.append(
+            "kt_merge_adapter: true cannot change the packed weights of kt_weight_path. Merge the adapter into the checkpoint "
+            "(llamafactory-kt merge) and quantise that, or remove kt_merge_adapter."
         )
     backend = getattr(args, "infer_backend", "huggingface")
     backend = getattr(backend, "value", backend)

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from .errors import KTConfigError
 
-BACKENDS = ("auto", "AMXBF16", "AMXINT8", "AMXINT4", "oneDNN", "torch")
+BACKENDS = ("auto", "AMXBF16", "AMXINT8", "AMXINT4", "AVX2BF16", "oneDNN", "torch")
 PACKED = ("AMXINT8", "AMXINT4")
 """backends that can read packed weights (``kt_weight_path``)"""
 

@@ -17,8 +17,9 @@ from torch import nn
 
 from .adapters import Adapter, AdapterSet, open_adapters
 from .errors import KTMemoryError, KTModelError
+from .experts.methods import METHODS
 from .machine import available_memory, gib
-from .peft_layers import exchange_peft_layers
+from .peft_layers import exchange_peft_layers, merge_peft_layers
 from .peft_part import PeftPart, check_peft_part
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class LoadReport:
     max_rank: int
     expert_params: int
     """LoRA parameters of the experts, as the files have them"""
+    merged: bool = False
+    """whether they were added to the weights for good"""
 
     def __str__(self) -> str:
         text = f"consumed {self.experts + self.peft} of {self.total} (PEFT {self.peft}, KT experts {self.experts})"
@@ -82,9 +85,10 @@ def load_moe_lora_from_adapter(model: nn.Module, adapter_path: Adapters) -> Load
     Raises:
         KTAdapterError: The adapter is broken or made for another model; the model keeps the LoRA it had.
         KTMemoryError: Its rank needs larger kernels than there is memory for; likewise.
-        KTModelError: The model has no KT experts.
+        KTModelError: The model has no KT experts, or has its adapter merged.
     """
     wrappers = kt_wrappers(model)
+    _check_apart(model)
     adapters = open_adapters(adapter_path)
     _check_experts(wrappers, adapters)
     for adapter in adapters.adapters:
@@ -96,6 +100,8 @@ def load_moe_lora_from_adapter(model: nn.Module, adapter_path: Adapters) -> Load
 
 def apply_adapter(model: nn.Module, adapter_path: Adapters, scope: str = "all") -> tuple[nn.Module, LoadReport]:
     """Apply whole adapters to a plain model: PEFT's part through PEFT, the experts' part in the experts.
+
+    Where the experts had the adapter merged into their weights while they were loaded, PEFT merges its part too.
 
     Args:
         model: a plain model with KT experts.
@@ -109,14 +115,19 @@ def apply_adapter(model: nn.Module, adapter_path: Adapters, scope: str = "all") 
     Raises:
         KTAdapterError: Any tensor could not be consumed; the model is as it was.
         KTMemoryError: A rank needs larger kernels than there is memory for; likewise.
-        KTModelError: The model already carries an adapter.
+        KTModelError: The model already carries an adapter, or its experts had another one merged.
     """
+    kt_wrappers(model)
+    adapters, merged = open_adapters(adapter_path), _base(model)._kt_merged
+    if merged is not None and _files(adapters) == _files(merged) and not getattr(model, "_kt_adapter_applied", False):
+        return _merge(model, adapters, scope)
+    _check_apart(model)
     if hasattr(model, "peft_config") or getattr(model, "_kt_adapter_applied", False):
         raise KTModelError(
             f"{type(model).__name__} already carries an adapter. switch_adapter puts another in its place; to change the "
             "experts' part alone, call load_moe_lora_from_adapter."
         )
-    return _exchange(model, open_adapters(adapter_path), scope)
+    return _exchange(model, adapters, scope)
 
 
 def switch_adapter(model: nn.Module, adapter_path: Adapters, scope: str = "all") -> LoadReport:
@@ -133,19 +144,55 @@ def switch_adapter(model: nn.Module, adapter_path: Adapters, scope: str = "all")
     Raises:
         KTAdapterError: The adapter is broken, or not one of this model.
         KTMemoryError: Its rank needs larger kernels than there is memory for.
-        KTModelError: The model has no KT experts.
+        KTModelError: The model has no KT experts, or has its adapter merged.
         RuntimeError: The calling thread is generating with this model.
     """
+    _check_apart(model)
     return _exchange(model, open_adapters(adapter_path), scope)[1]
+
+
+def _check_apart(model: Any) -> None:
+    """Raise KTModelError if the experts' LoRA is in their weights, where it can be neither exchanged nor taken away."""
+    wrappers, merged = kt_wrappers(model), _base(model)._kt_merged
+    if merged is None:
+        return
+    adapters = ", ".join(str(adapter.directory or adapter.expert_file) for adapter in merged.adapters) or "no adapter"
+    engine = wrappers[0].engine.name
+    always = engine in METHODS and not METHODS[engine].lora
+    reason = f"{engine} computes no LoRA" if always else "kt_merge_adapter: true"
+    raise KTModelError(
+        f"The experts were loaded with {adapters} merged into their weights ({reason}), so that no LoRA can be exchanged, added or "
+        "taken away any more. Load the model again with the other adapter, or with an engine that keeps LoRA apart and "
+        "without kt_merge_adapter."
+    )
+
+
+def _files(adapters: AdapterSet) -> list[tuple[Path, Path]]:
+    return [(Path(a.store.path).resolve(), Path(a.expert_file).resolve()) for a in adapters.adapters]
+
+
+def _plan(base: Any, adapters: AdapterSet, scope: str) -> list[tuple[Adapter, PeftPart]]:
+    parts = [(adapter, check_peft_part(base, adapter, scope)) for adapter in adapters.adapters]
+    adapters.check_finite()
+    for adapter, part in parts:
+        _log_split(adapter, part)
+    return parts
+
+
+def _merge(model: Any, adapters: AdapterSet, scope: str) -> tuple[nn.Module, LoadReport]:
+    parts = _plan(model, adapters, scope)
+    with model._kt_gate.exchange():
+        wrapped, _ = exchange_peft_layers(model, parts)
+        plain = merge_peft_layers(wrapped)
+    model._kt_adapter_applied = True
+    logger.info("Merged the adapter into the weights: it costs nothing now, and cannot be exchanged or taken away.")
+    return plain, _report(adapters, parts, merged=True)
 
 
 def _exchange(model: Any, adapters: AdapterSet, scope: str) -> tuple[nn.Module, LoadReport]:
     wrappers, base = kt_wrappers(model), _base(model)
     _check_experts(wrappers, adapters)
-    parts = [(adapter, check_peft_part(base, adapter, scope)) for adapter in adapters.adapters]
-    adapters.check_finite()
-    for adapter, part in parts:
-        _log_split(adapter, part)
+    parts = _plan(base, adapters, scope)
     with base._kt_gate.exchange():
         wrapped, undo = exchange_peft_layers(base, parts)
         try:
@@ -156,8 +203,7 @@ def _exchange(model: Any, adapters: AdapterSet, scope: str) -> tuple[nn.Module, 
         if model is not base and wrapped is not base:
             model.base_model = wrapped.base_model  # PEFT's wrapper that the caller holds
         base._kt_adapter_applied = bool(adapters.adapters)
-    peft, left_out = (sum(len(getattr(part, name)) for _, part in parts) for name in ("tensors", "left_out"))
-    return wrapped, _report(adapters, peft, left_out)
+    return wrapped, _report(adapters, parts)
 
 
 def _base(model: Any) -> Any:
@@ -191,18 +237,19 @@ def _exchange_experts(wrappers: Sequence[Any], adapters: AdapterSet) -> None:
             logger.info("Loaded MoE LoRA into %d KT wrappers from %s", len(adapter.layers), adapter.directory)
 
 
-def _report(adapters: AdapterSet, peft: int = 0, left_out: int = 0) -> LoadReport:
+def _report(adapters: AdapterSet, parts: Sequence[tuple[Adapter, PeftPart]] = (), merged: bool = False) -> LoadReport:
     every = adapters.adapters
     return LoadReport(
         adapter=", ".join(str(adapter.directory) for adapter in every),
         format=", ".join(dict.fromkeys(adapter.format for adapter in every)),
         total=sum(len(adapter.store.infos) for adapter in every),
         experts=sum(len(adapter.expert_names) for adapter in every),
-        peft=peft,
-        left_out=left_out,
+        peft=sum(len(part.tensors) for _, part in parts),
+        left_out=sum(len(part.left_out) for _, part in parts),
         layers=tuple(adapters.layers),
         max_rank=max((adapters.rank(layer) for layer in adapters.layers), default=0),
         expert_params=sum(prod(a.store.infos[name].shape) for a in every for name in a.expert_names),
+        merged=merged,
     )
 
 

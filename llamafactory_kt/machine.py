@@ -16,9 +16,16 @@ import psutil
 if TYPE_CHECKING:
     import torch
 
-# What kt-kernel's avx512_bf16 build asks for (kt_kernel/_cpu_detect.py); its BF16 SFT kernel needs it at least.
-BF16_FLAGS = ("avx512f", "avx512bw", "avx512_vnni", "avx512_vbmi", "avx512_bf16")
 AMX_FLAGS = ("amx_tile", "amx_int8", "amx_bf16")
+# What kt-kernel's builds ask for (kt_kernel/_cpu_detect.py), each for what the one before it does and more.
+_BUILDS = {
+    "avx2": ("avx2",),
+    "avx512_base": ("avx512f", "avx512bw"),
+    "avx512_vnni": ("avx512_vnni",),
+    "avx512_vbmi": ("avx512_vbmi",),
+    "avx512_bf16": ("avx512_bf16",),
+    "amx": AMX_FLAGS,
+}
 
 
 def usable_cores() -> int:
@@ -131,12 +138,15 @@ def cpu_name() -> str:
     return _cpu_info().get("model name", "unknown CPU")
 
 
-def missing_cpu_flags(amx: bool = False) -> list[str]:
-    """Instruction sets of the BF16 kernel (in its AMX variant) that this CPU lacks, by /proc/cpuinfo's names."""
+def missing_cpu_flags(build: str = "avx512_bf16") -> list[str]:
+    """Instruction sets of one of kt-kernel's builds that this CPU lacks, by /proc/cpuinfo's names. The BF16 SFT kernel
+    needs those of ``avx512_bf16`` at least."""
     flags = set(_cpu_info().get("flags", "").split())
     if not flags:  # /proc is hidden
         return []
-    wanted = BF16_FLAGS + (AMX_FLAGS if amx else ())
+    builds = list(_BUILDS)
+    last = builds.index(build if build in builds else "avx512_bf16")
+    wanted = [flag for name in builds[: last + 1] for flag in _BUILDS[name]]
     return [flag for flag in wanted if flag not in flags and flag.replace("_", "") not in flags]
 
 

@@ -46,6 +46,15 @@ def exchange_peft_layers(model: Any, parts: Parts) -> tuple[Any, Callable[[], No
         raise
 
 
+def merge_peft_layers(wrapped: Any) -> Any:
+    """Let PEFT merge what it has wrapped, for good. Returns the plain model."""
+    if not hasattr(wrapped, "merge_and_unload"):  # there was nothing to wrap
+        return wrapped
+    plain = wrapped.merge_and_unload()
+    vars(plain).pop("peft_config", None)
+    return plain
+
+
 def _wrap(model: Any, parts: Parts) -> Any:
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
     from peft.utils import set_peft_model_state_dict

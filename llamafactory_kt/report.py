@@ -47,9 +47,10 @@ def load_rows(model: nn.Module, report: LoadReport | None) -> Rows:
     rows.append(("Memory on GPU", gib(torch_bytes["cuda"]) if "cuda" in torch_bytes else "none"))
     rows.append(("LoRA tensors", str(report) if report else "no adapter"))
     if report:
-        rows.append(("LoRA layers", f"{len(report.layers)} with expert LoRA, rank up to {report.max_rank}"))
+        merged = ", merged into the weights" if report.merged else ""
+        rows.append(("LoRA layers", f"{len(report.layers)} with expert LoRA, rank up to {report.max_rank}{merged}"))
     rows.append(("Parameters", f"torch {torch_params - peft_params:,}, KT experts {experts_params:,}"))
-    if report:
+    if report and not report.merged:
         rows.append(("LoRA parameters", f"PEFT {peft_params:,}, KT experts {report.expert_params:,}"))
     return rows
 

@@ -242,7 +242,7 @@ def test_kernel_missing_or_made_for_another_cpu(demo, monkeypatch):
     from llamafactory_kt import KTKernelError
     from llamafactory_kt.experts import kt_runtime
 
-    monkeypatch.setattr(kt_runtime, "missing_cpu_flags", lambda amx=False: ["amx_tile"] if amx else [])
+    monkeypatch.setattr(kt_runtime, "missing_cpu_flags", lambda build="": ["amx_tile"] if build == "amx" else [])
     monkeypatch.setattr("kt_kernel.__cpu_variant__", "amx")
     with pytest.raises(KTKernelError, match=r"kt_backend: AMXBF16 cannot run here: this CPU lacks amx_tile"):
         chat_model(demo / "model", kt_backend="AMXBF16")

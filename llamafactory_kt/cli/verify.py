@@ -37,7 +37,7 @@ def verify(
 ) -> None:
     """Load the model as a chat would, and compare each layer's experts with float32 arithmetic from the files."""
     with contextlib.redirect_stdout(sys.stderr):  # LLaMA-Factory logs to stdout
-        results, skipped = _verify(config, overrides or [], layers, prompt)
+        results, skipped, merged = _verify(config, overrides or [], layers, prompt)
     failed = [result for result in results if result.problem]
     worst = max(results, key=lambda result: (bool(result.problem), _farthest(result)))
     if as_json:
@@ -45,12 +45,16 @@ def verify(
         typer.echo(json.dumps(content, ensure_ascii=False, indent=2))
     else:
         _show(results, worst, skipped)
+        if merged:
+            typer.echo("The adapter is merged into the weights: compared as a whole, its effect is not seen apart.")
     if failed:
         raise typer.Exit(1)
 
 
-def _verify(config: Path, overrides: list[str], layers: str | None, prompt: str) -> tuple[list[LayerResult], bool]:
-    """(results, whether layers were left out)."""
+def _verify(
+    config: Path, overrides: list[str], layers: str | None, prompt: str
+) -> tuple[list[LayerResult], bool, bool]:
+    """(results, whether layers were left out, whether the adapter is merged into the weights)."""
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     from tqdm import tqdm
 
@@ -66,7 +70,9 @@ def _verify(config: Path, overrides: list[str], layers: str | None, prompt: str)
     inputs = record_inputs(chat.model, prompt_ids(chat, prompt))
     chosen = {layer: inputs[layer] for layer in wanted}
     steps = verify_layers(chat.model, chosen, reference)
-    return list(tqdm(steps, total=len(chosen), desc="Verifying layers", delay=1.0)), len(chosen) < len(inputs)
+    results = list(tqdm(steps, total=len(chosen), desc="Verifying layers", delay=1.0))
+    merged = chat.model._kt_merged is not None and bool(chat.adapters.adapters)
+    return results, len(chosen) < len(inputs), merged
 
 
 def _numbers(text: str | None, known: list[int]) -> list[int]:

@@ -131,11 +131,14 @@ def _adapters(args: Any, model: Any, experts: Any) -> Any:
 def _placement(args: Any, model: Any, experts: Any, adapters: Any, itemsize: int) -> Findings:
     import torch
 
+    from ..adapters import AdapterSet
     from ..experts.memory import memory_need
     from ..experts.plan import candidates
 
     pools, gpus = threadpool_count(args), torch.cuda.device_count()
     plans = candidates(args.kt_backend, args.kt_num_threads, pools, gpus > 0, args.kt_weight_path)
+    if args.kt_merge_adapter or ((method := plans[0].method) is not None and not method.lora):
+        adapters = AdapterSet()  # merged into the weights
     need = memory_need(
         model, experts, adapters, backend=plans[0].backend, pools=pools, itemsize=itemsize,
         stored=bool(args.kt_weight_path),

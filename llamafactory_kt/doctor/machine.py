@@ -33,10 +33,10 @@ def cpu() -> Findings:
     if missing:
         yield warning(
             "CPU", f"{cpu_name()}: lacks {', '.join(missing)}, which kt-kernel's BF16 kernel needs",
-            "kt_backend: auto computes in plain torch, slowly. In a virtual machine the host may hide the instructions.",
+            "kt_backend: auto takes an engine that does without. In a virtual machine the host may hide the instructions.",
         )  # fmt: skip
     else:
-        amx = not any(flag in AMX_FLAGS for flag in missing_cpu_flags(amx=True))
+        amx = not any(flag in AMX_FLAGS for flag in missing_cpu_flags("amx"))
         yield ok("CPU", f"{cpu_name()}: AVX-512 BF16{' and AMX' if amx else ', no AMX'}")
     quota = cgroup_cpus()
     limit = "" if math.isinf(quota) else f", cgroup quota {quota:g} CPUs"
@@ -111,12 +111,15 @@ def _nvidia_smi() -> list[tuple[str, str]]:
 def engines() -> Findings:
     """Which engines run here, and kt-kernel's build."""
     from ..experts.kt_runtime import cpu_variant, kernel_problem
+    from ..experts.onednn_engine import onednn_problem
 
-    if problem := kernel_problem():
-        yield warning(
-            "engines",
-            f"torch only: {problem}",
-            "kt_backend: auto falls back to torch, which is slow; AMXBF16 is refused.",
-        )
-    else:
-        yield ok("engines", f"AMXBF16 (kt-kernel's variant {cpu_variant()}) and torch")
+    others = "torch" if onednn_problem() else "oneDNN and torch"
+    if (problem := kernel_problem()) is None:
+        yield ok("engines", f"AMXBF16 (kt-kernel's variant {cpu_variant()}), {others}")
+        return
+    base = "" if kernel_problem("AVX2BF16") else f"AVX2BF16 (kt-kernel's variant {cpu_variant()}), "
+    yield warning(
+        "engines", f"{base}{others}; no AMXBF16: {problem}",
+        "kt_backend: auto takes the first of oneDNN, AVX2BF16 (with the adapter merged) and torch (slow) that runs here; AMXBF16 "
+        "is refused.",
+    )  # fmt: skip

@@ -60,6 +60,8 @@ def _engine(plan: Plan, task: dict[str, Any]) -> Engine:
         else OneDNNEngine(spec, read)
     )
     engine.load()
+    if method is not None and not method.lora:
+        return engine
     sizes = {projection: shape.projection(projection) for projection in PROJECTIONS}
     engine.set_lora(
         ExpertLora(

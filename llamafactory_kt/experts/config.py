@@ -21,8 +21,9 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     backends quantise.
 
     Args:
-        backend: ``AMXBF16``, ``AMXINT8`` or ``AMXINT4`` (kt-kernel), ``oneDNN`` (torch's bfloat16 kernels), ``torch`` (float32
-            arithmetic, slow), or ``auto``: whichever of ``AMXBF16`` and ``oneDNN`` is measured to be faster.
+        backend: ``AMXBF16``, ``AMXINT8``, ``AMXINT4`` or ``AVX2BF16`` (kt-kernel), ``oneDNN`` (torch's bfloat16 kernels), ``torch`` (float32
+            arithmetic, slow), or ``auto``: whichever of ``AMXBF16`` and ``oneDNN`` is measured to be faster,
+            else ``AVX2BF16``, else ``torch``.
         num_threads: worker threads of kt-kernel; None measures what is fastest.
         threadpool_count: NUMA sub-pools the workers are divided into.
         weight_path: directory of packed weights that ``llamafactory-kt quantize`` made; ``AMXINT8`` needs it, ``AMXINT4``
@@ -35,6 +36,8 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
             are read, and the kernels get room for their ranks. They are not applied: that is ``apply_adapter``'s part.
         moe_lora: a ``moe_lora.pt`` with the experts' part of the LoRA to come, alone or beside ``adapter``.
         lora_rank: room for LoRA in layers where ``adapter`` says nothing.
+        merge_adapter: add the LoRA of ``adapter`` to the experts' weights while they are read, in float32, before they are
+            packed. ``apply_adapter`` then merges the rest. ``AVX2BF16``, which computes no LoRA, always does that.
         router_stats: count what the routers choose; ``get_router_stats`` reads the counts.
         debug: let the kernel write to stdout, log where each step's time goes, and stop at NaN and Inf.
         debug_dir: with ``debug``, directory for a trace of the chosen experts and torch.profiler's of the first steps.
@@ -56,6 +59,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     adapter: str | list[str] | None = None
     moe_lora: str | None = None
     lora_rank: int = DEFAULT_LORA_RANK
+    merge_adapter: bool = False
     router_stats: bool = False
     debug: bool = False
     debug_dir: str | None = None

@@ -20,7 +20,7 @@ class EngineSpec:
     shape: ExpertsShape
     num_experts_per_tok: int
     lora_rank: int
-    """rank to have room for"""
+    """rank to have room for; 0 where no LoRA is to come"""
     lora_scaling: float = 1.0
     """scaling the LoRA to come will mostly have"""
 

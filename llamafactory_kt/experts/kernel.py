@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,11 +24,21 @@ class KernelKind:
     packed: PackedShape
     num_experts_per_tok: int
     rank: int
+    """0 for one that never gets LoRA"""
     scaling: float
     max_chunk: int
 
 
-_kernels: weakref.WeakSet[Kernel] = weakref.WeakSet()
+class _Releasable(Protocol):
+    def release(self) -> None: ...
+
+
+_kernels: weakref.WeakSet[_Releasable] = weakref.WeakSet()
+
+
+def track(kernel: _Releasable) -> None:
+    """Have a kernel object released at the end of the process."""
+    _kernels.add(kernel)
 
 
 def every_wrapper() -> list[Any]:
@@ -64,7 +74,7 @@ class Kernel:
         free_dropped()
         self._drop = weakref.finalize(self, drop, self.wrapper, kind.packed)
         self._drop.atexit = False
-        _kernels.add(self)
+        track(self)
 
     def _make(self, layer: int, weights: LayerWeights | Path) -> Any:
         kind, packed = self.kind, self.kind.packed
@@ -78,8 +88,8 @@ class Kernel:
             chunked_prefill_size=kind.max_chunk,
             method=packed.method.sft,
             weight_path=str(weights) if isinstance(weights, Path) else None,
-            lora_rank=kind.rank,
-            lora_alpha=kind.scaling * kind.rank,
+            lora_rank=max(kind.rank, 1),
+            lora_alpha=kind.scaling * max(kind.rank, 1),
         )
         wrapper.share_backward_bb = True  # no transposed copy for training: half the memory
         if isinstance(weights, Path):

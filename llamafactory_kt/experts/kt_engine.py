@@ -1,4 +1,5 @@
-"""Experts in kt-kernel's SFT kernels (``AMXBF16_SFT`` and its 8- and 4-bit sisters; AVX-512 BF16 or AMX)."""
+"""Experts in kt-kernel: its SFT kernels (``AMXBF16_SFT`` and its 8- and 4-bit sisters; AVX-512 BF16 or AMX), and its
+inference kernel for AVX2."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import torch
 
 from ..adapters import ExpertLora
 from ..adapters.expert_lora import mantissa
+from ..errors import KTModelError
+from .base_kernel import BaseKernel
 from .checkpoint import LayerWeights
 from .engine import Engine, EngineSpec, ReadWeights, Undo
 from .kernel import Kernel, KernelKind
@@ -21,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 class KTEngine(Engine):
     """One kernel object. Its LoRA rank and scaling are fixed when it is built: a smaller rank is padded with zeros,
-    another scaling is folded into B, a larger rank builds a new object from the checkpoint.
+    another scaling is folded into B, a larger rank builds a new object from the checkpoint. A method without LoRA takes
+    none.
 
     Args:
         method: how the weights are packed.
@@ -49,25 +53,33 @@ class KTEngine(Engine):
     def load(self) -> None:
         self._kernel = self._build(self.spec.lora_rank, self.spec.lora_scaling)
 
-    def _build(self, rank: int, scaling: float) -> Kernel:
+    def _build(self, rank: int, scaling: float) -> Kernel | BaseKernel:
         packed = PackedShape.of(self._method, self.spec.shape, self._pools)
-        kind = KernelKind(packed, self.spec.num_experts_per_tok, max(rank, 1), mantissa(scaling), self._max_chunk)
+        kind = KernelKind(packed, self.spec.num_experts_per_tok, rank, mantissa(scaling), self._max_chunk)
         weights: LayerWeights | Path
         if self._stored:
             self._stored.check_files()
             weights = self._stored.root
         else:
             weights = self._read_weights(torch.bfloat16, (packed.hidden, packed.intermediate))
+            if not self._method.lora:
+                return BaseKernel(kind, self.spec.layer, weights, verbose=self._verbose)
         return Kernel(kind, self.spec.layer, weights, verbose=self._verbose)
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:
-        kernel, tensors, rank = self._kernel, self._kernel.lora, self.lora_rank
+        kernel, rank = self._kernel, self.lora_rank
+        if isinstance(kernel, BaseKernel):
+            if lora is not None:
+                raise KTModelError(f"{self.name} computes no LoRA; load the model with the adapter, to have it merged.")
+            return lambda: None
+        tensors = kernel.lora
         if lora is not None and lora.rank > kernel.kind.rank:
             logger.warning(
                 "layer %d: LoRA rank %d exceeds the rank %d this kernel was built for; reading the layer again.",
                 self.spec.layer, lora.rank, kernel.kind.rank,
             )  # fmt: skip
             new = self._build(lora.rank, float(lora.scaling["gate"][0, 0]))
+            assert isinstance(new, Kernel)
             new.set_lora(new.lora_tensors(lora))
             self._kernel = new
         else:
@@ -99,7 +111,7 @@ class KTEngine(Engine):
         return out[:, :size].to(hidden.dtype)
 
     def nbytes_for_rank(self, rank: int) -> int:
-        return self.nbytes if rank > self._kernel.kind.rank else 0
+        return self.nbytes if self._method.lora and rank > self._kernel.kind.rank else 0
 
     @property
     def nbytes(self) -> int:

@@ -22,7 +22,7 @@ import torch
 from ..errors import KTKernelError
 from ..machine import missing_cpu_flags, usable_cores
 from .checkpoint import LayerWeights
-from .methods import Method
+from .methods import METHODS, Method
 from .threads import is_forked, require_own_process, wait
 
 logger = logging.getLogger(__name__)
@@ -32,21 +32,22 @@ kernel_lock = threading.Lock()
 
 
 def kernel_problem(method: str = "AMXBF16") -> str | None:
-    """Why a method's SFT kernel cannot run here, or None. Never raises."""
+    """Why a method's kernel cannot run here, or None. Never raises."""
     try:
         with quiet_stdout():
             import kt_kernel
+            from kt_kernel import kt_kernel_ext
             from kt_kernel.sft.amx import _SFT_METHOD_TO_CLASS
     except ImportError as error:
         return f"kt-kernel is not installed or does not load ({error}); pip install kt-kernel"
     forced = os.environ.get("KT_KERNEL_CPU_VARIANT")
     because = f" (its variant is forced by KT_KERNEL_CPU_VARIANT={forced}; unset that)" if forced else ""
-    missing = missing_cpu_flags(amx=kt_kernel.__cpu_variant__ == "amx")
+    variant, lora = kt_kernel.__cpu_variant__, METHODS[method].lora
+    missing = missing_cpu_flags("avx512_bf16" if lora and variant != "amx" else variant)
     if missing:  # a forced variant would kill the process with SIGILL
         return f"this CPU lacks {', '.join(missing)}, which kt-kernel's kernels need{because}"
-    if _SFT_METHOD_TO_CLASS.get(f"{method}_SFT") is not None:
-        return None
-    return f"kt-kernel's variant {kt_kernel.__cpu_variant__!r} has no kernel for {method}{because}"
+    found = _SFT_METHOD_TO_CLASS.get(f"{method}_SFT") if lora else getattr(kt_kernel_ext.moe, f"{method}_MOE", None)
+    return None if found is not None else f"kt-kernel's variant {variant!r} has no kernel for {method}{because}"
 
 
 def cpu_variant() -> str:
@@ -163,6 +164,35 @@ def write_packed(
         moe = {"AMXINT8": kt_kernel_ext.moe.AMXInt8_MOE, "AMXINT4": kt_kernel_ext.moe.AMXInt4_MOE}[method.name](config)
         infer.submit(moe.load_weights_task(every.data_ptr()))
         infer.sync()
+
+
+def make_base_moe(
+    method: Method, layer: int, num_experts_per_tok: int, weights: LayerWeights, max_chunk: int
+) -> tuple[Any, Any]:
+    """Build one of kt-kernel's inference kernels; its Python wrappers need CUDA, the kernels do not.
+
+    Args:
+        weights: gate, up and down in bf16, padded; they are packed, and not needed afterwards.
+
+    Returns:
+        (the kernel object, what it points to and must be kept)
+    """
+    from kt_kernel import kt_kernel_ext
+    from kt_kernel.sft.amx import AMXSFTMoEWrapper
+
+    experts, intermediate, hidden = weights.gate.shape
+    on_gpu, every = torch.zeros(experts, dtype=torch.bool), torch.arange(experts)
+    infer = AMXSFTMoEWrapper._get_cpu_infer(_Pool.threads or 1, _Pool.pools)
+    config = kt_kernel_ext.moe.MOEConfig(experts, num_experts_per_tok, hidden, intermediate, on_gpu.data_ptr())
+    config.layer_idx, config.pool, config.max_len = layer, infer.backend_, max_chunk
+    config.gate_projs, config.up_projs, config.down_projs = (
+        [[expert.data_ptr() for expert in tensor]] for tensor in (weights.gate, weights.up, weights.down)
+    )
+    config.gate_scales = config.up_scales = config.down_scales = []
+    moe = getattr(kt_kernel_ext.moe, f"{method.name}_MOE")(config)
+    infer.submit(moe.load_weights_task(every.data_ptr()))
+    infer.sync()
+    return moe, (infer, on_gpu, every)
 
 
 def make_wrapper(**arguments: Any) -> Any:

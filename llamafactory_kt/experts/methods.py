@@ -9,7 +9,7 @@ from ..adapters import ExpertsShape
 
 @dataclass(frozen=True)
 class Method:
-    """One of kt-kernel's SFT methods; LoRA is unmerged bf16 on top of all of them."""
+    """One of kt-kernel's kernels."""
 
     name: str
     """as ``kt_backend`` spells it"""
@@ -18,10 +18,13 @@ class Method:
     multiple: int
     """Hidden and intermediate size (per sub-pool) must be multiples of this: BF16 crashes the process otherwise, the
     others fail when they are built."""
+    lora: bool = True
+    """Whether the kernel computes LoRA, unmerged and in bf16, on top of the weights: kt-kernel's SFT kernels do, its
+    inference kernels do not."""
 
     @property
     def sft(self) -> str:
-        """kt-kernel's name of it."""
+        """kt-kernel's name of an SFT method."""
         return f"{self.name}_SFT"
 
     def padded(self, size: int, pools: int = 1) -> int:
@@ -35,7 +38,13 @@ class Method:
 
 
 METHODS = {
-    method.name: method for method in (Method("AMXBF16", 16, 32), Method("AMXINT8", 8, 64), Method("AMXINT4", 4, 128))
+    method.name: method
+    for method in (
+        Method("AMXBF16", 16, 32),
+        Method("AMXINT8", 8, 64),
+        Method("AMXINT4", 4, 128),
+        Method("AVX2BF16", 16, 32, lora=False),
+    )
 }
 
 

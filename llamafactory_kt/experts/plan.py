@@ -89,6 +89,13 @@ def candidates(
             plans.append(Plan("oneDNN", 0, alone))
         if plans:
             return plans
+        if kernel_problem("AVX2BF16") is None:
+            logger.warning(
+                "kt_backend: auto takes AVX2BF16: %s; %s. That kernel computes no LoRA, so an adapter is merged into the weights "
+                "while they are loaded.",
+                kernel_problem(), onednn_problem(),
+            )  # fmt: skip
+            return _with_workers("AVX2BF16", workers, asked, fixed, idle_workers)
         logger.warning(
             "kt_backend: auto falls back to plain torch, which is slow: %s; %s.", kernel_problem(), onednn_problem()
         )

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..adapters import AdapterSet, open_adapters
-from ..errors import KTMemoryError, KTModelError
+from ..errors import KTConfigError, KTMemoryError, KTModelError
 from ..machine import available_memory, gib, give_back_memory, usable_cores
 from ..peft_part import check_peft_part
 from ..progress import with_progress
@@ -49,7 +49,8 @@ logger = logging.getLogger(__name__)
 @register_quantizer(QUANT_METHOD)
 class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
     """See the module's text. Sets ``model._kt_wrappers``: the :class:`KTExperts` modules in order; ``_kt_adapters``: the
-    adapters that were checked, to be applied; ``_kt_gate``: what keeps generations and an exchange of adapters apart."""
+    adapters that were checked, to be applied; ``_kt_merged``: the same where their expert LoRA is in the weights, else None;
+    ``_kt_gate``: what keeps generations and an exchange of adapters apart."""
 
     quantization_config: KTExpertsConfig
 
@@ -67,6 +68,11 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         require_own_process()
         config = self.quantization_config
+        if config.weight_path and config.merge_adapter:
+            raise KTConfigError(
+                "merge_adapter cannot change packed weights that are read from weight_path. Merge the adapter into the "
+                "checkpoint (llamafactory-kt merge) and quantise that, or leave merge_adapter out."
+            )
         on_gpu = torch.cuda.is_available() and device_map not in (None, {"": "cpu"}, {"": torch.device("cpu")})
         pools = config.threadpool_count
         plans = candidates(config.backend, config.num_threads, pools, on_gpu, config.weight_path, config.idle_workers)
@@ -84,22 +90,26 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         self._plan, reason = choose(
             plans, first.shape, first.num_experts_per_tok, pools, config.max_chunk, on_gpu, config.recalibrate
         )
-        self._check_memory(model, checkpoint, adapters, on_gpu)
+        method = self._plan.method
+        self._merged = adapters if config.merge_adapter or (method is not None and not method.lora) else None
+        apart = adapters if self._merged is None else AdapterSet()
+        self._check_memory(model, checkpoint, apart, on_gpu)
         if self._plan.workers:
             workers, config.threadpool_count = settle_pool(self._plan.workers, pools)
             self._plan = replace(self._plan, workers=workers)
-        if self._plan.backend in ("AMXBF16", "oneDNN") and checkpoint.dtypes() != {"BF16"}:
+        if self._plan.backend in ("AMXBF16", "AVX2BF16", "oneDNN") and checkpoint.dtypes() != {"BF16"}:
             logger.warning(
                 "The experts are stored as %s; %s computes them in bfloat16.",
                 ", ".join(checkpoint.dtypes()), self._plan.backend,
             )  # fmt: skip
         directory = Path(config.debug_dir).expanduser() if config.debug_dir else None
         self._debugger = Debugger(directory) if config.debug else None
-        engines = [self._engine(module, checkpoint, adapters) for module in experts]
+        engines = [self._engine(module, checkpoint, apart) for module in experts]
         self._wrappers = [self._replace(model, module, engine) for module, engine in zip(experts, engines, strict=True)]
         self._sizes = [checkpoint.nbytes(module.name) for module in experts]
         model._kt_wrappers = self._wrappers
         model._kt_adapters = adapters
+        model._kt_merged = self._merged
         model._kt_gate = guard(model, config.router_stats, self._debugger)
         model._kt_summary = {
             "engine": self._wrappers[0].engine.name,
@@ -136,11 +146,13 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         config, method = self.quantization_config, self._plan.method
         spec = EngineSpec(
             module.layer, module.shape, module.num_experts_per_tok,
-            lora_rank=adapters.rank(module.layer) or config.lora_rank, lora_scaling=adapters.scaling(module.layer),
+            lora_rank=0 if self._merged is not None else adapters.rank(module.layer) or config.lora_rank,
+            lora_scaling=adapters.scaling(module.layer),
         )  # fmt: skip
 
         def read(dtype: torch.dtype | None, size: tuple[int, int]) -> LayerWeights:
-            return checkpoint.read(module.name, dtype, size)
+            lora = self._merged.read_layer(module.layer, module.shape) if self._merged is not None else None
+            return checkpoint.read(module.name, dtype, size, lora)
 
         if method is None:
             return (OneDNNEngine if self._plan.backend == "oneDNN" else TorchEngine)(spec, read)

@@ -130,6 +130,7 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
         max_chunk=model_args.kt_max_chunk,
         adapter=[str(path) for path in adapter_directories(model_args)],
         moe_lora=moe_lora_file(model_args),
+        merge_adapter=model_args.kt_merge_adapter,
         router_stats=model_args.kt_router_stats,
         debug=model_args.kt_debug,
         debug_dir=model_args.kt_debug_dir,

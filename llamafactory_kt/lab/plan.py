@@ -98,6 +98,10 @@ def _short(value: Any) -> str:
 
 
 def _ablate(variant: Variant) -> list[Variant]:
+    if variant.config.get("kt_merge_adapter"):
+        raise KTConfigError(
+            f"{variant.name}: --ablate takes the adapter apart, which a merged one is no more; remove kt_merge_adapter."
+        )
     if variant.config.get("use_kt") is not True or not variant.adapters or variant.config.get("kt_moe_lora_path"):
         raise KTConfigError(f"{variant.name}: --ablate needs use_kt: true and an adapter in adapter_name_or_path.")
     return [Variant(f"{variant.name}: {part}", variant.config, part) for part in PARTS]
@@ -116,4 +120,5 @@ def group_variants(variants: Sequence[Variant]) -> list[Group]:
 def _can_switch(variant: Variant) -> bool:
     config = variant.config
     local = all(Path(name).expanduser().is_dir() for name in variant.adapters)
-    return config.get("use_kt") is True and local and not {"kt_moe_lora_path", "adapter_folder"} & set(config)
+    fixed = config.get("kt_merge_adapter") or {"kt_moe_lora_path", "adapter_folder"} & set(config)
+    return config.get("use_kt") is True and local and not fixed

@@ -46,7 +46,8 @@ def verify_layers(
 ) -> Iterator[LayerResult]:
     """Check the layers that there are inputs for, while no generation runs.
 
-    The engine's LoRA is taken away for the base and put back.
+    The engine's LoRA is taken away for the base and put back. Where it is merged into the weights, base and effect cannot
+    be told apart: both are then the whole.
 
     Args:
         model: loaded with KT experts, its adapters applied.
@@ -62,6 +63,7 @@ def _verify(model: Any, wrapper: Any, given: Inputs, reference: Reference, bound
     tokens = len(given.index)
     alone = _each_alone(given, wrapper.num_experts)
     hidden, index, weights = (torch.cat(pair) for pair in zip(_parts(given), _parts(alone), strict=True))
+    merged = model._kt_merged is not None
     with model._kt_gate.exchange(), torch.inference_mode():
         with_lora = wrapper.engine.forward(hidden, index, weights)
         undo = wrapper.engine.set_lora(None)
@@ -71,6 +73,8 @@ def _verify(model: Any, wrapper: Any, given: Inputs, reference: Reference, bound
             undo()
     with torch.inference_mode():
         wanted = reference.compute(wrapper.layer_idx, hidden, index, weights)
+    if merged:
+        wanted = wanted[1], wanted[1]
 
     def rows(part: slice, rounding: float = 0.0) -> Comparison:
         return compare((found[0][part], found[1][part]), (wanted[0][part], wanted[1][part]), bounds, rounding)

@@ -142,7 +142,7 @@ def test_what_needs_the_adapter_apart_is_refused(files, backend):
         load(path, backend="AMXINT8", weight_path=str(path), adapter=str(first), merge_adapter=True)
 
 
-def test_the_key_in_a_chat_and_verify(files, tmp_path, kt_log):
+def test_the_key_in_a_chat_and_verify(files, tmp_path):
     from llamafactory.chat import ChatModel
     from typer.testing import CliRunner
 
@@ -156,8 +156,6 @@ def test_the_key_in_a_chat_and_verify(files, tmp_path, kt_log):
     }  # fmt: skip
     model = ChatModel(keys).engine.model
     assert per_token(answer(model).float(), answer(merged_float32(path, adapter))) < 0.05
-    table = kt_log.text.partition("KTransformers experts")[2]
-    assert "2 with expert LoRA, rank up to 4, merged into the weights" in table and "LoRA parameters" not in table
     (tmp_path / "chat.yaml").write_text(json.dumps(keys))
     result = CliRunner().invoke(app, ["verify", str(tmp_path / "chat.yaml")])
     assert result.exit_code == 0 and "All 2 layers are right" in result.output

@@ -70,9 +70,8 @@ def test_kernel_absent_fork_over_stock_and_wrong_torchaudio(tmp_path):
     assert status == 1
     assert "No module named 'kt_kernel'" in found["import kt_kernel"]["text"]
     assert found["import kt_kernel"]["advice"].endswith('"kt-kernel<0.8,>=0.7.2"')
-    assert found["engines"]["status"] == "warning" and found["engines"]["text"].startswith(
-        "oneDNN and torch; no AMXBF16: kt-kernel is not"
-    )
+    assert found["engines"]["status"] == "warning"
+    assert "torch; no AMXBF16: kt-kernel is not" in found["engines"]["text"]
     assert found["package transformers"]["status"] == "error"
     assert "installed by transformers-kt" in found["package transformers"]["text"]
     assert "pip uninstall -y transformers-kt" in found["package transformers"]["advice"]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import needs_kernel
+from conftest import needs_kernel, needs_onednn
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_experts import ExpertsShape, answer, batch, layer, load, make_engine, reference, worker_threads  # noqa: F401
@@ -29,6 +29,7 @@ ENGINES = [
     pytest.param("AMXBF16", marks=needs_kernel),
     pytest.param("AMXINT4", marks=needs_kernel),
     pytest.param("AVX2BF16", marks=needs_base_kernel),
+    pytest.param("oneDNN", marks=needs_onednn),
 ]
 
 

@@ -66,9 +66,12 @@ def test_candidates(monkeypatch):
 
 
 def test_candidates_where_something_is_missing(monkeypatch, kt_log):
-    monkeypatch.setattr(plan, "kernel_problem", lambda: "no kernel")
+    monkeypatch.setattr(plan, "kernel_problem", lambda method="AMXBF16": None if method == "AVX2BF16" else "no kernel")
     assert [each.backend for each in candidates("auto", None, 1, False)] == ["oneDNN"]
     monkeypatch.setattr(plan, "onednn_problem", lambda: "no AVX-512")
+    assert {each.backend for each in candidates("auto", None, 1, False)} == {"AVX2BF16"}
+    assert "kt_backend: auto takes AVX2BF16: no kernel; no AVX-512. That kernel computes no LoRA" in kt_log.text
+    monkeypatch.setattr(plan, "kernel_problem", lambda method="AMXBF16": "no kernel")
     assert [each.backend for each in candidates("auto", None, 1, False)] == ["torch"]
     assert "falls back to plain torch, which is slow: no kernel; no AVX-512" in kt_log.text
     with pytest.raises(KTConfigError, match="oneDNN cannot run here: no AVX-512"):

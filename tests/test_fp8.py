@@ -92,20 +92,28 @@ def answer(model):
     return model(input_ids=torch.arange(2, 40)[None]).logits.float()
 
 
+def base_and_whole(path, adapter, backend):
+    model = load(path, backend=backend, adapter=str(adapter), dtype=torch.float32)
+    base = answer(model)
+    return base, answer(apply_adapter(model, adapter)[0])
+
+
 @pytest.mark.parametrize("backend", ENGINES)
 def test_logits_against_stock_in_float32(files, backend):
-    """Base, whole, and the effect of the adapter. In float32 only the experts are rounded, and the bounds are close."""
+    """Base, whole, and the effect of the adapter. In float32 only the experts are rounded, and the bounds are close, but for
+    4 bits over three layers; those are compared with the same engine on the dequantised weights."""
     fp8, plain, adapter = files
-    model = load(fp8, backend=backend, adapter=str(adapter), dtype=torch.float32)
-    base = answer(model)
-    whole = answer(apply_adapter(model, adapter)[0])
+    base, whole = base_and_whole(fp8, adapter, backend)
     wanted = answer(merged_float32(plain, None)), answer(merged_float32(plain, adapter))
-    bound = {"torch": 0.005, "AMXINT4": 0.25}.get(backend, 0.02)
+    bound = {"torch": 0.005, "AMXINT4": 0.4}.get(backend, 0.02)
     assert per_token(base, wanted[0]) < bound
     assert per_token(whole, wanted[1]) < bound
     effects = (whole - base).flatten(), (wanted[1] - wanted[0]).flatten()
-    assert torch.cosine_similarity(*effects, dim=0) > (0.97 if backend == "AMXINT4" else 0.99)
+    assert torch.cosine_similarity(*effects, dim=0) > (0.9 if backend == "AMXINT4" else 0.99)
     assert rel(wanted[1], wanted[0]) > 0.3
+    if backend == "AMXINT4":
+        same = base_and_whole(plain, adapter, backend)
+        assert rel(base, same[0]) < 1e-3 and rel(whole, same[1]) < 1e-3
 
 
 def test_everything_but_the_experts_is_the_dequantised_weight_rounded_once(files):

@@ -42,9 +42,14 @@ class ExpertLora:
         return int(self.a["gate"].shape[1])
 
     def delta(self, projection: str, expert: int | slice) -> torch.Tensor:
-        """ΔW of one expert [out, in], or of a slice of them [E, out, in], float32."""
-        b, scaling = self.b[projection][expert].float(), self.scaling[projection][expert].float()
-        return (b * scaling[..., None, :]) @ self.a[projection][expert].float()
+        """ΔW of one expert [out, in], or of a slice of them [E, out, in], float32.
+
+        Ranks that share a scaling, as those of one adapter do, are scaled after the product, in PEFT's order.
+        """
+        a, b = self.a[projection][expert].float(), self.b[projection][expert].float()
+        scaling = self.scaling[projection][expert].float()
+        first = scaling[..., :1]
+        return first[..., None] * (b @ a) if bool((scaling == first).all()) else (b * scaling[..., None, :]) @ a
 
     def norms(self) -> torch.Tensor:
         """Frobenius norm of each expert's ΔW over its three projections, [E], float64.

@@ -13,7 +13,7 @@ from ..adapters import AdapterSet
 from ..errors import KTModelError, name_some
 from ..experts.contract import find_experts
 from ..machine import available_memory
-from ..peft_layers import exchange_peft_layers
+from ..peft_layers import exchange_peft_layers, merge_peft_layers
 from ..peft_part import check_peft_part
 
 
@@ -35,8 +35,7 @@ def merge_into(model: Any, adapters: AdapterSet, scope: str = "all") -> Any:
     adapters.check_fits({module.layer: module.shape for module in modules})
     parts = [(adapter, check_peft_part(model, adapter, scope)) for adapter in adapters.adapters]
     wrapped, _ = exchange_peft_layers(model, parts)
-    if wrapped is not model:
-        model = wrapped.merge_and_unload()
+    model = merge_peft_layers(wrapped)
     for module in modules:
         loras = [a.read_layer(module.layer, module.shape) for a in adapters.adapters if module.layer in a.layers]
         experts, size = model.get_submodule(module.name), module.shape.intermediate_size

@@ -28,7 +28,9 @@ class BaseKernel:
         with kernel_lock, quiet_stdout(not verbose):
             self._moe: Any
             self._kept: Any
-            self._moe, self._kept = make_base_moe(kind.packed.method, layer, kind.num_experts_per_tok, weights, kind.max_chunk)
+            self._moe, self._kept = make_base_moe(
+                kind.packed.method, layer, kind.num_experts_per_tok, weights, kind.max_chunk
+            )
         track(self)
 
     def forward(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> None:

@@ -23,7 +23,14 @@ logger = logging.getLogger(__name__)
 
 SCOPES = ("all", "attention")
 
-CHAT_ONLY_KEYS = ("kt_max_chunk", "kt_merge_adapter", "kt_idle_workers", "kt_recalibrate", "kt_router_stats", "kt_debug_dir")
+CHAT_ONLY_KEYS = (
+    "kt_max_chunk",
+    "kt_merge_adapter",
+    "kt_idle_workers",
+    "kt_recalibrate",
+    "kt_router_stats",
+    "kt_debug_dir",
+)
 """keys about experts in this process, which infer_backend: sglang does not have"""
 
 # Keys that upstream's training stack puts into kt_config and that mean nothing when chatting.

@@ -26,9 +26,9 @@ class BaseKernel:
     def __init__(self, kind: KernelKind, layer: int, weights: LayerWeights, *, verbose: bool):
         self.kind = kind
         with kernel_lock, quiet_stdout(not verbose):
-            self._moe: Any
+            self.wrapper: Any
             self._kept: Any
-            self._moe, self._kept = make_base_moe(
+            self.wrapper, self._kept = make_base_moe(
                 kind.packed.method, layer, kind.num_experts_per_tok, weights, kind.max_chunk
             )
         track(self)
@@ -36,7 +36,7 @@ class BaseKernel:
     def forward(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> None:
         """As :meth:`Kernel.forward <llamafactory_kt.experts.kernel.Kernel.forward>`."""
         infer, count = self._kept[0], torch.tensor([x.shape[0]], dtype=torch.int32)
-        task = self._moe.forward_task(
+        task = self.wrapper.forward_task(
             count.data_ptr(), index.shape[1], index.data_ptr(), scores.data_ptr(), x.data_ptr(), out.data_ptr(), False
         )
         infer.submit(task)
@@ -44,4 +44,4 @@ class BaseKernel:
 
     def release(self) -> None:
         """Let go of the kernel object."""
-        self._moe = self._kept = None
+        self.wrapper = self._kept = None

@@ -30,6 +30,8 @@ class KernelKind:
 
 
 class _Releasable(Protocol):
+    wrapper: Any
+
     def release(self) -> None: ...
 
 

@@ -12,7 +12,8 @@ from llamafactory.hparams import ModelArguments
 from llamafactory.hparams.parser import _parse_infer_args
 
 from llamafactory_kt import KTConfigError, KTPathError
-from llamafactory_kt.arguments import KTArguments, check_for_inference, threadpool_count
+from llamafactory_kt.argument_checks import check_for_inference
+from llamafactory_kt.arguments import KTArguments, threadpool_count
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "ktransformers" / "inference").glob("*.yaml"))
 MODEL = {"model_name_or_path": "somewhere/model", "template": "deepseek"}
@@ -170,7 +171,7 @@ def test_help_shows_the_keys():
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[path.stem for path in EXAMPLES])
 def test_example_configurations_are_understood(example, monkeypatch):
-    monkeypatch.setattr("llamafactory_kt.arguments._check_paths", lambda args: [])  # /models and /saves are yours
+    monkeypatch.setattr("llamafactory_kt.argument_checks._check_paths", lambda args: [])  # /models and /saves are yours
     args = parse(yaml.safe_load(example.read_text(encoding="utf-8")))
     assert args.use_kt and args.kt_backend == "AMXBF16"
     assert ("lora" in example.stem) == bool(args.adapter_name_or_path)

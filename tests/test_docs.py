@@ -137,7 +137,7 @@ def test_yaml(reader, page, number, monkeypatch):
     """Through LLaMA-Factory's parser and our checks. What this CPU can do is not the page's affair."""
     from llamafactory_kt.hooks.configuration import parse
 
-    monkeypatch.setattr("llamafactory_kt.arguments._check_machine", lambda args: [])
+    monkeypatch.setattr("llamafactory_kt.argument_checks._check_machine", lambda args: [])
     monkeypatch.chdir(reader)
     values = yaml.safe_load(localised(blocks(page, "yaml")[number], reader))
     sweep = values.pop("sweep", {})
@@ -153,7 +153,7 @@ EXAMPLES = sorted((ROOT / "examples" / "ktransformers").rglob("*.yaml"))
 def test_example_configurations(path, reader, monkeypatch):
     from llamafactory_kt.hooks.configuration import parse, read_yaml
 
-    monkeypatch.setattr("llamafactory_kt.arguments._check_machine", lambda args: [])
+    monkeypatch.setattr("llamafactory_kt.argument_checks._check_machine", lambda args: [])
     values = read_yaml(path)
     if "adapter_name_or_path" in values:
         values["adapter_name_or_path"] = str(reader / "my_adapter")

@@ -356,7 +356,7 @@ def _with_config(directory: Path, model: Path, **changes) -> Path:
 def test_other_backends_stay_refused_and_serving_keys_do_nothing_there(kt_log, model):
     from llamafactory.hparams.parser import _parse_infer_args
 
-    from llamafactory_kt.arguments import check_for_inference
+    from llamafactory_kt.argument_checks import check_for_inference
 
     keys = {"model_name_or_path": str(model), "template": "deepseek", "use_kt": True, "kt_backend": "torch"}
     with pytest.raises(KTConfigError, match="infer_backend: vllm does not work with use_kt"):

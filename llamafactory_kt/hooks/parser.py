@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from .. import bootstrap
-from ..arguments import check_for_inference
+from ..argument_checks import check_for_inference
 from ..serving_arguments import serves
 from .failures import end_in_one_paragraph
 from .patching import asks_for, check_stock, expect, is_patched, replace, require_hooks

@@ -68,7 +68,7 @@ def server_command(args: Any, options: ServerOptions, extra: Sequence[str] = ())
     """Build the command, after checking everything that can be known before the server runs; prepares the adapter.
 
     Args:
-        args: LLaMA-Factory's ModelArguments with our fields, checked by :func:`~llamafactory_kt.arguments.check_for_inference`.
+        args: LLaMA-Factory's ModelArguments with our fields, checked by :func:`~llamafactory_kt.argument_checks.check_for_inference`.
         options: the installed server.
         extra: more of the server's own options; they come last, so they win.
 

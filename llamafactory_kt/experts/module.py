@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NoReturn
 
 import torch
 from torch import nn
 
 from .contract import ExpertsModule
+from .crossing import Crossing, EarlyShared
 from .debugging import Debugger
 from .engine import Engine
 from .router_counts import RouterCounts
@@ -21,12 +23,21 @@ class KTExperts(nn.Module):
     """
 
     def __init__(
-        self, info: ExpertsModule, engine: Engine, router_stats: bool = False, debugger: Debugger | None = None
+        self,
+        info: ExpertsModule,
+        engine: Engine,
+        router_stats: bool = False,
+        debugger: Debugger | None = None,
+        crossings: dict[torch.device, Crossing] | None = None,
+        early: EarlyShared | None = None,
     ):
         super().__init__()
         self.info = info
         self.engine = engine
         self.debugger = debugger
+        self.crossings = crossings if crossings is not None else {}
+        """of each GPU, shared by the layers of a model"""
+        self.early = early
         self.router_counts = RouterCounts(info.shape.num_experts) if router_stats else None
         self.layer_idx = info.layer
         self.num_experts = info.shape.num_experts
@@ -40,15 +51,24 @@ class KTExperts(nn.Module):
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             raise RuntimeError("KT experts are for inference; run the model under torch.no_grad().")
         enter()
-        device = hidden_states.device
-        index, weights = top_k_index.cpu(), top_k_weights.cpu()
+        if self.debugger is not None:
+            if self.router_counts is not None:
+                self.router_counts.add(top_k_index.cpu(), top_k_weights.cpu())
+            given = (hidden_states, top_k_index, top_k_weights)
+            debugged: torch.Tensor = self.debugger.forward(self.layer_idx, self.engine, *given)
+            return debugged
+        if hidden_states.device.type == "cpu":
+            return self._compute(hidden_states, top_k_index, top_k_weights)
+        if (crossing := self.crossings.get(hidden_states.device)) is None:
+            crossing = self.crossings.setdefault(hidden_states.device, Crossing())
+        meanwhile = functools.partial(self.early.queue, hidden_states) if self.early is not None else None
+        return crossing.run(self._compute, hidden_states, top_k_index, top_k_weights, meanwhile)
+
+    def _compute(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """On the CPU."""
         if self.router_counts is not None:
             self.router_counts.add(index, weights)
-        if self.debugger is not None:
-            debugged: torch.Tensor = self.debugger.forward(self.layer_idx, self.engine, hidden_states, index, weights)
-            return debugged
-        out = self.engine.forward(hidden_states.cpu(), index, weights)
-        return out.to(device)
+        return self.engine.forward(hidden, index, weights)
 
     def __deepcopy__(self, memo: dict[int, object]) -> NoReturn:
         raise TypeError("KT experts cannot be copied: the kernel holds pointers to their memory. Load the model again.")

@@ -28,6 +28,7 @@ from .calibration import choose
 from .checkpoint import ExpertsCheckpoint, LayerWeights
 from .config import QUANT_METHOD, KTExpertsConfig
 from .contract import ExpertsModule, find_experts
+from .crossing import SHARED_EXPERTS, Crossing, EarlyShared
 from .debugging import Debugger
 from .engine import Engine, EngineSpec
 from .fp8 import block_size, loading_rules
@@ -105,7 +106,10 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         directory = Path(config.debug_dir).expanduser() if config.debug_dir else None
         self._debugger = Debugger(directory) if config.debug else None
         engines = [self._engine(module, checkpoint, apart) for module in experts]
-        self._wrappers = [self._replace(model, module, engine) for module, engine in zip(experts, engines, strict=True)]
+        crossings: dict[torch.device, Crossing] | None = {} if on_gpu else None
+        self._wrappers = [
+            self._replace(model, module, engine, crossings) for module, engine in zip(experts, engines, strict=True)
+        ]
         self._sizes = [checkpoint.nbytes(module.name) for module in experts]
         model._kt_wrappers = self._wrappers
         model._kt_adapters = adapters
@@ -162,12 +166,19 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             stored = StoredLayer(Path(config.weight_path), module.layer, record, method)
         return KTEngine(spec, read, method, stored, max_chunk=config.max_chunk, pools=pools, verbose=config.debug)
 
-    def _replace(self, model: nn.Module, module: ExpertsModule, engine: Engine) -> KTExperts:
-        experts = KTExperts(module, engine, self.quantization_config.router_stats, self._debugger)
-        parent, _, attribute = module.name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, experts)
+    def _replace(
+        self, model: nn.Module, module: ExpertsModule, engine: Engine, crossings: dict[torch.device, Crossing] | None
+    ) -> KTExperts:
+        """crossings: None where the model is on the CPU, and nothing crosses."""
+        name, _, attribute = module.name.rpartition(".")
+        parent = model.get_submodule(name)
+        shared = next((part for part in map(parent._modules.get, SHARED_EXPERTS) if part is not None), None)
+        early = EarlyShared(shared) if crossings is not None and shared is not None else None
+        stats = self.quantization_config.router_stats
+        experts = KTExperts(module, engine, stats, self._debugger, crossings, early)
+        setattr(parent, attribute, experts)
         if self._debugger is not None:
-            self._debugger.watch_router(model.get_submodule(parent))
+            self._debugger.watch_router(parent)
         return experts
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

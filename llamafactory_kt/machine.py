@@ -115,11 +115,20 @@ def cache_directory() -> Path:
 def forget_pages(tensor: torch.Tensor) -> None:
     """Drop a mapped file's pages from the process's resident memory, those that are the tensor's alone; the system's
     cache keeps them. The tensor, which must be contiguous, is not to be used any more."""
+    _advise(tensor, mmap.MADV_DONTNEED)
+
+
+def expect_pages(tensor: torch.Tensor) -> None:
+    """Have the system read a mapped file's pages into its cache, those that are the tensor's alone, and return at once."""
+    _advise(tensor, mmap.MADV_WILLNEED)
+
+
+def _advise(tensor: torch.Tensor, advice: int) -> None:
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if tensor.is_contiguous() and end > start:
         with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
 @cache

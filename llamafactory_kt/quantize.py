@@ -74,7 +74,7 @@ def quantize_model(
     source, target, kind = Path(model_path), Path(output), METHODS[name]
     checkpoint = _open(source)
     records = {
-        module.layer: record_for(module.shape, kind, pools, checkpoint.fingerprint(module.name))
+        module.layer: record_for(module.shape, kind, pools, checkpoint.layer(module.name).fingerprint())
         for module in checkpoint.modules
     }
     _check_output(target, records)
@@ -127,7 +127,7 @@ def _pack_layer(source: Path, layer: int, root: Path, method: Method, pools: int
     checkpoint = _open_once(source)
     module = next(module for module in checkpoint.modules if module.layer == layer)
     size = method.padded(module.shape.hidden_size), method.padded(module.shape.intermediate_size, pools)
-    weights = checkpoint.read(module.name, torch.bfloat16, size)
+    weights = checkpoint.layer(module.name).read(torch.bfloat16, size)
     write_packed(method, layer, module.num_experts_per_tok, weights, root, pools, threads)
 
 

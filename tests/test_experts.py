@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTAdapterError, KTExpertsConfig, apply_adapter, load_moe_lora_from_adapter, machine
 from llamafactory_kt.adapters import ExpertLora, ExpertsShape
-from llamafactory_kt.experts.checkpoint import LayerWeights
 from llamafactory_kt.experts.engine import EngineSpec
 from llamafactory_kt.experts.kt_engine import KTEngine
+from llamafactory_kt.experts.layer_tensors import LayerWeights
 from llamafactory_kt.experts.methods import METHODS
 from llamafactory_kt.experts.onednn_engine import OneDNNEngine
 from llamafactory_kt.experts.torch_engine import TorchEngine

@@ -116,7 +116,7 @@ def test_torch_engine_keeps_the_checkpoints_precision(tmp_path, dtype):
 @needs_kernel
 def test_the_kernel_says_that_it_rounds_to_bfloat16(tmp_path, kt_log):
     load(make_model(tmp_path / "m", "qwen3_moe", dtype=torch.float32), backend="AMXBF16")
-    assert "The experts are stored as F32; kt-kernel computes them in bfloat16" in kt_log.text
+    assert "The experts are stored as F32; AMXBF16 computes them in bfloat16" in kt_log.text
 
 
 def test_no_expert_tensor_is_read_by_transformers_and_none_is_called_unexpected(tmp_path, capsys):

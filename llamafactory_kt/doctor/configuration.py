@@ -95,7 +95,7 @@ def _checkpoint(args: Any, model: Any, experts: Any) -> Any:
         return 2
     size = sum(file.stat().st_size for file in files)
     yield ok("checkpoint", f"{len(files)} file(s), {gib(size)}, experts in {', '.join(sorted(checkpoint.dtypes()))}")
-    return max(checkpoint.dtype(module.name).itemsize for module in experts)
+    return max(checkpoint.layer(module.name).dtype.itemsize for module in experts)
 
 
 def _adapters(args: Any, model: Any, experts: Any) -> Any:

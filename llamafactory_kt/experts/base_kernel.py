@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from .checkpoint import LayerWeights
 from .kernel import KernelKind, track
 from .kt_runtime import kernel_lock, make_base_moe, quiet_stdout
+from .layer_tensors import LayerWeights
 
 
 class BaseKernel:

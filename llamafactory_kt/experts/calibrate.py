@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from ..adapters import ExpertLora, ExpertsShape
 from ..adapters.keys import PROJECTIONS
-from .checkpoint import LayerWeights
 from .engine import Engine, EngineSpec
 from .kt_engine import KTEngine
 from .kt_runtime import settle_pool
+from .layer_tensors import LayerWeights
 from .methods import METHODS
 from .onednn_engine import OneDNNEngine
 from .plan import Plan

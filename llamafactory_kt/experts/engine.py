@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..adapters import ExpertLora, ExpertsShape
-from .checkpoint import LayerWeights
+from .layer_tensors import LayerWeights
 
 
 @dataclass(frozen=True)

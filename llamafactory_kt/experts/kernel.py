@@ -11,8 +11,8 @@ import torch
 
 from ..adapters import ExpertLora
 from ..adapters.keys import PROJECTIONS
-from .checkpoint import LayerWeights
 from .kt_runtime import kernel_lock, make_wrapper, quiet_stdout
+from .layer_tensors import LayerWeights
 from .methods import PackedShape
 from .reclaim import building, drop, free_dropped
 

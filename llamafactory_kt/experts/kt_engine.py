@@ -12,10 +12,10 @@ from ..adapters import ExpertLora
 from ..adapters.expert_lora import mantissa
 from ..errors import KTModelError
 from .base_kernel import BaseKernel
-from .checkpoint import LayerWeights
 from .engine import Engine, EngineSpec, ReadWeights, Undo
 from .kernel import Kernel, KernelKind
 from .kt_runtime import kernel_lock
+from .layer_tensors import LayerWeights
 from .methods import Method, PackedShape
 from .stored import StoredLayer
 

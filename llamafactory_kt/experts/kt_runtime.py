@@ -21,7 +21,7 @@ import torch
 
 from ..errors import KTKernelError
 from ..machine import missing_cpu_flags, usable_cores
-from .checkpoint import LayerWeights
+from .layer_tensors import LayerWeights
 from .methods import METHODS, Method
 from .threads import is_forked, require_own_process, wait
 

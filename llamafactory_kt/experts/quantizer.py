@@ -25,7 +25,7 @@ from ..machine import available_memory, gib, give_back_memory, usable_cores
 from ..peft_part import check_peft_part
 from ..progress import with_progress
 from .calibration import choose
-from .checkpoint import ExpertsCheckpoint, LayerWeights
+from .checkpoint import ExpertsCheckpoint
 from .config import QUANT_METHOD, KTExpertsConfig
 from .contract import ExpertsModule, find_experts
 from .crossing import SHARED_EXPERTS, Crossing, EarlyShared
@@ -35,6 +35,7 @@ from .fp8 import block_size, loading_rules
 from .gate import guard
 from .kt_engine import KTEngine
 from .kt_runtime import cpu_variant, settle_pool
+from .layer_tensors import LayerWeights
 from .memory import memory_need
 from .module import KTExperts
 from .onednn_engine import OneDNNEngine
@@ -110,7 +111,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         self._wrappers = [
             self._replace(model, module, engine, crossings) for module, engine in zip(experts, engines, strict=True)
         ]
-        self._sizes = [checkpoint.nbytes(module.name) for module in experts]
+        self._sizes = [checkpoint.layer(module.name).nbytes for module in experts]
         model._kt_wrappers = self._wrappers
         model._kt_adapters = adapters
         model._kt_merged = self._merged
@@ -137,7 +138,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             adapters,
             backend=self._plan.backend,
             pools=self.quantization_config.threadpool_count,
-            itemsize=max(checkpoint.dtype(module.name).itemsize for module in checkpoint.modules),
+            itemsize=max(checkpoint.layer(module.name).dtype.itemsize for module in checkpoint.modules),
             stored=self.quantization_config.weight_path is not None,
         )
         if (needed := need.on_cpu(on_gpu)) > (free := available_memory()):
@@ -156,13 +157,16 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
 
         def read(dtype: torch.dtype | None, size: tuple[int, int]) -> LayerWeights:
             lora = self._merged.read_layer(module.layer, module.shape) if self._merged is not None else None
-            return checkpoint.read(module.name, dtype, size, lora)
+            weights = checkpoint.layer(module.name).read(dtype, size, lora)
+            if (following := checkpoint.after(module)) is not None:
+                checkpoint.layer(following.name).read_ahead()  # the disk works while this layer is packed
+            return weights
 
         if method is None:
             return (OneDNNEngine if self._plan.backend == "oneDNN" else TorchEngine)(spec, read)
         pools, stored = config.threadpool_count, None
         if config.weight_path:
-            record = record_for(module.shape, method, pools, checkpoint.fingerprint(module.name))
+            record = record_for(module.shape, method, pools, checkpoint.layer(module.name).fingerprint())
             stored = StoredLayer(Path(config.weight_path), module.layer, record, method)
         return KTEngine(spec, read, method, stored, max_chunk=config.max_chunk, pools=pools, verbose=config.debug)
 

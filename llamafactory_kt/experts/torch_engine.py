@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from ..adapters import ExpertLora
-from .checkpoint import LayerWeights
 from .engine import Engine, Undo
+from .layer_tensors import LayerWeights
 
 
 class TorchEngine(Engine):

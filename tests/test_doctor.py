@@ -55,7 +55,7 @@ def test_a_healthy_environment(tmp_path, demo):
     assert found["llamafactory"]["text"] == "0.9.5 (<0.9.6,>=0.9.5)" and found["import kt_kernel"]["status"] == "ok"
     assert "3 layers of 8 routed experts (128 x 96), 2 per token" in found["model"]["text"]
     assert "56 tensors to PEFT, 144 to the experts; expert LoRA in 3 layers" in found["adapter"]["text"]
-    assert found["experts"]["text"].startswith("layers 1, 2, 3: torch on the CPU")
+    assert found["experts"]["text"].startswith("layers 1, 2, 3 on the CPU; torch with ")
     assert "experts 1.7 MiB, their LoRA 0.2 MiB" in found["CPU memory"]["text"]
     assert found["hooks"]["status"] == "ok"
 

@@ -49,20 +49,27 @@ def test_candidates(monkeypatch):
     def found(backend="auto", threads=None, on_gpu=False, idle=None):
         return [str(each) for each in candidates(backend, threads, 1, on_gpu, idle_workers=idle)]
 
-    shared = "AMXBF16: 15 idle-class worker(s), torch 16"
-    assert found() == ["AMXBF16: 8 worker(s), torch 8", shared, "oneDNN: torch 16"]
+    shared = "AMXBF16 with 15 idle-class worker(s) and 16 torch thread(s)"
+    assert found() == ["AMXBF16 with 8 worker(s) and 8 torch thread(s)", shared, "oneDNN with 16 torch thread(s)"]
     assert found("AMXINT4") == [line.replace("BF16", "INT4") for line in found()[:2]]
-    assert found("torch") == ["torch: torch 16"] and found("onednn") == ["oneDNN: torch 16"]
+    assert found("torch") == ["torch with 16 torch thread(s)"] and found("onednn") == ["oneDNN with 16 torch thread(s)"]
     assert found("AMXINT4", idle=True) == found("AMXINT4")[1:]
     assert found(idle=False) == [found()[0], found()[2]]
-    asked = ["AMXBF16: 12 worker(s), torch 4", "AMXBF16: 12 idle-class worker(s), torch 16"]
+    asked = [
+        "AMXBF16 with 12 worker(s) and 4 torch thread(s)",
+        "AMXBF16 with 12 idle-class worker(s) and 16 torch thread(s)",
+    ]
     assert found(threads=12) == asked, "a number that is asked for is taken, and means workers"
-    assert found(threads=16) == ["AMXBF16: 16 worker(s), torch 1"], "never as many idle workers as cores"
+    assert found(threads=16) == ["AMXBF16 with 16 worker(s) and 1 torch thread(s)"], (
+        "never as many idle workers as cores"
+    )
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
-    assert found(on_gpu=True) == ["AMXBF16: 15 worker(s), torch 16", "oneDNN: torch 16"]
+    assert found(on_gpu=True) == ["AMXBF16 with 15 worker(s) and 16 torch thread(s)", "oneDNN with 16 torch thread(s)"]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert found() == ["AMXBF16: 8 worker(s), torch 3", "oneDNN: torch 3"], "the user's number of torch threads stays"
+    assert found() == ["AMXBF16 with 8 worker(s) and 3 torch thread(s)", "oneDNN with 3 torch thread(s)"], (
+        "the user's number of torch threads stays"
+    )
 
 
 def test_candidates_where_something_is_missing(monkeypatch, kt_log):

@@ -341,7 +341,7 @@ def test_llamafactorys_own_api(standin):
         for bad in ({"max_tokens": 10**6}, {"temperature": -1, "stream": True}, {"messages": picture}):
             with pytest.raises(openai.BadRequestError) as error:
                 client.chat.completions.create(**{"model": "any", "messages": messages, **bad})
-            refused.append(error.value.response.json()["detail"])
+            refused.append(error.value.response.json()["error"]["message"])
     finally:
         api.terminate()
         api.wait()

@@ -93,7 +93,7 @@ def choose(
             return plans[0], "measuring failed"
         _remember(file, facts, measured)
     best = min(range(len(plans)), key=lambda number: measured[number].chat)
-    others = "; ".join(f"{plan}: {measured[number]}" for number, plan in enumerate(plans) if number != best)
+    others = "; ".join(f"{plan} {measured[number]}" for number, plan in enumerate(plans) if number != best)
     return plans[best], f"measured {measured[best]} per layer; {others}"
 
 

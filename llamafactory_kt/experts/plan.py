@@ -46,8 +46,8 @@ class Plan:
         return METHODS.get(self.backend)
 
     def __str__(self) -> str:
-        workers = f"{self.workers} {'idle-class ' if self.idle_workers else ''}worker(s), " if self.workers else ""
-        return f"{self.backend}: {workers}torch {self.torch_threads}"
+        workers = f"{self.workers} {'idle-class ' if self.idle_workers else ''}worker(s) and " if self.workers else ""
+        return f"{self.backend} with {workers}{self.torch_threads} torch thread(s)"
 
 
 def candidates(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
 from conftest import needs_kernel
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, make_model, rel, write_config
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_kt import KTExpertsConfig, KTModelError, KTPathError, apply_adapter
@@ -117,6 +119,28 @@ def test_torch_engine_keeps_the_checkpoints_precision(tmp_path, dtype):
 def test_the_kernel_says_that_it_rounds_to_bfloat16(tmp_path, kt_log):
     load(make_model(tmp_path / "m", "qwen3_moe", dtype=torch.float32), backend="AMXBF16")
     assert "The experts are stored as F32; AMXBF16 computes them in bfloat16" in kt_log.text
+
+
+def test_the_last_tokens_logits_do_not_copy_the_output_layer(tmp_path):
+    """torch multiplies a cut-out last token batch by batch, with the weight copied, unless it comes with strides of its own."""
+    model = load(make_model(tmp_path / "m", "deepseek_v2")).requires_grad_(False)
+
+    class Seen(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if any(isinstance(arg, torch.Tensor) and model.config.vocab_size in arg.shape for arg in args):
+                self.names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    ids = torch.arange(2, 32).view(2, 15)
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits[:, -1:]
+        with Seen() as seen:
+            last = model(input_ids=ids, logits_to_keep=1).logits
+    assert "mm" in seen.names, seen.names
+    assert not {"bmm", "copy_", "clone"} & set(seen.names)
+    assert torch.allclose(last.float(), whole.float(), atol=1e-2)
 
 
 def test_no_expert_tensor_is_read_by_transformers_and_none_is_called_unexpected(tmp_path, capsys):

@@ -35,6 +35,7 @@ from .fp8 import block_size, loading_rules
 from .gate import guard
 from .kt_engine import KTEngine
 from .kt_runtime import cpu_variant, settle_pool
+from .last_token import straighten_last_token
 from .layer_tensors import LayerWeights
 from .memory import memory_need
 from .module import KTExperts
@@ -192,6 +193,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             experts.engine.load()
             give_back_memory()
         arrange(self._plan)
+        straighten_last_token(model)
         return model
 
     def is_serializable(self) -> bool:

@@ -255,7 +255,7 @@ def test_a_real_run(tmp_path, demo):
     found = json.loads(result.stdout)
     configured, stock = found["rows"]
     assert (configured["name"], stock["name"]) == ("as configured", "stock")
-    assert configured["loaded"]["engine"].startswith("torch: torch ") and "for 40" in stock["loaded"]["engine"]
+    assert configured["loaded"]["engine"].startswith("torch with ") and "for 40" in stock["loaded"]["engine"]
     assert configured["loaded"]["push"] > 0 and stock["loaded"]["push"] is None
     files = sum(f.stat().st_size for f in (demo / "model").glob("*.safetensors"))
     for one in (configured, stock):

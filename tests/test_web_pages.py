@@ -105,7 +105,7 @@ def board(browser, tmp_path_factory) -> Iterator[str]:
 
 def open_page(browser: Any, address: str) -> Any:
     page = browser.new_page(viewport={"width": 1280, "height": 1400})
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(40_000)  # a server that was just started still imports
     page.goto(address)
     page.wait_for_function("document.querySelectorAll('[data-testid=block-info]')[0]?.innerText.match(/Language|语言/)")
     return page
@@ -262,6 +262,8 @@ def test_board_left_while_it_loads(browser, board, demo):
         page = open_page(browser, board)
         page.get_by_role("tab", name="Chat").click()
         choose_language(page, "zh", "加载模型")
+        choose(page, "模型名称", "Custom")
+        page.wait_for_timeout(500)  # the page looks up the model's path and template
         field(page, "模型路径").fill(str(demo / "model"))
         choose(page, "对话模板", "deepseek")
         field(page, "额外参数").fill(json.dumps({"use_kt": True, "kt_backend": "torch"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -54,12 +55,13 @@ class Crossing:
         Raises:
             RuntimeError: A CUDA graph is being captured, which cannot hold work of the CPU.
         """
-        if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "KT experts are computed on the CPU and cannot be captured in a CUDA graph; generate without "
-                "torch.compile and without a static cache."
-            )
-        with self._lock:
+        # events are of the current GPU's stream, copies of the tensor's
+        with torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext(), self._lock:
+            if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "KT experts are computed on the CPU and cannot be captured in a CUDA graph; generate without "
+                    "torch.compile and without a static cache."
+                )
             self._left.synchronize()  # another stream may still copy the last result out of its buffer
             x = self._buffer("hidden", hidden).copy_(hidden, non_blocking=True)
             chosen = self._buffer("index", index).copy_(index, non_blocking=True)

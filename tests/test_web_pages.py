@@ -258,8 +258,8 @@ def test_board(browser, board, demo, shots):
 
 def test_board_left_while_it_loads(browser, board, demo):
     """The load goes on, and the next page that asks for one follows it to its end."""
-    for visit in (1, 2):
-        page = open_page(browser, board)
+    left, stayed = open_page(browser, board), open_page(browser, board)
+    for page in (left, stayed):  # both before the load begins: it is over sooner than a page is filled in
         page.get_by_role("tab", name="Chat").click()
         choose_language(page, "zh", "加载模型")
         choose(page, "模型名称", "Custom")
@@ -267,13 +267,16 @@ def test_board_left_while_it_loads(browser, board, demo):
         field(page, "模型路径").fill(str(demo / "model"))
         choose(page, "对话模板", "deepseek")
         field(page, "额外参数").fill(json.dumps({"use_kt": True, "kt_backend": "torch"}))
-        press(page, "加载模型")
-        status(page, "正在加载专家" if visit == 1 else "模型已加载")
-        if visit == 2:
-            page.get_by_role("row", name="LoRA tensors no adapter").wait_for()
-            press(page, "卸载模型")
-            status(page, "模型已卸载")
-        page.close()
+    press(left, "加载模型")
+    status(left, "正在加载专家")
+    left.close()
+    press(stayed, "加载模型")
+    status(stayed, "正在加载专家")
+    status(stayed, "模型已加载")
+    stayed.get_by_role("row", name="LoRA tensors no adapter").wait_for()
+    press(stayed, "卸载模型")
+    status(stayed, "模型已卸载")
+    stayed.close()
 
 
 class Board:

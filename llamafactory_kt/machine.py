@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
-import mmap
 import os
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
-
-if TYPE_CHECKING:
-    import torch
 
 AMX_FLAGS = ("amx_tile", "amx_int8", "amx_bf16")
 # What kt-kernel's builds ask for (kt_kernel/_cpu_detect.py), each for what the one before it does and more.
@@ -98,37 +92,11 @@ def available_memory() -> int:
     return max(0, available)
 
 
-def give_back_memory() -> None:
-    """Return freed memory to the system. glibc keeps freed blocks of up to 32 MB for itself, which adds up to gigabytes
-    where tensors of that size come and go layer by layer."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def cache_directory() -> Path:
     """``LLAMAFACTORY_KT_CACHE``, else ``llamafactory-kt`` below ``XDG_CACHE_HOME`` or ``~/.cache``."""
     if own := os.environ.get("LLAMAFACTORY_KT_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamafactory-kt"
-
-
-def forget_pages(tensor: torch.Tensor) -> None:
-    """Drop a mapped file's pages from the process's resident memory, those that are the tensor's alone; the system's
-    cache keeps them. The tensor, which must be contiguous, is not to be used any more."""
-    _advise(tensor, mmap.MADV_DONTNEED)
-
-
-def expect_pages(tensor: torch.Tensor) -> None:
-    """Have the system read a mapped file's pages into its cache, those that are the tensor's alone, and return at once."""
-    _advise(tensor, mmap.MADV_WILLNEED)
-
-
-def _advise(tensor: torch.Tensor, advice: int) -> None:
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if tensor.is_contiguous() and end > start:
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
 @cache

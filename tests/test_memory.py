@@ -25,7 +25,7 @@ from llamafactory_kt.experts.kt_runtime import write_packed
 from llamafactory_kt.experts.layer_tensors import LayerWeights
 from llamafactory_kt.experts.methods import METHODS, PackedShape
 from llamafactory_kt.experts.reclaim import UnknownLayoutError, packed_buffers
-from llamafactory_kt.machine import expect_pages, forget_pages
+from llamafactory_kt.used_memory import expect_pages, forget_pages
 
 pytestmark = needs_kernel
 MB = 2**20

@@ -72,6 +72,45 @@ for task in ("generate", "load", "nothing"):
 print(json.dumps([said, answer(model) == first]))
 """
 
+WAITING = """
+def waiting():
+    before = len(os.listdir("/proc/self/task"))
+    torch.ones(512, 512) @ torch.ones(512, 512)
+    return len(os.listdir("/proc/self/task")) - before
+"""
+"""How many threads a product of the calling thread had to start; those of its product before would have waited."""
+AT_REST = """
+import threading
+said = [waiting(), waiting()]
+model = load()
+said += [waiting(), waiting()]
+def chat():
+    waiting()
+    answer(model)
+    said.append(waiting())
+thread = threading.Thread(target=chat)
+thread.start()
+thread.join()
+print(json.dumps(said))
+"""
+FORKED_BEFORE = """
+waiting()
+pid = os.fork()
+if not pid:
+    torch.set_num_threads(1)
+    answer(load())
+    os._exit(0)
+for _ in range(600):
+    done, status = os.waitpid(pid, os.WNOHANG)
+    if done:
+        break
+    time.sleep(0.1)
+else:
+    os.kill(pid, signal.SIGKILL)
+    status = "hung"
+print(json.dumps(status))
+"""
+
 
 def start(code: str, demo: Path, engine: str, **keys) -> subprocess.Popen:
     """Two OpenMP threads: with one there would be none to miss."""
@@ -109,3 +148,12 @@ def test_a_forked_child_does_not_hang(demo, engine):
     assert "which was forked from it: the threads that compute them do not survive" in said["generate"][1]
     assert said["load"][1].startswith("KTKernelError: KT experts of process"), "OpenMP's threads are missing too"
     assert said["nothing"][1] == "fine"
+
+
+def test_no_threads_wait_between_generations(demo):
+    """Two teams of OpenMP threads would not spin, and every product of the next answer would have to wake them."""
+    assert finish(start(WAITING + AT_REST, demo, "torch")) == [1, 0, 1, 0, 1]
+
+
+def test_a_child_of_a_process_that_has_threads(demo):
+    assert finish(start(WAITING + FORKED_BEFORE, demo, "torch")) == 0

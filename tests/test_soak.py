@@ -18,7 +18,7 @@ from test_chat import EXPECTED
 from tiny import make_adapter, make_model
 
 from llamafactory_kt import switch_adapter
-from llamafactory_kt.machine import give_back_memory
+from llamafactory_kt.used_memory import give_back_memory
 
 ENGINE = "torch" if KERNEL_PROBLEM else "AMXBF16"
 TURNS = int(os.environ.get("LLAMAFACTORY_KT_SOAK_TURNS", "1000"))

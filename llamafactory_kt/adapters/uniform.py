@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from ..errors import KTAdapterError
-from ..machine import give_back_memory
+from ..used_memory import give_back_memory
 from .adapter import Adapter, ExpertsShape
 from .keys import PROJECTIONS
 from .store import all_finite

@@ -7,6 +7,8 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -117,22 +119,39 @@ def _sizes(model: Any) -> tuple[int, int, int]:
 
 
 def measure(model: Any, length: int, new_tokens: int, prepare: Prepare) -> tuple[float, float]:
-    """(seconds of a random prompt, median seconds of one of the greedy tokens after it)."""
+    """(seconds of a random prompt, median seconds of one of the greedy tokens after it), generated as LLaMA-Factory's
+    chats do: by ``generate`` in a thread of its own."""
     import torch
 
+    vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(10, model.config.get_text_config().vocab_size, (1, length), generator=generator)
-    ids, cache, times = ids.to(model.device), None, []
-    with torch.inference_mode():
-        for number in range(new_tokens + 1):
-            prepare(1 if number else length)
-            started = time.perf_counter()
-            # As generate() does: scores of the last token only.
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-            ids.tolist()  # waits for a GPU
-            times.append(time.perf_counter() - started)
-    return times[0], statistics.median(times[1:])
+    ids = torch.randint(10, vocabulary, (1, length), generator=generator).to(model.device)
+    clock = _Clock(prepare)
+    prepare(length)
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(
+            model.generate, input_ids=ids, attention_mask=torch.ones_like(ids), streamer=clock, do_sample=False,
+            max_new_tokens=new_tokens + 1, eos_token_id=vocabulary, pad_token_id=0,  # which no token has, so none ends it
+        )  # fmt: skip
+        answer.result()
+    prompt, *tokens = (after - before for before, after in pairwise(clock.times))
+    return prompt, statistics.median(tokens)
+
+
+class _Clock:
+    """Streamer that notes when the prompt goes in and each token comes out."""
+
+    def __init__(self, prepare: Prepare):
+        self.times: list[float] = []
+        self._prepare = prepare
+
+    def put(self, _: Any) -> None:
+        self.times.append(time.perf_counter())
+        if len(self.times) == 2:
+            self._prepare(1)
+
+    def end(self) -> None:
+        """Nothing is held back."""
 
 
 class Resting:

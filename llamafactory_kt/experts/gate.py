@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from ..used_memory import keeping_freed_memory
 from . import router_counts
 from .debugging import Debugger
+from .openmp import release_team
 from .threads import require_own_process
 
 Observer = Callable[[dict[str, Any]], contextlib.AbstractContextManager[Any]]
@@ -85,10 +87,21 @@ class Gate:
         try:
             yield
         finally:
+            release_team()
             self._inside.depth = 0
             with self._changed:
                 self._exchanging = False
                 self._changed.notify_all()
+
+
+@contextlib.contextmanager
+def _spare(_: dict[str, Any]) -> Iterator[None]:
+    """Keep what layer after layer needs again, memory and threads, as long as a generation runs and no longer."""
+    with keeping_freed_memory():
+        try:
+            yield
+        finally:
+            release_team()
 
 
 def guard(model: nn.Module, observe: bool = False, debugger: Debugger | None = None) -> Gate:
@@ -99,7 +112,7 @@ def guard(model: nn.Module, observe: bool = False, debugger: Debugger | None = N
         debugger: follows each call of ``forward``.
     """
     gate, reference = Gate(), weakref.ref(model)  # no cycle: a dropped model gives its memory back at once
-    observers: dict[str, list[Observer]] = {"generate": [], "forward": []}
+    observers: dict[str, list[Observer]] = {"generate": [_spare], "forward": []}
     if observe:
         observers["generate"].append(lambda kwargs: router_counts.generation(reference(), kwargs))
         observers["forward"].append(router_counts.call)

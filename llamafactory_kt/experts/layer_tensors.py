@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from ..adapters import ExpertLora
-from ..machine import expect_pages, forget_pages
+from ..used_memory import expect_pages, forget_pages
 from .contract import ExpertsModule
 from .fp8 import FP8, Block, dequantize
 

@@ -21,9 +21,10 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..adapters import AdapterSet, open_adapters
 from ..errors import KTConfigError, KTMemoryError, KTModelError
-from ..machine import available_memory, gib, give_back_memory, usable_cores
+from ..machine import available_memory, gib, usable_cores
 from ..peft_part import check_peft_part
 from ..progress import with_progress
+from ..used_memory import give_back_memory
 from .calibration import choose
 from .checkpoint import ExpertsCheckpoint
 from .config import QUANT_METHOD, KTExpertsConfig
@@ -40,6 +41,7 @@ from .layer_tensors import LayerWeights
 from .memory import memory_need
 from .module import KTExperts
 from .onednn_engine import OneDNNEngine
+from .openmp import release_team
 from .plan import candidates
 from .stored import StoredLayer, record_for
 from .threads import require_own_process
@@ -193,6 +195,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             experts.engine.load()
             give_back_memory()
         arrange(self._plan)
+        release_team()
         straighten_last_token(model)
         return model
 

@@ -26,7 +26,8 @@ from importlib.metadata import version
 from threading import Lock
 from typing import Any, BinaryIO
 
-from ..machine import gib, give_back_memory
+from ..machine import gib
+from ..used_memory import give_back_memory
 from .methods import Method, PackedShape
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import KTError
-from ..machine import gib, give_back_memory
+from ..machine import gib
+from ..used_memory import give_back_memory
 from .engine import has_kt_experts
 from .page_load import PageLoad
 from .page_texts import say

@@ -10,8 +10,8 @@ from contextvars import copy_context
 from threading import Event, Thread
 
 from ..errors import KTError, traceback_wanted
-from ..machine import give_back_memory
 from ..progress import LoadProgress, watch_loads
+from ..used_memory import give_back_memory
 
 logger = logging.getLogger("llamafactory_kt")
 

@@ -36,7 +36,7 @@ class OneDNNEngine(Engine):
         shape = self.spec.shape
         weights = self._read_weights(torch.bfloat16, (shape.hidden_size, shape.intermediate_size))
         self._packed = [
-            (_pack(torch.cat((gate, up))), _pack(down))
+            (pack(torch.cat((gate, up))), pack(down))
             for gate, up, down in zip(weights.gate, weights.up, weights.down, strict=True)
         ]
 
@@ -68,15 +68,15 @@ class OneDNNEngine(Engine):
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """x [n, H] bf16 -> [n, H] float32, or bf16 without LoRA."""
         gate_up_weight, down_weight = self._packed[expert]
-        gate_up = _linear(x, gate_up_weight)
+        gate_up = linear(x, gate_up_weight)
         if self._lora is None:
             gate, up = gate_up.chunk(2, dim=-1)
-            return _linear(F.silu(gate).mul_(up), down_weight)
+            return linear(F.silu(gate).mul_(up), down_weight)
         a, gate_b, up_b, down_a, down_b = self._lora[expert]
         gate, up = gate_up.float().chunk(2, dim=-1)
         gate_low, up_low = F.linear(x.float(), a).chunk(2, dim=-1)
         inner = F.silu(gate.addmm_(gate_low, gate_b)).mul_(up.addmm_(up_low, up_b))
-        return _linear(inner.to(torch.bfloat16), down_weight).float().addmm_(F.linear(inner, down_a), down_b)
+        return linear(inner.to(torch.bfloat16), down_weight).float().addmm_(F.linear(inner, down_a), down_b)
 
     @property
     def nbytes(self) -> int:
@@ -88,14 +88,15 @@ class OneDNNEngine(Engine):
         return self._lora_nbytes
 
 
-def _pack(weight: torch.Tensor) -> torch.Tensor:
-    """[out, in] in oneDNN's blocked layout."""
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in], bfloat16, in oneDNN's blocked layout."""
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
     return packed
 
 
-def _linear(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+def linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """[..., in] -> [..., out], bfloat16."""
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return out
 
 

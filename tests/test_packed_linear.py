@@ -1,0 +1,101 @@
+"""Packed layers around the experts: the same answers, with adapters exchanged, and only weights that nobody else reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import needs_onednn
+from test_chat import EXPECTED, PROMPTS, config
+from test_switch import load, logits
+from tiny import ARCHITECTURES, make_adapter, make_model, merged_float32, per_token
+from torch import nn
+
+from llamafactory_kt import apply_adapter, switch_adapter
+from llamafactory_kt.experts import packed_linear
+from llamafactory_kt.experts.packed_linear import PackedLinear, pack_linears
+
+pytestmark = needs_onednn
+
+
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch):
+    monkeypatch.setattr(packed_linear, "SMALLEST", 0)
+
+
+def names(model: nn.Module) -> set[str]:
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_against_float32(bias):
+    model = nn.Sequential(nn.Linear(96, 160, bias=bias, dtype=torch.bfloat16))
+    plain = nn.Linear(96, 160, bias=bias).requires_grad_(False)
+    plain.load_state_dict(model[0].state_dict())
+    pack_linears(model)
+    assert type(model[0]) is PackedLinear and model[0].weight.shape == (160, 96)
+    assert model[0].weight.dtype == torch.bfloat16 and not model[0].weight.requires_grad
+    hidden = torch.randn(2, 7, 96).to(torch.bfloat16)
+    for x in (hidden, hidden[:, -1:], hidden[0], hidden[0, 0], hidden[:, ::3], hidden[:, :0]):
+        found = model(x)
+        assert found.dtype == torch.bfloat16 and found.shape == (*x.shape[:-1], 160)
+        torch.testing.assert_close(found.float(), plain(x.float()), rtol=0.01, atol=0.01)
+    with pytest.raises(RuntimeError, match=r"expected bfloat16, got torch\.float32"):
+        model(hidden.float())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture(tmp_path, architecture):
+    """Routers are left alone, whose weights some models read themselves; all else is packed."""
+    path = make_model(tmp_path / "model", architecture)
+    wanted = logits(merged_float32(path, []))
+    model = load(path, "oneDNN")
+    stock = per_token(logits(model), wanted)
+    pack_linears(model)
+    assert per_token(logits(model), wanted) < 2 * stock
+    assert names(model) >= {"o_proj", "lm_head"} and not names(model) & {"gate", "shared_expert_gate"}
+    assert not any(type(module) is nn.Linear for module in model.model.layers[-1].self_attn.modules())
+
+
+def test_adapters_come_and_go(tmp_path):
+    path = make_model(tmp_path / "model", "deepseek_v2")
+    one = make_adapter(tmp_path / "one", path, rank=5, alpha=10)
+    two = make_adapter(tmp_path / "two", path, rank=3, alpha=4, seed=2)
+    wanted = {key: logits(merged_float32(path, list(key))) for key in [(), (one,), (two,)]}
+    model, _ = apply_adapter(load(path, "oneDNN", adapter=[str(one)]), one)
+    pack_linears(model)
+    assert per_token(logits(model), wanted[one,]) < 0.03
+    for adapter in (two, None, one):
+        switch_adapter(model, adapter)
+        assert per_token(logits(model), wanted[(adapter,) if adapter else ()]) < 0.03
+    assert per_token(wanted[one,], wanted[()]) > 0.2
+
+
+def test_what_two_layers_share_is_left(tmp_path):
+    path = make_model(tmp_path / "model", "qwen3_moe", tie_word_embeddings=True)
+    model = load(path, "oneDNN")
+    pack_linears(model)
+    assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_other_types_and_small_weights_are_left(monkeypatch):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, dtype=torch.float16))
+    pack_linears(model)
+    assert {type(layer) for layer in model} == {nn.Linear}
+    monkeypatch.setattr(packed_linear, "SMALLEST", 64 * 64 * 2 + 1)
+    model = nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16))
+    pack_linears(model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_chat_packs(tmp_path, demo):
+    """Through LLaMA-Factory, with the adapter, and again with the adapter merged."""
+    from llamafactory.chat import ChatModel
+    from yaml import safe_load
+
+    adapter = str(demo / "adapter")
+    for merged in (False, True):
+        path = config(tmp_path, demo, kt_backend="oneDNN", adapter_name_or_path=adapter, kt_merge_adapter=merged)
+        chat = ChatModel(safe_load(path.read_text()))
+        assert names(chat.engine.model) >= {"lm_head", "o_proj" if merged else "base_layer"}
+        said = [chat.chat([{"role": "user", "content": p}])[0].response_text for p in PROMPTS]
+        assert said == [EXPECTED[p]["adapter"] for p in PROMPTS]

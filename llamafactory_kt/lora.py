@@ -18,8 +18,9 @@ from torch import nn
 from .adapters import Adapter, AdapterSet, open_adapters
 from .errors import KTMemoryError, KTModelError
 from .experts.methods import METHODS
+from .experts.packed_linear import changing_layers
 from .machine import available_memory, gib
-from .peft_layers import exchange_peft_layers, merge_peft_layers
+from .peft_layers import exchange_peft_layers, merge_peft_layers, peft_reads_weights
 from .peft_part import PeftPart, check_peft_part
 
 logger = logging.getLogger(__name__)
@@ -193,7 +194,8 @@ def _exchange(model: Any, adapters: AdapterSet, scope: str) -> tuple[nn.Module, 
     wrappers, base = kt_wrappers(model), _base(model)
     _check_experts(wrappers, adapters)
     parts = _plan(base, adapters, scope)
-    with base._kt_gate.exchange():
+    weights_read = any(peft_reads_weights(adapter) for adapter in adapters.adapters)
+    with base._kt_gate.exchange(), changing_layers(base, weights_read):
         wrapped, undo = exchange_peft_layers(base, parts)
         try:
             _exchange_experts(wrappers, adapters)

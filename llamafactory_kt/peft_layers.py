@@ -88,6 +88,13 @@ def _wrap(model: Any, parts: Parts) -> Any:
     return wrapped.eval()
 
 
+def peft_reads_weights(adapter: Adapter) -> bool:
+    """Whether PEFT reads or copies weights of the model when it gets this adapter, as LoRA itself does not."""
+    settings = adapter.settings.raw
+    start = settings.get("init_lora_weights", True)
+    return bool(settings.get("use_dora") or settings.get("modules_to_save") or start not in (True, False, "gaussian"))
+
+
 def _config(adapter: Adapter, part: PeftPart) -> Any:
     from peft import LoraConfig
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import needs_onednn
 from test_chat import EXPECTED, PROMPTS, config
+from test_peft_part import make_dora
 from test_switch import load, logits
 from tiny import ARCHITECTURES, make_adapter, make_model, merged_float32, per_token
 from torch import nn
@@ -68,6 +69,30 @@ def test_adapters_come_and_go(tmp_path):
         switch_adapter(model, adapter)
         assert per_token(logits(model), wanted[(adapter,) if adapter else ()]) < 0.03
     assert per_token(wanted[one,], wanted[()]) > 0.2
+
+
+@torch.inference_mode()
+def test_adapters_that_read_the_weights(tmp_path):
+    """DoRA and a trained head, exchanged for LoRA and back; what DoRA reads is not packed while it is there."""
+    path = make_model(tmp_path / "model", "deepseek_v2")
+    wanted = logits(make_dora(tmp_path / "dora", path))
+    lora = make_adapter(tmp_path / "lora", path, rank=5, alpha=10)
+    base = load(path, "oneDNN", adapter=[str(lora)])
+    plain = names(base), logits(base)
+    pack_linears(base)
+    every = names(base)
+    model, _ = apply_adapter(base, tmp_path / "dora")
+    for _ in range(2):
+        assert per_token(logits(model), wanted) < 0.03
+        assert "down_proj" in names(model) and "base_layer" not in names(model)
+        switch_adapter(model, lora)
+        assert "base_layer" in names(model)
+        switch_adapter(model, tmp_path / "dora")
+    switch_adapter(model, None)
+    assert names(model) == every
+    with packed_linear.changing_layers(model, weights_are_read=True):
+        assert not names(model)
+        assert torch.equal(logits(model), plain[1]), "bit by bit the weights there were"
 
 
 def test_what_two_layers_share_is_left(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,8 +150,8 @@ def test_adapter_of_another_model_is_refused_before_weights_load(tmp_path, model
     assert "Loading" not in capfd.readouterr().err
 
 
-def test_dora_and_modules_to_save_go_to_peft(tmp_path, model):
-    """DoRA on attention, a trained head: PEFT's own affair, taken along and consumed."""
+def make_dora(directory: Path, model: Path):
+    """An adapter with DoRA on attention and a trained head, and PEFT's own model with it."""
     stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     from peft import LoraConfig, get_peft_model
 
@@ -168,12 +169,18 @@ def test_dora_and_modules_to_save_go_to_peft(tmp_path, model):
         for name, parameter in made.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    made.save_pretrained(tmp_path / "a")
+    made.save_pretrained(directory)
+    return made.eval()
+
+
+def test_dora_and_modules_to_save_go_to_peft(tmp_path, model):
+    """PEFT's own affair, taken along and consumed."""
+    made = make_dora(tmp_path / "a", model)
     ours, report = apply_adapter(kt_model(model, dtype=torch.float32), tmp_path / "a")
     assert report.peft == report.total and report.experts == 0
     ids = torch.arange(2, 30)[None]
     with torch.inference_mode():
-        assert rel(ours(input_ids=ids).logits, made.eval()(input_ids=ids).logits) < 1e-4
+        assert rel(ours(input_ids=ids).logits, made(input_ids=ids).logits) < 1e-4
 
 
 def test_mixtral_names_of_transformers_4(tmp_path):

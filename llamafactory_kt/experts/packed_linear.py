@@ -6,10 +6,12 @@ model like DeepSeek-V2-Lite a sixth faster, of which the output layer is the lar
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..used_memory import forget_pages, give_back_memory
@@ -35,7 +37,8 @@ class PackedLinear(nn.Linear):
 def pack_linears(model: nn.Module) -> None:
     """Pack the weights of attention, dense MLPs, shared experts and the output layer, those that are on the CPU in bfloat16.
 
-    Routers stay as they are: models read their weights themselves. So do weights that two layers share.
+    Routers stay as they are, as models read their weights themselves; so do weights that two layers share, and those
+    below DoRA.
     """
     if onednn_problem() is not None:
         return
@@ -49,8 +52,28 @@ def pack_linears(model: nn.Module) -> None:
     release_team()
 
 
+@contextlib.contextmanager
+def changing_layers(model: nn.Module, weights_are_read: bool) -> Iterator[None]:
+    """While PEFT changes a model's layers; one that had packed weights has them afterwards, where they can be packed then.
+
+    Args:
+        weights_are_read: give the layers their plain weights meanwhile.
+    """
+    packed: list[nn.Linear] = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for layer in packed if weights_are_read else ():
+        layer.weight = nn.Parameter(layer.weight.detach().to_dense(), requires_grad=False)
+        layer.__class__ = nn.Linear
+    try:
+        yield
+    finally:
+        if packed:
+            pack_linears(model)
+
+
 def _linears(model: nn.Module) -> Iterator[nn.Linear]:
     left = {id(module) for router in _routers(model) for module in router.modules()}
+    # PEFT's variants of LoRA (DoRA, for one) read the weight in every call.
+    left |= {id(m.base_layer) for m in model.modules() if isinstance(m, LoraLayer) and m.lora_variant}
     every = (p for _, p in model.named_parameters(remove_duplicate=False))
     addresses = Counter(p.data_ptr() for p in every if p.layout == torch.strided)
     for module in model.modules():

@@ -5,16 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-import threading
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-
-_KEPT = 1 << 30
-_LARGEST_FREED = 32 << 20
-"""as high as glibc's own threshold rises (mallopt(3), M_MMAP_THRESHOLD)"""
 
 
 def give_back_memory() -> None:
@@ -22,38 +16,6 @@ def give_back_memory() -> None:
     where tensors of that size come and go layer by layer."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
-
-
-class _Keepers:
-    lock, count = threading.Lock(), 0
-
-
-@contextlib.contextmanager
-def keeping_freed_memory() -> Iterator[None]:
-    """Until all who asked for it are done, freed memory waits for the next tensor; then it is given back.
-
-    Otherwise glibc returns blocks of more than 32 MB at once, and others once 64 MB of them are free, and the system
-    clears each page anew for the next layer's tensors: a tenth of the time of a prompt of 1024 tokens.
-    """
-    with _Keepers.lock:
-        _Keepers.count += 1
-        _set_thresholds(_KEPT)
-    try:
-        yield
-    finally:
-        with _Keepers.lock:
-            _Keepers.count -= 1
-            if not _Keepers.count:
-                _set_thresholds(_LARGEST_FREED)
-                give_back_memory()
-
-
-def _set_thresholds(size: int) -> None:
-    mmap_threshold, trim_threshold = -3, -1  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, size)  # glibc before 2.35 refuses more than 32 MB
-        libc.mallopt(trim_threshold, 2 * size - 1)
 
 
 def forget_pages(tensor: torch.Tensor) -> None:

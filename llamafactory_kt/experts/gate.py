@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from ..used_memory import keeping_freed_memory
 from . import router_counts
 from .debugging import Debugger
 from .openmp import release_team
@@ -95,13 +94,12 @@ class Gate:
 
 
 @contextlib.contextmanager
-def _spare(_: dict[str, Any]) -> Iterator[None]:
-    """Keep what layer after layer needs again, memory and threads, as long as a generation runs and no longer."""
-    with keeping_freed_memory():
-        try:
-            yield
-        finally:
-            release_team()
+def _own_team(_: dict[str, Any]) -> Iterator[None]:
+    """Torch's threads wait for the next product as long as a generation runs, and no longer."""
+    try:
+        yield
+    finally:
+        release_team()
 
 
 def guard(model: nn.Module, observe: bool = False, debugger: Debugger | None = None) -> Gate:
@@ -112,7 +110,7 @@ def guard(model: nn.Module, observe: bool = False, debugger: Debugger | None = N
         debugger: follows each call of ``forward``.
     """
     gate, reference = Gate(), weakref.ref(model)  # no cycle: a dropped model gives its memory back at once
-    observers: dict[str, list[Observer]] = {"generate": [_spare], "forward": []}
+    observers: dict[str, list[Observer]] = {"generate": [_own_team], "forward": []}
     if observe:
         observers["generate"].append(lambda kwargs: router_counts.generation(reference(), kwargs))
         observers["forward"].append(router_counts.call)

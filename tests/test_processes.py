@@ -28,6 +28,15 @@ def load():
 def answer(model):
     ids = torch.arange(30, 60)[None]
     return model.generate(input_ids=ids, attention_mask=ids > 0, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, 30:].tolist()
+def end_of(pid):
+    for _ in range(600):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return "hung"
 """
 KILLED = """
 from llamafactory_kt.experts.engine import Engine
@@ -58,15 +67,7 @@ for task in ("generate", "load", "nothing"):
         except Exception as error:
             os.write(writer, f"{type(error).__name__}: {error}".encode())
         sys.exit(0)  # the interpreter's whole end, and not os._exit as multiprocessing has it
-    for _ in range(600):
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            break
-        time.sleep(0.1)
-    else:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        status = "hung"
+    status = end_of(pid)
     os.close(writer)
     said[task] = [status, os.read(reader, 10000).decode()]
 print(json.dumps([said, answer(model) == first]))
@@ -100,15 +101,7 @@ if not pid:
     torch.set_num_threads(1)
     answer(load())
     os._exit(0)
-for _ in range(600):
-    done, status = os.waitpid(pid, os.WNOHANG)
-    if done:
-        break
-    time.sleep(0.1)
-else:
-    os.kill(pid, signal.SIGKILL)
-    status = "hung"
-print(json.dumps(status))
+print(json.dumps(end_of(pid)))
 """
 
 

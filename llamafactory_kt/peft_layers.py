@@ -57,6 +57,7 @@ def merge_peft_layers(wrapped: Any) -> Any:
 
 def _wrap(model: Any, parts: Parts) -> Any:
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+    from peft.functional import cast_adapter_dtype
     from peft.utils import set_peft_model_state_dict
 
     wrapped, names = model, []
@@ -73,6 +74,7 @@ def _wrap(model: Any, parts: Parts) -> Any:
                 wrapped = wrap(model, config, adapter_name=name)
             else:
                 wrapped.add_adapter(name, config)
+                cast_adapter_dtype(wrapped, name)  # to float32, as PEFT does with the first
             result = set_peft_model_state_dict(wrapped, state, adapter_name=name)
         except (ValueError, RuntimeError, KeyError) as error:
             raise KTAdapterError(f"{adapter.store.path}: PEFT cannot apply the non-expert part: {error}") from error

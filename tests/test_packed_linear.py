@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import needs_onednn
+from peft import LoraConfig, PeftModel
 from test_chat import EXPECTED, PROMPTS, config
 from test_peft_part import make_dora
 from test_switch import load, logits
@@ -14,6 +17,7 @@ from torch import nn
 from llamafactory_kt import apply_adapter, switch_adapter
 from llamafactory_kt.experts import packed_linear
 from llamafactory_kt.experts.packed_linear import PackedLinear, pack_linears
+from llamafactory_kt.experts.packed_lora import FEW_ROWS, PackedLora
 
 pytestmark = needs_onednn
 
@@ -42,6 +46,54 @@ def test_against_float32(bias):
         torch.testing.assert_close(found.float(), plain(x.float()), rtol=0.01, atol=0.01)
     with pytest.raises(RuntimeError, match=r"expected bfloat16, got torch\.float32"):
         model(hidden.float())
+
+
+def lora_layer(**settings: object) -> tuple[nn.Module, nn.Module]:
+    """A layer with two active adapters of different rank and scaling, in bfloat16 and in float32."""
+    layer = nn.Sequential(nn.Linear(96, 160, dtype=torch.bfloat16))
+    config = {"target_modules": ["0"], "inference_mode": True}
+    model = PeftModel(layer, LoraConfig(r=5, lora_alpha=15, **config), adapter_name="one")
+    model.add_adapter("two", LoraConfig(r=3, lora_alpha=4, **config, **settings))
+    model.base_model.set_adapter(["one", "two"], inference_mode=True)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.2)
+    return model.eval(), copy.deepcopy(model).float()
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS - 1, FEW_ROWS, 3 * FEW_ROWS])
+@torch.inference_mode()
+def test_lora_against_peft_in_float32(rows):
+    model, reference = lora_layer()
+    pack_linears(model)
+    layer = model.base_model.model[0]
+    assert {type(variant) for variant in layer.lora_variant.values()} == {PackedLora}
+    x = torch.randn(1, rows, 96).to(torch.bfloat16)
+
+    def effect(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with model.disable_adapter():
+            base = model(x)
+        found = model(x)
+        assert found.dtype == base.dtype
+        return found.float() - base.float()
+
+    wanted = effect(reference, x.float())
+    assert (effect(model, x) - wanted).norm() < 0.01 * wanted.norm()
+    model.base_model.set_adapter("two", inference_mode=True)
+    reference.base_model.set_adapter("two", inference_mode=True)
+    other = effect(reference, x.float())
+    assert (effect(model, x) - other).norm() < 0.01 * other.norm() < 0.01 * (wanted - other).norm() * 2
+    with pytest.raises(RuntimeError, match="kt_merge_adapter: true merges it"):
+        model.merge_adapter()
+
+
+def test_lora_with_a_bias_is_left_to_peft():
+    model, reference = lora_layer(lora_bias=True)
+    x = torch.randn(2, FEW_ROWS, 96).to(torch.bfloat16)
+    pack_linears(model)
+    assert not model.base_model.model[0].lora_variant
+    torch.testing.assert_close(model(x).float(), reference(x.float()), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

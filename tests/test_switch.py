@@ -238,7 +238,11 @@ def test_through_llamafactory():
          "use_kt": True, "do_sample": False}
     )  # fmt: skip
     model = twice.engine.model
-    assert {name.split(".")[-2] for name, _ in model.named_parameters() if ".lora_" in name} == {"default", "adapter_2"}
+    lora = {name: value.dtype for name, value in model.named_parameters() if ".lora_" in name}
+    assert {name.split(".")[-2] for name in lora} == {"default", "adapter_2"}
+    assert set(lora.values()) == {torch.float32}, (
+        "as the files have them; PEFT rounds all but the first to the model's type"
+    )
     assert all(wrapper.engine.lora_rank == 16 for wrapper in model._kt_wrappers)
     ask = [{"role": "user", "content": "Hello, who are you?"}]
     switch_adapter(model, adapter)

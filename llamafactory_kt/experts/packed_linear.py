@@ -19,6 +19,7 @@ from .crossing import SHARED_EXPERTS
 from .module import KTExperts
 from .onednn_engine import linear, onednn_problem, pack
 from .openmp import release_team
+from .packed_lora import PackedLora, take_over
 
 SMALLEST = 2**20
 """bytes of a weight; smaller ones are in the CPU's cache, and calling is what they cost"""
@@ -48,6 +49,9 @@ def pack_linears(model: nn.Module) -> None:
         layer.__class__ = PackedLinear  # PEFT and hooks hold the object
         forget_pages(plain)
         del plain
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), PackedLinear):
+            take_over(module)
     give_back_memory()
     release_team()
 
@@ -71,9 +75,7 @@ def changing_layers(model: nn.Module, weights_are_read: bool) -> Iterator[None]:
 
 
 def _linears(model: nn.Module) -> Iterator[nn.Linear]:
-    left = {id(module) for router in _routers(model) for module in router.modules()}
-    # PEFT's variants of LoRA (DoRA, for one) read the weight in every call.
-    left |= {id(m.base_layer) for m in model.modules() if isinstance(m, LoraLayer) and m.lora_variant}
+    left = {id(module) for module in _read_by_others(model)}
     every = (p for _, p in model.named_parameters(remove_duplicate=False))
     addresses = Counter(p.data_ptr() for p in every if p.layout == torch.strided)
     for module in model.modules():
@@ -84,9 +86,14 @@ def _linears(model: nn.Module) -> Iterator[nn.Linear]:
                 yield module
 
 
-def _routers(model: nn.Module) -> Iterator[nn.Module]:
-    """What stands beside routed experts and is no shared expert."""
+def _read_by_others(model: nn.Module) -> Iterator[nn.Module]:
+    """Routers, LoRA itself, and what PEFT's variants of LoRA (DoRA, for one) read the weight of in every call."""
     for block in model.modules():
         children = dict(block.named_children())
         if any(isinstance(child, KTExperts) for child in children.values()):
-            yield from (child for name, child in children.items() if name not in SHARED_EXPERTS)
+            beside = (child for name, child in children.items() if name not in SHARED_EXPERTS)
+            yield from (module for child in beside for module in child.modules())
+        if isinstance(block, LoraLayer):
+            yield from (*block.lora_A.values(), *block.lora_B.values())
+            if any(type(variant) is not PackedLora for variant in block.lora_variant.values()):
+                yield block.get_base_layer()

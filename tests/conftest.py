@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 
 from llamafactory_kt.experts.kt_runtime import kernel_problem
-from llamafactory_kt.experts.onednn_engine import onednn_problem
+from llamafactory_kt.experts.packing import onednn_problem
 
 collect_ignore = ["standin"]  # packages that tests put before a server's interpreter; importing them runs a server
 

@@ -112,17 +112,23 @@ def test_what_is_shown():
 
 def test_room_is_checked_for_all_together(tmp_path, monkeypatch):
     config = {**CONFIG, "model_name_or_path": str(make_model(tmp_path, "mixtral", max_shard_size="200KB"))}
-    experts, others = room.stored_weights(config["model_name_or_path"])
-    assert experts == 3 * 6 * 3 * 96 * 64 * 2 and others == sum(
-        p.nbytes for n, p in empty_model(tmp_path).bfloat16().named_parameters() if ".experts." not in n
+    experts, others, layer = room.stored_weights(config["model_name_or_path"])
+    assert (
+        layer == 6 * 3 * 96 * 64 * 2
+        and experts == 3 * layer
+        and others
+        == sum(p.nbytes for n, p in empty_model(tmp_path).bfloat16().named_parameters() if ".experts." not in n)
     )
     chosen = rows(config, ["stock", "kt_backend=AMXINT4"])
-    monkeypatch.setattr(room, "available_memory", lambda: 31 * GIB)
-    needs = room.check_room(chosen, (8 * GIB, GIB), on_gpu=False)
+    monkeypatch.setattr(room, "available_memory", lambda: 36 * GIB)
+    weights = room.Weights(8 * GIB, GIB, 2 * GIB)
+    needs = room.check_room(chosen, weights, on_gpu=False)
     assert list(needs.values()) == [9 * GIB, 9 * GIB, 9 * GIB, 3 * GIB]
-    assert list(room.check_room(chosen, (8 * GIB, GIB), on_gpu=True).values()) == [8 * GIB, 8 * GIB, 0, 2 * GIB]
-    with pytest.raises(KTMemoryError, match=r"take 31.5 GiB .*, stock 9.1 GiB.*; 31.0 GiB are free.*--no-base"):
-        room.check_room(chosen, (8 * GIB, int(1.125 * GIB)), on_gpu=False)
+    assert list(room.check_room(chosen, weights, on_gpu=True).values()) == [8 * GIB, 8 * GIB, 0, 2 * GIB]
+    with pytest.raises(
+        KTMemoryError, match=r"take 36.5 GiB \(.*, stock 9.0 GiB.*, 6.5 GiB for.*; 36.0 GiB are free.*--no-base"
+    ):
+        room.check_room(chosen, weights._replace(layer=3 * GIB), on_gpu=False)
     assert room.stored_weights("some/name-on-the-hub") is None
 
 
@@ -171,7 +177,7 @@ def test_stock_with_the_adapter_merged(tmp_path):
     ],
 )
 def test_synthetic_sizes_are_the_published_ones(name, parameters):
-    assert sum(Synthetic.of(parse_shape(name)).weights) == 2 * parameters
+    assert Synthetic.of(parse_shape(name)).weights.total == 2 * parameters
 
 
 def test_synthetic_names():
@@ -201,7 +207,7 @@ def test_synthetic_models_are_complete(tmp_path, monkeypatch, architecture):
     assert sorted(path.name for path in made.directory.iterdir()) == ["adapter", "chat.yaml", "model"]
     loaded, info = AutoModelForCausalLM.from_pretrained(made.model, dtype=torch.bfloat16, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert sum(made.weights) == sum(2 * t.numel() for t in loaded.state_dict().values())
+    assert made.weights.total == sum(2 * t.numel() for t in loaded.state_dict().values())
     ids = torch.arange(40)[None]
     with torch.no_grad():
         assert loaded(ids).logits.isfinite().all()

@@ -8,12 +8,13 @@ import threading
 
 import pytest
 import torch
-from conftest import ENGINES, needs_kernel
+from conftest import ENGINES, needs_kernel, needs_onednn
 from tiny import make_adapter, make_model, merged_float32, per_token, rel
 from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTAdapterError, KTExpertsConfig, apply_adapter, load_moe_lora_from_adapter, machine
 from llamafactory_kt.adapters import ExpertLora, ExpertsShape
+from llamafactory_kt.experts import onednn_engine
 from llamafactory_kt.experts.engine import EngineSpec
 from llamafactory_kt.experts.kt_engine import KTEngine
 from llamafactory_kt.experts.layer_tensors import LayerWeights
@@ -84,6 +85,20 @@ def batch(shape: ExpertsShape, tokens: int, seed=2):
     x = torch.randn(tokens, shape.hidden_size, generator=generator).bfloat16()
     index = torch.stack([torch.randperm(shape.num_experts, generator=generator)[:TOP_K] for _ in range(tokens)])
     return x, index, torch.rand(tokens, TOP_K, generator=generator)
+
+
+@needs_onednn
+@pytest.mark.parametrize("packed", [set(), {(14, 33)}, {(33, 7)}], ids=str)
+def test_onednn_with_weights_that_are_not_packed(monkeypatch, packed):
+    monkeypatch.setattr(onednn_engine, "faster_packed", lambda samples: packed & set(samples))
+    shape = ExpertsShape(4, 33, 7)
+    weights, lora, given = layer(shape), lora_for(shape, rank=5, scaling=3.2), batch(shape, 37)
+    engine = make_engine("oneDNN", shape, weights)
+    assert rel(engine.forward(*given), reference(weights, None, *given)) < 0.01
+    engine.set_lora(lora)
+    assert rel(engine.forward(*given), reference(weights, lora, *given)) < 0.01
+    layouts = {tuple(weight.shape): weight.layout for pair in engine._weights for weight in pair}
+    assert {size for size, layout in layouts.items() if layout != torch.strided} == packed
 
 
 @pytest.fixture(autouse=True, scope="module")

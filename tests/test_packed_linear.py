@@ -15,9 +15,9 @@ from tiny import ARCHITECTURES, make_adapter, make_model, merged_float32, per_to
 from torch import nn
 
 from llamafactory_kt import apply_adapter, switch_adapter
-from llamafactory_kt.experts import packed_linear
+from llamafactory_kt.experts import packed_linear, packing
+from llamafactory_kt.experts.inference_lora import FEW_ROWS, InferenceLora
 from llamafactory_kt.experts.packed_linear import PackedLinear, pack_linears
-from llamafactory_kt.experts.packed_lora import FEW_ROWS, PackedLora
 
 pytestmark = needs_onednn
 
@@ -48,6 +48,28 @@ def test_against_float32(bias):
         model(hidden.float())
 
 
+def test_sizes_that_are_faster_packed(monkeypatch):
+    """By the median over all samples and turns; each size is measured once, small ones not at all."""
+    monkeypatch.setattr(packing, "_known", {})
+    monkeypatch.setattr(packing, "SMALLEST", 2 * 64 * 64)
+    called: list[tuple[int, ...]] = []
+
+    def seconds(product, x, weight):
+        called.append(tuple(weight.shape))
+        product(x, weight)
+        if weight.layout == torch.strided:
+            return 1.0
+        return 9.0 if len(called) % 5 == 0 else {64: 0.9, 128: 1.1}[weight.shape[0]]
+
+    monkeypatch.setattr(packing, "_seconds", seconds)
+    samples = {
+        size: [torch.ones(size, dtype=torch.bfloat16) for _ in range(2)] for size in [(64, 64), (128, 64), (32, 64)]
+    }
+    assert packing.faster_packed(samples) == {(64, 64), (32, 64)}
+    assert set(called) == {(64, 64), (128, 64)} and len(called) == 2 * 2 * 2 * 6
+    assert packing.faster_packed({(128, 64): samples[128, 64]}) == set() and len(called) == 2 * 2 * 2 * 6
+
+
 def lora_layer(**settings: object) -> tuple[nn.Module, nn.Module]:
     """A layer with two active adapters of different rank and scaling, in bfloat16 and in float32."""
     layer = nn.Sequential(nn.Linear(96, 160, dtype=torch.bfloat16))
@@ -63,12 +85,16 @@ def lora_layer(**settings: object) -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize("rows", [1, FEW_ROWS - 1, FEW_ROWS, 3 * FEW_ROWS])
+@pytest.mark.parametrize("packed", [True, False])
 @torch.inference_mode()
-def test_lora_against_peft_in_float32(rows):
+def test_lora_against_peft_in_float32(monkeypatch, packed, rows):
     model, reference = lora_layer()
+    if not packed:
+        monkeypatch.setattr(packed_linear, "faster_packed", lambda samples: set())
     pack_linears(model)
     layer = model.base_model.model[0]
-    assert {type(variant) for variant in layer.lora_variant.values()} == {PackedLora}
+    assert type(layer.base_layer) is (PackedLinear if packed else nn.Linear)
+    assert {type(variant) for variant in layer.lora_variant.values()} == {InferenceLora}
     x = torch.randn(1, rows, 96).to(torch.bfloat16)
 
     def effect(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,8 @@ def _load(row: Row, prompt_tokens: Sequence[int]) -> tuple[Any, Loaded, Prepare]
     load = time.perf_counter() - started
     prepare: Prepare = lambda tokens: None  # noqa: E731
     measure(model, min(prompt_tokens), 2, prepare)  # so that weights that are only mapped so far are resident
-    resident, peak = resident_memory(), resident_memory("VmHWM")
+    resident = resident_memory()
+    peak = max(resident, resident_memory("VmHWM"))  # which the kernel notes only now and then
     push = None
     if args is not None and adapters is not None:
         model = merge_into(model, adapters, args.kt_lora_scope)

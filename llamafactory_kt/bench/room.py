@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ..adapters.store import SafetensorsStore
 from ..backends import canonical_backend
@@ -14,8 +16,33 @@ from ..machine import available_memory, gib
 from .bandwidth import SIZE
 from .rows import Row
 
-Weights = tuple[int, int]
-"""(bytes of routed experts, bytes of all other weights)"""
+PROCESS = 2**29
+"""bytes that a process takes beside the weights: torch and transformers (0.3 GiB on Linux), buffers, a conversation"""
+
+
+class Weights(NamedTuple):
+    """Bytes of a checkpoint's tensors."""
+
+    experts: int
+    """routed ones"""
+    others: int
+    layer: int
+    """the largest layer's experts, which a load holds beside the packed ones"""
+
+    @property
+    def total(self) -> int:
+        """All tensors."""
+        return self.experts + self.others
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, int]) -> Weights:
+        """Add up tensors, by their names in the checkpoint."""
+        layers: Counter[str] = Counter()
+        for name, size in sizes.items():
+            before, experts, _ = name.partition(".experts.")
+            layers[before if experts else ""] += size
+        others = layers.pop("", 0)
+        return cls(layers.total(), others, max(layers.values(), default=0))
 
 
 def stored_weights(model: str) -> Weights | None:
@@ -23,18 +50,16 @@ def stored_weights(model: str) -> Weights | None:
     files = weight_files(Path(model).expanduser())
     if not files:
         return None
-    infos = SafetensorsStore(files[0], files).infos
-    experts = sum(info.nbytes for name, info in infos.items() if ".experts." in name)
-    return experts, sum(info.nbytes for info in infos.values()) - experts
+    return Weights.of({name: info.nbytes for name, info in SafetensorsStore(files[0], files).infos.items()})
 
 
 def need(row: Row, weights: Weights, on_gpu: bool) -> int:
     """Bytes of the CPU's memory that a row's weights take."""
-    experts, others = weights
+    others = 0 if on_gpu else weights.others
     if row.stock or not row.config.get("use_kt"):
-        return 0 if on_gpu else experts + others
+        return 0 if on_gpu else weights.experts + others
     method = METHODS.get(canonical_backend(row.config.get("kt_backend", "auto")))
-    return experts * (method.bits if method else 16) // 16 + (0 if on_gpu else others)
+    return weights.experts * (method.bits if method else 16) // 16 + others
 
 
 def check_room(rows: Sequence[Row], weights: Weights, on_gpu: bool) -> dict[str, int]:
@@ -44,11 +69,13 @@ def check_room(rows: Sequence[Row], weights: Weights, on_gpu: bool) -> dict[str,
         KTMemoryError: They are more than is free.
     """
     needs = {row.name: need(row, weights, on_gpu) for row in rows}
-    if (total := sum(needs.values()) + SIZE) > (free := available_memory()):
+    beside = SIZE + weights.layer + PROCESS * (len(rows) + 1)
+    if (total := sum(needs.values()) + beside) > (free := available_memory()):
         each = ", ".join(f"{name} {gib(size)}" for name, size in needs.items())
         raise KTMemoryError(
-            f"All configurations are in memory together, and their weights take {gib(total)} ({each}, {gib(SIZE)} to measure "
-            f"the memory itself); {gib(free)} are free. Measure fewer at once (--no-base, fewer --against), or a smaller model."
+            f"All configurations are in memory together, and take {gib(total)} ({each}, {gib(beside)} for their processes, the "
+            f"layer being read, and to measure the memory itself); {gib(free)} are free. Measure fewer at once (--no-base, fewer "
+            "--against), or a smaller model."
         )
     return needs
 

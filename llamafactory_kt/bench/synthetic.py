@@ -22,6 +22,7 @@ from ..adapters.replacing import replacing
 from ..adapters.streaming import write_safetensors
 from ..errors import KTModelError
 from ..machine import cache_directory, gib
+from .room import Weights
 from .shapes import Shape
 
 RANK, ALPHA = 8, 16
@@ -84,10 +85,9 @@ class Synthetic:
         }
 
     @property
-    def weights(self) -> tuple[int, int]:
-        """(bytes of routed experts, bytes of all other weights)."""
-        experts = sum(prod(size) for name, size in self.tensors.items() if ".experts." in name)
-        return 2 * experts, 2 * sum(map(prod, self.tensors.values())) - 2 * experts
+    def weights(self) -> Weights:
+        """The model's bytes."""
+        return Weights.of({name: 2 * prod(size) for name, size in self.tensors.items()})
 
     def build(self) -> Path:
         """Write what is not there yet, each part under a temporary name that is renamed at the end.
@@ -132,7 +132,7 @@ class Synthetic:
             made = ((name, random.weight(name, self.tensors[name])) for name in names)
             write_safetensors(directory / f"{file}.safetensors", names, _counted(made, bar), {"format": "pt"})
         weight_map = {name: f"{file}.safetensors" for file, names in files.items() for name in names}
-        index = {"metadata": {"total_size": sum(self.weights)}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": self.weights.total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
         self.config.save_pretrained(directory)
         _byte_tokenizer().save_pretrained(directory)

@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from ..bench.endpoint import Level
     from ..bench.figures import Report
+    from ..bench.room import Weights
     from ..bench.rows import Row
 
 PROMPT = "Explain in a few sentences what a mixture-of-experts language model is."
@@ -134,12 +135,12 @@ def _make(synthetic: str, words: list[str], against: list[str], base: bool) -> l
     chosen = rows({**made.values, **overrides(words)}, against, base=base)
     needs = _check_room(chosen, made.weights)
     each = ", ".join(f"{name} {gib(size)}" for name, size in needs.items())
-    typer.echo(f"{made.directory}: {gib(sum(made.weights))} on disk; in memory: {each}.", err=True)
+    typer.echo(f"{made.directory}: {gib(made.weights.total)} on disk; in memory: {each}.", err=True)
     typer.echo(f"Its configuration: {made.build()}", err=True)
     return chosen
 
 
-def _check_room(chosen: list[Row], weights: tuple[int, int] | None = None) -> dict[str, int]:
+def _check_room(chosen: list[Row], weights: Weights | None = None) -> dict[str, int]:
     import torch
 
     from ..bench.room import check_room, stored_weights

@@ -1,8 +1,7 @@
-"""Experts in torch's own bfloat16 kernels (oneDNN), their weights packed as those kernels want them.
+"""Experts in torch's own bfloat16 kernels (oneDNN), their weights packed where that is faster.
 
 kt-kernel's workers spin between layers and take the cores from torch's threads; where cores are few and torch computes
-the attention on them too, torch's own threads are faster. Packing once saves oneDNN from sorting each weight anew in
-every call, which makes it faster than the same product on plain weights. The memory is the same.
+the attention on them too, torch's own threads are faster. Packed or not, the memory is the same.
 """
 
 from __future__ import annotations
@@ -13,15 +12,10 @@ from torch.nn import functional as F
 from ..adapters import ExpertLora
 from ..adapters.keys import PROJECTIONS
 from .engine import Engine, Undo
+from .packing import faster_packed, linear, pack, size_of
 
-
-def onednn_problem() -> str | None:
-    """Why this engine cannot run here, or None."""
-    try:
-        supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    except (AttributeError, RuntimeError):
-        supported = False
-    return None if supported else "torch has no bfloat16 kernels of oneDNN for this CPU (AVX-512 is needed)"
+_SAMPLES = 8
+"""experts whose products are timed"""
 
 
 class OneDNNEngine(Engine):
@@ -35,10 +29,16 @@ class OneDNNEngine(Engine):
     def load(self) -> None:
         shape = self.spec.shape
         weights = self._read_weights(torch.bfloat16, (shape.hidden_size, shape.intermediate_size))
-        self._packed = [
-            (pack(torch.cat((gate, up))), pack(down))
-            for gate, up, down in zip(weights.gate, weights.up, weights.down, strict=True)
-        ]
+        experts = list(zip(weights.gate, weights.up, weights.down, strict=True))
+        first = [(torch.cat((gate, up)), down) for gate, up, down in experts[:_SAMPLES]]
+        samples = {size_of(side[0]): side for side in zip(*first, strict=True)}
+        packed = faster_packed(samples)
+        del first, samples
+
+        def placed(weight: torch.Tensor) -> torch.Tensor:
+            return pack(weight) if size_of(weight) in packed else weight
+
+        self._weights = [(placed(torch.cat((gate, up))), placed(down)) for gate, up, down in experts]
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:
         before = self._lora, self._lora_nbytes, self.lora_rank
@@ -57,7 +57,7 @@ class OneDNNEngine(Engine):
         order = experts.argsort(stable=True)
         token = order // index.shape[1]
         rows = hidden.to(torch.bfloat16)[token]
-        counts = torch.bincount(experts, minlength=len(self._packed)).tolist()
+        counts = torch.bincount(experts, minlength=len(self._weights)).tolist()
         parts = rows.split([count for count in counts if count])
         hit = [expert for expert, count in enumerate(counts) if count]
         results = torch.cat([self._expert(expert, part) for expert, part in zip(hit, parts, strict=True)])
@@ -67,7 +67,7 @@ class OneDNNEngine(Engine):
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """x [n, H] bf16 -> [n, H] float32, or bf16 without LoRA."""
-        gate_up_weight, down_weight = self._packed[expert]
+        gate_up_weight, down_weight = self._weights[expert]
         gate_up = linear(x, gate_up_weight)
         if self._lora is None:
             gate, up = gate_up.chunk(2, dim=-1)
@@ -86,18 +86,6 @@ class OneDNNEngine(Engine):
     @property
     def lora_nbytes(self) -> int:
         return self._lora_nbytes
-
-
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """[out, in], bfloat16, in oneDNN's blocked layout."""
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-    return packed
-
-
-def linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """[..., in] -> [..., out], bfloat16."""
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return out
 
 
 def _lora_tensors(lora: ExpertLora) -> list[tuple[torch.Tensor, ...]]:

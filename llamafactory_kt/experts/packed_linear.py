@@ -1,13 +1,13 @@
-"""The layers around the experts, on the CPU, with weights packed as oneDNN's bfloat16 kernels want them.
+"""The layers around the experts, on the CPU, prepared for inference: packed weights where they are faster, and LoRA.
 
-``torch.nn.functional.linear`` has oneDNN work on plain weights in every call. On two cores, packing made a token of a
-model like DeepSeek-V2-Lite a sixth faster, of which the output layer is the largest part.
+On two cores with AVX-512, packing made a token of a model like DeepSeek-V2-Lite a sixth faster, of which the output
+layer is the largest part.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -16,13 +16,15 @@ from torch import nn
 
 from ..used_memory import forget_pages, give_back_memory
 from .crossing import SHARED_EXPERTS
+from .inference_lora import InferenceLora, take_over
 from .module import KTExperts
-from .onednn_engine import linear, onednn_problem, pack
 from .openmp import release_team
-from .packed_lora import PackedLora, take_over
+from .packing import SMALLEST, Size, faster_packed, linear, onednn_problem, pack, size_of
 
-SMALLEST = 2**20
-"""bytes of a weight; smaller ones are in the CPU's cache, and calling is what they cost"""
+_SAMPLES = 2
+"""layers of each size whose products are timed"""
+_DONE = "_kt_layers_packed"
+"""set on a model by :func:`pack_linears`"""
 
 
 class PackedLinear(nn.Linear):
@@ -36,29 +38,38 @@ class PackedLinear(nn.Linear):
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Pack the weights of attention, dense MLPs, shared experts and the output layer, those that are on the CPU in bfloat16.
+    """Prepare attention, dense MLPs, shared experts and the output layer for inference, those that are on the CPU in
+    bfloat16: pack the weights of sizes that are faster packed, and have their LoRA computed in fewer steps.
 
     Routers stay as they are, as models read their weights themselves; so do weights that two layers share, and those
     below DoRA.
+
+    Args:
+        model: without PEFT's wrapper around it.
     """
     if onednn_problem() is not None:
         return
-    for layer in list(_linears(model)):
-        plain = layer.weight.detach()
-        layer.weight = nn.Parameter(pack(plain), requires_grad=False)
-        layer.__class__ = PackedLinear  # PEFT and hooks hold the object
-        forget_pages(plain)
-        del plain
+    layers: dict[Size, list[nn.Linear]] = defaultdict(list)
+    for layer in _linears(model):
+        layers[size_of(layer.weight)].append(layer)
+    for size in faster_packed({size: [layer.weight for layer in same[:_SAMPLES]] for size, same in layers.items()}):
+        for layer in layers[size]:
+            plain = layer.weight.detach()
+            layer.weight = nn.Parameter(pack(plain), requires_grad=False)
+            layer.__class__ = PackedLinear  # PEFT and hooks hold the object
+            forget_pages(plain)
+            del plain
     for module in model.modules():
-        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), PackedLinear):
+        if isinstance(module, LoraLayer) and _computes_in_bfloat16(module.get_base_layer()):
             take_over(module)
+    vars(model)[_DONE] = True
     give_back_memory()
     release_team()
 
 
 @contextlib.contextmanager
 def changing_layers(model: nn.Module, weights_are_read: bool) -> Iterator[None]:
-    """While PEFT changes a model's layers; one that had packed weights has them afterwards, where they can be packed then.
+    """While PEFT changes a model's layers; what :func:`pack_linears` did to them is undone where need be, and done again.
 
     Args:
         weights_are_read: give the layers their plain weights meanwhile.
@@ -70,7 +81,7 @@ def changing_layers(model: nn.Module, weights_are_read: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        if packed:
+        if _DONE in vars(model):
             pack_linears(model)
 
 
@@ -79,11 +90,15 @@ def _linears(model: nn.Module) -> Iterator[nn.Linear]:
     every = (p for _, p in model.named_parameters(remove_duplicate=False))
     addresses = Counter(p.data_ptr() for p in every if p.layout == torch.strided)
     for module in model.modules():
-        if type(module) is nn.Linear and id(module) not in left:
+        if type(module) is nn.Linear and _computes_in_bfloat16(module) and id(module) not in left:
             weight = module.weight
-            plain = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.is_contiguous()
-            if plain and weight.nbytes >= SMALLEST and addresses[weight.data_ptr()] == 1:
+            if weight.nbytes >= SMALLEST and weight.is_contiguous() and addresses[weight.data_ptr()] == 1:
                 yield module
+
+
+def _computes_in_bfloat16(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    return weight is not None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
 
 
 def _read_by_others(model: nn.Module) -> Iterator[nn.Module]:
@@ -95,5 +110,5 @@ def _read_by_others(model: nn.Module) -> Iterator[nn.Module]:
             yield from (module for child in beside for module in child.modules())
         if isinstance(block, LoraLayer):
             yield from (*block.lora_A.values(), *block.lora_B.values())
-            if any(type(variant) is not PackedLora for variant in block.lora_variant.values()):
+            if any(type(variant) is not InferenceLora for variant in block.lora_variant.values()):
                 yield block.get_base_layer()

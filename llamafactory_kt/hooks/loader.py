@@ -148,11 +148,11 @@ def _apply(model: Any, model_args: Any) -> Any:
     from ..lora import apply_adapter
     from ..report import debug_structure
 
-    report = None
+    report, base = None, model
     if model._kt_adapters.adapters:
         model, report = apply_adapter(model, model._kt_adapters, model_args.kt_lora_scope)
         logger.info("Loaded adapter(s): %s", ",".join(model_args.adapter_name_or_path or [model_args.kt_moe_lora_path]))
-    pack_linears(model)
+    pack_linears(base)
     model._kt_show_stats = model_args.kt_stats
     announce(model, report)
     if model_args.kt_debug:

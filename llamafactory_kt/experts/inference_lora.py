@@ -1,4 +1,4 @@
-"""PEFT's LoRA on layers with packed weights: the same sum, in fewer steps and less memory traffic.
+"""PEFT's LoRA on bfloat16 layers on the CPU: the same sum, in fewer steps and less memory traffic.
 
 PEFT's own forward makes a float32 copy of the input and five steps over the output. For a prompt of 1024 tokens on a
 CPU with AMX that took three quarters of the time of the layer itself.
@@ -17,7 +17,7 @@ FEW_ROWS = 64
 """with fewer, what the products cost is calling them, and float32's cost less to call; with more, it is reading memory"""
 
 
-class PackedLora(LoraVariant):  # type: ignore[misc]
+class InferenceLora(LoraVariant):  # type: ignore[misc]
     """``y + scaling * (x @ A.T) @ B.T`` for inference.
 
     In float32 for few rows, as PEFT computes it; in bfloat16 for more of them, as the layer itself does, with sums in
@@ -38,14 +38,14 @@ class PackedLora(LoraVariant):  # type: ignore[misc]
     @staticmethod
     def _no_merge(*_: Any) -> NoReturn:
         raise RuntimeError(
-            "LoRA cannot be merged into packed weights. kt_merge_adapter: true merges it while the model is loaded."
+            "This LoRA is set up for inference and cannot be merged. kt_merge_adapter: true merges it while the model is loaded."
         )
 
     merge_safe = merge_unsafe = unmerge = _no_merge
 
 
 def take_over(layer: LoraLayer) -> None:
-    """Have PEFT call :class:`PackedLora` for a layer's adapters, where all of them are plain LoRA on a linear layer."""
+    """Have PEFT call :class:`InferenceLora` for a layer's adapters, where all of them are plain LoRA on a linear layer."""
     if type(layer) is Linear and not layer.lora_variant and not any(layer.lora_bias.values()):
         layer.cast_input_dtype_enabled = False
-        layer.lora_variant.update(dict.fromkeys(layer.lora_A, PackedLora()))
+        layer.lora_variant.update(dict.fromkeys(layer.lora_A, InferenceLora()))

@@ -1,0 +1,83 @@
+"""oneDNN's layout for the weights of bfloat16 products, and where it is worth having.
+
+Packing saves oneDNN from reading plain weights row by row. With AVX-512 it was faster for every size that was tried;
+with AMX it took from 0.8 to 1.5 times as long as the plain product, depending on the size. So it is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch.nn import functional as F
+
+Size = tuple[int, int]
+"""(out, in) of a weight"""
+
+SMALLEST = 2**20
+"""bytes of a weight; smaller ones are in the CPU's cache, and calling is what they cost"""
+
+_TURNS = 5
+_known: dict[Size, bool] = {}
+
+
+def onednn_problem() -> str | None:
+    """Why torch cannot compute with packed weights here, or None."""
+    try:
+        supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):
+        supported = False
+    return None if supported else "torch has no bfloat16 kernels of oneDNN for this CPU (AVX-512 is needed)"
+
+
+def size_of(weight: torch.Tensor) -> Size:
+    """(out, in)."""
+    rows, columns = weight.shape
+    return rows, columns
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in], bfloat16, in oneDNN's blocked layout."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    return packed
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """[..., in] -> [..., out], bfloat16, for a plain or a packed weight."""
+    if weight.layout == torch.strided:
+        return F.linear(x, weight, bias)
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+@torch.inference_mode()
+def faster_packed(samples: Mapping[Size, Sequence[torch.Tensor]]) -> set[Size]:
+    """The sizes of weights whose product with one row, as in a chat's answers, is faster with packed weights.
+
+    Each size is measured once in a process, in turn with the others, so that weights come from memory and not from the
+    CPU's cache. Small ones are counted in without measuring, which would show little but noise.
+
+    Args:
+        samples: plain weights in bfloat16 by their size; the more there are, the surer the cache holds none.
+    """
+    small = {size for size, weights in samples.items() if weights[0].nbytes < SMALLEST}
+    plain = {size: weights for size, weights in samples.items() if size not in small | set(_known)}
+    packed = {size: [pack(weight) for weight in weights] for size, weights in plain.items()}
+    ratios: dict[Size, list[float]] = {size: [] for size in plain}
+    for turn in range(_TURNS + 1):
+        for size, found in ratios.items():
+            x = torch.ones(1, size[1], dtype=torch.bfloat16)
+            for one, other in zip(packed[size], plain[size], strict=True):
+                ratio = _seconds(linear, x, one) / _seconds(linear, x, other)
+                if turn:  # in the first one, oneDNN compiles
+                    found.append(ratio)
+    _known.update({size: median(found) < 1 for size, found in ratios.items()})
+    return small | {size for size in samples if _known.get(size)}
+
+
+def _seconds(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, w: torch.Tensor) -> float:
+    start = perf_counter()
+    product(x, w)
+    return perf_counter() - start

@@ -6,10 +6,8 @@ packed weights back, and a large model would end up in memory as a whole.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -24,8 +22,8 @@ from .adapters.replacing import replacing
 from .errors import KTConfigError, KTModelError, KTPathError
 from .experts.methods import METHODS, Method, PackedShape
 from .experts.stored import LayerRecord, layer_directory, missing_layers, record_for, write_record
+from .experts.threads import die_with_parent
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LEAK = 2 * 2**30
 """bytes of packed weights after which the working process is replaced"""
 
@@ -114,7 +112,7 @@ def _pack_all(
 def _begin() -> None:
     """The working process dies with the one that waits for it, however that ends, and keeps kt-kernel's output, some
     of which comes at its very end, out of the terminal."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -123,11 +121,13 @@ def _pack_layer(source: Path, layer: int, root: Path, method: Method, pools: int
     import torch
 
     from .experts.kt_runtime import write_packed
+    from .experts.layer_tensors import LayerWeights
 
     checkpoint = _open_once(source)
     module = next(module for module in checkpoint.modules if module.layer == layer)
     size = method.padded(module.shape.hidden_size), method.padded(module.shape.intermediate_size, pools)
-    weights = checkpoint.layer(module.name).read(torch.bfloat16, size)
+    experts = checkpoint.layer(module.name).experts(torch.bfloat16)
+    weights = LayerWeights.stacked(experts, module.shape, torch.bfloat16, size)
     write_packed(method, layer, module.num_experts_per_tok, weights, root, pools, threads)
 
 

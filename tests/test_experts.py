@@ -17,7 +17,7 @@ from llamafactory_kt.adapters import ExpertLora, ExpertsShape
 from llamafactory_kt.experts import onednn_engine
 from llamafactory_kt.experts.engine import EngineSpec
 from llamafactory_kt.experts.kt_engine import KTEngine
-from llamafactory_kt.experts.layer_tensors import LayerWeights
+from llamafactory_kt.experts.layer_tensors import ExpertWeights, LayerWeights
 from llamafactory_kt.experts.methods import METHODS
 from llamafactory_kt.experts.onednn_engine import OneDNNEngine
 from llamafactory_kt.experts.torch_engine import TorchEngine
@@ -61,13 +61,12 @@ def reference(weights: LayerWeights, lora: ExpertLora | None, x, index, scores):
 
 
 def make_engine(kind: str, shape: ExpertsShape, weights: LayerWeights, *, rank=8, scaling=1.0, chunk=16):
-    def read(dtype, padded):
-        hidden, intermediate = padded
-        out = LayerWeights(*(torch.zeros(shape.num_experts, *s, dtype=dtype or torch.bfloat16) for s in ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))))  # fmt: skip
-        out.gate[:, : shape.intermediate_size, : shape.hidden_size] = weights.gate
-        out.up[:, : shape.intermediate_size, : shape.hidden_size] = weights.up
-        out.down[:, : shape.hidden_size, : shape.intermediate_size] = weights.down
-        return out
+    def read(dtype):
+        for expert in map(ExpertWeights, weights.gate, weights.up, weights.down):
+            given = ExpertWeights(*(matrix.clone() for matrix in expert))
+            yield given
+            for matrix in given:
+                matrix.fill_(torch.nan)  # as a mapped file's pages, which are gone when the next expert is read
 
     spec = EngineSpec(0, shape, TOP_K, rank, scaling)
     plain = {"torch": TorchEngine, "oneDNN": OneDNNEngine}

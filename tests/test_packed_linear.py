@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -48,8 +49,13 @@ def test_against_float32(bias):
         model(hidden.float())
 
 
-def test_sizes_that_are_faster_packed(monkeypatch):
-    """By the median over all samples and turns; each size is measured once, small ones not at all."""
+SAMPLES = {size: [torch.ones(size, dtype=torch.bfloat16) for _ in range(2)] for size in [(64, 64), (128, 64), (32, 64)]}
+
+
+@pytest.fixture
+def timed(monkeypatch, tmp_path):
+    """The weights whose products were timed; 64 rows are faster packed, 128 are not, and every fifth time is wrong."""
+    monkeypatch.setenv("LLAMAFACTORY_KT_CACHE", str(tmp_path))
     monkeypatch.setattr(packing, "_known", {})
     monkeypatch.setattr(packing, "SMALLEST", 2 * 64 * 64)
     called: list[tuple[int, ...]] = []
@@ -62,12 +68,35 @@ def test_sizes_that_are_faster_packed(monkeypatch):
         return 9.0 if len(called) % 5 == 0 else {64: 0.9, 128: 1.1}[weight.shape[0]]
 
     monkeypatch.setattr(packing, "_seconds", seconds)
-    samples = {
-        size: [torch.ones(size, dtype=torch.bfloat16) for _ in range(2)] for size in [(64, 64), (128, 64), (32, 64)]
-    }
-    assert packing.faster_packed(samples) == {(64, 64), (32, 64)}
-    assert set(called) == {(64, 64), (128, 64)} and len(called) == 2 * 2 * 2 * 6
-    assert packing.faster_packed({(128, 64): samples[128, 64]}) == set() and len(called) == 2 * 2 * 2 * 6
+    return called
+
+
+def test_sizes_that_are_faster_packed(timed):
+    """By the median over all samples and turns; each size is measured once, small ones not at all."""
+    assert packing.faster_packed(SAMPLES) == {(64, 64), (32, 64)}
+    assert set(timed) == {(64, 64), (128, 64)} and len(timed) == 2 * 2 * 2 * 6
+    assert packing.faster_packed({(128, 64): SAMPLES[128, 64]}) == set() and len(timed) == 2 * 2 * 2 * 6
+
+
+@pytest.mark.parametrize("damage", [None, "", "[]", '{"facts": 1, "measured": []}', "text"])
+def test_measured_sizes_are_remembered(timed, damage, tmp_path):
+    """By later processes, together with those measured then, until they are to be forgotten or their file is damaged."""
+    assert packing.faster_packed({(64, 64): SAMPLES[64, 64]}) == {(64, 64)}
+    (file,) = (tmp_path / "calibration").iterdir()
+    if damage is not None:
+        content = json.loads(file.read_text())
+        content["measured"][0][2] = damage
+        file.write_text(json.dumps(content) if damage.isalpha() else damage)
+    once = 2 * 2 * 6
+    until_now = once if damage is None else 2 * once
+    for sizes, more in [([(64, 64)], 0), ([*SAMPLES], once), ([*SAMPLES], 0)]:
+        packing._known.clear()
+        assert (64, 64) in packing.faster_packed({size: SAMPLES[size] for size in sizes})
+        until_now += more
+        assert len(timed) == until_now
+    packing.forget_measured()
+    packing.faster_packed(SAMPLES)
+    assert len(timed) == until_now + 2 * once
 
 
 def lora_layer(**settings: object) -> tuple[nn.Module, nn.Module]:

@@ -14,7 +14,7 @@ from conftest import needs_kernel, needs_onednn
 
 from llamafactory_kt import KTConfigError, machine
 from llamafactory_kt.adapters import ExpertsShape
-from llamafactory_kt.experts import calibration, plan
+from llamafactory_kt.experts import calibration, plan, remembered
 from llamafactory_kt.experts.calibration import Measured, choose
 from llamafactory_kt.experts.plan import Plan, candidates, choose_threads
 
@@ -100,7 +100,7 @@ def measuring(monkeypatch):
     """Times of PLANS instead of measured ones; counts the measurements."""
     calls = []
 
-    def measure(plans, facts, experts):
+    def measure(facts, experts):
         calls.append(experts)
         return [Measured(0.036, 0.3), Measured(0.010, 0.2), Measured(0.011, 0.1)]
 
@@ -124,7 +124,7 @@ def test_the_fastest_is_chosen_and_remembered(measuring, monkeypatch):
     assert len(measuring) == 2
     chosen(ExpertsShape(16, 2048, 1536))
     assert len(measuring) == 3, "another shape"
-    monkeypatch.setattr(calibration, "cpu_name", lambda: "another CPU")
+    monkeypatch.setattr(remembered, "cpu_name", lambda: "another CPU")
     chosen()
     assert len(measuring) == 4
 

@@ -1,11 +1,20 @@
-"""The process that measures plans for :mod:`.calibration`: a task on standard input, times on standard output, in JSON."""
+"""The process that measures plans for :mod:`.calibration`: a task on standard input, times on standard output, in JSON.
+
+Each plan has a process of its own below this one, since kt-kernel's number of workers cannot change within one, nor
+OpenMP's threads be woken once they sleep while they wait. They are measured in turn, so that a machine that is busy for
+a moment is so for each of them.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -16,29 +25,58 @@ from ..adapters.keys import PROJECTIONS
 from .engine import Engine, EngineSpec
 from .kt_engine import KTEngine
 from .kt_runtime import settle_pool
-from .layer_tensors import LayerWeights
+from .layer_tensors import ExpertWeights
 from .methods import METHODS
 from .onednn_engine import OneDNNEngine
 from .plan import Plan
+from .threads import die_with_parent
 from .workers import arrange
 
 RANK = 8
+_TURNS = 5
+_SETTLE = 0.1
+"""seconds until this process's threads sleep, so that they do not disturb the next one's turn"""
 
 
 def main() -> None:
     """Measure what standard input asks for."""
     task = json.load(sys.stdin)
-    plans = [Plan(**plan) for plan in task["plans"]]
-    results, engines = [], dict[str, Engine]()
+    context = multiprocessing.get_context("fork")  # imports take longer than measuring; no thread has been started yet
+    pipes: list[Connection] = []
+    for plan in task["plans"]:
+        pipe, theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, Plan(**plan), task), daemon=True).start()
+        theirs.close()  # so that a process that ends is noticed
+        pipes.append(pipe)
+    for pipe in pipes:
+        pipe.recv()  # all of them load at once; nothing is measured before
+    turns: list[list[tuple[float, float]]] = [[] for _ in pipes]
+    for _ in range(_TURNS):
+        for pipe, times in zip(pipes, turns, strict=True):
+            pipe.send("your turn")
+            times.append(pipe.recv())
+    medians = (map(statistics.median, zip(*times, strict=True)) for times in turns)
+    print(json.dumps([dict(zip(("decode", "prefill"), pair, strict=True)) for pair in medians]), flush=True)
+
+
+def _serve(pipe: Connection, plan: Plan, task: dict[str, Any]) -> None:
+    """Answer each message with (seconds of a token, seconds of a prompt of 128)."""
+    die_with_parent()
     with torch.inference_mode():
-        for plan in plans:
-            if plan.workers:
-                settle_pool(plan.workers, task["layer"][4])
-            if plan.backend not in engines:
-                engines[plan.backend] = _engine(plan, task)
-            arrange(plan)
-            results.append(_times(engines[plan.backend], task))
-    print(json.dumps(results), flush=True)
+        if plan.workers:
+            settle_pool(plan.workers, task["layer"][4])
+        layer = _layer(_engine(plan, task), task)
+        arrange(plan)
+        # Fewer experts than the model's get fewer tokens, so that each gets as many as it would there.
+        prompt = max(1, 128 * task["experts"] // task["layer"][0])
+        for tokens in (1, prompt):
+            layer(tokens)  # what only the first calls do
+        time.sleep(_SETTLE)
+        pipe.send("ready")
+        while pipe.recv():
+            times = _seconds(layer, 1, 6), _seconds(layer, prompt, 2) * 128 / prompt
+            time.sleep(_SETTLE)
+            pipe.send(times)
 
 
 def _engine(plan: Plan, task: dict[str, Any]) -> Engine:
@@ -46,10 +84,9 @@ def _engine(plan: Plan, task: dict[str, Any]) -> Engine:
     _, hidden, intermediate, top_k, pools, max_chunk = task["layer"]
     shape = ExpertsShape(task["experts"], hidden, intermediate)
 
-    def read(dtype: torch.dtype | None, padded: tuple[int, int]) -> LayerWeights:
-        one = torch.randn(padded[1], padded[0]).mul_(padded[0] ** -0.5).to(torch.bfloat16)
-        every = one.expand(shape.num_experts, *one.shape)
-        return LayerWeights(every.clone(), every.clone(), every.transpose(1, 2).contiguous())
+    def read(dtype: torch.dtype | None) -> Iterator[ExpertWeights]:
+        one = torch.randn(intermediate, hidden).mul_(hidden**-0.5).to(torch.bfloat16)
+        return repeat(ExpertWeights(one, one, one.T), shape.num_experts)
 
     spec = EngineSpec(0, shape, top_k, RANK)
     # AMXINT8 takes files only; for sharing the cores, its kernel is like the other integers'.
@@ -74,35 +111,32 @@ def _engine(plan: Plan, task: dict[str, Any]) -> Engine:
     return engine
 
 
-def _times(engine: Engine, task: dict[str, Any]) -> dict[str, float]:
-    """Seconds a token, and for a prompt of 128."""
-    every, hidden, _, top_k, *_ = task["layer"]
-    experts = task["experts"]
+def _layer(engine: Engine, task: dict[str, Any]) -> Callable[[int], None]:
+    """What computes one layer for a number of tokens."""
+    hidden, top_k = engine.spec.shape.hidden_size, engine.spec.num_experts_per_tok
     torch.manual_seed(0)
     count = 3 if task["attention"] else 0
     attention = [torch.randn(hidden, hidden).mul_(hidden**-0.5).to(torch.bfloat16) for _ in range(count)]
 
     def layer(tokens: int) -> None:
         x = torch.randn(tokens, hidden).to(torch.bfloat16)
-        index = torch.rand(tokens, experts).topk(top_k).indices
+        index = torch.rand(tokens, task["experts"]).topk(top_k).indices
         for weight in attention:
             x = F.linear(x, weight)
         engine.forward(x, index, torch.full((tokens, top_k), 1 / top_k))
 
-    # Fewer experts than the model's get fewer tokens, so that each gets as many as it would there.
-    tokens = max(1, 128 * experts // every)
-    return {"decode": _median(lambda: layer(1), 40), "prefill": _median(lambda: layer(tokens), 5) * 128 / tokens}
+    return layer
 
 
-def _median(call: Callable[[], None], times: int) -> float:
-    for _ in range(2):
-        call()
+def _seconds(layer: Callable[[int], None], tokens: int, times: int) -> float:
+    """The median, after one call that is not counted."""
+    layer(tokens)
     seconds = []
     for _ in range(times):
         start = time.perf_counter()
-        call()
+        layer(tokens)
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[times // 2]
+    return statistics.median(seconds)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
 from ..adapters import ExpertLora, ExpertsShape
-from .layer_tensors import LayerWeights
+from .layer_tensors import ExpertWeights
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class EngineSpec:
     """scaling the LoRA to come will mostly have"""
 
 
-ReadWeights = Callable[[torch.dtype | None, tuple[int, int]], LayerWeights]
-"""Reads the layer from its checkpoint: (dtype or None for its own, (padded hidden size, padded intermediate size))."""
+ReadExperts = Callable[[torch.dtype | None], Iterable[ExpertWeights]]
+"""Reads a layer's experts from its checkpoint in turn, in a dtype or, for None, in its own. Each one's weights are to be
+used, or copied, before the next is asked for."""
 
 Undo = Callable[[], None]
 """Puts back what was there before."""
@@ -38,11 +39,11 @@ class Engine(ABC):
     name: str
     """as the load table calls it"""
 
-    def __init__(self, spec: EngineSpec, read_weights: ReadWeights):
+    def __init__(self, spec: EngineSpec, read_experts: ReadExperts):
         self.spec = spec
         self.lora_rank = 0
         """rank of the LoRA in place, 0 for none"""
-        self._read_weights = read_weights
+        self._read_experts = read_experts
 
     @abstractmethod
     def load(self) -> None:

@@ -12,7 +12,7 @@ from ..adapters import ExpertLora
 from ..adapters.expert_lora import mantissa
 from ..errors import KTModelError
 from .base_kernel import BaseKernel
-from .engine import Engine, EngineSpec, ReadWeights, Undo
+from .engine import Engine, EngineSpec, ReadExperts, Undo
 from .kernel import Kernel, KernelKind
 from .kt_runtime import kernel_lock
 from .layer_tensors import LayerWeights
@@ -38,7 +38,7 @@ class KTEngine(Engine):
     def __init__(
         self,
         spec: EngineSpec,
-        read_weights: ReadWeights,
+        read_experts: ReadExperts,
         method: Method,
         stored: StoredLayer | None = None,
         *,
@@ -46,7 +46,7 @@ class KTEngine(Engine):
         pools: int,
         verbose: bool,
     ):
-        super().__init__(spec, read_weights)
+        super().__init__(spec, read_experts)
         self.name, self._method, self._stored = method.name, method, stored
         self._max_chunk, self._pools, self._verbose = max_chunk, pools, verbose
 
@@ -61,7 +61,12 @@ class KTEngine(Engine):
             self._stored.check_files()
             weights = self._stored.root
         else:
-            weights = self._read_weights(torch.bfloat16, (packed.hidden, packed.intermediate))
+            weights = LayerWeights.stacked(
+                self._read_experts(torch.bfloat16),
+                self.spec.shape,
+                torch.bfloat16,
+                (packed.hidden, packed.intermediate),
+            )
             if not self._method.lora:
                 return BaseKernel(kind, self.spec.layer, weights, verbose=self._verbose)
         return Kernel(kind, self.spec.layer, weights, verbose=self._verbose)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 
-from ..adapters import ExpertLora
+from ..adapters import ExpertLora, ExpertsShape
+from ..adapters.keys import PROJECTIONS
 from ..used_memory import expect_pages, forget_pages
 from .contract import ExpertsModule
 from .fp8 import FP8, Block, dequantize
@@ -25,13 +26,39 @@ _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, FP
 """what weights are held as that are kept as they are; FP8 as LLaMA-Factory holds it after dequantising"""
 
 
-@dataclass
-class LayerWeights:
-    """One layer's expert weights: gate and up [E, I, H], down [E, H, I], on the CPU, in the checkpoint's dtype."""
+class ExpertWeights(NamedTuple):
+    """One expert's weights: gate and up [I, H], down [H, I], on the CPU."""
 
     gate: torch.Tensor
     up: torch.Tensor
     down: torch.Tensor
+
+
+@dataclass
+class LayerWeights:
+    """One layer's expert weights: gate and up [E, I, H], down [E, H, I], on the CPU."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+    @classmethod
+    def stacked(
+        cls, experts: Iterable[ExpertWeights], shape: ExpertsShape, dtype: torch.dtype, padded: tuple[int, int]
+    ) -> LayerWeights:
+        """Copy the experts side by side.
+
+        Args:
+            padded: hidden and intermediate size of the result; what exceeds the experts' own is zero.
+        """
+        hidden, intermediate = padded
+        make = torch.empty if padded == (shape.hidden_size, shape.intermediate_size) else torch.zeros
+        sizes = (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
+        stacks = [make(shape.num_experts, *size, dtype=dtype, device="cpu") for size in sizes]
+        for number, expert in enumerate(experts):
+            for stack, matrix in zip(stacks, expert, strict=True):
+                stack[number, : matrix.shape[0], : matrix.shape[1]].copy_(matrix)
+        return cls(*stacks)
 
 
 @dataclass
@@ -90,30 +117,22 @@ class LayerTensors:
                 digest.update(row.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def read(self, dtype: torch.dtype | None, padded: tuple[int, int], lora: ExpertLora | None = None) -> LayerWeights:
-        """Read each tensor once; what has been copied no longer counts as resident memory.
+    def experts(self, dtype: torch.dtype | None = None, lora: ExpertLora | None = None) -> Iterator[ExpertWeights]:
+        """Each expert in turn, every tensor read once; its weights are to be used, or copied, before the next is asked
+        for: they may lie in the mapped file, and what has been read no longer counts as resident memory.
 
         Args:
-            dtype: to convert to while copying; None keeps the checkpoint's (bfloat16 for FP8).
-            padded: hidden and intermediate size of the result; what exceeds the model's own is zero.
+            dtype: to convert to; None keeps the checkpoint's (bfloat16 for FP8).
             lora: to be merged: each weight becomes ``W + scaling * B @ A``, summed in float32 and rounded once.
         """
         dtype = dtype or self.dtype
-        shape = self.module.shape
-        hidden, intermediate = padded
-        make = torch.empty if padded == (shape.hidden_size, shape.intermediate_size) else torch.zeros
-        weights = LayerWeights(
-            make(shape.num_experts, intermediate, hidden, dtype=dtype, device="cpu"),
-            make(shape.num_experts, intermediate, hidden, dtype=dtype, device="cpu"),
-            make(shape.num_experts, hidden, intermediate, dtype=dtype, device="cpu"),
-        )
-        h, i = shape.hidden_size, shape.intermediate_size
-        views = {"gate": weights.gate[:, :i, :h], "up": weights.up[:, :i, :h], "down": weights.down[:, :h, :i]}
-        for projection, expert, matrix in self._matrices():
+        for expert, (weights, pages) in enumerate(self._fused() if self.fused else self._per_expert()):
             if lora is not None:
-                matrix = matrix.float() + lora.delta(projection, expert)
-            views[projection][expert].copy_(matrix)
-        return weights
+                deltas = (lora.delta(projection, expert) for projection in PROJECTIONS)
+                weights = ExpertWeights(*(w.float() + delta for w, delta in zip(weights, deltas, strict=True)))
+            yield ExpertWeights(*(weight.to(dtype) for weight in weights))
+            for tensor in pages:
+                forget_pages(tensor)
 
     def read_ahead(self) -> None:
         """Have the system read the tensors into its cache, while the process does something else."""
@@ -121,31 +140,31 @@ class LayerTensors:
         for tensor in self.tensors():
             expect_pages(get(tensor))
 
-    def _matrices(self) -> Iterator[tuple[str, int, torch.Tensor]]:
-        """(projection, expert, weight [out, in]) one after the other; FP8 comes as float32."""
+    def _per_expert(self) -> Iterator[tuple[ExpertWeights, list[torch.Tensor]]]:
+        """(weights, what of the mapped files they were made from); FP8 comes as float32."""
         get = _reader()
+        for expert in range(self.module.shape.num_experts):
+            stored = [self.per_expert[projection][expert] for projection in PROJECTIONS]
+            pages = [get(tensor) for tensor in stored]
+            scales = [get(tensor.scale) if tensor.scale else None for tensor in stored]
+            yield ExpertWeights(*map(self._plain, pages, scales)), pages
 
-        def plain(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-            return weight if scale is None or self.block is None else dequantize(weight, scale, self.block)
-
-        for projection, experts in self.per_expert.items():
-            for expert, tensor in experts.items():
-                value = get(tensor)
-                yield projection, expert, plain(value, get(tensor.scale) if tensor.scale else None)
-                forget_pages(value)
+    def _fused(self) -> Iterator[tuple[ExpertWeights, list[torch.Tensor]]]:
         h, i = self.module.shape.hidden_size, self.module.shape.intermediate_size
-        for weight, tensor in self.fused.items():
-            values, scales = get(tensor), get(tensor.scale) if tensor.scale else None
-            turned = values.shape[1:] != ((2 * i, h) if weight == "gate_up_proj" else (h, i))
-            for expert, value in enumerate(values):
-                matrix = plain(value, scales[expert] if scales is not None else None)
-                matrix = matrix.T if turned else matrix
-                if weight == "gate_up_proj":
-                    yield "gate", expert, matrix[:i]
-                    yield "up", expert, matrix[i:]
-                else:
-                    yield "down", expert, matrix
-                forget_pages(value)
+        both = zip(self._slices("gate_up_proj", (2 * i, h)), self._slices("down_proj", (h, i)), strict=True)
+        for (first, gate_up), (second, down) in both:
+            yield ExpertWeights(gate_up[:i], gate_up[i:], down), [first, second]
+
+    def _slices(self, weight: str, size: tuple[int, int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each expert's part of a fused tensor: what lies in the mapped file, and that as [out, in]."""
+        get, tensor = _reader(), self.fused[weight]
+        scales = get(tensor.scale) if tensor.scale else None
+        for expert, page in enumerate(get(tensor)):
+            plain = self._plain(page, scales[expert] if scales is not None else None)
+            yield page, plain if page.shape == size else plain.T
+
+    def _plain(self, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        return weight if scale is None or self.block is None else dequantize(weight, scale, self.block)
 
 
 def _reader() -> Callable[[StoredTensor], torch.Tensor]:

@@ -6,6 +6,8 @@ the attention on them too, torch's own threads are faster. Packed or not, the me
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from torch.nn import functional as F
 
@@ -27,18 +29,18 @@ class OneDNNEngine(Engine):
     _lora_nbytes = 0
 
     def load(self) -> None:
-        shape = self.spec.shape
-        weights = self._read_weights(torch.bfloat16, (shape.hidden_size, shape.intermediate_size))
-        experts = list(zip(weights.gate, weights.up, weights.down, strict=True))
-        first = [(torch.cat((gate, up)), down) for gate, up, down in experts[:_SAMPLES]]
-        samples = {size_of(side[0]): side for side in zip(*first, strict=True)}
-        packed = faster_packed(samples)
-        del first, samples
+        experts = iter(self._read_experts(torch.bfloat16))
+        first = [(torch.cat((gate, up)), down.clone()) for gate, up, down in islice(experts, _SAMPLES)]
+        packed = faster_packed({size_of(side[0]): side for side in zip(*first, strict=True)})
 
         def placed(weight: torch.Tensor) -> torch.Tensor:
             return pack(weight) if size_of(weight) in packed else weight
 
-        self._weights = [(placed(torch.cat((gate, up))), placed(down)) for gate, up, down in experts]
+        self._weights = [(placed(gate_up), placed(down)) for gate_up, down in first]
+        del first
+        for gate, up, down in experts:
+            down = placed(down)
+            self._weights.append((placed(torch.cat((gate, up))), down if down.is_mkldnn else down.clone()))
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:
         before = self._lora, self._lora_nbytes, self.lora_rank

@@ -13,6 +13,8 @@ from time import perf_counter
 import torch
 from torch.nn import functional as F
 
+from .remembered import Remembered
+
 Size = tuple[int, int]
 """(out, in) of a weight"""
 
@@ -20,7 +22,8 @@ SMALLEST = 2**20
 """bytes of a weight; smaller ones are in the CPU's cache, and calling is what they cost"""
 
 _TURNS = 5
-_known: dict[Size, bool] = {}
+_known: dict[Size, float] = {}
+"""what was measured or recalled in this process: the time with packed weights over that with plain ones"""
 
 
 def onednn_problem() -> str | None:
@@ -56,14 +59,40 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def faster_packed(samples: Mapping[Size, Sequence[torch.Tensor]]) -> set[Size]:
     """The sizes of weights whose product with one row, as in a chat's answers, is faster with packed weights.
 
-    Each size is measured once in a process, in turn with the others, so that weights come from memory and not from the
+    Each size is measured once on a machine, in turn with the others, so that weights come from memory and not from the
     CPU's cache. Small ones are counted in without measuring, which would show little but noise.
 
     Args:
         samples: plain weights in bfloat16 by their size; the more there are, the surer the cache holds none.
     """
     small = {size for size, weights in samples.items() if weights[0].nbytes < SMALLEST}
-    plain = {size: weights for size, weights in samples.items() if size not in small | set(_known)}
+    large = {size: weights for size, weights in samples.items() if size not in small}
+    if not large.keys() <= _known.keys():
+        _known.update(_recalled())
+    if unknown := {size: weights for size, weights in large.items() if size not in _known}:
+        _known.update(_measure(unknown))
+        _memory().keep([[*size, ratio] for size, ratio in _known.items()])
+    return small | {size for size in large if _known[size] < 1}
+
+
+def forget_measured() -> None:
+    """Have the next load measure again."""
+    _known.clear()
+    _memory().forget()
+
+
+def _memory() -> Remembered:
+    return Remembered({"packed over plain": "(out, in, ratio of times)", "threads": torch.get_num_threads()})
+
+
+def _recalled() -> dict[Size, float]:
+    try:
+        return {(int(rows), int(columns)): float(ratio) for rows, columns, ratio in _memory().recall()}
+    except (TypeError, ValueError):
+        return {}
+
+
+def _measure(plain: Mapping[Size, Sequence[torch.Tensor]]) -> dict[Size, float]:
     packed = {size: [pack(weight) for weight in weights] for size, weights in plain.items()}
     ratios: dict[Size, list[float]] = {size: [] for size in plain}
     for turn in range(_TURNS + 1):
@@ -73,8 +102,7 @@ def faster_packed(samples: Mapping[Size, Sequence[torch.Tensor]]) -> set[Size]:
                 ratio = _seconds(linear, x, one) / _seconds(linear, x, other)
                 if turn:  # in the first one, oneDNN compiles
                     found.append(ratio)
-    _known.update({size: median(found) < 1 for size, found in ratios.items()})
-    return small | {size for size in samples if _known.get(size)}
+    return {size: median(found) for size, found in ratios.items()}
 
 
 def _seconds(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, w: torch.Tensor) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,12 @@ from .gate import guard
 from .kt_engine import KTEngine
 from .kt_runtime import cpu_variant, settle_pool
 from .last_token import straighten_last_token
-from .layer_tensors import LayerWeights
+from .layer_tensors import ExpertWeights
 from .memory import memory_need
 from .module import KTExperts
 from .onednn_engine import OneDNNEngine
 from .openmp import release_team
+from .packing import forget_measured
 from .plan import candidates
 from .stored import StoredLayer, record_for
 from .threads import require_own_process
@@ -92,6 +94,8 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             check_peft_part(model, adapter)
         adapters.check_finite()
         first = experts[0]
+        if config.recalibrate:
+            forget_measured()
         self._plan, reason = choose(
             plans, first.shape, first.num_experts_per_tok, pools, config.max_chunk, on_gpu, config.recalibrate
         )
@@ -158,12 +162,11 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             lora_scaling=adapters.scaling(module.layer),
         )  # fmt: skip
 
-        def read(dtype: torch.dtype | None, size: tuple[int, int]) -> LayerWeights:
-            lora = self._merged.read_layer(module.layer, module.shape) if self._merged is not None else None
-            weights = checkpoint.layer(module.name).read(dtype, size, lora)
+        def read(dtype: torch.dtype | None) -> Iterator[ExpertWeights]:
             if (following := checkpoint.after(module)) is not None:
                 checkpoint.layer(following.name).read_ahead()  # the disk works while this layer is packed
-            return weights
+            lora = self._merged.read_layer(module.layer, module.shape) if self._merged is not None else None
+            return checkpoint.layer(module.name).experts(dtype, lora)
 
         if method is None:
             return (OneDNNEngine if self._plan.backend == "oneDNN" else TorchEngine)(spec, read)

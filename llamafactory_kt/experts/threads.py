@@ -10,12 +10,16 @@ there waits for ever; so whoever has loaded experts keeps them to itself.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
+import signal
 import threading
 import time
 import weakref
 
 from ..errors import KTKernelError
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _callers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 _closing = threading.Event()
@@ -55,6 +59,11 @@ def require_own_process() -> None:
             "compute them do not survive a fork. Load the model in the process that uses it, and start processes with "
             'multiprocessing.get_context("spawn").'
         )
+
+
+def die_with_parent() -> None:
+    """Have the system end this process with the one that started it, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def wait(seconds: float = 5.0) -> None:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ..adapters import ExpertLora
 from .engine import Engine, Undo
-from .layer_tensors import LayerWeights
+from .layer_tensors import ExpertWeights
 
 
 class TorchEngine(Engine):
@@ -18,8 +18,10 @@ class TorchEngine(Engine):
     _lora: ExpertLora | None = None
 
     def load(self) -> None:
-        shape = self.spec.shape
-        self._weights: LayerWeights = self._read_weights(None, (shape.hidden_size, shape.intermediate_size))
+        self._weights = [
+            ExpertWeights(*(matrix.clone(memory_format=torch.contiguous_format) for matrix in expert))
+            for expert in self._read_experts(None)
+        ]
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:
         before = self._lora
@@ -35,14 +37,13 @@ class TorchEngine(Engine):
         for expert in index.unique().tolist():
             token, slot = torch.where(index == expert)
             rows = x[token]
-            gate = self._linear("gate", self._weights.gate, expert, rows)
-            up = self._linear("up", self._weights.up, expert, rows)
-            down = self._linear("down", self._weights.down, expert, F.silu(gate) * up)
+            gate, up = self._linear("gate", expert, rows), self._linear("up", expert, rows)
+            down = self._linear("down", expert, F.silu(gate) * up)
             out.index_add_(0, token, down * scores[token, slot, None])
         return out.to(hidden.dtype)
 
-    def _linear(self, projection: str, weight: torch.Tensor, expert: int, x: torch.Tensor) -> torch.Tensor:
-        out = F.linear(x, weight[expert].float())
+    def _linear(self, projection: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        out = F.linear(x, getattr(self._weights[expert], projection).float())
         if self._lora is not None:
             a, b = self._lora.a[projection][expert].float(), self._lora.b[projection][expert].float()
             out += F.linear(F.linear(x, a) * self._lora.scaling[projection][expert].float(), b)
@@ -50,7 +51,7 @@ class TorchEngine(Engine):
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self._weights.gate, self._weights.up, self._weights.down))
+        return sum(matrix.nbytes for expert in self._weights for matrix in expert)
 
     @property
     def lora_nbytes(self) -> int:

@@ -18,7 +18,7 @@ from torch import nn
 from .adapters import Adapter, AdapterSet, open_adapters
 from .errors import KTMemoryError, KTModelError
 from .experts.methods import METHODS
-from .experts.packed_linear import changing_layers
+from .experts.prepared_layers import changing_layers
 from .machine import available_memory, gib
 from .peft_layers import exchange_peft_layers, merge_peft_layers, peft_reads_weights
 from .peft_part import PeftPart, check_peft_part

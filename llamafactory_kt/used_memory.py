@@ -29,6 +29,16 @@ def expect_pages(tensor: torch.Tensor) -> None:
     _advise(tensor, mmap.MADV_WILLNEED)
 
 
+def in_large_pages(memory: torch.Tensor) -> torch.Tensor:
+    """The tensor, which must be new: the system puts it into pages of 2 MiB, where it can, as it is written to.
+
+    Few distributions do that unasked. Weights are read from end to end for each token, and looking up the addresses of
+    pages of 4 KiB is up to a tenth of the time.
+    """
+    _advise(memory, mmap.MADV_HUGEPAGE)
+    return memory
+
+
 def _advise(tensor: torch.Tensor, advice: int) -> None:
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import needs_kernel
+from conftest import needs_kernel, needs_onednn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_experts import batch, layer, lora_for, make_engine, reference
@@ -19,13 +21,16 @@ from test_experts import worker_threads as worker_threads
 from tiny import rel
 
 from llamafactory_kt.adapters import ExpertsShape
-from llamafactory_kt.experts import reclaim
+from llamafactory_kt.bench.process import resident_memory
+from llamafactory_kt.experts import onednn_engine, reclaim
+from llamafactory_kt.experts.engine import EngineSpec
 from llamafactory_kt.experts.kernel import Kernel, KernelKind
 from llamafactory_kt.experts.kt_runtime import write_packed
-from llamafactory_kt.experts.layer_tensors import LayerWeights
+from llamafactory_kt.experts.layer_tensors import ExpertWeights, LayerWeights
 from llamafactory_kt.experts.methods import METHODS, PackedShape
+from llamafactory_kt.experts.onednn_engine import OneDNNEngine, sampled
 from llamafactory_kt.experts.reclaim import UnknownLayoutError, packed_buffers
-from llamafactory_kt.used_memory import expect_pages, forget_pages
+from llamafactory_kt.used_memory import expect_pages, forget_pages, give_back_memory, in_large_pages
 
 pytestmark = needs_kernel
 MB = 2**20
@@ -77,6 +82,47 @@ def test_cycles_of_different_kinds_stay_flat():
         del engine
         sizes.append(resident())
     assert max(sizes[2:]) - sizes[1] < KEPT, sizes  # 70 MB a cycle otherwise
+
+
+@needs_onednn
+@pytest.mark.parametrize("packed", [True, False])
+def test_onednn_takes_one_expert_at_a_time(packed, monkeypatch):
+    """On top of the weights there are an expert and those that are timed."""
+    monkeypatch.setattr(onednn_engine, "faster_packed", lambda samples: set(samples) if packed else set())
+    shape, least = ExpertsShape(64, 1024, 1024), 384 * MB
+    one = layer(ExpertsShape(1, 1024, 1024))
+
+    def read(dtype):
+        for _ in range(shape.num_experts):
+            yield ExpertWeights(one.gate[0].clone(), one.up[0].clone(), one.down[0].clone())
+
+    def load() -> OneDNNEngine:
+        engine = OneDNNEngine(EngineSpec(0, shape, 3, 0), read)
+        engine.load()
+        return engine
+
+    load()
+    gc.collect()
+    give_back_memory()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        pytest.skip(f"this system does not forget the most memory there was: {error}")
+    before = resident_memory()
+    engine = load()
+    assert least < resident_memory("VmHWM") - before < least + 4 * sampled(shape) * 6 * MB, "as MemoryNeed has it"
+    assert engine.nbytes == least
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="no large pages here")
+def test_large_pages():
+    memory = in_large_pages(torch.empty(64 * MB, dtype=torch.uint8))
+    flags: list[str] = []
+    for mapping in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())[1:]:
+        first, last = (int(address, 16) for address in mapping.split()[0].split("-"))
+        if first <= memory.data_ptr() + 32 * MB < last:
+            flags = mapping.partition("VmFlags:")[2].split()
+    assert "hg" in flags, "proc_pid_smaps(5): hugepage advise flag"
 
 
 def small_kernel(kind="AMXBF16", directory=None):

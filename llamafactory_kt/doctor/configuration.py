@@ -148,8 +148,8 @@ def _placement(args: Any, model: Any, experts: Any, adapters: Any, itemsize: int
     yield ok("experts", f"layers {layers} on the CPU; {how}")
     free, needed = available_memory(), need.on_cpu(others_on_gpu=gpus > 0)
     text = (
-        f"about {gib(needed)} while loading (experts {gib(need.experts)}, their LoRA {gib(need.lora)}, the layer being "
-        f"read {gib(need.layer)}{'' if gpus else f', everything else {gib(need.others)}'}); {gib(free)} free"
+        f"about {gib(needed)} while loading (experts {gib(need.experts)}, their LoRA {gib(need.lora)}, in use only "
+        f"while they are read {gib(need.loading)}{'' if gpus else f', everything else {gib(need.others)}'}); {gib(free)} free"
     )
     if needed > free:
         yield error("CPU memory", text, "Free memory, use a machine with more, or a smaller model.")

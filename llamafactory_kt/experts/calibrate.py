@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..adapters import ExpertLora, ExpertsShape
 from ..adapters.keys import PROJECTIONS
+from ..used_memory import in_large_pages
 from .engine import Engine, EngineSpec
 from .kt_engine import KTEngine
 from .kt_runtime import settle_pool
@@ -116,7 +117,7 @@ def _layer(engine: Engine, task: dict[str, Any]) -> Callable[[int], None]:
     hidden, top_k = engine.spec.shape.hidden_size, engine.spec.num_experts_per_tok
     torch.manual_seed(0)
     count = 3 if task["attention"] else 0
-    attention = [torch.randn(hidden, hidden).mul_(hidden**-0.5).to(torch.bfloat16) for _ in range(count)]
+    attention = in_large_pages(torch.empty(count, hidden, hidden, dtype=torch.bfloat16)).normal_(std=hidden**-0.5)
 
     def layer(tokens: int) -> None:
         x = torch.randn(tokens, hidden).to(torch.bfloat16)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from ..adapters import ExpertLora, ExpertsShape
 from ..adapters.keys import PROJECTIONS
-from ..used_memory import expect_pages, forget_pages
+from ..used_memory import expect_pages, forget_pages, in_large_pages
 from .contract import ExpertsModule
 from .fp8 import FP8, Block, dequantize
 
@@ -54,7 +54,7 @@ class LayerWeights:
         hidden, intermediate = padded
         make = torch.empty if padded == (shape.hidden_size, shape.intermediate_size) else torch.zeros
         sizes = (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
-        stacks = [make(shape.num_experts, *size, dtype=dtype, device="cpu") for size in sizes]
+        stacks = [in_large_pages(make(shape.num_experts, *size, dtype=dtype, device="cpu")) for size in sizes]
         for number, expert in enumerate(experts):
             for stack, matrix in zip(stacks, expert, strict=True):
                 stack[number, : matrix.shape[0], : matrix.shape[1]].copy_(matrix)

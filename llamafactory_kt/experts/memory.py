@@ -10,6 +10,7 @@ from torch import nn
 from ..adapters import AdapterSet
 from .contract import ExpertsModule
 from .methods import METHODS, PackedShape
+from .onednn_engine import sampled
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,14 @@ class MemoryNeed:
     """packed base weights of all layers"""
     lora: int
     """the experts' LoRA"""
-    layer: int
-    """the layer that is being read, on top of the packed ones, while loading"""
+    loading: int
+    """on top of all others while loading: the layer that is being read, or what is measured meanwhile"""
     others: int
     """everything but routed experts, wherever it goes"""
 
     def on_cpu(self, others_on_gpu: bool) -> int:
         """The most that loading takes of the CPU's memory."""
-        return self.experts + self.layer + self.lora + (0 if others_on_gpu else self.others)
+        return self.experts + self.loading + self.lora + (0 if others_on_gpu else self.others)
 
 
 def memory_need(
@@ -53,12 +54,19 @@ def memory_need(
     if (method := METHODS.get(backend)) is not None:
         packed = [PackedShape.of(method, m.shape, pools).nbytes for m in experts]
     names = {f"{module.name}.{weight}" for module in experts for weight in ("gate_up_proj", "down_proj")}
+    others = [p.nbytes for n, p in model.named_parameters() if n not in names]
+    loading = 0 if stored else max(weights) * itemsize
+    if backend == "oneDNN":  # takes one expert at a time, and measures with some of them, and with a large layer
+        loading = max(
+            *(4 * sampled(m.shape) * size // m.shape.num_experts for m, size in zip(experts, packed, strict=True)),
+            2 * max(others),
+        )
     return MemoryNeed(
         experts=sum(packed),
         lora=sum(
             3 * m.shape.num_experts * adapters.rank(m.layer) * (m.shape.hidden_size + m.shape.intermediate_size) * 2
             for m in experts
         ),
-        layer=0 if stored else max(weights) * itemsize,
-        others=sum(p.nbytes for n, p in model.named_parameters() if n not in names),
+        loading=loading,
+        others=sum(others),
     )

@@ -1,4 +1,4 @@
-"""Experts in torch's own bfloat16 kernels (oneDNN), their weights packed where that is faster.
+"""Experts in torch's own bfloat16 kernels (oneDNN), their weights where those read them fastest.
 
 kt-kernel's workers spin between layers and take the cores from torch's threads; where cores are few and torch computes
 the attention on them too, torch's own threads are faster. Packed or not, the memory is the same.
@@ -6,18 +6,21 @@ the attention on them too, torch's own threads are faster. Packed or not, the me
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch.nn import functional as F
 
-from ..adapters import ExpertLora
+from ..adapters import ExpertLora, ExpertsShape
 from ..adapters.keys import PROJECTIONS
 from .engine import Engine, Undo
-from .packing import faster_packed, linear, pack, size_of
+from .layer_tensors import ExpertWeights
+from .packing import faster_packed, linear, placing
 
-_SAMPLES = 8
-"""experts whose products are timed"""
+
+def sampled(shape: ExpertsShape) -> int:
+    """Experts whose products are timed: so many that caches do not hold them."""
+    return max(1, min(8, shape.num_experts, 2**28 // (3 * shape.hidden_size * shape.intermediate_size * 2)))
 
 
 class OneDNNEngine(Engine):
@@ -29,18 +32,18 @@ class OneDNNEngine(Engine):
     _lora_nbytes = 0
 
     def load(self) -> None:
+        shape = self.spec.shape
+        sizes = (2 * shape.intermediate_size, shape.hidden_size), (shape.hidden_size, shape.intermediate_size)
         experts = iter(self._read_experts(torch.bfloat16))
-        first = [(torch.cat((gate, up)), down.clone()) for gate, up, down in islice(experts, _SAMPLES)]
-        packed = faster_packed({size_of(side[0]): side for side in zip(*first, strict=True)})
-
-        def placed(weight: torch.Tensor) -> torch.Tensor:
-            return pack(weight) if size_of(weight) in packed else weight
-
-        self._weights = [(placed(gate_up), placed(down)) for gate_up, down in first]
-        del first
-        for gate, up, down in experts:
-            down = placed(down)
-            self._weights.append((placed(torch.cat((gate, up))), down if down.is_mkldnn else down.clone()))
+        first = [ExpertWeights(*map(torch.clone, expert)) for expert in islice(experts, sampled(shape))]
+        sides = [torch.cat((gate, up)) for gate, up, _ in first], [down for _, _, down in first]
+        packed = faster_packed(dict(zip(sizes, sides, strict=True)))
+        del sides
+        gate_up_place, down_place = (placing(size, shape.num_experts, size in packed) for size in sizes)
+        self._weights = [
+            (gate_up_place(number, gate, up), down_place(number, down))
+            for number, (gate, up, down) in enumerate(chain(first, experts))
+        ]
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:
         before = self._lora, self._lora_nbytes, self.lora_rank

@@ -1,4 +1,4 @@
-"""oneDNN's layout for the weights of bfloat16 products, and where it is worth having.
+"""Where the weights of bfloat16 products are read fastest: in oneDNN's layout, or plain in large pages.
 
 Packing saves oneDNN from reading plain weights row by row. With AVX-512 it was faster for every size that was tried;
 with AMX it took from 0.8 to 1.5 times as long as the plain product, depending on the size. So it is measured.
@@ -13,6 +13,7 @@ from time import perf_counter
 import torch
 from torch.nn import functional as F
 
+from ..used_memory import in_large_pages
 from .remembered import Remembered
 
 Size = tuple[int, int]
@@ -55,6 +56,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return out
 
 
+def placing(size: Size, count: int, packed: bool) -> Callable[..., torch.Tensor]:
+    """Where weights of a size go for good.
+
+    Args:
+        count: how many there will be; plain ones share one block of memory.
+
+    Returns:
+        A call (number of the weight, its rows in one tensor or several, [..., in] each) -> the weight in its place.
+    """
+    if packed:
+        return lambda _, *rows: pack(torch.cat(rows) if len(rows) > 1 else rows[0])
+    block = in_large_pages(torch.empty(count, *size, dtype=torch.bfloat16, device="cpu"))
+    return lambda number, *rows: torch.cat(rows, out=block[number])
+
+
 @torch.inference_mode()
 def faster_packed(samples: Mapping[Size, Sequence[torch.Tensor]]) -> set[Size]:
     """The sizes of weights whose product with one row, as in a chat's answers, is faster with packed weights.
@@ -92,9 +108,13 @@ def _recalled() -> dict[Size, float]:
         return {}
 
 
-def _measure(plain: Mapping[Size, Sequence[torch.Tensor]]) -> dict[Size, float]:
-    packed = {size: [pack(weight) for weight in weights] for size, weights in plain.items()}
-    ratios: dict[Size, list[float]] = {size: [] for size in plain}
+def _measure(samples: Mapping[Size, Sequence[torch.Tensor]]) -> dict[Size, float]:
+    def placed(packed: bool) -> dict[Size, list[torch.Tensor]]:
+        places = {size: placing(size, len(weights), packed) for size, weights in samples.items()}
+        return {size: [places[size](n, weight) for n, weight in enumerate(samples[size])] for size in samples}
+
+    packed, plain = placed(True), placed(False)
+    ratios: dict[Size, list[float]] = {size: [] for size in samples}
     for turn in range(_TURNS + 1):
         for size, found in ratios.items():
             x = torch.ones(1, size[1], dtype=torch.bfloat16)

@@ -150,7 +150,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         )
         if (needed := need.on_cpu(on_gpu)) > (free := available_memory()):
             raise KTMemoryError(
-                f"The experts of {len(checkpoint.modules)} layers need {gib(need.experts)}, with the layer being read and the rest of "
+                f"The experts of {len(checkpoint.modules)} layers need {gib(need.experts)}, with what loading takes and the rest of "
                 f"the model {gib(needed)}; {gib(free)} are free. Free memory, use a machine with more, or a smaller model."
             )
 

@@ -144,7 +144,7 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
 
 
 def _apply(model: Any, model_args: Any) -> Any:
-    from ..experts.packed_linear import pack_linears
+    from ..experts.prepared_layers import prepare_layers
     from ..lora import apply_adapter
     from ..report import debug_structure
 
@@ -152,7 +152,7 @@ def _apply(model: Any, model_args: Any) -> Any:
     if model._kt_adapters.adapters:
         model, report = apply_adapter(model, model._kt_adapters, model_args.kt_lora_scope)
         logger.info("Loaded adapter(s): %s", ",".join(model_args.adapter_name_or_path or [model_args.kt_moe_lora_path]))
-    pack_linears(base)
+    prepare_layers(base)
     model._kt_show_stats = model_args.kt_stats
     announce(model, report)
     if model_args.kt_debug:

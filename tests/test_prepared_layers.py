@@ -16,16 +16,16 @@ from tiny import ARCHITECTURES, make_adapter, make_model, merged_float32, per_to
 from torch import nn
 
 from llamafactory_kt import apply_adapter, switch_adapter
-from llamafactory_kt.experts import packed_linear, packing
+from llamafactory_kt.experts import packing, prepared_layers
 from llamafactory_kt.experts.inference_lora import FEW_ROWS, InferenceLora
-from llamafactory_kt.experts.packed_linear import PackedLinear, pack_linears
+from llamafactory_kt.experts.prepared_layers import PackedLinear, prepare_layers
 
 pytestmark = needs_onednn
 
 
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch):
-    monkeypatch.setattr(packed_linear, "SMALLEST", 0)
+    monkeypatch.setattr(prepared_layers, "SMALLEST", 0)
 
 
 def names(model: nn.Module) -> set[str]:
@@ -37,7 +37,7 @@ def test_against_float32(bias):
     model = nn.Sequential(nn.Linear(96, 160, bias=bias, dtype=torch.bfloat16))
     plain = nn.Linear(96, 160, bias=bias).requires_grad_(False)
     plain.load_state_dict(model[0].state_dict())
-    pack_linears(model)
+    prepare_layers(model)
     assert type(model[0]) is PackedLinear and model[0].weight.shape == (160, 96)
     assert model[0].weight.dtype == torch.bfloat16 and not model[0].weight.requires_grad
     hidden = torch.randn(2, 7, 96).to(torch.bfloat16)
@@ -119,8 +119,8 @@ def lora_layer(**settings: object) -> tuple[nn.Module, nn.Module]:
 def test_lora_against_peft_in_float32(monkeypatch, packed, rows):
     model, reference = lora_layer()
     if not packed:
-        monkeypatch.setattr(packed_linear, "faster_packed", lambda samples: set())
-    pack_linears(model)
+        monkeypatch.setattr(prepared_layers, "faster_packed", lambda samples: set())
+    prepare_layers(model)
     layer = model.base_model.model[0]
     assert type(layer.base_layer) is (PackedLinear if packed else nn.Linear)
     assert {type(variant) for variant in layer.lora_variant.values()} == {InferenceLora}
@@ -146,7 +146,7 @@ def test_lora_against_peft_in_float32(monkeypatch, packed, rows):
 def test_lora_with_a_bias_is_left_to_peft():
     model, reference = lora_layer(lora_bias=True)
     x = torch.randn(2, FEW_ROWS, 96).to(torch.bfloat16)
-    pack_linears(model)
+    prepare_layers(model)
     assert not model.base_model.model[0].lora_variant
     torch.testing.assert_close(model(x).float(), reference(x.float()), rtol=0.02, atol=0.02)
 
@@ -158,7 +158,7 @@ def test_every_architecture(tmp_path, architecture):
     wanted = logits(merged_float32(path, []))
     model = load(path, "oneDNN")
     stock = per_token(logits(model), wanted)
-    pack_linears(model)
+    prepare_layers(model)
     assert per_token(logits(model), wanted) < 2 * stock
     assert names(model) >= {"o_proj", "lm_head"} and not names(model) & {"gate", "shared_expert_gate"}
     assert not any(type(module) is nn.Linear for module in model.model.layers[-1].self_attn.modules())
@@ -170,7 +170,7 @@ def test_adapters_come_and_go(tmp_path):
     two = make_adapter(tmp_path / "two", path, rank=3, alpha=4, seed=2)
     wanted = {key: logits(merged_float32(path, list(key))) for key in [(), (one,), (two,)]}
     model, _ = apply_adapter(load(path, "oneDNN", adapter=[str(one)]), one)
-    pack_linears(model)
+    prepare_layers(model)
     assert per_token(logits(model), wanted[one,]) < 0.03
     for adapter in (two, None, one):
         switch_adapter(model, adapter)
@@ -186,7 +186,7 @@ def test_adapters_that_read_the_weights(tmp_path):
     lora = make_adapter(tmp_path / "lora", path, rank=5, alpha=10)
     base = load(path, "oneDNN", adapter=[str(lora)])
     plain = names(base), logits(base)
-    pack_linears(base)
+    prepare_layers(base)
     every = names(base)
     model, _ = apply_adapter(base, tmp_path / "dora")
     for _ in range(2):
@@ -197,25 +197,47 @@ def test_adapters_that_read_the_weights(tmp_path):
         switch_adapter(model, tmp_path / "dora")
     switch_adapter(model, None)
     assert names(model) == every
-    with packed_linear.changing_layers(model, weights_are_read=True):
+    with prepared_layers.changing_layers(model, weights_are_read=True):
         assert not names(model)
         assert torch.equal(logits(model), plain[1]), "bit by bit the weights there were"
+
+
+@pytest.fixture
+def none_packed(monkeypatch):
+    monkeypatch.setattr(prepared_layers, "faster_packed", lambda samples: set())
+
+
+def test_plain_weights_are_placed_once(tmp_path, none_packed):
+    """In one block for each size, where an exchange of adapters leaves them."""
+    path = make_model(tmp_path / "model", "deepseek_v2")
+    lora = make_adapter(tmp_path / "lora", path, rank=5, alpha=10)
+    model = load(path, "oneDNN", adapter=[str(lora)])
+    wanted = logits(model)
+    layers = [layer.self_attn.o_proj for layer in model.model.layers]
+    prepare_layers(model)
+    assert torch.equal(logits(model), wanted) and not names(model)
+    addresses = [layer.weight.data_ptr() for layer in layers]
+    size = layers[0].weight.nbytes
+    assert addresses == list(range(addresses[0], addresses[0] + len(layers) * size, size))
+    apply_adapter(model, lora)
+    switch_adapter(model, None)
+    assert [layer.weight.data_ptr() for layer in layers] == addresses
 
 
 def test_what_two_layers_share_is_left(tmp_path):
     path = make_model(tmp_path / "model", "qwen3_moe", tie_word_embeddings=True)
     model = load(path, "oneDNN")
-    pack_linears(model)
+    prepare_layers(model)
     assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_other_types_and_small_weights_are_left(monkeypatch):
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, dtype=torch.float16))
-    pack_linears(model)
+    prepare_layers(model)
     assert {type(layer) for layer in model} == {nn.Linear}
-    monkeypatch.setattr(packed_linear, "SMALLEST", 64 * 64 * 2 + 1)
+    monkeypatch.setattr(prepared_layers, "SMALLEST", 64 * 64 * 2 + 1)
     model = nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16))
-    pack_linears(model)
+    prepare_layers(model)
     assert type(model[0]) is nn.Linear
 
 

@@ -1,7 +1,7 @@
-"""The layers around the experts, on the CPU, prepared for inference: packed weights where they are faster, and LoRA.
+"""The layers around the experts, on the CPU, prepared for inference: weights where they are read fastest, LoRA in few steps.
 
 On two cores with AVX-512, packing made a token of a model like DeepSeek-V2-Lite a sixth faster, of which the output
-layer is the largest part.
+layer is the largest part; on two with AMX, large pages made it a fifteenth faster, the experts' included.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .crossing import SHARED_EXPERTS
 from .inference_lora import InferenceLora, take_over
 from .module import KTExperts
 from .openmp import release_team
-from .packing import SMALLEST, Size, faster_packed, linear, onednn_problem, pack, size_of
+from .packing import SMALLEST, Size, faster_packed, linear, onednn_problem, placing, size_of
 
 _SAMPLES = 2
 """layers of each size whose products are timed"""
-_DONE = "_kt_layers_packed"
-"""set on a model by :func:`pack_linears`"""
+_PREPARED = "_kt_prepared"
+"""set on a model, and on each layer whose weight is where it is to stay"""
 
 
 class PackedLinear(nn.Linear):
@@ -37,9 +37,9 @@ class PackedLinear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-def pack_linears(model: nn.Module) -> None:
+def prepare_layers(model: nn.Module) -> None:
     """Prepare attention, dense MLPs, shared experts and the output layer for inference, those that are on the CPU in
-    bfloat16: pack the weights of sizes that are faster packed, and have their LoRA computed in fewer steps.
+    bfloat16: put their weights where :func:`~.packing.placing` says, and have their LoRA computed in fewer steps.
 
     Routers stay as they are, as models read their weights themselves; so do weights that two layers share, and those
     below DoRA.
@@ -52,24 +52,28 @@ def pack_linears(model: nn.Module) -> None:
     layers: dict[Size, list[nn.Linear]] = defaultdict(list)
     for layer in _linears(model):
         layers[size_of(layer.weight)].append(layer)
-    for size in faster_packed({size: [layer.weight for layer in same[:_SAMPLES]] for size, same in layers.items()}):
-        for layer in layers[size]:
+    packed = faster_packed({size: [layer.weight for layer in same[:_SAMPLES]] for size, same in layers.items()})
+    for size, same in layers.items():
+        place = placing(size, len(same), size in packed)
+        for number, layer in enumerate(same):
             plain = layer.weight.detach()
-            layer.weight = nn.Parameter(pack(plain), requires_grad=False)
-            layer.__class__ = PackedLinear  # PEFT and hooks hold the object
+            layer.weight = nn.Parameter(place(number, plain), requires_grad=False)
+            layer.__class__ = PackedLinear if size in packed else nn.Linear  # PEFT and hooks hold the object
+            vars(layer)[_PREPARED] = True
             forget_pages(plain)
             del plain
     for module in model.modules():
         if isinstance(module, LoraLayer) and _computes_in_bfloat16(module.get_base_layer()):
             take_over(module)
-    vars(model)[_DONE] = True
+    vars(model)[_PREPARED] = True
     give_back_memory()
     release_team()
 
 
 @contextlib.contextmanager
 def changing_layers(model: nn.Module, weights_are_read: bool) -> Iterator[None]:
-    """While PEFT changes a model's layers; what :func:`pack_linears` did to them is undone where need be, and done again.
+    """While PEFT changes a model's layers, and what :func:`prepare_layers` did to them is undone where need be; afterwards
+    those that are not prepared are.
 
     Args:
         weights_are_read: give the layers their plain weights meanwhile.
@@ -78,11 +82,12 @@ def changing_layers(model: nn.Module, weights_are_read: bool) -> Iterator[None]:
     for layer in packed if weights_are_read else ():
         layer.weight = nn.Parameter(layer.weight.detach().to_dense(), requires_grad=False)
         layer.__class__ = nn.Linear
+        del vars(layer)[_PREPARED]
     try:
         yield
     finally:
-        if _DONE in vars(model):
-            pack_linears(model)
+        if _PREPARED in vars(model):
+            prepare_layers(model)
 
 
 def _linears(model: nn.Module) -> Iterator[nn.Linear]:
@@ -90,7 +95,9 @@ def _linears(model: nn.Module) -> Iterator[nn.Linear]:
     every = (p for _, p in model.named_parameters(remove_duplicate=False))
     addresses = Counter(p.data_ptr() for p in every if p.layout == torch.strided)
     for module in model.modules():
-        if type(module) is nn.Linear and _computes_in_bfloat16(module) and id(module) not in left:
+        if _PREPARED in vars(module) or id(module) in left:
+            continue
+        if type(module) is nn.Linear and _computes_in_bfloat16(module):
             weight = module.weight
             if weight.nbytes >= SMALLEST and weight.is_contiguous() and addresses[weight.data_ptr()] == 1:
                 yield module

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,12 @@ def test_measuring_for_real(monkeypatch):
     monkeypatch.setattr(calibration, "SMALLEST_LAYER", 0)
     best, reason = choose(PLANS[:1] + PLANS[2:], ExpertsShape(12, 256, 192), 3, 1, 64, False, recalibrate=True)
     assert best in PLANS and reason.count("ms a token") == 2
+
+
+def test_a_measuring_process_that_fails_says_why():
+    facts = {"layer": [4, -1, 8, 1, 1, 8], "attention": False, "plans": [asdict(plan) for plan in PLANS[2:]]}
+    with pytest.raises(ValueError, match=r"ended with 1: RuntimeError: .* negative dimension -1"):
+        calibration._measure(facts, 4)
 
 
 RUN = """

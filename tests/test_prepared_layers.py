@@ -79,13 +79,13 @@ def test_sizes_that_are_faster_packed(timed):
 
 
 @pytest.mark.parametrize("damage", [None, "", "[]", '{"facts": 1, "measured": []}', "text"])
-def test_measured_sizes_are_remembered(timed, damage, tmp_path):
+def test_measured_sizes_are_remembered(timed, damage, tmp_path, monkeypatch):
     """By later processes, together with those measured then, until they are to be forgotten or their file is damaged."""
     assert packing.faster_packed({(64, 64): SAMPLES[64, 64]}) == {(64, 64)}
     (file,) = (tmp_path / "calibration").iterdir()
     if damage is not None:
         content = json.loads(file.read_text())
-        content["measured"][0][2] = damage
+        content["measured"][0][3] = damage
         file.write_text(json.dumps(content) if damage.isalpha() else damage)
     once = 2 * 2 * 6
     until_now = once if damage is None else 2 * once
@@ -97,6 +97,11 @@ def test_measured_sizes_are_remembered(timed, damage, tmp_path):
     packing.forget_measured()
     packing.faster_packed(SAMPLES)
     assert len(timed) == until_now + 2 * once
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    packing.faster_packed(SAMPLES)
+    assert len(timed) == until_now + 4 * once, "with other threads"
+    packing.forget_measured()
+    assert not [*(tmp_path / "calibration").iterdir()]
 
 
 def lora_layer(**settings: object) -> tuple[nn.Module, nn.Module]:

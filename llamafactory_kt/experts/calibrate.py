@@ -49,13 +49,16 @@ def main() -> None:
         context.Process(target=_serve, args=(theirs, Plan(**plan), task), daemon=True).start()
         theirs.close()  # so that a process that ends is noticed
         pipes.append(pipe)
-    for pipe in pipes:
-        pipe.recv()  # all of them load at once; nothing is measured before
     turns: list[list[tuple[float, float]]] = [[] for _ in pipes]
-    for _ in range(_TURNS):
-        for pipe, times in zip(pipes, turns, strict=True):
-            pipe.send("your turn")
-            times.append(pipe.recv())
+    try:
+        for pipe in pipes:
+            pipe.recv()  # all of them load at once; nothing is measured before
+        for _ in range(_TURNS):
+            for pipe, times in zip(pipes, turns, strict=True):
+                pipe.send("your turn")
+                times.append(pipe.recv())
+    except (EOFError, OSError):
+        sys.exit(1)  # the process that ended has said why
     medians = (map(statistics.median, zip(*times, strict=True)) for times in turns)
     print(json.dumps([dict(zip(("decode", "prefill"), pair, strict=True)) for pair in medians]), flush=True)
 

@@ -23,8 +23,9 @@ SMALLEST = 2**20
 """bytes of a weight; smaller ones are in the CPU's cache, and calling is what they cost"""
 
 _TURNS = 5
-_known: dict[Size, float] = {}
-"""what was measured or recalled in this process: the time with packed weights over that with plain ones"""
+_MEMORY = Remembered({"packed over plain": "threads, out, in, ratio of times"})
+_known: dict[tuple[int, Size], float] = {}
+"""what was measured or recalled in this process, with so many threads: the time with packed weights over that with plain"""
 
 
 def onednn_problem() -> str | None:
@@ -82,28 +83,24 @@ def faster_packed(samples: Mapping[Size, Sequence[torch.Tensor]]) -> set[Size]:
         samples: plain weights in bfloat16 by their size; the more there are, the surer the cache holds none.
     """
     small = {size for size, weights in samples.items() if weights[0].nbytes < SMALLEST}
-    large = {size: weights for size, weights in samples.items() if size not in small}
-    if not large.keys() <= _known.keys():
+    large = {size: (torch.get_num_threads(), size) for size in samples if size not in small}
+    if any(key not in _known for key in large.values()):
         _known.update(_recalled())
-    if unknown := {size: weights for size, weights in large.items() if size not in _known}:
-        _known.update(_measure(unknown))
-        _memory().keep([[*size, ratio] for size, ratio in _known.items()])
-    return small | {size for size in large if _known[size] < 1}
+    if unknown := {size: samples[size] for size, key in large.items() if key not in _known}:
+        _known.update({large[size]: ratio for size, ratio in _measure(unknown).items()})
+        _MEMORY.keep([[threads, *size, ratio] for (threads, size), ratio in _known.items()])
+    return small | {size for size, key in large.items() if _known[key] < 1}
 
 
 def forget_measured() -> None:
     """Have the next load measure again."""
     _known.clear()
-    _memory().forget()
+    _MEMORY.forget()
 
 
-def _memory() -> Remembered:
-    return Remembered({"packed over plain": "(out, in, ratio of times)", "threads": torch.get_num_threads()})
-
-
-def _recalled() -> dict[Size, float]:
+def _recalled() -> dict[tuple[int, Size], float]:
     try:
-        return {(int(rows), int(columns)): float(ratio) for rows, columns, ratio in _memory().recall()}
+        return {(int(n), (int(rows), int(columns))): float(ratio) for n, rows, columns, ratio in _MEMORY.recall()}
     except (TypeError, ValueError):
         return {}
 

@@ -89,7 +89,7 @@ def batch(shape: ExpertsShape, tokens: int, seed=2):
 @needs_onednn
 @pytest.mark.parametrize("packed", [set(), {(14, 33)}, {(33, 7)}], ids=str)
 def test_onednn_with_weights_that_are_not_packed(monkeypatch, packed):
-    monkeypatch.setattr(onednn_engine, "faster_packed", lambda samples: packed & set(samples))
+    monkeypatch.setattr(onednn_engine, "faster_packed", lambda sizes, sample: packed & set(sizes))
     shape = ExpertsShape(4, 33, 7)
     weights, lora, given = layer(shape), lora_for(shape, rank=5, scaling=3.2), batch(shape, 37)
     engine = make_engine("oneDNN", shape, weights)

@@ -15,7 +15,7 @@ from ..adapters import ExpertLora, ExpertsShape
 from ..adapters.keys import PROJECTIONS
 from .engine import Engine, Undo
 from .layer_tensors import ExpertWeights
-from .packing import faster_packed, linear, placing
+from .packing import Size, faster_packed, linear, placing
 
 
 def sampled(shape: ExpertsShape) -> int:
@@ -35,10 +35,13 @@ class OneDNNEngine(Engine):
         shape = self.spec.shape
         sizes = (2 * shape.intermediate_size, shape.hidden_size), (shape.hidden_size, shape.intermediate_size)
         experts = iter(self._read_experts(torch.bfloat16))
-        first = [ExpertWeights(*map(torch.clone, expert)) for expert in islice(experts, sampled(shape))]
-        sides = [torch.cat((gate, up)) for gate, up, _ in first], [down for _, _, down in first]
-        packed = faster_packed(dict(zip(sizes, sides, strict=True)))
-        del sides
+        first: list[ExpertWeights] = []
+
+        def sample() -> dict[Size, list[torch.Tensor]]:
+            first.extend(ExpertWeights(*map(torch.clone, expert)) for expert in islice(experts, sampled(shape)))
+            return {sizes[0]: [torch.cat((gate, up)) for gate, up, _ in first], sizes[1]: [e.down for e in first]}
+
+        packed = faster_packed(sizes, sample)
         gate_up_place, down_place = (placing(size, shape.num_experts, size in packed) for size in sizes)
         self._weights = [
             (gate_up_place(number, gate, up), down_place(number, down))

@@ -6,7 +6,8 @@ with AMX it took from 0.8 to 1.5 times as long as the plain product, depending o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from math import prod
 from statistics import median
 from time import perf_counter
 
@@ -73,21 +74,24 @@ def placing(size: Size, count: int, packed: bool) -> Callable[..., torch.Tensor]
 
 
 @torch.inference_mode()
-def faster_packed(samples: Mapping[Size, Sequence[torch.Tensor]]) -> set[Size]:
+def faster_packed(sizes: Collection[Size], sample: Callable[[], Mapping[Size, Sequence[torch.Tensor]]]) -> set[Size]:
     """The sizes of weights whose product with one row, as in a chat's answers, is faster with packed weights.
 
     Each size is measured once on a machine, in turn with the others, so that weights come from memory and not from the
     CPU's cache. Small ones are counted in without measuring, which would show little but noise.
 
     Args:
-        samples: plain weights in bfloat16 by their size; the more there are, the surer the cache holds none.
+        sample: called where one of them has yet to be measured: plain weights in bfloat16 by their size; the more there are,
+            the surer the cache holds none.
     """
-    small = {size for size, weights in samples.items() if weights[0].nbytes < SMALLEST}
-    large = {size: (torch.get_num_threads(), size) for size in samples if size not in small}
+    small = {size for size in sizes if 2 * prod(size) < SMALLEST}
+    large = {size: (torch.get_num_threads(), size) for size in sizes if size not in small}
     if any(key not in _known for key in large.values()):
         _known.update(_recalled())
-    if unknown := {size: samples[size] for size, key in large.items() if key not in _known}:
-        _known.update({large[size]: ratio for size, ratio in _measure(unknown).items()})
+    if unknown := {size for size, key in large.items() if key not in _known}:
+        samples = sample()
+        found = _measure({size: samples[size] for size in unknown})
+        _known.update({large[size]: ratio for size, ratio in found.items()})
         _MEMORY.keep([[threads, *size, ratio] for (threads, size), ratio in _known.items()])
     return small | {size for size, key in large.items() if _known[key] < 1}
 

@@ -52,7 +52,7 @@ def prepare_layers(model: nn.Module) -> None:
     layers: dict[Size, list[nn.Linear]] = defaultdict(list)
     for layer in _linears(model):
         layers[size_of(layer.weight)].append(layer)
-    packed = faster_packed({size: [layer.weight for layer in same[:_SAMPLES]] for size, same in layers.items()})
+    packed = faster_packed(layers, lambda: {size: [x.weight for x in same[:_SAMPLES]] for size, same in layers.items()})
     for size, same in layers.items():
         place = placing(size, len(same), size in packed)
         for number, layer in enumerate(same):

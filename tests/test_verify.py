@@ -116,9 +116,9 @@ def test_base_weights_that_are_wrong(loaded):
     engine = kt_wrappers(chat.model)[0].engine
     if engine.name != "torch":
         pytest.skip("the kernel's packed weights cannot be changed in place")
-    engine._weights.up[3] *= 1.05
+    engine._weights[3].up.mul_(1.05)
     first = next(verify_layers(chat.model, inputs, reference))
-    engine._weights.up[3] /= 1.05
+    engine._weights[3].up.div_(1.05)
     assert first.problem.startswith("expert 3: without LoRA the output is off by 0.0") and first.worst_expert == 3
 
 

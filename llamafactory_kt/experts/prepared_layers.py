@@ -16,7 +16,7 @@ from torch import nn
 
 from ..used_memory import forget_pages, give_back_memory
 from .crossing import SHARED_EXPERTS
-from .inference_lora import InferenceLora, take_over
+from .inference_lora import take_over
 from .module import KTExperts
 from .openmp import release_team
 from .packing import SMALLEST, Size, faster_packed, linear, onednn_problem, placing, size_of
@@ -117,5 +117,5 @@ def _read_by_others(model: nn.Module) -> Iterator[nn.Module]:
             yield from (module for child in beside for module in child.modules())
         if isinstance(block, LoraLayer):
             yield from (*block.lora_A.values(), *block.lora_B.values())
-            if any(type(variant) is not InferenceLora for variant in block.lora_variant.values()):
+            if block.lora_variant:
                 yield block.get_base_layer()

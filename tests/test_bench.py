@@ -208,6 +208,9 @@ def test_synthetic_models_are_complete(tmp_path, monkeypatch, architecture):
     loaded, info = AutoModelForCausalLM.from_pretrained(made.model, dtype=torch.bfloat16, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert made.weights.total == sum(2 * t.numel() for t in loaded.state_dict().values())
+    assert loaded.get_input_embeddings().weight.detach().float().std().item() == pytest.approx(1, rel=0.1), (
+        "as large as what layers add"
+    )
     ids = torch.arange(40)[None]
     with torch.no_grad():
         assert loaded(ids).logits.isfinite().all()

@@ -100,6 +100,28 @@ def test_onednn_with_weights_that_are_not_packed(monkeypatch, packed):
     assert {size for size, layout in layouts.items() if layout != torch.strided} == packed
 
 
+@needs_onednn
+@pytest.mark.parametrize("rows", [1, 11, 30, 10**6])
+def test_onednn_computes_experts_in_groups(monkeypatch, rows):
+    """Each alone, some together with others beside them that have more rows than a group, and all in one."""
+    monkeypatch.setattr(onednn_engine, "GROUPED_ROWS", rows)
+    shape = ExpertsShape(7, 33, 8)
+    weights, lora, (x, index, scores) = layer(shape), lora_for(shape, rank=5, scaling=3.2), batch(shape, 37)
+    index[:30, 0] = 3  # most tokens choose this expert (some of them twice), and none the last one
+    index[index == 6] = 2
+    engine = make_engine("oneDNN", shape, weights)
+    assert rel(engine.forward(x, index, scores), reference(weights, None, x, index, scores)) < 0.01
+    engine.set_lora(lora)
+    assert rel(engine.forward(x, index, scores), reference(weights, lora, x, index, scores)) < 0.01
+    assert engine.lora_nbytes == onednn_engine.lora_size(shape, 5), "as MemoryNeed has it"
+
+
+def test_groups():
+    """Experts without rows are in none; a group takes no more rows than are computed together, but for one expert's own."""
+    groups = onednn_engine._groups([0, 100, 28, 1, 0, 127, 300, 5, 0])
+    assert groups == [{1: 100, 2: 28}, {3: 1, 5: 127}, {6: 300}, {7: 5}] and onednn_engine.GROUPED_ROWS == 128
+
+
 @pytest.fixture(autouse=True, scope="module")
 def worker_threads():
     from llamafactory_kt.experts.kt_runtime import settle_pool

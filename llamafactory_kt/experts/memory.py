@@ -10,7 +10,7 @@ from torch import nn
 from ..adapters import AdapterSet
 from .contract import ExpertsModule
 from .methods import METHODS, PackedShape
-from .onednn_engine import sampled
+from .onednn_engine import lora_size, sampled
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,20 @@ def memory_need(
     names = {f"{module.name}.{weight}" for module in experts for weight in ("gate_up_proj", "down_proj")}
     others = [p.nbytes for n, p in model.named_parameters() if n not in names]
     loading = 0 if stored else max(weights) * itemsize
+    ranks = [adapters.rank(module.layer) for module in experts]
+    lora = [
+        3 * m.shape.num_experts * rank * (m.shape.hidden_size + m.shape.intermediate_size) * 2
+        for m, rank in zip(experts, ranks, strict=True)
+    ]
     if backend == "oneDNN":  # takes one expert at a time, and measures with some of them, and with a large layer
+        lora = [lora_size(module.shape, rank) for module, rank in zip(experts, ranks, strict=True)]
         loading = max(
             *(4 * sampled(m.shape) * size // m.shape.num_experts for m, size in zip(experts, packed, strict=True)),
             2 * max(others),
         )
     return MemoryNeed(
         experts=sum(packed),
-        lora=sum(
-            3 * m.shape.num_experts * adapters.rank(m.layer) * (m.shape.hidden_size + m.shape.intermediate_size) * 2
-            for m in experts
-        ),
+        lora=sum(lora),
         loading=loading,
         others=sum(others),
     )

@@ -27,6 +27,11 @@ def sampled(shape: ExpertsShape) -> int:
     return max(1, min(8, shape.num_experts, 2**28 // (3 * shape.hidden_size * shape.intermediate_size * 2)))
 
 
+def lora_size(shape: ExpertsShape, rank: int) -> int:
+    """Bytes of a LoRA as the engine holds it, float32 with gate's and up's B on a diagonal."""
+    return 4 * shape.num_experts * rank * (3 * shape.hidden_size + 5 * shape.intermediate_size)
+
+
 class OneDNNEngine(Engine):
     """The checkpoint's weights in bfloat16, gate and up side by side; sums in float32 inside each product."""
 
@@ -69,7 +74,10 @@ class OneDNNEngine(Engine):
         order = experts.argsort(stable=True)
         groups = _groups(torch.bincount(experts, minlength=len(self._weights)).tolist())
         sizes = [sum(group.values()) for group in groups]
-        tokens, scores = (order // index.shape[1]).split(sizes), weights.reshape(-1)[order].float()[:, None].split(sizes)
+        tokens, scores = (
+            (order // index.shape[1]).split(sizes),
+            weights.reshape(-1)[order].float()[:, None].split(sizes),
+        )
         x, out = hidden.to(torch.bfloat16), torch.zeros(hidden.shape, dtype=torch.float32)
         for group, token, score in zip(groups, tokens, scores, strict=True):
             out.index_add_(0, token, self._compute(group, x[token]) * score)

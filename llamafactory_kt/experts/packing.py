@@ -68,7 +68,8 @@ def placing(size: Size, count: int, packed: bool) -> Callable[..., torch.Tensor]
         A call (number of the weight, its rows in one tensor or several, [..., in] each) -> the weight in its place.
     """
     if packed:
-        return lambda _, *rows: pack(torch.cat(rows) if len(rows) > 1 else rows[0])
+        whole = in_large_pages(torch.empty(size, dtype=torch.bfloat16, device="cpu"))
+        return lambda _, *rows: pack(torch.cat(rows, out=whole) if len(rows) > 1 else rows[0])
     block = in_large_pages(torch.empty(count, *size, dtype=torch.bfloat16, device="cpu"))
     return lambda number, *rows: torch.cat(rows, out=block[number])
 

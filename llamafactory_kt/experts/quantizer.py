@@ -26,6 +26,7 @@ from ..machine import available_memory, gib, usable_cores
 from ..peft_part import check_peft_part
 from ..progress import with_progress
 from ..used_memory import give_back_memory
+from .attention import widen_values
 from .calibration import choose
 from .checkpoint import ExpertsCheckpoint
 from .config import QUANT_METHOD, KTExpertsConfig
@@ -200,6 +201,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         arrange(self._plan)
         release_team()
         straighten_last_token(model)
+        widen_values(model)
         return model
 
     def is_serializable(self) -> bool:

@@ -1,0 +1,45 @@
+"""Attention on the CPU in models whose values have fewer dimensions than their keys: DeepSeek's, and those built like them.
+
+Torch's fused kernel wants sizes alike (``check_head_dim_size_cpp`` in torch 2.9's sdp_utils_cpp.cpp) and otherwise
+multiplies step by step through the whole matrix of scores. With zeros at the end of each value it is taken, and the result
+ends with zeros: for keys of 192 and values of 128 dimensions, that is ten times as fast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "kt_sdpa"
+
+
+def widen_values(model: Any) -> None:
+    """Have a model that computes its attention with torch's kernels pad its values on the CPU, if it needs that."""
+    sizes = ((getattr(m, "qk_head_dim", 0), getattr(m, "v_head_dim", 0)) for m in model.modules())
+    if model.config._attn_implementation == "sdpa" and any(0 < value < key for key, value in sizes):
+        model.set_attn_implementation(NAME)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """query, key [B, heads, T, d], value [B, heads, T, dv] -> ([B, T, heads, dv], None)."""
+    size = value.shape[-1]
+    if value.device.type == "cpu":
+        value = F.pad(value, (0, key.shape[-1] - size))
+    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return out[..., :size], None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,68 @@
+"""Attention whose values are narrower than its keys: torch's fused kernel computes it, and the result is the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_switch import load
+from tiny import make_model, rel
+from transformers import AutoModelForCausalLM
+
+from llamafactory_kt import KTExpertsConfig
+
+IDS = torch.randint(2, 1000, (3, 37), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+MASK[1, :9] = 0  # a shorter prompt in the batch
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """The head sizes of keys and values in each call of torch's attention."""
+    stock, sizes = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(query, key, value, **kwargs):
+        sizes.append((key.shape[-1], value.shape[-1]))
+        return stock(query, key, value, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    return sizes
+
+
+def answers(model) -> torch.Tensor:
+    """Logits of a prompt alone, of a batch with padding, and of a token after it."""
+    with torch.inference_mode():
+        alone = model(input_ids=IDS[:1]).logits
+        prompt = model(input_ids=IDS, attention_mask=MASK, use_cache=True)
+        more = torch.cat((MASK, MASK[:, :1] * 0 + 1), dim=1)
+        token = model(input_ids=IDS[:, :1], attention_mask=more, past_key_values=prompt.past_key_values)
+    return torch.cat([part[:, -5:].float().flatten() for part in (alone, prompt.logits, token.logits)])
+
+
+@pytest.mark.parametrize("architecture", ["deepseek_v2", "deepseek_v3"])
+def test_the_fused_kernel_gets_sizes_that_it_takes(tmp_path, attended, architecture):
+    path = make_model(tmp_path / "model", architecture, dtype=torch.float32)
+    stock = answers(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+    assert set(attended) == {(24, 16)}, "or transformers does this itself by now"
+    attended.clear()
+    model = load(path, "torch")
+    assert rel(answers(model), stock) < 1e-5
+    assert set(attended) == {(24, 24)}
+
+
+@pytest.mark.parametrize(("architecture", "attention"), [("qwen3_moe", "sdpa"), ("deepseek_v2", "eager")])
+def test_others_are_left_alone(tmp_path, architecture, attention):
+    """Sizes that are alike, and a model that somebody gave another implementation."""
+    path = make_model(tmp_path / "model", architecture)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=KTExpertsConfig(backend="torch"), attn_implementation=attention
+    )
+    assert model.config._attn_implementation == attention
+
+
+def test_a_stock_model_in_the_same_process_is_not_touched(tmp_path, attended):
+    path = make_model(tmp_path / "model", "deepseek_v2")
+    load(path, "torch")
+    stock = AutoModelForCausalLM.from_pretrained(path)
+    assert stock.config._attn_implementation == "sdpa"
+    answers(stock)
+    assert set(attended) == {(24, 16)}

@@ -17,7 +17,6 @@ from .engine import Engine, Undo
 from .layer_tensors import ExpertWeights
 from .packing import Size, faster_packed, linear, placing
 
-
 GROUPED_ROWS = 128
 """that are computed together: a cache of 2 MiB holds them at each step"""
 

@@ -12,14 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import needs_kernel, needs_onednn
+from tiny import make_model
+from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTConfigError, machine
 from llamafactory_kt.adapters import ExpertsShape
 from llamafactory_kt.experts import calibration, plan, remembered
 from llamafactory_kt.experts.calibration import Measured, choose
+from llamafactory_kt.experts.contract import find_experts
+from llamafactory_kt.experts.memory import read_around
 from llamafactory_kt.experts.plan import Plan, candidates, choose_threads
 
 SHAPE = ExpertsShape(16, 2048, 1408)
+MB = 2**20
 PLANS = [Plan("AMXBF16", 1, 1), Plan("AMXBF16", 1, 2, idle_workers=True), Plan("oneDNN", 0, 2)]
 
 
@@ -109,8 +114,8 @@ def measuring(monkeypatch):
     return calls
 
 
-def chosen(shape=SHAPE, recalibrate=False):
-    return choose(PLANS, shape, 6, 1, 512, False, recalibrate)
+def chosen(shape=SHAPE, recalibrate=False, around=10 * MB):
+    return choose(PLANS, shape, 6, 1, 512, around, recalibrate)
 
 
 def test_the_fastest_is_chosen_and_remembered(measuring, monkeypatch):
@@ -125,9 +130,13 @@ def test_the_fastest_is_chosen_and_remembered(measuring, monkeypatch):
     assert len(measuring) == 2
     chosen(ExpertsShape(16, 2048, 1536))
     assert len(measuring) == 3, "another shape"
+    chosen(around=30 * MB)
+    chosen(around=0)
+    chosen(around=31 * MB)
+    assert len(measuring) == 5, "more weights around them, or none; as many whole products count as the same"
     monkeypatch.setattr(remembered, "cpu_name", lambda: "another CPU")
     chosen()
-    assert len(measuring) == 4
+    assert len(measuring) == 6
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"facts": 1, "measured": []}', "other", "negative", "text"])
@@ -146,7 +155,7 @@ def test_a_damaged_or_foreign_memory_is_ignored(measuring, damage):
 
 def test_nothing_is_measured_where_it_does_not_pay_or_cannot_be(measuring, monkeypatch, kt_log):
     assert chosen(ExpertsShape(16, 64, 96)) == (PLANS[0], "small layers, not measured")
-    assert choose(PLANS[2:], SHAPE, 6, 1, 512, False) == (PLANS[2], "")
+    assert choose(PLANS[2:], SHAPE, 6, 1, 512, MB) == (PLANS[2], "")
     monkeypatch.setattr(calibration, "available_memory", lambda: 10**9)
     assert chosen()[0] == PLANS[0] and not measuring
     monkeypatch.undo()
@@ -155,16 +164,27 @@ def test_nothing_is_measured_where_it_does_not_pay_or_cannot_be(measuring, monke
     assert "Measuring engines and threads failed (the measuring process ended with 1" in kt_log.text
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_a_token_reads_around_the_experts(tmp_path, tied):
+    """The calibration's products are as large; a tied embedding is read as the output layer."""
+    path = make_model(tmp_path / "model", "qwen3_moe", tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    parts = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    read = [size for name, size in parts.items() if ".experts." not in name and (tied or "embed_tokens" not in name)]
+    assert read_around(model, find_experts(model)) == sum(read)
+    assert ("lm_head.weight" in parts) is not tied
+
+
 @needs_kernel
 @needs_onednn
 def test_measuring_for_real(monkeypatch):
     monkeypatch.setattr(calibration, "SMALLEST_LAYER", 0)
-    best, reason = choose(PLANS[:1] + PLANS[2:], ExpertsShape(12, 256, 192), 3, 1, 64, False, recalibrate=True)
+    best, reason = choose(PLANS[:1] + PLANS[2:], ExpertsShape(12, 256, 192), 3, 1, 64, MB, recalibrate=True)
     assert best in PLANS and reason.count("ms a token") == 2
 
 
 def test_a_measuring_process_that_fails_says_why():
-    facts = {"layer": [4, -1, 8, 1, 1, 8], "attention": False, "plans": [asdict(plan) for plan in PLANS[2:]]}
+    facts = {"layer": [4, -1, 8, 1, 1, 8], "products": 0, "plans": [asdict(plan) for plan in PLANS[2:]]}
     with pytest.raises(ValueError, match=r"ended with 1: RuntimeError: .* negative dimension -1"):
         calibration._measure(facts, 4)
 

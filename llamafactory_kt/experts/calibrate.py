@@ -119,13 +119,13 @@ def _layer(engine: Engine, task: dict[str, Any]) -> Callable[[int], None]:
     """What computes one layer for a number of tokens."""
     hidden, top_k = engine.spec.shape.hidden_size, engine.spec.num_experts_per_tok
     torch.manual_seed(0)
-    count = 3 if task["attention"] else 0
-    attention = in_large_pages(torch.empty(count, hidden, hidden, dtype=torch.bfloat16)).normal_(std=hidden**-0.5)
+    around = in_large_pages(torch.empty(task["products"], hidden, hidden, dtype=torch.bfloat16))
+    around.copy_(torch.randn(hidden, hidden) * hidden**-0.5)
 
     def layer(tokens: int) -> None:
         x = torch.randn(tokens, hidden).to(torch.bfloat16)
         index = torch.rand(tokens, task["experts"]).topk(top_k).indices
-        for weight in attention:
+        for weight in around:
             x = F.linear(x, weight)
         engine.forward(x, index, torch.full((tokens, top_k), 1 / top_k))
 

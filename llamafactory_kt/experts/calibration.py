@@ -23,13 +23,15 @@ SAMPLE = 256 * 2**20
 """bytes of experts to measure with: far more than caches hold"""
 PROCESS = 2**29
 """bytes that a measuring process takes beside the experts"""
+AROUND = 512 * 2**20
+"""bytes, at most, that a measuring process has of the weights around the experts"""
 PROMPT, ANSWER = 512, 256
 """tokens of the chat for which the whole time is to be least"""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds for one layer, with attention-like products between the calls."""
+    """Seconds for one layer, with products as large as those around the experts between the calls."""
 
     decode: float
     """per token"""
@@ -51,13 +53,14 @@ def choose(
     num_experts_per_tok: int,
     pools: int,
     max_chunk: int,
-    on_gpu: bool,
+    around: int,
     recalibrate: bool = False,
 ) -> tuple[Plan, str]:
     """The fastest of the plans and why, measured now or before; the first where nothing can or need be measured.
 
     Args:
-        on_gpu: the attention is, so the experts have the CPU for themselves.
+        around: bytes of other weights that torch reads on the CPU for each layer of experts; 0 where a GPU has them, so that
+            the experts have the CPU for themselves.
         recalibrate: measure again.
     """
     expert = 3 * shape.hidden_size * shape.intermediate_size * 2
@@ -66,12 +69,14 @@ def choose(
     if shape.num_experts * expert < SMALLEST_LAYER:
         return plans[0], "small layers, not measured"
     experts = min(shape.num_experts, max(num_experts_per_tok, SAMPLE // expert))
-    if available_memory() < len(plans) * (PROCESS + 2 * experts * expert):
+    product = 2 * shape.hidden_size**2
+    products = max(1, round(min(around, AROUND) / product)) if around else 0
+    if available_memory() < len(plans) * (PROCESS + 2 * experts * expert + products * product):
         return plans[0], "too little memory to measure"
     memory = Remembered(
         {
             "layer": [shape.num_experts, shape.hidden_size, shape.intermediate_size, num_experts_per_tok, pools, max_chunk],
-            "attention": not on_gpu,
+            "products": products,
             "plans": [asdict(plan) for plan in plans],
         }
     )  # fmt: skip

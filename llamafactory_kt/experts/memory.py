@@ -53,8 +53,7 @@ def memory_need(
     packed = [n * (2 if backend == "oneDNN" else itemsize) for n in weights]
     if (method := METHODS.get(backend)) is not None:
         packed = [PackedShape.of(method, m.shape, pools).nbytes for m in experts]
-    names = {f"{module.name}.{weight}" for module in experts for weight in ("gate_up_proj", "down_proj")}
-    others = [p.nbytes for n, p in model.named_parameters() if n not in names]
+    others = _others(model, experts)
     loading = 0 if stored else max(weights) * itemsize
     ranks = [adapters.rank(module.layer) for module in experts]
     lora = [
@@ -73,3 +72,18 @@ def memory_need(
         loading=loading,
         others=sum(others),
     )
+
+
+def read_around(model: nn.Module, experts: Sequence[ExpertsModule]) -> int:
+    """Bytes of weights beside the experts that a token reads, of a model that is still empty: all but the embedding, which
+    counts where it is the output layer too."""
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    output: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
+    tied = output is not None and output.weight is embedding.weight
+    return sum(_others(model, experts)) - (0 if tied else sum(p.nbytes for p in embedding.parameters()))
+
+
+def _others(model: nn.Module, experts: Sequence[ExpertsModule]) -> list[int]:
+    """Bytes of each parameter but routed experts'."""
+    names = {f"{module.name}.{weight}" for module in experts for weight in ("gate_up_proj", "down_proj")}
+    return [p.nbytes for n, p in model.named_parameters() if n not in names]

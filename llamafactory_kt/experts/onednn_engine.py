@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ..adapters import ExpertLora, ExpertsShape
-from ..adapters.keys import PROJECTIONS
+from ..used_memory import in_large_pages
 from .engine import Engine, Undo
 from .layer_tensors import ExpertWeights
 from .packing import Size, faster_packed, linear, placing
@@ -142,7 +142,18 @@ def _lora_tensors(lora: ExpertLora) -> list[tuple[torch.Tensor, ...]]:
     In float32, whose products of this size take a third of the time of bfloat16's. The zeros beside the diagonal are read
     faster than a second product is called.
     """
-    b = {projection: lora.folded(projection, 1.0).transpose(1, 2).contiguous() for projection in PROJECTIONS}
-    gate_up_a = torch.cat((lora.a["gate"], lora.a["up"]), dim=1).float().transpose(1, 2)
-    gate_up_b = map(torch.block_diag, b["gate"], b["up"])
-    return list(zip(gate_up_a, gate_up_b, lora.a["down"].float().transpose(1, 2), b["down"], strict=True))
+    experts, rank, hidden = lora.a["gate"].shape
+    size = lora.a["down"].shape[2]
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return in_large_pages(torch.zeros(experts, *shape))
+
+    a, b = zeros(2 * rank, hidden), zeros(2 * rank, 2 * size)
+    for half, projection in enumerate(("gate", "up")):
+        rows = slice(half * rank, (half + 1) * rank)
+        a[:, rows] = lora.a[projection]
+        b[:, rows, half * size : (half + 1) * size] = lora.folded(projection, 1.0).transpose(1, 2)
+    down_a, down_b = zeros(rank, size), zeros(rank, hidden)
+    down_a.copy_(lora.a["down"])
+    down_b.copy_(lora.folded("down", 1.0).transpose(1, 2))
+    return list(zip(a.transpose(1, 2), b, down_a.transpose(1, 2), down_b, strict=True))

@@ -40,7 +40,7 @@ from .kt_engine import KTEngine
 from .kt_runtime import cpu_variant, settle_pool
 from .last_token import straighten_last_token
 from .layer_tensors import ExpertWeights
-from .memory import memory_need
+from .memory import memory_need, read_around
 from .module import KTExperts
 from .onednn_engine import OneDNNEngine
 from .openmp import release_team
@@ -98,8 +98,9 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         if config.recalibrate:
             forget_measured()
         self._plan, reason = choose(
-            plans, first.shape, first.num_experts_per_tok, pools, config.max_chunk, on_gpu, config.recalibrate
-        )
+            plans, first.shape, first.num_experts_per_tok, pools, config.max_chunk,
+            0 if on_gpu else read_around(model, experts) // len(experts), config.recalibrate,
+        )  # fmt: skip
         method = self._plan.method
         self._merged = adapters if config.merge_adapter or (method is not None and not method.lora) else None
         apart = adapters if self._merged is None else AdapterSet()

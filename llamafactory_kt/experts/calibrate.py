@@ -35,6 +35,8 @@ from .workers import arrange
 
 RANK = 8
 _TURNS = 5
+_LEAST = 0.4
+"""seconds to measure for: until the scheduler has found a core for each thread, a token takes up to half as long again"""
 _SETTLE = 0.1
 """seconds until this process's threads sleep, so that they do not disturb the next one's turn"""
 
@@ -78,7 +80,7 @@ def _serve(pipe: Connection, plan: Plan, task: dict[str, Any]) -> None:
         time.sleep(_SETTLE)
         pipe.send("ready")
         while pipe.recv():
-            times = _seconds(layer, 1, 6), _seconds(layer, prompt, 2) * 128 / prompt
+            times = _seconds(layer, 1), _seconds(layer, prompt) * 128 / prompt
             time.sleep(_SETTLE)
             pipe.send(times)
 
@@ -132,11 +134,12 @@ def _layer(engine: Engine, task: dict[str, Any]) -> Callable[[int], None]:
     return layer
 
 
-def _seconds(layer: Callable[[int], None], tokens: int, times: int) -> float:
+def _seconds(layer: Callable[[int], None], tokens: int) -> float:
     """The median, after one call that is not counted."""
     layer(tokens)
-    seconds = []
-    for _ in range(times):
+    seconds: list[float] = []
+    end = time.perf_counter() + _LEAST
+    while len(seconds) < 2 or time.perf_counter() < end:
         start = time.perf_counter()
         layer(tokens)
         seconds.append(time.perf_counter() - start)

@@ -34,7 +34,7 @@ from .threads import die_with_parent
 from .workers import arrange
 
 RANK = 8
-_TURNS = 5
+_TURNS = 3
 _LEAST = 0.4
 """seconds to measure for: until the scheduler has found a core for each thread, a token takes up to half as long again"""
 _SETTLE = 0.1

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 
 from llamafactory_kt.experts.kt_runtime import kernel_problem
 from llamafactory_kt.experts.packing import onednn_problem
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, a shell has it ignored
 
 collect_ignore = ["standin"]  # packages that tests put before a server's interpreter; importing them runs a server
 

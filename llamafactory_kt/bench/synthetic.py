@@ -162,10 +162,9 @@ class _Random:
         what its router sees most of; the rest keeps the variance of what it multiplies."""
         if name.endswith("norm.weight"):
             return torch.ones(size, dtype=torch.bfloat16)
+        scale = 0.1 if len(size) == 1 or ".lora_B." in name else size[-1] ** -0.5
         if name.endswith("embed_tokens.weight"):
             scale = 1.0
-        else:
-            scale = 0.1 if len(size) == 1 or ".lora_B." in name else size[-1] ** -0.5
         self._start = (self._start + 506_371) % _POOL
         count = prod(size)
         piece = self._pool[self._start : self._start + min(count, _POOL)] * scale

@@ -73,10 +73,8 @@ class OneDNNEngine(Engine):
         order = experts.argsort(stable=True)
         groups = _groups(torch.bincount(experts, minlength=len(self._weights)).tolist())
         sizes = [sum(group.values()) for group in groups]
-        tokens, scores = (
-            (order // index.shape[1]).split(sizes),
-            weights.reshape(-1)[order].float()[:, None].split(sizes),
-        )
+        tokens = (order // index.shape[1]).split(sizes)
+        scores = weights.reshape(-1)[order].float()[:, None].split(sizes)
         x, out = hidden.to(torch.bfloat16), torch.zeros(hidden.shape, dtype=torch.float32)
         for group, token, score in zip(groups, tokens, scores, strict=True):
             out.index_add_(0, token, self._compute(group, x[token]) * score)

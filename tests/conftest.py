@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 
 from llamafactory_kt.experts.kt_runtime import kernel_problem
-from llamafactory_kt.experts.packing import onednn_problem
+from llamafactory_kt.experts.packing import has_bfloat16_kernels, onednn_problem
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, a shell has it ignored
 
@@ -20,6 +20,7 @@ collect_ignore = ["standin"]  # packages that tests put before a server's interp
 KERNEL_PROBLEM = kernel_problem()
 needs_kernel = pytest.mark.skipif(KERNEL_PROBLEM is not None, reason=str(KERNEL_PROBLEM))
 needs_onednn = pytest.mark.skipif(onednn_problem() is not None, reason=str(onednn_problem()))
+needs_packing = pytest.mark.skipif(not has_bfloat16_kernels(), reason="only kernels for AVX-512 read packed weights")
 SGLANG_CONTRACT = "SGLang's contract was tested with"
 ENGINES = [pytest.param("AMXBF16", marks=needs_kernel), pytest.param("oneDNN", marks=needs_onednn), "torch"]
 

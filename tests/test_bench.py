@@ -258,14 +258,26 @@ def test_a_real_run(tmp_path, demo):
     }  # fmt: skip
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(config))
-    words = ["--against", "stock", "--no-base", "--prompt-tokens", "16,40", "--new-tokens", "3", "--rounds", "2"]
+    words = [
+        "--against",
+        "stock",
+        "--against",
+        "kt_merge_adapter=true",
+        "--no-base",
+        "--prompt-tokens",
+        "16,40",
+        "--new-tokens",
+        "3",
+        "--rounds",
+        "2",
+    ]
     result = run(path, "kt_router_stats=true", *words, "--json", "-")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    configured, stock = found["rows"]
-    assert (configured["name"], stock["name"]) == ("as configured", "stock")
+    configured, stock, merged = found["rows"]
+    assert [row["name"] for row in found["rows"]] == ["as configured", "stock", "kt_merge_adapter=true"]
     assert configured["loaded"]["engine"].startswith("torch with ") and "for 40" in stock["loaded"]["engine"]
-    assert configured["loaded"]["push"] > 0 and stock["loaded"]["push"] is None
+    assert configured["loaded"]["push"] > 0 and stock["loaded"]["push"] is merged["loaded"]["push"] is None
     files = sum(f.stat().st_size for f in (demo / "model").glob("*.safetensors"))
     for one in (configured, stock):
         assert set(one["prefill"]) == set(one["decode"]) == {"16", "40"}

@@ -8,13 +8,13 @@ import threading
 
 import pytest
 import torch
-from conftest import ENGINES, needs_kernel, needs_onednn
+from conftest import ENGINES, needs_kernel, needs_onednn, needs_packing
 from tiny import make_adapter, make_model, merged_float32, per_token, rel
 from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTAdapterError, KTExpertsConfig, apply_adapter, load_moe_lora_from_adapter, machine
 from llamafactory_kt.adapters import ExpertLora, ExpertsShape
-from llamafactory_kt.experts import onednn_engine
+from llamafactory_kt.experts import onednn_engine, packing
 from llamafactory_kt.experts.engine import EngineSpec
 from llamafactory_kt.experts.kt_engine import KTEngine
 from llamafactory_kt.experts.layer_tensors import ExpertWeights, LayerWeights
@@ -86,7 +86,7 @@ def batch(shape: ExpertsShape, tokens: int, seed=2):
     return x, index, torch.rand(tokens, TOP_K, generator=generator)
 
 
-@needs_onednn
+@needs_packing
 @pytest.mark.parametrize("packed", [set(), {(14, 33)}, {(33, 7)}], ids=str)
 def test_onednn_with_weights_that_are_not_packed(monkeypatch, packed):
     monkeypatch.setattr(onednn_engine, "faster_packed", lambda sizes, sample: packed & set(sizes))
@@ -98,6 +98,24 @@ def test_onednn_with_weights_that_are_not_packed(monkeypatch, packed):
     assert rel(engine.forward(*given), reference(weights, lora, *given)) < 0.01
     layouts = {tuple(weight.shape): weight.layout for pair in engine._weights for weight in pair}
     assert {size for size, layout in layouts.items() if layout != torch.strided} == packed
+
+
+@needs_onednn
+def test_onednn_without_bfloat16_kernels(monkeypatch):
+    """Experts with few rows, and with many, whose weights do not divide into blocks."""
+    monkeypatch.setattr(packing, "has_bfloat16_kernels", lambda: False)
+    monkeypatch.setattr(packing, "BLOCK", 5 * 33)
+    monkeypatch.setattr(onednn_engine, "GROUPED_ROWS", 1)
+    shape = ExpertsShape(7, 33, 8)
+    weights, lora, (x, index, scores) = layer(shape), lora_for(shape, rank=5, scaling=3.2), batch(shape, 37)
+    index[index == 6] = 2
+    index[:30, 0], index[:3, 1] = 3, 6
+    rows = torch.bincount(index.flatten(), minlength=7)
+    assert min(rows) < packing.FEW_ROWS < max(rows)
+    engine = make_engine("oneDNN", shape, weights)
+    assert rel(engine.forward(x, index, scores), reference(weights, None, x, index, scores)) < 0.01
+    engine.set_lora(lora)
+    assert rel(engine.forward(x, index, scores), reference(weights, lora, x, index, scores)) < 0.01
 
 
 @needs_onednn

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from llamafactory_kt import KTConfigError, machine
 from llamafactory_kt.adapters import ExpertsShape
 from llamafactory_kt.experts import calibration, plan, remembered
+from llamafactory_kt.experts.calibrate import in_turn
 from llamafactory_kt.experts.calibration import Measured, choose
 from llamafactory_kt.experts.contract import find_experts
 from llamafactory_kt.experts.memory import read_around
@@ -33,7 +34,7 @@ def big_machine(monkeypatch, tmp_path):
     """16 cores in 2 NUMA nodes that can run everything, nothing remembered, no OMP_NUM_THREADS."""
     monkeypatch.setattr(plan, "usable_cores", lambda: 16)
     monkeypatch.setattr(plan, "numa_nodes", lambda: 2)
-    monkeypatch.setattr(plan, "kernel_problem", lambda: None)
+    monkeypatch.setattr(plan, "kernel_problem", lambda method: None)
     monkeypatch.setattr(plan, "require_kernel", lambda backend: None)
     monkeypatch.setattr(plan, "onednn_problem", lambda: None)
     monkeypatch.setenv("LLAMAFACTORY_KT_CACHE", str(tmp_path / "cache"))
@@ -79,15 +80,17 @@ def test_candidates(monkeypatch):
 
 
 def test_candidates_where_something_is_missing(monkeypatch, kt_log):
+    def found(merged):
+        return [each.backend for each in candidates("auto", None, 1, False, merged=merged)]
+
     monkeypatch.setattr(plan, "kernel_problem", lambda method="AMXBF16": None if method == "AVX2BF16" else "no kernel")
-    assert [each.backend for each in candidates("auto", None, 1, False)] == ["oneDNN"]
-    monkeypatch.setattr(plan, "onednn_problem", lambda: "no AVX-512")
-    assert {each.backend for each in candidates("auto", None, 1, False)} == {"AVX2BF16"}
-    assert "kt_backend: auto takes AVX2BF16: no kernel; no AVX-512. That kernel computes no LoRA" in kt_log.text
-    monkeypatch.setattr(plan, "kernel_problem", lambda method="AMXBF16": "no kernel")
-    assert [each.backend for each in candidates("auto", None, 1, False)] == ["torch"]
-    assert "falls back to plain torch, which is slow: no kernel; no AVX-512" in kt_log.text
-    with pytest.raises(KTConfigError, match="oneDNN cannot run here: no AVX-512"):
+    assert found(merged=False) == ["oneDNN"]
+    assert found(merged=True) == ["AVX2BF16", "AVX2BF16", "oneDNN"]
+    monkeypatch.setattr(plan, "onednn_problem", lambda: "no oneDNN")
+    assert found(merged=False) == ["torch"]
+    assert "falls back to plain torch, which is slow: no kernel; no oneDNN" in kt_log.text
+    assert found(merged=True) == ["AVX2BF16", "AVX2BF16"]
+    with pytest.raises(KTConfigError, match="oneDNN cannot run here: no oneDNN"):
         candidates("oneDNN", None, 1, False)
 
 
@@ -175,12 +178,38 @@ def test_what_a_token_reads_around_the_experts(tmp_path, tied):
     assert ("lm_head.weight" in parts) is not tied
 
 
-@needs_kernel
+@pytest.mark.parametrize("backend", [pytest.param("AMXBF16", marks=needs_kernel), "AVX2BF16"])
 @needs_onednn
-def test_measuring_for_real(monkeypatch):
+def test_measuring_for_real(monkeypatch, backend):
     monkeypatch.setattr(calibration, "SMALLEST_LAYER", 0)
-    best, reason = choose(PLANS[:1] + PLANS[2:], ExpertsShape(12, 256, 192), 3, 1, 64, MB, recalibrate=True)
-    assert best in PLANS and reason.count("ms a token") == 2
+    plans = [Plan(backend, 1, 1), PLANS[2]]
+    best, reason = choose(plans, ExpertsShape(12, 256, 192), 3, 1, 64, MB, recalibrate=True)
+    assert best in plans and reason.count("ms a token") == 2
+
+
+def test_measured_in_turn():
+    """Three times each, but once only where it is hopeless."""
+    calls: list[str] = []
+
+    def measure(name: str, *times: tuple[float, float]):
+        left = iter(times)
+
+        def call() -> Measured:
+            calls.append(name)
+            return Measured(*next(left))
+
+        return call
+
+    fast = measure("fast", (1, 8), (9, 1), (2, 3))
+    near = measure("near", (1.4, 11), (1.2, 12), (1.1, 9))
+    assert in_turn([measure("far", (2.1, 11)), fast, near]) == [Measured(2.1, 11), Measured(2, 3), Measured(1.2, 11)]
+    assert calls == ["far", "fast", "near", "fast", "near", "fast", "near"]
+
+
+def test_the_measuring_process_imports_little():
+    """transformers takes longer to import than measuring takes."""
+    code = "import sys, llamafactory_kt.experts.calibrate; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_measuring_process_that_fails_says_why():

@@ -1,4 +1,4 @@
-"""Packed layers around the experts: the same answers, with adapters exchanged, and only weights that nobody else reads."""
+"""Prepared layers around the experts: the same answers, with adapters exchanged, and only weights that nobody else reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import needs_onednn
+from conftest import needs_onednn, needs_packing
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear
 from test_chat import EXPECTED, PROMPTS, config
@@ -17,9 +17,9 @@ from tiny import ARCHITECTURES, make_adapter, make_model, merged_float32, per_to
 from torch import nn
 
 from llamafactory_kt import apply_adapter, switch_adapter
-from llamafactory_kt.experts import packing, prepared_layers
+from llamafactory_kt.experts import inference_lora, packing, prepared_layers
 from llamafactory_kt.experts.inference_lora import FEW_ROWS, InferenceLora
-from llamafactory_kt.experts.prepared_layers import PackedLinear, prepare_layers
+from llamafactory_kt.experts.prepared_layers import PreparedLinear, prepare_layers
 
 pytestmark = needs_onednn
 
@@ -29,17 +29,32 @@ def every_size(monkeypatch):
     monkeypatch.setattr(prepared_layers, "SMALLEST", 0)
 
 
-def names(model: nn.Module) -> set[str]:
-    return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+def names(model: nn.Module, only_packed: bool = False) -> set[str]:
+    """Of the prepared layers, or of those whose weights are packed."""
+    prepared = ((name, module) for name, module in model.named_modules() if isinstance(module, PreparedLinear))
+    return {n.rpartition(".")[2] for n, m in prepared if not (only_packed and m.weight.layout == torch.strided)}
+
+
+@pytest.fixture(params=[pytest.param("packed", marks=needs_packing), "plain", "no kernels"])
+def kind(request, monkeypatch):
+    """How weights are computed with: packed, plain, or plain on a CPU without bfloat16 kernels."""
+    if request.param != "packed":
+        monkeypatch.setattr(prepared_layers, "faster_packed", lambda sizes, sample: set())
+    if request.param == "no kernels":
+        monkeypatch.setattr(packing, "has_bfloat16_kernels", lambda: False)
+        monkeypatch.setattr(inference_lora, "has_bfloat16_kernels", lambda: False)
+        monkeypatch.setattr(packing, "BLOCK", 50 * 96)
+    return request.param
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_against_float32(bias):
+def test_against_float32(bias, kind):
     model = nn.Sequential(nn.Linear(96, 160, bias=bias, dtype=torch.bfloat16))
     plain = nn.Linear(96, 160, bias=bias).requires_grad_(False)
     plain.load_state_dict(model[0].state_dict())
     prepare_layers(model)
-    assert type(model[0]) is PackedLinear and model[0].weight.shape == (160, 96)
+    assert type(model[0]) is PreparedLinear and model[0].weight.shape == (160, 96)
+    assert bool(names(model, only_packed=True)) is (kind == "packed")
     assert model[0].weight.dtype == torch.bfloat16 and not model[0].weight.requires_grad
     hidden = torch.randn(2, 7, 96).to(torch.bfloat16)
     for x in (hidden, hidden[:, -1:], hidden[0], hidden[0, 0], hidden[:, ::3], hidden[:, :0]):
@@ -76,6 +91,7 @@ def timed(monkeypatch, tmp_path):
     return called
 
 
+@needs_packing
 def test_sizes_that_are_faster_packed(timed):
     """By the median over all samples and turns; each size is measured once, small ones not at all."""
     assert faster(*SAMPLES) == {(64, 64), (32, 64)}
@@ -83,6 +99,7 @@ def test_sizes_that_are_faster_packed(timed):
     assert faster((128, 64)) == set() and len(timed) == 2 * 2 * 2 * 6
 
 
+@needs_packing
 @pytest.mark.parametrize("damage", [None, "", "[]", '{"facts": 1, "measured": []}', "text"])
 def test_measured_sizes_are_remembered(timed, damage, tmp_path, monkeypatch):
     """By later processes, together with those measured then, until they are to be forgotten or their file is damaged."""
@@ -124,16 +141,12 @@ def lora_layer(**settings: object) -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize("rows", [1, FEW_ROWS - 1, FEW_ROWS, 3 * FEW_ROWS])
-@pytest.mark.parametrize("packed", [True, False])
 @torch.inference_mode()
-def test_lora_against_peft_in_float32(monkeypatch, packed, rows):
+def test_lora_against_peft_in_float32(kind, rows):
     model, reference = lora_layer()
-    if not packed:
-        monkeypatch.setattr(prepared_layers, "faster_packed", lambda sizes, sample: set())
     prepare_layers(model)
     layer = model.base_model.model[0]
-    assert type(layer.base_layer) is (PackedLinear if packed else nn.Linear)
-    assert type(layer) is InferenceLora
+    assert type(layer.base_layer) is PreparedLinear and type(layer) is InferenceLora
     x = torch.randn(1, rows, 96).to(torch.bfloat16)
 
     def effect(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -163,7 +176,7 @@ def test_lora_with_a_bias_is_left_to_peft():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture(tmp_path, architecture):
-    """Routers are left alone, whose weights some models read themselves; all else is packed."""
+    """Routers are left alone, whose weights some models read themselves; all else is prepared."""
     path = make_model(tmp_path / "model", architecture)
     wanted = logits(merged_float32(path, []))
     model = load(path, "oneDNN")
@@ -188,6 +201,7 @@ def test_adapters_come_and_go(tmp_path):
     assert per_token(wanted[one,], wanted[()]) > 0.2
 
 
+@needs_packing
 @torch.inference_mode()
 def test_adapters_that_read_the_weights(tmp_path):
     """DoRA and a trained head, exchanged for LoRA and back; what DoRA reads is not packed while it is there."""
@@ -195,29 +209,25 @@ def test_adapters_that_read_the_weights(tmp_path):
     wanted = logits(make_dora(tmp_path / "dora", path))
     lora = make_adapter(tmp_path / "lora", path, rank=5, alpha=10)
     base = load(path, "oneDNN", adapter=[str(lora)])
-    plain = names(base), logits(base)
+    plain = names(base, only_packed=True), logits(base)
     prepare_layers(base)
-    every = names(base)
+    every = names(base, only_packed=True)
     model, _ = apply_adapter(base, tmp_path / "dora")
     for _ in range(2):
         assert per_token(logits(model), wanted) < 0.03
-        assert "down_proj" in names(model) and "base_layer" not in names(model)
+        assert "down_proj" in names(model, only_packed=True) and "base_layer" not in names(model, only_packed=True)
         switch_adapter(model, lora)
-        assert "base_layer" in names(model)
+        assert "base_layer" in names(model, only_packed=True)
         switch_adapter(model, tmp_path / "dora")
     switch_adapter(model, None)
-    assert names(model) == every
+    assert names(model, only_packed=True) == every
     with prepared_layers.changing_layers(model, weights_are_read=True):
-        assert not names(model)
+        assert not names(model, only_packed=True)
         assert torch.equal(logits(model), plain[1]), "bit by bit the weights there were"
 
 
-@pytest.fixture
-def none_packed(monkeypatch):
-    monkeypatch.setattr(prepared_layers, "faster_packed", lambda sizes, sample: set())
-
-
-def test_plain_weights_are_placed_once(tmp_path, none_packed):
+@pytest.mark.parametrize("kind", ["plain"], indirect=True)
+def test_plain_weights_are_placed_once(tmp_path, kind):
     """In one block for each size, where an exchange of adapters leaves them."""
     path = make_model(tmp_path / "model", "deepseek_v2")
     lora = make_adapter(tmp_path / "lora", path, rank=5, alpha=10)
@@ -225,7 +235,7 @@ def test_plain_weights_are_placed_once(tmp_path, none_packed):
     wanted = logits(model)
     layers = [layer.self_attn.o_proj for layer in model.model.layers]
     prepare_layers(model)
-    assert torch.equal(logits(model), wanted) and not names(model)
+    assert per_token(logits(model), wanted) < 0.03 and not names(model, only_packed=True)
     addresses = [layer.weight.data_ptr() for layer in layers]
     size = layers[0].weight.nbytes
     assert addresses == list(range(addresses[0], addresses[0] + len(layers) * size, size))
@@ -251,7 +261,7 @@ def test_other_types_and_small_weights_are_left(monkeypatch):
     assert type(model[0]) is nn.Linear
 
 
-def test_a_chat_packs(tmp_path, demo):
+def test_a_chat_prepares(tmp_path, demo):
     """Through LLaMA-Factory, with the adapter, and again with the adapter merged."""
     from llamafactory.chat import ChatModel
     from yaml import safe_load

@@ -86,11 +86,11 @@ def _threads() -> str:
 
 
 def _push_again(model: Any) -> float | None:
-    """Seconds a layer to load the expert LoRA that the model has once more."""
+    """Seconds a layer to load the expert LoRA that the model has once more; None where it has none, or has it merged."""
     from ..lora import load_moe_lora_from_adapter
 
     adapters = model._kt_adapters
-    if not adapters.layers:
+    if not adapters.layers or model._kt_merged is not None:
         return None
     started = time.perf_counter()
     load_moe_lora_from_adapter(model, adapters)

@@ -136,7 +136,9 @@ def _placement(args: Any, model: Any, experts: Any, adapters: Any, itemsize: int
     from ..experts.plan import candidates
 
     pools, gpus = threadpool_count(args), torch.cuda.device_count()
-    plans = candidates(args.kt_backend, args.kt_num_threads, pools, gpus > 0, args.kt_weight_path)
+    plans = candidates(
+        args.kt_backend, args.kt_num_threads, pools, gpus > 0, args.kt_weight_path, merged=args.kt_merge_adapter
+    )
     if args.kt_merge_adapter or ((method := plans[0].method) is not None and not method.lora):
         adapters = AdapterSet()  # merged into the weights
     need = memory_need(

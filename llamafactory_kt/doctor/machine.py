@@ -120,6 +120,6 @@ def engines() -> Findings:
     base = "" if kernel_problem("AVX2BF16") else f"AVX2BF16 (kt-kernel's variant {cpu_variant()}), "
     yield warning(
         "engines", f"{base}{others}; no AMXBF16: {problem}",
-        "kt_backend: auto takes the first of oneDNN, AVX2BF16 (with the adapter merged) and torch (slow) that runs here; AMXBF16 "
-        "is refused.",
+        "kt_backend: auto takes oneDNN, or torch (slow) where that does not run; with kt_merge_adapter: true the faster of oneDNN "
+        "and AVX2BF16. AMXBF16 is refused.",
     )  # fmt: skip

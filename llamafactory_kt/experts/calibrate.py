@@ -2,7 +2,7 @@
 
 Each plan has a process of its own below this one, since kt-kernel's number of workers cannot change within one, nor
 OpenMP's threads be woken once they sleep while they wait. They are measured in turn, so that a machine that is busy for
-a moment is so for each of them.
+a moment is so for each of them; the slow ones have one turn.
 """
 
 from __future__ import annotations
@@ -12,29 +12,34 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, astuple
+from functools import partial
 from itertools import repeat
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from ..adapters import ExpertLora, ExpertsShape
 from ..adapters.keys import PROJECTIONS
 from ..used_memory import in_large_pages
+from .calibration import Measured
 from .engine import Engine, EngineSpec
 from .kt_engine import KTEngine
 from .kt_runtime import settle_pool
 from .layer_tensors import ExpertWeights
 from .methods import METHODS
 from .onednn_engine import OneDNNEngine
+from .packing import linear
 from .plan import Plan
 from .threads import die_with_parent
 from .workers import arrange
 
 RANK = 8
 _TURNS = 3
+_HOPELESS = 2.0
+"""times the fastest one's time"""
 _LEAST = 0.4
 """seconds to measure for: until the scheduler has found a core for each thread, a token takes up to half as long again"""
 _SETTLE = 0.1
@@ -51,18 +56,29 @@ def main() -> None:
         context.Process(target=_serve, args=(theirs, Plan(**plan), task), daemon=True).start()
         theirs.close()  # so that a process that ends is noticed
         pipes.append(pipe)
-    turns: list[list[tuple[float, float]]] = [[] for _ in pipes]
     try:
         for pipe in pipes:
             pipe.recv()  # all of them load at once; nothing is measured before
-        for _ in range(_TURNS):
-            for pipe, times in zip(pipes, turns, strict=True):
-                pipe.send("your turn")
-                times.append(pipe.recv())
+        measured = in_turn([partial(_ask, pipe) for pipe in pipes])
     except (EOFError, OSError):
         sys.exit(1)  # the process that ended has said why
-    medians = (map(statistics.median, zip(*times, strict=True)) for times in turns)
-    print(json.dumps([dict(zip(("decode", "prefill"), pair, strict=True)) for pair in medians]), flush=True)
+    print(json.dumps([asdict(one) for one in measured]), flush=True)
+
+
+def in_turn(measure: Sequence[Callable[[], Measured]]) -> list[Measured]:
+    """The medians of each one's turns; who is far from the fastest has no other turn."""
+    turns: list[list[Measured]] = [[] for _ in measure]
+    for _ in range(_TURNS):
+        best = [min((one.chat for one in times), default=0.0) for times in turns]
+        for call, times, chat in zip(measure, turns, best, strict=True):
+            if chat <= _HOPELESS * min(best):
+                times.append(call())
+    return [Measured(*map(statistics.median, zip(*map(astuple, times), strict=True))) for times in turns]
+
+
+def _ask(pipe: Connection) -> Measured:
+    pipe.send("your turn")
+    return Measured(*pipe.recv())
 
 
 def _serve(pipe: Connection, plan: Plan, task: dict[str, Any]) -> None:
@@ -128,7 +144,7 @@ def _layer(engine: Engine, task: dict[str, Any]) -> Callable[[int], None]:
         x = torch.randn(tokens, hidden).to(torch.bfloat16)
         index = torch.rand(tokens, task["experts"]).topk(top_k).indices
         for weight in around:
-            x = F.linear(x, weight)
+            x = linear(x, weight)
         engine.forward(x, index, torch.full((tokens, top_k), 1 / top_k))
 
     return layer

@@ -13,6 +13,8 @@ import torch
 from peft.tuners.lora import Linear, LoraLayer
 from torch.nn import functional as F
 
+from .packing import has_bfloat16_kernels
+
 FEW_ROWS = 64
 """with fewer, what the products cost is calling them, and float32's cost less to call; with more, it is reading memory"""
 
@@ -20,8 +22,9 @@ FEW_ROWS = 64
 class InferenceLora(Linear):  # type: ignore[misc]
     """PEFT's layer for inference: ``y + scaling * (x @ A.T) @ B.T``, for each active adapter.
 
-    In float32 for few rows, as PEFT computes it; in bfloat16 for more of them, as the layer itself does, with sums in
-    float32 inside each product. Adapters may be disabled and changed as PEFT does that, but not merged.
+    In float32 for few rows, as PEFT computes it; in bfloat16 for more of them, where the CPU has kernels for that, as the
+    layer itself does, with sums in float32 inside each product. Adapters may be disabled and changed as PEFT does that, but
+    not merged.
     """
 
     _pairs: dict[torch.dtype, dict[str, tuple[torch.Tensor, torch.Tensor]]]
@@ -38,14 +41,14 @@ class InferenceLora(Linear):  # type: ignore[misc]
         if self._disable_adapters:
             return result
         rows, sums = x.reshape(-1, x.shape[-1]), result.view(-1, result.shape[-1])
-        if few := len(rows) < FEW_ROWS:
+        if wide := len(rows) < FEW_ROWS or not has_bfloat16_kernels():
             rows, sums = rows.float(), sums.float()
         pairs = self._pairs[rows.dtype]
         for name in self.active_adapters:
             if name in pairs:
                 a, b = pairs[name]
                 sums.addmm_(F.linear(rows, a), b, alpha=self.scaling[name])
-        return sums.to(result.dtype).view(result.shape) if few else result
+        return sums.to(result.dtype).view(result.shape) if wide else result
 
     def merge(self, *_: Any, **__: Any) -> NoReturn:
         """PEFT's merging would read and write weights that may be packed."""

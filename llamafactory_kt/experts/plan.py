@@ -57,6 +57,7 @@ def candidates(
     on_gpu: bool,
     weight_path: str | None = None,
     idle_workers: bool | None = None,
+    merged: bool = False,
 ) -> list[Plan]:
     """The plans that fit the configuration and this machine; the first is taken where nothing is measured.
 
@@ -65,6 +66,7 @@ def candidates(
 
     Args:
         idle_workers: only plans with or without them; None for both.
+        merged: the adapter is to be merged into the weights, so ``auto`` may take a kernel that computes no LoRA.
 
     Raises:
         KTConfigError: Unknown backend, ``weight_path`` missing or useless, or threads and sub-pools that do not fit.
@@ -84,18 +86,13 @@ def candidates(
         return _with_workers(backend, workers, asked, fixed, idle_workers)
     alone = fixed or usable_cores()
     if backend == "auto":
-        plans = [] if kernel_problem() else _with_workers("AMXBF16", workers, asked, fixed, idle_workers)
+        kernels = ("AMXBF16", "AVX2BF16") if merged else ("AMXBF16",)
+        kernel = next((name for name in kernels if kernel_problem(name) is None), None)
+        plans = _with_workers(kernel, workers, asked, fixed, idle_workers) if kernel else []
         if not (onednn_problem() or (plans and num_threads)):
             plans.append(Plan("oneDNN", 0, alone))
         if plans:
             return plans
-        if kernel_problem("AVX2BF16") is None:
-            logger.warning(
-                "kt_backend: auto takes AVX2BF16: %s; %s. That kernel computes no LoRA, so an adapter is merged into the weights "
-                "while they are loaded.",
-                kernel_problem(), onednn_problem(),
-            )  # fmt: skip
-            return _with_workers("AVX2BF16", workers, asked, fixed, idle_workers)
         logger.warning(
             "kt_backend: auto falls back to plain torch, which is slow: %s; %s.", kernel_problem(), onednn_problem()
         )

@@ -1,7 +1,8 @@
 """The layers around the experts, on the CPU, prepared for inference: weights where they are read fastest, LoRA in few steps.
 
 On two cores with AVX-512, packing made a token of a model like DeepSeek-V2-Lite a sixth faster, of which the output
-layer is the largest part; on two with AMX, large pages made it a fifteenth faster, the experts' included.
+layer is the largest part; on two with AMX, large pages made it a fifteenth faster, the experts' included. Without
+AVX-512, what gains is prompts.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _PREPARED = "_kt_prepared"
 """set on a model, and on each layer whose weight is where it is to stay"""
 
 
-class PackedLinear(nn.Linear):
-    """A linear layer for inference whose weight has its shape and type, and no address: only oneDNN can read it."""
+class PreparedLinear(nn.Linear):
+    """A linear layer for inference. A packed weight has its shape and type, and no address: only oneDNN can read it."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out], bfloat16."""
@@ -58,7 +59,7 @@ def prepare_layers(model: nn.Module) -> None:
         for number, layer in enumerate(same):
             plain = layer.weight.detach()
             layer.weight = nn.Parameter(place(number, plain), requires_grad=False)
-            layer.__class__ = PackedLinear if size in packed else nn.Linear  # PEFT and hooks hold the object
+            layer.__class__ = PreparedLinear  # PEFT and hooks hold the object
             vars(layer)[_PREPARED] = True
             forget_pages(plain)
             del plain
@@ -78,11 +79,12 @@ def changing_layers(model: nn.Module, weights_are_read: bool) -> Iterator[None]:
     Args:
         weights_are_read: give the layers their plain weights meanwhile.
     """
-    packed: list[nn.Linear] = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    for layer in packed if weights_are_read else ():
-        layer.weight = nn.Parameter(layer.weight.detach().to_dense(), requires_grad=False)
-        layer.__class__ = nn.Linear
-        del vars(layer)[_PREPARED]
+    prepared: list[nn.Linear] = [module for module in model.modules() if isinstance(module, PreparedLinear)]
+    for layer in prepared if weights_are_read else ():
+        if layer.weight.layout != torch.strided:
+            layer.weight = nn.Parameter(layer.weight.detach().to_dense(), requires_grad=False)
+            layer.__class__ = nn.Linear
+            del vars(layer)[_PREPARED]
     try:
         yield
     finally:

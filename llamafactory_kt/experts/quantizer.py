@@ -34,7 +34,8 @@ from .contract import ExpertsModule, find_experts
 from .crossing import SHARED_EXPERTS, Crossing, EarlyShared
 from .debugging import Debugger
 from .engine import Engine, EngineSpec
-from .fp8 import block_size, loading_rules
+from .fp8 import block_size
+from .fp8_loading import loading_rules
 from .gate import guard
 from .kt_engine import KTEngine
 from .kt_runtime import cpu_variant, settle_pool
@@ -83,7 +84,15 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         on_gpu = torch.cuda.is_available() and device_map not in (None, {"": "cpu"}, {"": torch.device("cpu")})
         pools = config.threadpool_count
-        plans = candidates(config.backend, config.num_threads, pools, on_gpu, config.weight_path, config.idle_workers)
+        plans = candidates(
+            config.backend,
+            config.num_threads,
+            pools,
+            on_gpu,
+            config.weight_path,
+            config.idle_workers,
+            config.merge_adapter,
+        )
         experts = find_experts(model)
         if not checkpoint_files:
             raise KTModelError(f"{type(model).__name__}: experts are read from checkpoint files, and there are none.")

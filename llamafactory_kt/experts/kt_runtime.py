@@ -33,6 +33,11 @@ kernel_lock = threading.Lock()
 
 def kernel_problem(method: str = "AMXBF16") -> str | None:
     """Why a method's kernel cannot run here, or None. Never raises."""
+    forced = os.environ.get("KT_KERNEL_CPU_VARIANT")
+    because = f" (its variant is forced by KT_KERNEL_CPU_VARIANT={forced}; unset that)" if forced else ""
+    lora = METHODS[method].lora
+    if lora and (problem := _lacking("avx512_bf16", because)):  # told before kt-kernel is imported, which takes a while
+        return problem
     try:
         with quiet_stdout():
             import kt_kernel
@@ -40,14 +45,16 @@ def kernel_problem(method: str = "AMXBF16") -> str | None:
             from kt_kernel.sft.amx import _SFT_METHOD_TO_CLASS
     except ImportError as error:
         return f"kt-kernel is not installed or does not load ({error}); pip install kt-kernel"
-    forced = os.environ.get("KT_KERNEL_CPU_VARIANT")
-    because = f" (its variant is forced by KT_KERNEL_CPU_VARIANT={forced}; unset that)" if forced else ""
-    variant, lora = kt_kernel.__cpu_variant__, METHODS[method].lora
-    missing = missing_cpu_flags("avx512_bf16" if lora and variant != "amx" else variant)
-    if missing:  # a forced variant would kill the process with SIGILL
-        return f"this CPU lacks {', '.join(missing)}, which kt-kernel's kernels need{because}"
+    variant = kt_kernel.__cpu_variant__
+    if problem := _lacking(variant, because):  # a forced variant would kill the process with SIGILL
+        return problem
     found = _SFT_METHOD_TO_CLASS.get(f"{method}_SFT") if lora else getattr(kt_kernel_ext.moe, f"{method}_MOE", None)
     return None if found is not None else f"kt-kernel's variant {variant!r} has no kernel for {method}{because}"
+
+
+def _lacking(build: str, because: str) -> str | None:
+    missing = missing_cpu_flags(build)
+    return f"this CPU lacks {', '.join(missing)}, which kt-kernel's kernels need{because}" if missing else None
 
 
 def cpu_variant() -> str:

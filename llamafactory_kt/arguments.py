@@ -43,8 +43,8 @@ class KTArguments(KTServingArguments):
     kt_backend: str = field(
         default="auto",
         metadata={
-            "help": "Engine for the experts: AMXBF16, AMXINT8, AMXINT4 or AVX2BF16 (kt-kernel), oneDNN (torch's bfloat16 kernels), torch "
-            "(float32, slow), or auto: the faster of AMXBF16 and oneDNN, else AVX2BF16 (with the adapter merged). Any letter case; a suffix _SFT is accepted."
+            "help": "Engine for the experts: AMXBF16, AMXINT8, AMXINT4 or AVX2BF16 (kt-kernel), oneDNN (torch's own kernels), torch "
+            "(float32, slow), or auto: the faster of AMXBF16 and oneDNN. Any letter case; a suffix _SFT is accepted."
         },
     )
     kt_num_threads: str | None = field(

@@ -21,9 +21,9 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     backends quantise.
 
     Args:
-        backend: ``AMXBF16``, ``AMXINT8``, ``AMXINT4`` or ``AVX2BF16`` (kt-kernel), ``oneDNN`` (torch's bfloat16 kernels), ``torch`` (float32
-            arithmetic, slow), or ``auto``: whichever of ``AMXBF16`` and ``oneDNN`` is measured to be faster,
-            else ``AVX2BF16``, else ``torch``.
+        backend: ``AMXBF16``, ``AMXINT8``, ``AMXINT4`` or ``AVX2BF16`` (kt-kernel), ``oneDNN`` (torch's own kernels), ``torch`` (float32
+            arithmetic, slow), or ``auto``: whichever of ``AMXBF16`` and ``oneDNN`` is measured to be faster; where
+            ``AMXBF16`` does not run, ``oneDNN``, or with ``merge_adapter`` the faster of ``AVX2BF16`` and ``oneDNN``.
         num_threads: worker threads of kt-kernel; None measures what is fastest.
         threadpool_count: NUMA sub-pools the workers are divided into.
         weight_path: directory of packed weights that ``llamafactory-kt quantize`` made; ``AMXINT8`` needs it, ``AMXINT4``

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .adapters.replacing import replacing
-from .errors import KTConfigError, KTModelError, KTPathError
+from .errors import KTConfigError, KTKernelError, KTModelError, KTPathError
 from .experts.methods import METHODS, Method, PackedShape
 from .experts.stored import LayerRecord, layer_directory, missing_layers, record_for, write_record
 from .experts.threads import die_with_parent
@@ -63,12 +63,13 @@ def quantize_model(
             holds layers of another model or method.
         KTKernelError: kt-kernel cannot run here.
     """
-    from .experts.kt_runtime import require_kernel
+    from .experts.kt_runtime import kernel_problem
 
     name = f"AMX{method.upper()}"
     if name not in METHODS or METHODS[name].bits >= 16:
         raise KTConfigError(f"--method: unknown value {method!r}, expected int8 or int4.")
-    require_kernel(name)
+    if problem := kernel_problem(name):
+        raise KTKernelError(f"kt-kernel cannot pack {method} weights here: {problem}. A chat with them needs the same.")
     source, target, kind = Path(model_path), Path(output), METHODS[name]
     checkpoint = _open(source)
     records = {

@@ -297,3 +297,10 @@ def test_a_configuration_that_cannot_be_loaded(tmp_path):
     config = {**CONFIG, "model_name_or_path": str(tmp_path / "none"), "adapter_name_or_path": None}
     with pytest.raises(KTConfigError, match=r"x cannot be measured: .*model_name_or_path: .*/none does not exist"):
         bench([Row("x", config)])
+
+
+def test_keys_of_later_rows_are_checked_before_anything_is_loaded(demo):
+    config = {**CONFIG, "model_name_or_path": str(demo / "model"), "adapter_name_or_path": None}
+    wrong = {**config, "kt_backend": "AMXINT8"}
+    with pytest.raises(KTConfigError, match=r"kt_backend=AMXINT8 cannot be measured: .*needs kt_weight_path"):
+        bench([Row("as configured", config), Row("kt_backend=AMXINT8", wrong)], tick=lambda: pytest.fail("loaded"))

@@ -260,11 +260,12 @@ def test_native_classes_in_spite_of_remote_code(tmp_path, demo, own_tokenizer):
         assert type(engine.tokenizer).__name__ == type(stock_tokenizer).__name__
 
 
-def test_kernel_missing_or_made_for_another_cpu(demo, monkeypatch):
+def test_kernel_missing_or_made_for_another_cpu(demo, monkeypatch, tmp_path):
     import kt_kernel.sft.amx
 
     from llamafactory_kt import KTKernelError
     from llamafactory_kt.experts import kt_runtime
+    from llamafactory_kt.quantize import quantize_model
 
     monkeypatch.setattr(kt_runtime, "missing_cpu_flags", lambda build="": ["amx_tile"] if build == "amx" else [])
     monkeypatch.setattr("kt_kernel.__cpu_variant__", "amx")
@@ -279,6 +280,9 @@ def test_kernel_missing_or_made_for_another_cpu(demo, monkeypatch):
         chat_model(demo / "model", kt_backend="AMXBF16")
     with pytest.raises(KTKernelError, match="pip install kt-kernel"):
         load(demo / "model", backend="AMXBF16")
+    with pytest.raises(KTKernelError, match="cannot pack int8 weights here: kt-kernel is not installed"):
+        quantize_model(demo / "model", tmp_path / "packed", "int8")
+    assert not (tmp_path / "packed").exists()
     assert load(demo / "model", backend="auto")._kt_summary["engine"] in ("oneDNN", "torch")
 
 

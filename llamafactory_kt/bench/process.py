@@ -46,6 +46,23 @@ def serve(pipe: Connection, row: Row, prompt_tokens: Sequence[int]) -> None:
         pipe.send((resident_memory("VmHWM"), _gpu_memory()))
 
 
+def check(pipe: Connection, rows: Sequence[Row]) -> None:
+    """Send the names of configurations whose keys are refused, with the reasons; no weights are read."""
+    os.dup2(2, 1)
+    from .. import bootstrap
+
+    bootstrap.activate()
+    from ..hooks.configuration import parse
+
+    refused = []
+    for row in rows:
+        try:
+            parse(row.config)
+        except Exception as error:
+            refused.append((row.name, " ".join(str(error).split())))
+    pipe.send(refused)
+
+
 def _load(row: Row, prompt_tokens: Sequence[int]) -> tuple[Any, Loaded, Prepare]:
     from .. import bootstrap
 

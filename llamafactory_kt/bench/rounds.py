@@ -11,8 +11,8 @@ from ..errors import KTConfigError, KTError
 from ..machine import cpu_name, usable_cores
 from .bandwidth import serve_bandwidth
 from .figures import Loaded, Machine, Measured, Report
-from .process import serve
-from .rows import Row
+from .process import check, serve
+from .rows import BASE, Row
 
 _GOODBYE = 20.0
 """seconds a process may take to end"""
@@ -40,6 +40,10 @@ def bench(
     Raises:
         KTError: A configuration cannot be loaded; the message names it.
     """
+    if changed := [row for row in rows[1:] if not row.stock and row.name != BASE]:
+        with _Process.running("the check of all keys", check, changed) as process:
+            for name, reason in process.hello:
+                raise KTConfigError(f"{name} cannot be measured: {reason}")
     seconds: dict[str, list[float]] = {row.name: [] for row in rows}
     for _ in range(loads - 1):
         for row in rows:

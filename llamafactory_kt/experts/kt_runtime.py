@@ -136,8 +136,7 @@ def require_kernel(backend: str) -> None:
     """Raise KTKernelError unless the kernel can run here."""
     if problem := kernel_problem(backend):
         raise KTKernelError(
-            f"kt_backend: {backend} cannot run here: {problem}. kt_backend: torch computes the experts in plain torch "
-            "(slow, exact), and kt_backend: auto falls back to it by itself."
+            f"kt_backend: {backend} cannot run here: {problem}. kt_backend: auto takes the fastest engine that can."
         )
 
 

@@ -85,14 +85,9 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         on_gpu = torch.cuda.is_available() and device_map not in (None, {"": "cpu"}, {"": torch.device("cpu")})
         pools = config.threadpool_count
         plans = candidates(
-            config.backend,
-            config.num_threads,
-            pools,
-            on_gpu,
-            config.weight_path,
-            config.idle_workers,
-            config.merge_adapter,
-        )
+            config.backend, config.num_threads, pools, on_gpu, config.weight_path,
+            config.idle_workers, config.merge_adapter,
+        )  # fmt: skip
         experts = find_experts(model)
         if not checkpoint_files:
             raise KTModelError(f"{type(model).__name__}: experts are read from checkpoint files, and there are none.")

@@ -21,6 +21,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..adapters import AdapterSet, open_adapters
+from ..backends import canonical_backend
 from ..errors import KTConfigError, KTMemoryError, KTModelError
 from ..machine import available_memory, gib, usable_cores
 from ..peft_part import check_peft_part
@@ -38,7 +39,7 @@ from .fp8 import block_size
 from .fp8_loading import loading_rules
 from .gate import guard
 from .kt_engine import KTEngine
-from .kt_runtime import cpu_variant, settle_pool
+from .kt_runtime import cpu_variant, kernel_problem, settle_pool
 from .last_token import straighten_last_token
 from .layer_tensors import ExpertWeights
 from .memory import memory_need, read_around
@@ -105,6 +106,8 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             plans, first.shape, first.num_experts_per_tok, pools, config.max_chunk,
             0 if on_gpu else read_around(model, experts) // len(experts), config.recalibrate,
         )  # fmt: skip
+        if canonical_backend(config.backend) == "auto" and not reason and (problem := kernel_problem()):
+            reason = f"AMXBF16 cannot run: {problem}"
         method = self._plan.method
         self._merged = adapters if config.merge_adapter or (method is not None and not method.lora) else None
         apart = adapters if self._merged is None else AdapterSet()

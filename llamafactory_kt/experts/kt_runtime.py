@@ -33,10 +33,8 @@ kernel_lock = threading.Lock()
 
 def kernel_problem(method: str = "AMXBF16") -> str | None:
     """Why a method's kernel cannot run here, or None. Never raises."""
-    forced = os.environ.get("KT_KERNEL_CPU_VARIANT")
-    because = f" (its variant is forced by KT_KERNEL_CPU_VARIANT={forced}; unset that)" if forced else ""
     lora = METHODS[method].lora
-    if lora and (problem := _lacking("avx512_bf16", because)):  # told before kt-kernel is imported, which takes a while
+    if lora and (problem := _lacking("avx512_bf16")):  # told before kt-kernel is imported, which takes a while
         return problem
     try:
         with quiet_stdout():
@@ -45,16 +43,17 @@ def kernel_problem(method: str = "AMXBF16") -> str | None:
             from kt_kernel.sft.amx import _SFT_METHOD_TO_CLASS
     except ImportError as error:
         return f"kt-kernel is not installed or does not load ({error}); pip install kt-kernel"
-    variant = kt_kernel.__cpu_variant__
-    if problem := _lacking(variant, because):  # a forced variant would kill the process with SIGILL
-        return problem
+    variant, forced = kt_kernel.__cpu_variant__, os.environ.get("KT_KERNEL_CPU_VARIANT")
+    because = f" (its variant is forced by KT_KERNEL_CPU_VARIANT={forced}; unset that)" if forced else ""
+    if problem := _lacking(variant):  # a forced variant would kill the process with SIGILL
+        return problem + because
     found = _SFT_METHOD_TO_CLASS.get(f"{method}_SFT") if lora else getattr(kt_kernel_ext.moe, f"{method}_MOE", None)
     return None if found is not None else f"kt-kernel's variant {variant!r} has no kernel for {method}{because}"
 
 
-def _lacking(build: str, because: str) -> str | None:
+def _lacking(build: str) -> str | None:
     missing = missing_cpu_flags(build)
-    return f"this CPU lacks {', '.join(missing)}, which kt-kernel's kernels need{because}" if missing else None
+    return f"this CPU lacks {', '.join(missing)}, which kt-kernel's kernels need" if missing else None
 
 
 def cpu_variant() -> str:

@@ -188,7 +188,7 @@ def test_measuring_for_real(monkeypatch, backend):
 
 
 def test_measured_in_turn():
-    """Three times each, but once only where it is hopeless."""
+    """As long as more than one may be the fastest: once where it is hopeless, twice where it is far, else three times."""
     calls: list[str] = []
 
     def measure(name: str, *times: tuple[float, float]):
@@ -200,10 +200,14 @@ def test_measured_in_turn():
 
         return call
 
-    fast = measure("fast", (1, 8), (9, 1), (2, 3))
-    near = measure("near", (1.4, 11), (1.2, 12), (1.1, 9))
-    assert in_turn([measure("far", (2.1, 11)), fast, near]) == [Measured(2.1, 11), Measured(2, 3), Measured(1.2, 11)]
-    assert calls == ["far", "fast", "near", "fast", "near", "fast", "near"]
+    hopeless, far = measure("hopeless", (2.1, 11)), measure("far", (1.9, 9), (1.7, 9))
+    fast, near = measure("fast", (1, 8), (9, 1), (2, 3)), measure("near", (1.4, 11), (1.2, 12), (1.1, 9))
+    best = [Measured(2.1, 11), Measured(1.7, 9), Measured(1, 8), Measured(1.1, 9)]
+    assert in_turn([hopeless, far, fast, near]) == best
+    assert calls == ["hopeless", "far", "fast", "near", "far", "fast", "near", "fast", "near"]
+    calls.clear()
+    assert in_turn([measure("slow", (5, 5)), measure("alone", (1, 1))]) == [Measured(5, 5), Measured(1, 1)]
+    assert calls == ["slow", "alone"]
 
 
 def test_the_measuring_process_imports_little():

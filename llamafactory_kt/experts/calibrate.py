@@ -1,8 +1,7 @@
 """The process that measures plans for :mod:`.calibration`: a task on standard input, times on standard output, in JSON.
 
 Each plan has a process of its own below this one, since kt-kernel's number of workers cannot change within one, nor
-OpenMP's threads be woken once they sleep while they wait. They are measured in turn, so that a machine that is busy for
-a moment is so for each of them; the slow ones have one turn.
+OpenMP's threads be woken once they sleep while they wait. They are measured in turn, as a machine may be busy for a moment.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from functools import partial
 from itertools import repeat
 from multiprocessing.connection import Connection
@@ -37,9 +36,8 @@ from .threads import die_with_parent
 from .workers import arrange
 
 RANK = 8
-_TURNS = 3
-_HOPELESS = 2.0
-"""times the fastest one's time"""
+_NEAR = 2.0, 1.3
+"""Who takes no longer than this, in times of the fastest, has a second turn, and a third one."""
 _LEAST = 0.4
 """seconds to measure for: until the scheduler has found a core for each thread, a token takes up to half as long again"""
 _SETTLE = 0.1
@@ -66,14 +64,16 @@ def main() -> None:
 
 
 def in_turn(measure: Sequence[Callable[[], Measured]]) -> list[Measured]:
-    """The medians of each one's turns; who is far from the fastest has no other turn."""
-    turns: list[list[Measured]] = [[] for _ in measure]
-    for _ in range(_TURNS):
-        best = [min((one.chat for one in times), default=0.0) for times in turns]
-        for call, times, chat in zip(measure, turns, best, strict=True):
-            if chat <= _HOPELESS * min(best):
-                times.append(call())
-    return [Measured(*map(statistics.median, zip(*map(astuple, times), strict=True))) for times in turns]
+    """The best turn of each. All have one, and those that may still be the fastest have more."""
+    turns = [[call()] for call in measure]
+    for limit in _NEAR:
+        chats = [min(one.chat for one in times) for times in turns]
+        near = [number for number, chat in enumerate(chats) if chat <= limit * min(chats)]
+        if len(near) == 1:
+            break
+        for number in near:
+            turns[number].append(measure[number]())
+    return [min(times, key=lambda one: one.chat) for times in turns]
 
 
 def _ask(pipe: Connection) -> Measured:

@@ -84,7 +84,9 @@ def test_candidates_where_something_is_missing(monkeypatch, kt_log):
         return [each.backend for each in candidates("auto", None, 1, False, merged=merged)]
 
     monkeypatch.setattr(plan, "kernel_problem", lambda method="AMXBF16": None if method == "AVX2BF16" else "no kernel")
-    assert found(merged=False) == ["oneDNN"]
+    assert found(merged=False) == ["oneDNN"] and not kt_log.text
+    assert candidates("auto", 60, 1, False) == [Plan("oneDNN", 0, 16)]
+    assert kt_log.messages == ["kt_num_threads: 60 does nothing here: torch's threads compute the experts."]
     assert found(merged=True) == ["AVX2BF16", "AVX2BF16", "oneDNN"]
     monkeypatch.setattr(plan, "onednn_problem", lambda: "no oneDNN")
     assert found(merged=False) == ["torch"]

@@ -77,29 +77,34 @@ def candidates(
         raise KTConfigError(f"weight_path is for {' and '.join(PACKED)}, not for backend {backend}.")
     if backend == "AMXINT8" and not weight_path:
         raise KTConfigError("AMXINT8 needs weight_path: a directory that llamafactory-kt quantize made.")
+    kernel = _kernel(backend, merged)
+    workers = choose_threads(num_threads if kernel else None, pools, on_gpu)
+    fixed = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ or on_gpu else None
+    plans = _with_workers(kernel, workers, num_threads is not None, fixed, idle_workers) if kernel else []
+    if kernel and (kernel == backend or num_threads):
+        return plans
+    if num_threads:
+        logger.warning("kt_num_threads: %d does nothing here: torch's threads compute the experts.", num_threads)
+    problem, alone = onednn_problem(), fixed or usable_cores()
+    if backend == "oneDNN" and problem:
+        raise KTConfigError(f"kt_backend: oneDNN cannot run here: {problem}. Use kt_backend: torch.")
+    if backend != "auto":
+        return [Plan(backend, 0, alone)]
+    if problem is None:
+        plans.append(Plan("oneDNN", 0, alone))
+    elif not plans:
+        logger.warning("kt_backend: auto falls back to plain torch, which is slow: %s; %s.", kernel_problem(), problem)
+        plans.append(Plan("torch", 0, alone))
+    return plans
+
+
+def _kernel(backend: str, merged: bool) -> str | None:
+    """Which of kt-kernel's kernels may compute; None where none does."""
     if backend in METHODS:
         require_kernel(backend)
-    workers = choose_threads(num_threads, pools, on_gpu)
-    asked = num_threads is not None
-    fixed = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ or on_gpu else None
-    if backend in METHODS:
-        return _with_workers(backend, workers, asked, fixed, idle_workers)
-    alone = fixed or usable_cores()
-    if backend == "auto":
-        kernels = ("AMXBF16", "AVX2BF16") if merged else ("AMXBF16",)
-        kernel = next((name for name in kernels if kernel_problem(name) is None), None)
-        plans = _with_workers(kernel, workers, asked, fixed, idle_workers) if kernel else []
-        if not (onednn_problem() or (plans and num_threads)):
-            plans.append(Plan("oneDNN", 0, alone))
-        if plans:
-            return plans
-        logger.warning(
-            "kt_backend: auto falls back to plain torch, which is slow: %s; %s.", kernel_problem(), onednn_problem()
-        )
-        backend = "torch"
-    if backend == "oneDNN" and (problem := onednn_problem()):
-        raise KTConfigError(f"kt_backend: oneDNN cannot run here: {problem}. Use kt_backend: torch.")
-    return [Plan(backend, 0, alone)]
+        return backend
+    names = ("AMXBF16", "AVX2BF16") if merged else ("AMXBF16",)
+    return next((name for name in names if kernel_problem(name) is None), None) if backend == "auto" else None
 
 
 def _with_workers(backend: str, workers: int, asked: bool, fixed: int | None, idle_workers: bool | None) -> list[Plan]:

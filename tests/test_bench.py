@@ -259,18 +259,9 @@ def test_a_real_run(tmp_path, demo):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(config))
     words = [
-        "--against",
-        "stock",
-        "--against",
-        "kt_merge_adapter=true",
-        "--no-base",
-        "--prompt-tokens",
-        "16,40",
-        "--new-tokens",
-        "3",
-        "--rounds",
-        "2",
-    ]
+        "--against", "stock", "--against", "kt_merge_adapter=true",
+        "--no-base", "--prompt-tokens", "16,40", "--new-tokens", "3", "--rounds", "2",
+    ]  # fmt: skip
     result = run(path, "kt_router_stats=true", *words, "--json", "-")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)

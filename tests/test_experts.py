@@ -86,8 +86,10 @@ def batch(shape: ExpertsShape, tokens: int, seed=2):
     return x, index, torch.rand(tokens, TOP_K, generator=generator)
 
 
-@needs_packing
-@pytest.mark.parametrize("packed", [set(), {(14, 33)}, {(33, 7)}], ids=str)
+@needs_onednn
+@pytest.mark.parametrize(
+    "packed", [set(), *(pytest.param({size}, marks=needs_packing) for size in [(14, 33), (33, 7)])], ids=str
+)
 def test_onednn_with_weights_that_are_not_packed(monkeypatch, packed):
     monkeypatch.setattr(onednn_engine, "faster_packed", lambda sizes, sample: packed & set(sizes))
     shape = ExpertsShape(4, 33, 7)

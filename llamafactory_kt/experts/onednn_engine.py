@@ -1,4 +1,4 @@
-"""Experts in torch's own bfloat16 kernels (oneDNN), their weights where those read them fastest.
+"""Experts in torch's own kernels (oneDNN), their bfloat16 weights where those read them fastest.
 
 kt-kernel's workers spin between layers and take the cores from torch's threads; where cores are few and torch computes
 the attention on them too, torch's own threads are faster. Packed or not, the memory is the same.

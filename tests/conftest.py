@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 
 from llamafactory_kt.experts.kt_runtime import kernel_problem
-from llamafactory_kt.experts.packing import has_bfloat16_kernels, onednn_problem
+from llamafactory_kt.experts.products import has_bfloat16_kernels, onednn_problem
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, a shell has it ignored
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTAdapterError, KTExpertsConfig, apply_adapter, load_moe_lora_from_adapter, machine
 from llamafactory_kt.adapters import ExpertLora, ExpertsShape
-from llamafactory_kt.experts import onednn_engine, packing
+from llamafactory_kt.experts import onednn_engine, products
 from llamafactory_kt.experts.engine import EngineSpec
 from llamafactory_kt.experts.kt_engine import KTEngine
 from llamafactory_kt.experts.layer_tensors import ExpertWeights, LayerWeights
@@ -103,17 +103,18 @@ def test_onednn_with_weights_that_are_not_packed(monkeypatch, packed):
 
 
 @needs_onednn
-def test_onednn_without_bfloat16_kernels(monkeypatch):
-    """Experts with few rows, and with many, whose weights do not divide into blocks."""
-    monkeypatch.setattr(packing, "has_bfloat16_kernels", lambda: False)
-    monkeypatch.setattr(packing, "BLOCK", 5 * 33)
-    monkeypatch.setattr(onednn_engine, "GROUPED_ROWS", 1)
+@pytest.mark.parametrize("grouped", [1, 128])
+def test_onednn_without_bfloat16_kernels(monkeypatch, grouped):
+    """Experts with few rows, and with many, apart and together; their weights do not divide into blocks."""
+    monkeypatch.setattr(products, "has_bfloat16_kernels", lambda: False)
+    monkeypatch.setattr(products, "BLOCK", 5 * 33)
+    monkeypatch.setattr(onednn_engine, "GROUPED_ROWS", grouped)
     shape = ExpertsShape(7, 33, 8)
     weights, lora, (x, index, scores) = layer(shape), lora_for(shape, rank=5, scaling=3.2), batch(shape, 37)
     index[index == 6] = 2
     index[:30, 0], index[:3, 1] = 3, 6
     rows = torch.bincount(index.flatten(), minlength=7)
-    assert min(rows) < packing.FEW_ROWS < max(rows)
+    assert min(rows) < products.FEW_ROWS < max(rows)
     engine = make_engine("oneDNN", shape, weights)
     assert rel(engine.forward(x, index, scores), reference(weights, None, x, index, scores)) < 0.01
     engine.set_lora(lora)

@@ -17,9 +17,10 @@ from tiny import ARCHITECTURES, make_adapter, make_model, merged_float32, per_to
 from torch import nn
 
 from llamafactory_kt import apply_adapter, switch_adapter
-from llamafactory_kt.experts import inference_lora, packing, prepared_layers
+from llamafactory_kt.experts import packing, prepared_layers, products
 from llamafactory_kt.experts.inference_lora import FEW_ROWS, InferenceLora
-from llamafactory_kt.experts.prepared_layers import PreparedLinear, prepare_layers
+from llamafactory_kt.experts.prepared_layers import prepare_layers
+from llamafactory_kt.experts.products import PreparedLinear
 
 pytestmark = needs_onednn
 
@@ -41,9 +42,8 @@ def kind(request, monkeypatch):
     if request.param != "packed":
         monkeypatch.setattr(prepared_layers, "faster_packed", lambda sizes, sample: set())
     if request.param == "no kernels":
-        monkeypatch.setattr(packing, "has_bfloat16_kernels", lambda: False)
-        monkeypatch.setattr(inference_lora, "has_bfloat16_kernels", lambda: False)
-        monkeypatch.setattr(packing, "BLOCK", 50 * 96)
+        monkeypatch.setattr(products, "has_bfloat16_kernels", lambda: False)
+        monkeypatch.setattr(products, "BLOCK", 50 * 96)
     return request.param
 
 
@@ -62,7 +62,7 @@ def test_against_float32(bias, kind):
         assert found.dtype == torch.bfloat16 and found.shape == (*x.shape[:-1], 160)
         torch.testing.assert_close(found.float(), plain(x.float()), rtol=0.01, atol=0.01)
     with pytest.raises(RuntimeError, match=r"expected bfloat16, got torch\.float32"):
-        model(hidden.float())
+        model(hidden[:1, :1].float())
 
 
 SAMPLES = {size: [torch.ones(size, dtype=torch.bfloat16) for _ in range(2)] for size in [(64, 64), (128, 64), (32, 64)]}
@@ -166,6 +166,20 @@ def test_lora_against_peft_in_float32(kind, rows):
         model.merge_adapter()
 
 
+@pytest.mark.parametrize("kind", ["no kernels"], indirect=True)
+@torch.inference_mode()
+def test_lora_on_a_layer_that_is_not_prepared(kind, monkeypatch):
+    """As it is too small: its own product takes bfloat16 only."""
+    monkeypatch.setattr(prepared_layers, "SMALLEST", 2**20)
+    model, reference = lora_layer()
+    prepare_layers(model)
+    layer = model.base_model.model[0]
+    assert type(layer) is InferenceLora and type(layer.base_layer) is nn.Linear
+    for rows in (1, FEW_ROWS):
+        x = torch.randn(rows, 96).to(torch.bfloat16)
+        assert rel(model(x), reference(x.float())) < 0.01
+
+
 def test_lora_with_a_bias_is_left_to_peft():
     model, reference = lora_layer(lora_bias=True)
     x = torch.randn(2, FEW_ROWS, 96).to(torch.bfloat16)
@@ -247,7 +261,7 @@ def test_plain_weights_are_placed_once(tmp_path, kind, monkeypatch):
     path = make_model(tmp_path / "model", "deepseek_v2")
     lora = make_adapter(tmp_path / "lora", path, rank=5, alpha=10)
     model = load(path, "oneDNN", adapter=[str(lora)])
-    monkeypatch.setattr(packing, "has_bfloat16_kernels", lambda: True)  # the same product before and afterwards
+    monkeypatch.setattr(products, "has_bfloat16_kernels", lambda: True)  # the same product before and afterwards
     wanted = logits(model)
     layers = [layer.self_attn.o_proj for layer in model.model.layers]
     prepare_layers(model)

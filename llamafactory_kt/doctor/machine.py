@@ -111,7 +111,7 @@ def _nvidia_smi() -> list[tuple[str, str]]:
 def engines() -> Findings:
     """Which engines run here, and kt-kernel's build."""
     from ..experts.kt_runtime import cpu_variant, kernel_problem
-    from ..experts.packing import onednn_problem
+    from ..experts.products import onednn_problem
 
     others = "torch" if onednn_problem() else "oneDNN and torch"
     if (problem := kernel_problem()) is None:

@@ -30,8 +30,8 @@ from .kt_runtime import settle_pool
 from .layer_tensors import ExpertWeights
 from .methods import METHODS
 from .onednn_engine import OneDNNEngine
-from .packing import linear
 from .plan import Plan
+from .products import linear
 from .threads import die_with_parent
 from .workers import arrange
 

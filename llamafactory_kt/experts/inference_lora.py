@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora import Linear, LoraLayer
 from torch.nn import functional as F
 
-from .packing import has_bfloat16_kernels
+from .products import PreparedLinear, computed_in
 
 FEW_ROWS = 64
 """with fewer, what the products cost is calling them, and float32's cost less to call; with more, it is reading memory"""
@@ -22,8 +22,8 @@ FEW_ROWS = 64
 class InferenceLora(Linear):  # type: ignore[misc]
     """PEFT's layer for inference: ``y + scaling * (x @ A.T) @ B.T``, for each active adapter.
 
-    In float32 for few rows, as PEFT computes it; in bfloat16 for more of them, where the CPU has kernels for that, as the
-    layer itself does, with sums in float32 inside each product. Adapters may be disabled and changed as PEFT does that, but
+    In float32 for few rows, as PEFT computes it; for more of them in what the layer itself computes in, with sums in float32
+    inside each product. Adapters may be disabled and changed as PEFT does that, but
     not merged.
     """
 
@@ -37,18 +37,22 @@ class InferenceLora(Linear):  # type: ignore[misc]
         if args or kwargs:  # a batch of several adapters, for one
             result = super().forward(x, *args, **kwargs)
             return result
-        result = self.base_layer(x)
         if self._disable_adapters:
+            result = self.base_layer(x)
             return result
-        rows, sums = x.reshape(-1, x.shape[-1]), result.view(-1, result.shape[-1])
-        if wide := len(rows) < FEW_ROWS or not has_bfloat16_kernels():
-            rows, sums = rows.float(), sums.float()
-        pairs = self._pairs[rows.dtype]
+        rows = x.reshape(-1, x.shape[-1])
+        product = computed_in(len(rows))
+        if isinstance(self.base_layer, PreparedLinear):
+            rows = rows.to(product)
+        result = self.base_layer(rows.view(x.shape))
+        dtype = torch.float32 if len(rows) < FEW_ROWS else product
+        rows, sums = rows.to(dtype), result.view(-1, result.shape[-1]).to(dtype)
+        pairs = self._pairs[dtype]
         for name in self.active_adapters:
             if name in pairs:
                 a, b = pairs[name]
                 sums.addmm_(F.linear(rows, a), b, alpha=self.scaling[name])
-        return sums.to(result.dtype).view(result.shape) if wide else result
+        return sums.to(x.dtype).view(result.shape)
 
     def merge(self, *_: Any, **__: Any) -> NoReturn:
         """PEFT's merging would read and write weights that may be packed."""
@@ -66,5 +70,5 @@ def take_over(layer: LoraLayer) -> None:
                 name: (a.weight.detach().to(dtype), layer.lora_B[name].weight.detach().to(dtype).T.contiguous())
                 for name, a in layer.lora_A.items()
             }
-            for dtype in (torch.float32, torch.bfloat16)
+            for dtype in {torch.float32, computed_in(FEW_ROWS)}
         }

@@ -15,7 +15,8 @@ from ..adapters import ExpertLora, ExpertsShape
 from ..used_memory import in_large_pages
 from .engine import Engine, Undo
 from .layer_tensors import ExpertWeights
-from .packing import Size, faster_packed, linear, placing
+from .packing import Size, faster_packed, placing
+from .products import computed_in, linear
 
 GROUPED_ROWS = 128
 """that are computed together: a cache of 2 MiB holds them at each step"""
@@ -81,7 +82,9 @@ class OneDNNEngine(Engine):
         return out.to(hidden.dtype)
 
     def _compute(self, group: dict[int, int], x: torch.Tensor) -> torch.Tensor:
-        """x [n, H] bf16, the rows of each expert of the group in turn -> [n, H] float32, or bf16 without LoRA."""
+        """x [n, H] bf16, the rows of each expert of the group in turn -> [n, H] float32, or without LoRA what the products
+        are computed in."""
+        x = x.to(computed_in(max(group.values())))
         gate_up = self._products(0, group, x)
         if self._lora is None:
             return self._products(1, group, _gated(gate_up))
@@ -90,7 +93,7 @@ class OneDNNEngine(Engine):
             a, b, _, _ = self._lora[expert]
             sums.addmm_(part.mm(a), b)
         inner = _gated(gate_up)
-        down = self._products(1, group, inner.to(torch.bfloat16)).float()
+        down = self._products(1, group, inner.to(x.dtype)).float()
         for expert, sums, part in zip(group, down.split(rows), inner.split(rows), strict=True):
             _, _, a, b = self._lora[expert]
             sums.addmm_(part.mm(a), b)

@@ -1,24 +1,20 @@
-"""Products with bfloat16 weights, and where those are read fastest: in oneDNN's layout, or plain in large pages.
+"""Where bfloat16 weights are read fastest: in oneDNN's layout, or plain in large pages.
 
 Packing saves oneDNN from reading plain weights row by row. With AVX-512 it was faster for every size that was tried;
 with AMX it took from 0.8 to 1.5 times as long as the plain product, depending on the size. So it is measured.
-
-Without AVX-512, oneDNN has no bfloat16 kernels, and torch's own are fast for a few rows only, where reading the weights is
-what they cost. There, more rows are multiplied in float32, with a block of the weights at a time, which stays in the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cache
 from math import prod
 from statistics import median
 from time import perf_counter
 
 import torch
-from torch.nn import functional as F
 
 from ..used_memory import in_large_pages
+from .products import has_bfloat16_kernels, linear
 from .remembered import Remembered
 
 Size = tuple[int, int]
@@ -27,29 +23,10 @@ Size = tuple[int, int]
 SMALLEST = 2**20
 """bytes of a weight; smaller ones are in the CPU's cache, and calling is what they cost"""
 
-FEW_ROWS = 8
-"""with fewer, bfloat16 is faster without its kernels too"""
-BLOCK = 2**20
-"""numbers of a weight that are converted to float32 at a time"""
-
 _TURNS = 5
 _MEMORY = Remembered({"packed over plain": "threads, out, in, ratio of times"})
 _known: dict[tuple[int, Size], float] = {}
 """what was measured or recalled in this process, with so many threads: the time with packed weights over that with plain"""
-
-
-def onednn_problem() -> str | None:
-    """Why oneDNN computes nothing here, or None."""
-    return None if torch.backends.mkldnn.is_available() else "this torch was built without oneDNN"
-
-
-@cache
-def has_bfloat16_kernels() -> bool:
-    """Whether oneDNN has them for this CPU; they need AVX-512."""
-    try:
-        return onednn_problem() is None and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):
-        return False
 
 
 def size_of(weight: torch.Tensor) -> Size:
@@ -62,26 +39,6 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     """[out, in], bfloat16, in oneDNN's blocked layout."""
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
     return packed
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """[..., in] -> [..., out], bfloat16, for a plain or a packed weight."""
-    if weight.layout != torch.strided:
-        return _onednn(x, weight, bias)
-    if has_bfloat16_kernels() or x.numel() < FEW_ROWS * x.shape[-1]:
-        return F.linear(x, weight, bias)
-    rows, size = x.float(), weight.shape[0]
-    out = x.new_empty(*x.shape[:-1], size)
-    step = max(1, BLOCK // weight.shape[1])
-    for start in range(0, size, step):
-        block = slice(start, start + step)
-        out[..., block] = _onednn(rows, weight[block].float(), None if bias is None else bias[block].float())
-    return out
-
-
-def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
 
 
 def placing(size: Size, count: int, packed: bool) -> Callable[..., torch.Tensor]:

@@ -23,7 +23,7 @@ from ..errors import KTConfigError
 from ..machine import numa_nodes, usable_cores
 from .kt_runtime import kernel_problem, require_kernel
 from .methods import METHODS, Method
-from .packing import onednn_problem
+from .products import onednn_problem
 
 logger = logging.getLogger(__name__)
 

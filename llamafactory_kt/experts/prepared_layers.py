@@ -20,22 +20,13 @@ from .crossing import SHARED_EXPERTS
 from .inference_lora import take_over
 from .module import KTExperts
 from .openmp import release_team
-from .packing import SMALLEST, Size, faster_packed, linear, onednn_problem, placing, size_of
+from .packing import SMALLEST, Size, faster_packed, placing, size_of
+from .products import PreparedLinear, onednn_problem
 
 _SAMPLES = 2
 """layers of each size whose products are timed"""
 _PREPARED = "_kt_prepared"
 """set on a model, and on each layer whose weight is where it is to stay"""
-
-
-class PreparedLinear(nn.Linear):
-    """A linear layer for inference. A packed weight has its shape and type, and no address: only oneDNN can read it."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out], bfloat16."""
-        if input.dtype != torch.bfloat16:
-            raise RuntimeError(f"expected bfloat16, got {input.dtype}")
-        return linear(input, self.weight, self.bias)
 
 
 def prepare_layers(model: nn.Module) -> None:

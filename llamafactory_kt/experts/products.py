@@ -1,0 +1,71 @@
+"""Products with bfloat16 weights on the CPU, plain ones or in oneDNN's layout (:mod:`.packing`).
+
+Without AVX-512, oneDNN has no bfloat16 kernels, and torch's own are fast for a few rows only, where reading the weights is
+what they cost. There, more rows are multiplied in float32, with a block of the weights at a time, which stays in the cache.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+FEW_ROWS = 8
+"""with fewer, bfloat16 is faster without its kernels too"""
+BLOCK = 2**20
+"""numbers of a weight that are converted to float32 at a time"""
+
+
+def onednn_problem() -> str | None:
+    """Why oneDNN computes nothing here, or None."""
+    return None if torch.backends.mkldnn.is_available() else "this torch was built without oneDNN"
+
+
+@cache
+def has_bfloat16_kernels() -> bool:
+    """Whether oneDNN has them for this CPU; they need AVX-512."""
+    try:
+        return onednn_problem() is None and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def computed_in(rows: int) -> torch.dtype:
+    """What a product with so many rows is computed in. Where it is float32, rows that are float32 already, and results that
+    are to be, need no conversion, and keep what bfloat16 would round off."""
+    return torch.bfloat16 if has_bfloat16_kernels() or rows < FEW_ROWS else torch.float32
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """[..., in] -> [..., out], of the dtype of x, which is bfloat16 or float32, for a weight in bfloat16, plain or packed."""
+    if computed_in(x.numel() // x.shape[-1]) == torch.float32:
+        return _in_blocks(x, weight, bias)
+    product = F.linear if weight.layout == torch.strided else _onednn
+    return product(x.to(torch.bfloat16), weight, bias).to(x.dtype)
+
+
+class PreparedLinear(nn.Linear):
+    """A linear layer for inference. A packed weight has its shape and type, and no address: only oneDNN can read it."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out], bfloat16; or float32 where it is computed in that."""
+        if input.dtype not in (torch.bfloat16, computed_in(input.numel() // input.shape[-1])):
+            raise RuntimeError(f"expected bfloat16, got {input.dtype}")
+        return linear(input, self.weight, self.bias)
+
+
+def _in_blocks(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    rows, (size, width) = x.float(), weight.shape
+    out, wide = x.new_empty(*x.shape[:-1], size), weight.new_empty(max(1, BLOCK // width), width, dtype=torch.float32)
+    for start in range(0, size, len(wide)):
+        block = slice(start, start + len(wide))
+        part = weight[block]
+        out[..., block] = _onednn(rows, wide[: len(part)].copy_(part), None if bias is None else bias[block].float())
+    return out
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out

@@ -24,7 +24,7 @@ $(READY):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and none was found; give one: make PYTHON=/path/to/python3.12"; exit 1; }
 	@rm -rf "$(ENV)" && $(PYTHON) -m venv "$(ENV)" && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip install --python $(BIN)/python --quiet hatchling editables
-	@$(BIN)/uv pip install --python $(BIN)/python --quiet --no-build-isolation --editable ".[dev]"
+	@$(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --no-build-isolation --editable ".[dev]"
 	@touch $@
 
 demo: setup ## the same prompts with and without the demo adapter, through llamafactory-cli chat

@@ -23,6 +23,7 @@ from llamafactory_kt.bench.figures import Loaded, Machine, Measured, Report, Spr
 from llamafactory_kt.bench.rounds import bench
 from llamafactory_kt.bench.rows import Row, rows
 from llamafactory_kt.bench.shapes import Shape, parse_shape
+from llamafactory_kt.bench import stock
 from llamafactory_kt.bench.stock import BestExperts, merge_into
 from llamafactory_kt.bench.synthetic import Synthetic
 from llamafactory_kt.bench.tables import show
@@ -162,6 +163,19 @@ def test_stock_with_the_adapter_merged(tmp_path):
     best.best[5] = "batched_mm"
     best(5)
     assert merged.config._experts_implementation == "batched_mm"
+
+
+def test_a_slow_implementation_is_timed_once(monkeypatch, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model", "deepseek_v2"))
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, given: calls.append(given["input_ids"].shape[1]), with_kwargs=True)
+    assert BestExperts(model, [5])._time("eager", 5) > 0
+    assert calls[-3:] == [5, 5, 5]
+    calls.clear()
+    monkeypatch.setattr(stock, "ENOUGH", 1e-9)
+    best = BestExperts(model, [5])
+    assert set(best.best) == {1, 5}
+    assert calls == [5, 5, 5, 1, 1, 1], "once for each implementation, the slow ones too"
 
 
 # Synthetic models

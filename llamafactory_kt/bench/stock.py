@@ -49,6 +49,10 @@ def merge_into(model: Any, adapters: AdapterSet, scope: str = "all") -> Any:
     return model
 
 
+ENOUGH = 6.0
+"""seconds of computing after which an implementation is timed no further"""
+
+
 class BestExperts:
     """Switches a model to the experts implementation of transformers (``transformers/integrations/moe.py``) that is the
     fastest for the number of tokens that come next.
@@ -82,7 +86,7 @@ class BestExperts:
         return min(times, key=times.__getitem__)
 
     def _time(self, name: str, tokens: int) -> float | None:
-        """Median seconds of a forward, None if it cannot run."""
+        """Median seconds of a forward, the first one apart if there are more; None if it cannot run."""
         if name == "batched_mm" and tokens * self._copied() > available_memory() // 2:
             return None
         vocabulary = self._model.config.get_text_config().vocab_size
@@ -90,14 +94,14 @@ class BestExperts:
         try:
             self._model.set_experts_implementation(name)
             with torch.inference_mode():
-                for _ in range(3 if tokens > 1 else 9):
+                while len(times) < (3 if tokens > 1 else 9) and sum(times) < ENOUGH:
                     ids = torch.randint(10, vocabulary, (1, tokens), generator=generator).to(self._model.device)
                     started = time.perf_counter()
                     self._model(input_ids=ids, logits_to_keep=1).logits.argmax(-1).tolist()
                     times.append(time.perf_counter() - started)
         except (RuntimeError, ValueError, ImportError):  # made for other hardware
             return None
-        return statistics.median(times[1:])
+        return statistics.median(times[1:] or times)
 
     def _copied(self) -> int:
         """Bytes of weights that batched_mm copies for each token."""

@@ -36,10 +36,10 @@ from .threads import die_with_parent
 from .workers import arrange
 
 RANK = 8
-_NEAR = 2.0, 1.3
+_NEAR = 2.0, 1.2
 """Who takes no longer than this, in times of the fastest, has a second turn, and a third one."""
-_LEAST = 0.4
-"""seconds to measure for: until the scheduler has found a core for each thread, a token takes up to half as long again"""
+_TOKENS = 0.4
+"""seconds to compute tokens for: until the scheduler has found a core for each thread, one takes up to half as long again"""
 _SETTLE = 0.1
 """seconds until this process's threads sleep, so that they do not disturb the next one's turn"""
 
@@ -47,11 +47,12 @@ _SETTLE = 0.1
 def main() -> None:
     """Measure what standard input asks for."""
     task = json.load(sys.stdin)
+    around = _weights_around(task)
     context = multiprocessing.get_context("fork")  # imports take longer than measuring; no thread has been started yet
     pipes: list[Connection] = []
     for plan in task["plans"]:
         pipe, theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs, Plan(**plan), task), daemon=True).start()
+        context.Process(target=_serve, args=(theirs, Plan(**plan), task, around), daemon=True).start()
         theirs.close()  # so that a process that ends is noticed
         pipes.append(pipe)
     try:
@@ -81,13 +82,13 @@ def _ask(pipe: Connection) -> Measured:
     return Measured(*pipe.recv())
 
 
-def _serve(pipe: Connection, plan: Plan, task: dict[str, Any]) -> None:
+def _serve(pipe: Connection, plan: Plan, task: dict[str, Any], around: torch.Tensor) -> None:
     """Answer each message with (seconds of a token, seconds of a prompt of 128)."""
     die_with_parent()
     with torch.inference_mode():
         if plan.workers:
             settle_pool(plan.workers, task["layer"][4])
-        layer = _layer(_engine(plan, task), task)
+        layer = _layer(_engine(plan, task), task["experts"], around)
         arrange(plan)
         # Fewer experts than the model's get fewer tokens, so that each gets as many as it would there.
         prompt = max(1, 128 * task["experts"] // task["layer"][0])
@@ -96,7 +97,7 @@ def _serve(pipe: Connection, plan: Plan, task: dict[str, Any]) -> None:
         time.sleep(_SETTLE)
         pipe.send("ready")
         while pipe.recv():
-            times = _seconds(layer, 1), _seconds(layer, prompt) * 128 / prompt
+            times = _seconds(layer, 1, _TOKENS), _seconds(layer, prompt) * 128 / prompt
             time.sleep(_SETTLE)
             pipe.send(times)
 
@@ -133,16 +134,24 @@ def _engine(plan: Plan, task: dict[str, Any]) -> Engine:
     return engine
 
 
-def _layer(engine: Engine, task: dict[str, Any]) -> Callable[[int], None]:
+def _weights_around(task: dict[str, Any]) -> torch.Tensor:
+    """What torch multiplies with between two layers of experts. All processes read the same memory."""
+    hidden, threads = task["layer"][1], torch.get_num_threads()
+    torch.set_num_threads(1)  # so that none is started, which no process below this one would have
+    around = in_large_pages(torch.empty(task["products"], hidden, hidden, dtype=torch.bfloat16))
+    around.copy_(torch.randn(hidden, hidden) * hidden**-0.5)
+    torch.set_num_threads(threads)
+    return around
+
+
+def _layer(engine: Engine, experts: int, around: torch.Tensor) -> Callable[[int], None]:
     """What computes one layer for a number of tokens."""
     hidden, top_k = engine.spec.shape.hidden_size, engine.spec.num_experts_per_tok
     torch.manual_seed(0)
-    around = in_large_pages(torch.empty(task["products"], hidden, hidden, dtype=torch.bfloat16))
-    around.copy_(torch.randn(hidden, hidden) * hidden**-0.5)
 
     def layer(tokens: int) -> None:
         x = torch.randn(tokens, hidden).to(torch.bfloat16)
-        index = torch.rand(tokens, task["experts"]).topk(top_k).indices
+        index = torch.rand(tokens, experts).topk(top_k).indices
         for weight in around:
             x = linear(x, weight)
         engine.forward(x, index, torch.full((tokens, top_k), 1 / top_k))
@@ -150,12 +159,11 @@ def _layer(engine: Engine, task: dict[str, Any]) -> Callable[[int], None]:
     return layer
 
 
-def _seconds(layer: Callable[[int], None], tokens: int) -> float:
-    """The median, after one call that is not counted."""
-    layer(tokens)
+def _seconds(layer: Callable[[int], None], tokens: int, least: float = 0) -> float:
+    """The median of some calls, which take so many seconds at least, or of one."""
     seconds: list[float] = []
-    end = time.perf_counter() + _LEAST
-    while len(seconds) < 2 or time.perf_counter() < end:
+    end = time.perf_counter() + least
+    while not seconds or time.perf_counter() < end:
         start = time.perf_counter()
         layer(tokens)
         seconds.append(time.perf_counter() - start)

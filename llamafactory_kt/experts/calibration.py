@@ -24,7 +24,7 @@ SAMPLE = 256 * 2**20
 PROCESS = 2**29
 """bytes that a measuring process takes beside the experts"""
 AROUND = 512 * 2**20
-"""bytes, at most, that a measuring process has of the weights around the experts"""
+"""bytes, at most, of the weights around the experts, which all processes share"""
 PROMPT, ANSWER = 512, 256
 """tokens of the chat for which the whole time is to be least"""
 
@@ -71,7 +71,7 @@ def choose(
     experts = min(shape.num_experts, max(num_experts_per_tok, SAMPLE // expert))
     product = 2 * shape.hidden_size**2
     products = max(1, round(min(around, AROUND) / product)) if around else 0
-    if available_memory() < len(plans) * (PROCESS + 2 * experts * expert + products * product):
+    if available_memory() < len(plans) * (PROCESS + 2 * experts * expert) + products * product:
         return plans[0], "too little memory to measure"
     memory = Remembered(
         {

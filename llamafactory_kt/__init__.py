@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         KTServerError,
     )
     from .experts import KTExpertsConfig
+    from .inference import prepare_for_inference
     from .lab.generating import Answer, generate
     from .lab.router_stats import LayerStats, get_router_stats, print_router_stats, reset_router_stats
     from .lora import LoadReport, apply_adapter, load_moe_lora_from_adapter, switch_adapter
@@ -49,6 +50,7 @@ __all__ = [
     "generate",
     "get_router_stats",
     "load_moe_lora_from_adapter",
+    "prepare_for_inference",
     "print_router_stats",
     "reset_router_stats",
     "switch_adapter",
@@ -64,6 +66,7 @@ _HOMES = {
     "generate": "lab.generating",
     "get_router_stats": "lab.router_stats",
     "load_moe_lora_from_adapter": "lora",
+    "prepare_for_inference": "inference",
     "print_router_stats": "lab.router_stats",
     "reset_router_stats": "lab.router_stats",
     "switch_adapter": "lora",

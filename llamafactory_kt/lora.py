@@ -73,6 +73,11 @@ def kt_wrappers(model: Any) -> list[Any]:
     return wrappers
 
 
+def plain_model(model: Any) -> Any:
+    """Without PEFT's wrapper around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def load_moe_lora_from_adapter(model: nn.Module, adapter_path: Adapters) -> LoadReport:
     """Load the routed-expert LoRA of an adapter (or the sum of several) into the experts, in place of what they had.
 
@@ -94,7 +99,7 @@ def load_moe_lora_from_adapter(model: nn.Module, adapter_path: Adapters) -> Load
     _check_experts(wrappers, adapters)
     for adapter in adapters.adapters:
         adapter.check_finite(adapter.expert_names)
-    with _base(model)._kt_gate.exchange():
+    with plain_model(model)._kt_gate.exchange():
         _exchange_experts(wrappers, adapters)
     return _report(adapters)
 
@@ -119,7 +124,7 @@ def apply_adapter(model: nn.Module, adapter_path: Adapters, scope: str = "all") 
         KTModelError: The model already carries an adapter, or its experts had another one merged.
     """
     kt_wrappers(model)
-    adapters, merged = open_adapters(adapter_path), _base(model)._kt_merged
+    adapters, merged = open_adapters(adapter_path), plain_model(model)._kt_merged
     if merged is not None and _files(adapters) == _files(merged) and not getattr(model, "_kt_adapter_applied", False):
         return _merge(model, adapters, scope)
     _check_apart(model)
@@ -154,7 +159,7 @@ def switch_adapter(model: nn.Module, adapter_path: Adapters, scope: str = "all")
 
 def _check_apart(model: Any) -> None:
     """Raise KTModelError if the experts' LoRA is in their weights, where it can be neither exchanged nor taken away."""
-    wrappers, merged = kt_wrappers(model), _base(model)._kt_merged
+    wrappers, merged = kt_wrappers(model), plain_model(model)._kt_merged
     if merged is None:
         return
     adapters = ", ".join(str(adapter.directory or adapter.expert_file) for adapter in merged.adapters) or "no adapter"
@@ -191,7 +196,7 @@ def _merge(model: Any, adapters: AdapterSet, scope: str) -> tuple[nn.Module, Loa
 
 
 def _exchange(model: Any, adapters: AdapterSet, scope: str) -> tuple[nn.Module, LoadReport]:
-    wrappers, base = kt_wrappers(model), _base(model)
+    wrappers, base = kt_wrappers(model), plain_model(model)
     _check_experts(wrappers, adapters)
     parts = _plan(base, adapters, scope)
     weights_read = any(peft_reads_weights(adapter) for adapter in adapters.adapters)
@@ -206,10 +211,6 @@ def _exchange(model: Any, adapters: AdapterSet, scope: str) -> tuple[nn.Module, 
             model.base_model = wrapped.base_model  # PEFT's wrapper that the caller holds
         base._kt_adapter_applied = bool(adapters.adapters)
     return wrapped, _report(adapters, parts)
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _check_experts(wrappers: Sequence[Any], adapters: AdapterSet) -> None:

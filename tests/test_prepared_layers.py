@@ -16,7 +16,7 @@ from test_switch import load, logits
 from tiny import ARCHITECTURES, make_adapter, make_model, merged_float32, per_token, rel
 from torch import nn
 
-from llamafactory_kt import apply_adapter, switch_adapter
+from llamafactory_kt import KTModelError, apply_adapter, prepare_for_inference, switch_adapter
 from llamafactory_kt.experts import packing, prepared_layers, products
 from llamafactory_kt.experts.inference_lora import FEW_ROWS, InferenceLora
 from llamafactory_kt.experts.prepared_layers import prepare_layers
@@ -289,6 +289,25 @@ def test_other_types_and_small_weights_are_left(monkeypatch):
     model = nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16))
     prepare_layers(model)
     assert type(model[0]) is nn.Linear
+
+
+def test_prepared_from_python(tmp_path):
+    """Through PEFT's wrapper, as apply_adapter gives it, with an adapter that is exchanged afterwards."""
+    path = make_model(tmp_path / "model", "deepseek_v2")
+    one = make_adapter(tmp_path / "one", path, rank=5, alpha=10)
+    two = make_adapter(tmp_path / "two", path, rank=3, alpha=4, seed=2)
+    model, _ = apply_adapter(load(path, "oneDNN", adapter=[str(one)]), one)
+    assert not names(model)
+    for _ in range(2):
+        prepare_for_inference(model)
+        assert names(model) >= {"base_layer", "lm_head"}
+    for adapter in (one, two):
+        switch_adapter(model, adapter)
+        assert per_token(logits(model), logits(merged_float32(path, [adapter]))) < 0.03
+    with model.get_base_model()._kt_gate.generation(), pytest.raises(RuntimeError, match="cannot be changed from within a generation"):
+        prepare_for_inference(model)
+    with pytest.raises(KTModelError, match="Linear has no KT experts"):
+        prepare_for_inference(nn.Linear(2, 2))
 
 
 def test_a_chat_prepares(tmp_path, demo):

@@ -73,7 +73,7 @@ class Gate:
         """
         require_own_process()
         if getattr(self._inside, "depth", 0):
-            raise RuntimeError("An adapter cannot be exchanged from within a generation.")
+            raise RuntimeError("The model cannot be changed from within a generation.")
         with self._changed:
             self._waiting += 1
             try:

@@ -144,15 +144,15 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
 
 
 def _apply(model: Any, model_args: Any) -> Any:
-    from ..experts.prepared_layers import prepare_layers
+    from ..inference import prepare_for_inference
     from ..lora import apply_adapter
     from ..report import debug_structure
 
-    report, base = None, model
+    report = None
     if model._kt_adapters.adapters:
         model, report = apply_adapter(model, model._kt_adapters, model_args.kt_lora_scope)
         logger.info("Loaded adapter(s): %s", ",".join(model_args.adapter_name_or_path or [model_args.kt_moe_lora_path]))
-    prepare_layers(base)
+    prepare_for_inference(model)
     model._kt_show_stats = model_args.kt_stats
     announce(model, report)
     if model_args.kt_debug:

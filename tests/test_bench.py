@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -18,12 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTConfigError, KTMemoryError, KTModelError
 from llamafactory_kt.adapters import open_adapters
-from llamafactory_kt.bench import room, synthetic
+from llamafactory_kt.bench import room, rounds, stock, synthetic
 from llamafactory_kt.bench.figures import Loaded, Machine, Measured, Report, Spread, ratio
 from llamafactory_kt.bench.rounds import bench
 from llamafactory_kt.bench.rows import Row, rows
 from llamafactory_kt.bench.shapes import Shape, parse_shape
-from llamafactory_kt.bench import stock
 from llamafactory_kt.bench.stock import BestExperts, merge_into
 from llamafactory_kt.bench.synthetic import Synthetic
 from llamafactory_kt.bench.tables import show
@@ -63,6 +63,36 @@ def made_up() -> Report:
             Measured("stock", stock, [1.0, 2.0], {128: FAST}, {128: FAST}, [0.4, 0.3], 6 * GIB),
         ],
     )
+
+
+def test_each_round_begins_with_another_configuration(monkeypatch):
+    """What comes first after a pause, or after the memory was read, is not always the same."""
+    asked: list[str] = []
+
+    class Answers:
+        hello = LOADED
+
+        def __init__(self, name: str):
+            self.name = name
+
+        @classmethod
+        @contextmanager
+        def running(cls, name, *_):
+            yield cls(name)
+
+        def ask(self, *words):
+            if self.name == "memory bandwidth":
+                return 50e9
+            if words == ("end",):
+                return 6 * GIB, 0
+            asked.append(f"{self.name[:2]} {words[0]}")
+            return len(asked), len(asked), None
+
+    monkeypatch.setattr(rounds, "_Process", Answers)
+    report = rounds.bench(rows(CONFIG, ["stock"]), [128, 9], rounds=4)
+    one, two, three = (["as", "ba", "st"][n:] + ["as", "ba", "st"][:n] for n in range(3))
+    assert asked == [f"{name} {length}" for names in (one, two, three, one) for length in (128, 9) for name in names]
+    assert [m.decode[128] for m in report.rows] == [[1, 9, 14, 19], [2, 7, 15, 20], [3, 8, 13, 21]]
 
 
 def test_ratios_are_of_the_same_round():

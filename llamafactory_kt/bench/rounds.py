@@ -28,7 +28,7 @@ def bench(
     checkpoint: int = 0,
     tick: Callable[[], object] = lambda: None,
 ) -> Report:
-    """Load all configurations, then measure them in turn.
+    """Load all configurations, then measure them in turn; each round begins with another one.
 
     Args:
         prompt_tokens: lengths of random prompts.
@@ -60,10 +60,11 @@ def bench(
             measured.append((process, Measured(row.name, loaded, [*seconds[row.name], loaded.load])))
             tick()
         bandwidth: list[float] = []
-        for _ in range(rounds):
+        for number in range(rounds):
             bandwidth.append(reader.ask())
+            first = number % len(measured)
             for length in prompt_tokens:
-                for process, one in measured:
+                for process, one in measured[first:] + measured[:first]:
                     prefill, decode, idle = process.ask(length, new_tokens)
                     one.prefill.setdefault(length, []).append(prefill)
                     one.decode.setdefault(length, []).append(decode)

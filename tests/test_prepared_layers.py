@@ -304,7 +304,10 @@ def test_prepared_from_python(tmp_path):
     for adapter in (one, two):
         switch_adapter(model, adapter)
         assert per_token(logits(model), logits(merged_float32(path, [adapter]))) < 0.03
-    with model.get_base_model()._kt_gate.generation(), pytest.raises(RuntimeError, match="cannot be changed from within a generation"):
+    with (
+        model.get_base_model()._kt_gate.generation(),
+        pytest.raises(RuntimeError, match="cannot be changed from within a generation"),
+    ):
         prepare_for_inference(model)
     with pytest.raises(KTModelError, match="Linear has no KT experts"):
         prepare_for_inference(nn.Linear(2, 2))

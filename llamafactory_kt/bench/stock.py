@@ -90,7 +90,8 @@ class BestExperts:
         if name == "batched_mm" and tokens * self._copied() > available_memory() // 2:
             return None
         vocabulary = self._model.config.get_text_config().vocab_size
-        generator, times = torch.Generator().manual_seed(0), []
+        generator = torch.Generator().manual_seed(0)
+        times: list[float] = []
         try:
             self._model.set_experts_implementation(name)
             with torch.inference_mode():

@@ -122,6 +122,19 @@ def test_onednn_without_bfloat16_kernels(monkeypatch, grouped):
 
 
 @needs_onednn
+def test_onednn_without_bfloat16_kernels_rounds_nothing_between_products(monkeypatch):
+    """Where every expert has many rows, and the caller takes float32."""
+    monkeypatch.setattr(products, "has_bfloat16_kernels", lambda: False)
+    shape = ExpertsShape(3, 33, 8)
+    weights, lora, (x, index, scores) = layer(shape), lora_for(shape, rank=5, scaling=3.2), batch(shape, 37)
+    assert torch.bincount(index.flatten(), minlength=3).min() >= products.FEW_ROWS
+    engine = make_engine("oneDNN", shape, weights)
+    for one in (None, lora):
+        engine.set_lora(one)
+        assert rel(engine.forward(x.float(), index, scores), reference(weights, one, x, index, scores)) < 1e-5
+
+
+@needs_onednn
 @pytest.mark.parametrize("rows", [1, 11, 30, 10**6])
 def test_onednn_computes_experts_in_groups(monkeypatch, rows):
     """Each alone, some together with others beside them that have more rows than a group, and all in one."""

@@ -16,6 +16,9 @@ from ..machine import available_memory
 from ..peft_layers import exchange_peft_layers, merge_peft_layers
 from ..peft_part import check_peft_part
 
+ENOUGH = 6.0
+"""seconds of computing after which an implementation is timed no further"""
+
 
 @torch.no_grad()
 def merge_into(model: Any, adapters: AdapterSet, scope: str = "all") -> Any:
@@ -47,10 +50,6 @@ def merge_into(model: Any, adapters: AdapterSet, scope: str = "all") -> Any:
                     total += lora.delta(projection, number).to(total.device)
                 weight[number] = total.to(weight.dtype)
     return model
-
-
-ENOUGH = 6.0
-"""seconds of computing after which an implementation is timed no further"""
 
 
 class BestExperts:

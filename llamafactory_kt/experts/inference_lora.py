@@ -23,8 +23,7 @@ class InferenceLora(Linear):  # type: ignore[misc]
     """PEFT's layer for inference: ``y + scaling * (x @ A.T) @ B.T``, for each active adapter.
 
     In float32 for few rows, as PEFT computes it; for more of them in what the layer itself computes in, with sums in float32
-    inside each product. Adapters may be disabled and changed as PEFT does that, but
-    not merged.
+    inside each product. Adapters may be disabled and changed as PEFT does that, but not merged.
     """
 
     _pairs: dict[torch.dtype, dict[str, tuple[torch.Tensor, torch.Tensor]]]
@@ -42,8 +41,8 @@ class InferenceLora(Linear):  # type: ignore[misc]
             return result
         rows = x.reshape(-1, x.shape[-1])
         product = computed_in(len(rows))
-        if isinstance(self.base_layer, PreparedLinear):
-            rows = rows.to(product)
+        if product == torch.float32 and isinstance(self.base_layer, PreparedLinear):
+            rows = rows.float()
         result = self.base_layer(rows.view(x.shape))
         dtype = torch.float32 if len(rows) < FEW_ROWS else product
         rows, sums = rows.to(dtype), result.view(-1, result.shape[-1]).to(dtype)

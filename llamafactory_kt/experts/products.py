@@ -51,7 +51,7 @@ class PreparedLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out], bfloat16; or float32 where it is computed in that."""
-        if input.dtype not in (torch.bfloat16, computed_in(input.numel() // input.shape[-1])):
+        if input.dtype != torch.bfloat16 and input.dtype != computed_in(input.numel() // input.shape[-1]):
             raise RuntimeError(f"expected bfloat16, got {input.dtype}")
         return linear(input, self.weight, self.bias)
 

@@ -19,6 +19,8 @@ collect_ignore = ["standin"]  # packages that tests put before a server's interp
 
 KERNEL_PROBLEM = kernel_problem()
 needs_kernel = pytest.mark.skipif(KERNEL_PROBLEM is not None, reason=str(KERNEL_PROBLEM))
+BASE_PROBLEM = kernel_problem("AVX2BF16")
+needs_base_kernel = pytest.mark.skipif(BASE_PROBLEM is not None, reason=str(BASE_PROBLEM))
 needs_onednn = pytest.mark.skipif(onednn_problem() is not None, reason=str(onednn_problem()))
 needs_packing = pytest.mark.skipif(not has_bfloat16_kernels(), reason="only kernels for AVX-512 read packed weights")
 SGLANG_CONTRACT = "SGLang's contract was tested with"

@@ -5,20 +5,27 @@ Without a GPU the same code runs with events that only note their calls.
 
 from __future__ import annotations
 
+import gc
 import threading
 from functools import partial
 from typing import ClassVar
 
 import pytest
 import torch
-from tiny import make_adapter, make_model, merged_float32, per_token
+from conftest import needs_base_kernel, needs_kernel
+from test_experts import batch, lora_for, make_engine, reference
+from test_experts import layer as expert_weights
+from tiny import make_model, rel
 from transformers import AutoModelForCausalLM
 
-from llamafactory_kt import KTExpertsConfig, apply_adapter, get_router_stats
+from llamafactory_kt import KTExpertsConfig, get_router_stats
+from llamafactory_kt.adapters import ExpertsShape
+from llamafactory_kt.experts import queueing
 from llamafactory_kt.experts.crossing import SHARED_EXPERTS, Crossing, EarlyShared
 from llamafactory_kt.experts.module import KTExperts
 
 IDS = torch.arange(2, 40)[None]
+KERNELS = [pytest.param("AVX2BF16", marks=needs_base_kernel), pytest.param("AMXBF16", marks=needs_kernel)]
 
 
 class Noted:
@@ -33,9 +40,15 @@ class Noted:
         self.log.append("wait")
 
 
+class Stream:
+    """One of a GPU that is never behind: a task that is submitted is run at once."""
+
+    cuda_stream, device = 7, torch.device("cpu")
+
+
 def crossing():
     Noted.log.clear()
-    return Crossing(Noted, pinned=False)
+    return Crossing(Stream(), Noted, pinned=False)
 
 
 def tokens(count, seed=0):
@@ -51,21 +64,100 @@ def compute(hidden, index, weights):
 def test_one_wait_and_work_meanwhile():
     layer, log = crossing(), Noted.log
     given = tokens(5)
-    out = layer.run(lambda *all: (log.append("experts"), compute(*all))[1], *given, lambda: log.append("meanwhile"))
+    layer.wait(compute, *given)  # makes the buffers
+    log.clear()
+    out = layer.wait(lambda *all: (log.append("experts"), compute(*all))[1], *given, lambda: log.append("meanwhile"))
     assert torch.equal(out, compute(*given))
-    assert log == ["wait", "record", "meanwhile", "wait", "experts", "record"], "the first is for the buffers' last use"
+    assert log == ["record", "meanwhile", "wait", "experts"]
 
 
 def test_buffers_are_used_again_and_results_are_not():
     layer = crossing()
     given = [tokens(count, seed) for seed, count in enumerate([3, 40, 1, 40, 7])]
-    found = [layer.run(compute, *each) for each in given]
+    found = [layer.wait(compute, *each) for each in given]
     assert all(torch.equal(out, compute(*each)) for out, each in zip(found, given, strict=True))
     assert {name: len(buffer) for name, buffer in layer._buffers.items()} == {
         "hidden": 320, "index": 80, "weights": 80, "result": 320,
     }  # fmt: skip
     half = tuple(tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in tokens(3))
-    assert layer.run(compute, *half).dtype == torch.bfloat16
+    assert layer.wait(compute, *half).dtype == torch.bfloat16
+
+
+class Infer:
+    """kt-kernel's queue of tasks with its two calls for streams, without a GPU."""
+
+    def __init__(self, stock, log):
+        self._stock, self._log = stock, log
+
+    def submit_with_cuda_stream(self, stream, task):
+        assert stream == Stream.cuda_stream
+        self._log.append("submit")
+        self._stock.submit(task)
+
+    def sync_with_cuda_stream(self, stream):
+        assert stream == Stream.cuda_stream
+        self._log.append("join")
+        self._stock.sync()
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_a_stream_waits_instead_of_a_thread(monkeypatch, kind):
+    """Layers in turn, with sizes that are padded and more tokens than a task takes, of float32 and of bfloat16."""
+    shape, layer, log = ExpertsShape(5, 40, 24), crossing(), []
+    weights_of = {
+        make_engine(kind, shape, weights := expert_weights(shape, seed), chunk=16): weights for seed in (0, 1)
+    }
+    stock = next(iter(weights_of))._kernel.infer
+    monkeypatch.setattr(type(next(iter(weights_of))._kernel), "infer", Infer(stock, log))
+    for number, count in enumerate([3, 40, 1, 16]):
+        hidden, index, weights = batch(shape, count, seed=number)
+        for given in ((hidden, index, weights), (hidden.float(), index.int(), weights.double())):
+            for engine, kept in weights_of.items():
+                log.clear()
+                found = layer.queue(engine, *given, lambda: log.append("meanwhile"))
+                assert log == ["submit"] * -(-count // 16) + ["meanwhile", "join"]
+                assert found.dtype == given[0].dtype
+                assert rel(found, reference(kept, None, *given)) < 0.01
+    log.clear()
+    with pytest.raises(MemoryError):
+        layer.queue(engine, *given, raise_memory_error)
+    assert log == ["submit", "join"], "or the next layer would write what this one reads"
+    with pytest.raises(ValueError, match="expected 3 experts per token, got 2"):
+        layer.queue(engine, hidden, index[:, :2], weights[:, :2])
+    assert log == ["submit", "join"]
+
+
+def raise_memory_error():
+    raise MemoryError
+
+
+@needs_kernel
+def test_lora_is_exchanged_when_nothing_computes_with_it(monkeypatch):
+    shape, log = ExpertsShape(5, 40, 24), []
+    engine = make_engine("AMXBF16", shape, expert_weights(shape))
+    monkeypatch.setattr(queueing, "settle", lambda: log.append("settle"))
+    set_lora = type(engine._kernel).set_lora
+    monkeypatch.setattr(type(engine._kernel), "set_lora", lambda *given: (log.append("set"), set_lora(*given)))
+    undo = engine.set_lora(lora_for(shape, 4, 1.0))
+    assert log == ["settle", "set"]
+    undo()
+    assert log == ["settle", "set"] * 2
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_a_kernel_is_freed_when_nothing_computes_with_it(monkeypatch, kind):
+    shape, waited = ExpertsShape(5, 40, 24), []
+    engine = make_engine(kind, shape, expert_weights(shape))
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(queueing, "_devices", set())
+    infer, given = Infer(engine._kernel.infer, []), engine.as_read(*batch(shape, 3))
+    out = torch.empty_like(given[0])
+    queueing.submit(infer, Stream(), engine._kernel.task(*given, out))
+    queueing.join(infer, Stream())
+    assert not waited
+    del engine
+    gc.collect()
+    assert waited == [Stream.device]
 
 
 def test_threads_cross_one_after_another():
@@ -73,7 +165,7 @@ def test_threads_cross_one_after_another():
     wrong = []
 
     def work(each):
-        wrong.extend(1 for _ in range(200) if not torch.equal(layer.run(compute, *each), compute(*each)))
+        wrong.extend(1 for _ in range(200) if not torch.equal(layer.wait(compute, *each), compute(*each)))
 
     threads = [threading.Thread(target=work, args=(each,)) for each in given]
     [thread.start() for thread in threads]
@@ -100,7 +192,7 @@ def test_shared_experts_are_computed_once_and_early(tmp_path, monkeypatch, arch)
             module.experts._compute = lambda *all, stock=compute_stock, name=name: (log.append(f"routed {name}"), stock(*all))[1]  # fmt: skip
 
     def cross(self, *given):
-        return layer.run(self._compute, *given, partial(self.early.queue, given[0]))
+        return layer.wait(self._compute, *given, partial(self.early.queue, given[0]))
 
     monkeypatch.setattr(KTExperts, "forward", cross)
     with torch.inference_mode():
@@ -111,39 +203,3 @@ def test_shared_experts_are_computed_once_and_early(tmp_path, monkeypatch, arch)
     assert all(line.startswith("shared") for line in log[::2]), "before the routed ones, early or by the model itself"
     twice = get_router_stats(model)
     assert all((2 * stats[n].counts == twice[n].counts).all() for n in stats), "what is counted is not overwritten"
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-
-
-@needs_gpu
-def test_on_a_gpu(tmp_path):
-    """Against float32, with no wait but the crossing's own; and captured graphs are declined."""
-    path = make_model(tmp_path / "model", "deepseek_v2")
-    adapter = make_adapter(tmp_path / "adapter", path)
-    config = KTExpertsConfig(adapter=str(adapter))
-    model, _ = apply_adapter(
-        AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.bfloat16, quantization_config=config, device_map={"": 0}
-        ),
-        adapter,
-    )
-    experts = model._kt_wrappers[0]
-    hidden = torch.randn(7, experts.hidden_dim, device="cuda", dtype=torch.bfloat16)
-    index = torch.rand(7, experts.num_experts, device="cuda").topk(experts.info.num_experts_per_tok).indices
-    weights = torch.rand(index.shape, device="cuda")
-    with torch.inference_mode():
-        found = model(input_ids=IDS.cuda()).logits.float().cpu()
-        assert per_token(found, merged_float32(path, adapter)(input_ids=IDS).logits) < 0.1
-        wanted = experts.engine.forward(hidden.cpu(), index.cpu(), weights.cpu())
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            out = experts(hidden, index, weights)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert torch.equal(out.cpu(), wanted)
-        with (
-            pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"),
-            torch.cuda.graph(torch.cuda.CUDAGraph()),
-        ):
-            experts(hidden, index, weights)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import needs_kernel, needs_onednn
+from conftest import needs_base_kernel, needs_kernel, needs_onednn
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_experts import ExpertsShape, answer, batch, layer, load, make_engine, reference, worker_threads  # noqa: F401
@@ -20,10 +20,7 @@ from llamafactory_kt import (
     load_moe_lora_from_adapter,
     switch_adapter,
 )
-from llamafactory_kt.experts.kt_runtime import kernel_problem
 
-BASE_PROBLEM = kernel_problem("AVX2BF16")
-needs_base_kernel = pytest.mark.skipif(BASE_PROBLEM is not None, reason=str(BASE_PROBLEM))
 ENGINES = [
     "torch",
     pytest.param("AMXBF16", marks=needs_kernel),

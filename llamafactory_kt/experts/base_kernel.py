@@ -4,13 +4,15 @@ merged into the weights that it is given. Its memory is freed with it, unlike th
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 
-from .kernel import KernelKind, track
+from .kernel import KernelKind, addresses, track
 from .kt_runtime import kernel_lock, make_base_moe, quiet_stdout
 from .layer_tensors import LayerWeights
+from .queueing import Task, settle
 
 
 class BaseKernel:
@@ -31,17 +33,21 @@ class BaseKernel:
             self.wrapper, self._kept = make_base_moe(
                 kind.packed.method, layer, kind.num_experts_per_tok, weights, kind.max_chunk
             )
+        # what it is given is kept until it was called: the object goes after the wait
+        self._drop = weakref.finalize(self, lambda *kept: settle(), self.wrapper, self._kept)
+        self._drop.atexit = False
         track(self)
 
-    def forward(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> None:
-        """As :meth:`Kernel.forward <llamafactory_kt.experts.kernel.Kernel.forward>`."""
-        infer, count = self._kept[0], torch.tensor([x.shape[0]], dtype=torch.int32)
-        task = self.wrapper.forward_task(
-            count.data_ptr(), index.shape[1], index.data_ptr(), scores.data_ptr(), x.data_ptr(), out.data_ptr(), False
-        )
-        infer.submit(task)
-        infer.sync()
+    @property
+    def infer(self) -> Any:
+        """kt-kernel's queue of tasks."""
+        return self._kept[0]
+
+    def task(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> Task:
+        """As :meth:`Kernel.task <llamafactory_kt.experts.kernel.Kernel.task>`."""
+        return self.wrapper.forward_task(*addresses(self.kind, x, index, scores, out), False)  # type: ignore[no-any-return]
 
     def release(self) -> None:
         """Let go of the kernel object."""
+        self._drop.detach()
         self.wrapper = self._kept = None

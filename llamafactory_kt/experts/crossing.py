@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from .kt_engine import KTEngine
+from .queueing import Stream
+
 SHARED_EXPERTS = ("shared_experts", "shared_expert", "shared_mlp")
 """what transformers' MoE blocks call them"""
 
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Meanwhile = Callable[[], None]
+"""Queues work for the GPU that does not need the experts' result."""
 
 
 class Event(Protocol):
@@ -24,62 +29,95 @@ class Event(Protocol):
 
 
 class Crossing:
-    """Pinned buffers that all layers of a model on one GPU use in turn.
+    """Pinned buffers that all layers of a model use in turn on one stream of a GPU.
 
-    Tokens, choices and weights cross in one go; the CPU waits once a layer, for just these copies, so that kernels
-    which are queued after them run while the experts are computed. The sum crosses back without a wait.
+    Tokens, choices and weights cross in one go, and the sum crosses back; the stream keeps the layers' uses of the buffers
+    apart. Either the stream waits for the experts (:meth:`queue`), and Python queues the following layers meanwhile, or a
+    thread waits once a layer, for what crosses to the CPU (:meth:`wait`).
 
     Args:
         event: makes an event of the GPU's current stream.
         pinned: whether buffers are page-locked, which copies that nobody waits for need.
     """
 
-    def __init__(self, event: Callable[[], Event] = torch.cuda.Event, pinned: bool = True):
-        self._lock = threading.Lock()
-        self._arrived, self._left, self._pinned = event(), event(), pinned
+    def __init__(self, stream: Stream, event: Callable[[], Event] = torch.cuda.Event, pinned: bool = True):
+        self._stream, self._pinned = stream, pinned
+        self._lock, self._arrived = threading.Lock(), event()
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def run(
+    def queue(
+        self,
+        engine: KTEngine,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        meanwhile: Meanwhile | None = None,
+    ) -> torch.Tensor:
+        """The engine's sum for arguments on the GPU, there; see :meth:`Engine.forward`. Nothing is waited for.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured.
+        """
+        with self._using(hidden):
+            given = engine.as_read(hidden, index, weights)
+            x, chosen, scores = self._cross(given)
+            back = self._buffer("result", given[0])
+            engine.submit(self._stream, x, chosen, scores, back)
+            try:
+                if meanwhile is not None:
+                    meanwhile()
+            finally:
+                engine.join(self._stream)  # else the next layer would write what this one still reads
+            out = torch.empty_like(given[0]).copy_(back, non_blocking=True)
+        return out[:, : hidden.shape[1]].to(hidden.dtype)
+
+    def wait(
         self,
         compute: Compute,
         hidden: torch.Tensor,
         index: torch.Tensor,
         weights: torch.Tensor,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> torch.Tensor:
         """``compute(hidden, index, weights)`` on the CPU, with arguments and result on the GPU.
-
-        Args:
-            meanwhile: queues work for the GPU that does not need the result.
 
         Raises:
             RuntimeError: A CUDA graph is being captured, which cannot hold work of the CPU.
         """
-        # events are of the current GPU's stream, copies of the tensor's
-        with torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext(), self._lock:
-            if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "KT experts are computed on the CPU and cannot be captured in a CUDA graph; generate without "
-                    "torch.compile and without a static cache."
-                )
-            self._left.synchronize()  # another stream may still copy the last result out of its buffer
-            x = self._buffer("hidden", hidden).copy_(hidden, non_blocking=True)
-            chosen = self._buffer("index", index).copy_(index, non_blocking=True)
-            scores = self._buffer("weights", weights).copy_(weights, non_blocking=True)
+        with self._using(hidden):
+            x, chosen, scores = self._cross((hidden, index, weights))
             self._arrived.record()
             if meanwhile is not None:
                 meanwhile()
             self._arrived.synchronize()
             result = compute(x, chosen.clone(), scores.clone())  # router statistics keep these
             back = self._buffer("result", result).copy_(result)
-            out = torch.empty_like(hidden, memory_format=torch.contiguous_format).copy_(back, non_blocking=True)
-            self._left.record()
-        return out
+            return torch.empty_like(hidden, memory_format=torch.contiguous_format).copy_(back, non_blocking=True)
+
+    @contextlib.contextmanager
+    def _using(self, hidden: torch.Tensor) -> Iterator[None]:
+        # events and kt-kernel's tasks are of the current GPU, copies of the tensor's
+        with torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext(), self._lock:
+            if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "KT experts are computed on the CPU and cannot be captured in a CUDA graph; generate without "
+                    "torch.compile and without a static cache."
+                )
+            yield
+
+    def _cross(self, given: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+        names = ("hidden", "index", "weights")
+        return [
+            self._buffer(name, tensor).copy_(tensor, non_blocking=True)
+            for name, tensor in zip(names, given, strict=True)
+        ]
 
     def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """A buffer of ``like``'s shape and dtype. It grows, and is never given away while a copy is under way."""
+        """A buffer of ``like``'s shape and dtype. It grows, and is never given away while the stream may use it."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < like.numel() or buffer.dtype != like.dtype:
+            self._arrived.record()
+            self._arrived.synchronize()
             buffer = self._buffers[name] = torch.empty(like.numel(), dtype=like.dtype, pin_memory=self._pinned)
         return buffer[: like.numel()].view(like.shape)
 

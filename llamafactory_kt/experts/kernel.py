@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..adapters.keys import PROJECTIONS
 from .kt_runtime import kernel_lock, make_wrapper, quiet_stdout
 from .layer_tensors import LayerWeights
 from .methods import PackedShape
+from .queueing import Task
 from .reclaim import building, drop, free_dropped
 
 
@@ -122,20 +124,34 @@ class Kernel:
                 self.wrapper.init_lora_weights(*tensors, *(torch.empty_like(tensor) for tensor in tensors))
         self.lora = tensors
 
-    def forward(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> None:
-        """One call, of at most ``max_chunk`` tokens: x, out [T, hidden] bf16, index [T, K] int64, scores [T, K] float32,
-        all contiguous. The caller holds the kernel's lock."""
-        wrapper, count = self.wrapper, torch.tensor([x.shape[0]], dtype=torch.int32)
-        task = wrapper.moe.forward_sft_task(
-            count.data_ptr(), index.shape[1], index.data_ptr(), scores.data_ptr(), x.data_ptr(), out.data_ptr(), False
-        )
-        wrapper.cpu_infer.submit(task)
-        wrapper.cpu_infer.sync()
+    @property
+    def infer(self) -> Any:
+        """kt-kernel's queue of tasks."""
+        return self.wrapper.cpu_infer
+
+    def task(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> Task:
+        """What computes at most ``max_chunk`` tokens: x, out [T, hidden] bf16, index [T, K] int64, scores [T, K] float32, all
+        contiguous. It holds their addresses, and is to be submitted once."""
+        return self.wrapper.moe.forward_sft_task(*addresses(self.kind, x, index, scores, out), False)  # type: ignore[no-any-return]
 
     def release(self) -> None:
         """Let go of the kernel object for good."""
         self._drop.detach()
         self.wrapper = None
+
+
+def addresses(
+    kind: KernelKind, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor
+) -> list[int]:
+    """The arguments of a task: addresses, with the number of experts per token between them."""
+    count = _counts(kind.max_chunk).data_ptr() + 4 * x.shape[0]
+    return [count, index.shape[1], index.data_ptr(), scores.data_ptr(), x.data_ptr(), out.data_ptr()]
+
+
+@functools.cache
+def _counts(most: int) -> torch.Tensor:
+    """int32 0, 1, ... most: a task reads its number of tokens when it runs, which may be after the next was made."""
+    return torch.arange(most + 1, dtype=torch.int32)
 
 
 def _zero_lora(wrapper: Any) -> None:

@@ -4,6 +4,7 @@ inference kernel for AVX2."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,12 +12,14 @@ import torch
 from ..adapters import ExpertLora
 from ..adapters.expert_lora import mantissa
 from ..errors import KTModelError
+from . import queueing
 from .base_kernel import BaseKernel
 from .engine import Engine, EngineSpec, ReadExperts, Undo
 from .kernel import Kernel, KernelKind
 from .kt_runtime import kernel_lock
 from .layer_tensors import LayerWeights
 from .methods import Method, PackedShape
+from .queueing import Stream, Task
 from .stored import StoredLayer
 
 logger = logging.getLogger(__name__)
@@ -72,6 +75,7 @@ class KTEngine(Engine):
         return Kernel(kind, self.spec.layer, weights, verbose=self._verbose)
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:
+        queueing.settle()
         kernel, rank = self._kernel, self.lora_rank
         if isinstance(kernel, BaseKernel):
             if lora is not None:
@@ -92,6 +96,7 @@ class KTEngine(Engine):
         self.lora_rank = lora.rank if lora is not None else 0
 
         def undo() -> None:
+            queueing.settle()
             if kernel is self._kernel:
                 kernel.set_lora(tensors)
             self._kernel, self.lora_rank = kernel, rank
@@ -99,21 +104,49 @@ class KTEngine(Engine):
         return undo
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        tokens, size = hidden.shape
-        kernel, kind = self._kernel, self._kernel.kind
+        kernel, given = self._kernel, self.as_read(hidden, index, weights)
+        out = torch.empty_like(given[0])
+        with kernel_lock:
+            for task in self._tasks(*given, out):
+                kernel.infer.submit(task)
+                kernel.infer.sync()
+        return out[:, : hidden.shape[1]].to(hidden.dtype)
+
+    @property
+    def queues(self) -> bool:
+        """Whether a GPU's stream can wait for this engine, instead of a thread."""
+        return hasattr(self._kernel.infer, "submit_with_cuda_stream")
+
+    def submit(
+        self, stream: Stream, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Compute on the CPU once the stream has come this far, of what it then finds in x, index and scores as
+        :meth:`as_read` gave them; out is like x. All lie on the CPU, and stay there until the stream has passed :meth:`join`."""
+        for task in self._tasks(x, index, scores, out):
+            queueing.submit(self._kernel.infer, stream, task)
+
+    def join(self, stream: Stream) -> None:
+        """Let the stream wait until ``out`` is written."""
+        queueing.join(self._kernel.infer, stream)
+
+    def as_read(
+        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The arguments of :meth:`forward` as the kernel reads them through raw pointers, on their device: bf16 [T, padded H],
+        int64 [T, K], float32 [T, K], contiguous."""
+        kind = self._kernel.kind
         if index.shape[1] != kind.num_experts_per_tok:
             raise ValueError(f"expected {kind.num_experts_per_tok} experts per token, got {index.shape[1]}")
         x = hidden.to(torch.bfloat16)
-        if padding := kind.packed.hidden - size:
+        if padding := kind.packed.hidden - hidden.shape[1]:
             x = torch.nn.functional.pad(x, (0, padding))
-        # Contiguous and of the kernel's types: it reads through raw pointers.
-        x, index, scores = x.contiguous(), index.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous()
-        out = torch.empty_like(x)
-        with kernel_lock:
-            for start in range(0, tokens, kind.max_chunk):
-                part = slice(start, start + kind.max_chunk)
-                kernel.forward(x[part], index[part], scores[part], out[part])
-        return out[:, :size].to(hidden.dtype)
+        return x.contiguous(), index.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous()
+
+    def _tasks(self, *tensors: torch.Tensor) -> Iterator[Task]:
+        """Of at most ``max_chunk`` tokens each."""
+        most = self._kernel.kind.max_chunk
+        for start in range(0, len(tensors[0]), most):
+            yield self._kernel.task(*(tensor[start : start + most] for tensor in tensors))
 
     def nbytes_for_rank(self, rank: int) -> int:
         return self.nbytes if self._method.lora and rank > self._kernel.kind.rank else 0

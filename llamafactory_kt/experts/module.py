@@ -12,6 +12,7 @@ from .contract import ExpertsModule
 from .crossing import Crossing, EarlyShared
 from .debugging import Debugger
 from .engine import Engine
+from .kt_engine import KTEngine
 from .router_counts import RouterCounts
 from .threads import enter
 
@@ -28,7 +29,7 @@ class KTExperts(nn.Module):
         engine: Engine,
         router_stats: bool = False,
         debugger: Debugger | None = None,
-        crossings: dict[torch.device, Crossing] | None = None,
+        crossings: dict[torch.cuda.Stream, Crossing] | None = None,
         early: EarlyShared | None = None,
     ):
         super().__init__()
@@ -36,7 +37,7 @@ class KTExperts(nn.Module):
         self.engine = engine
         self.debugger = debugger
         self.crossings = crossings if crossings is not None else {}
-        """of each GPU, shared by the layers of a model"""
+        """of each stream of a GPU, shared by the layers of a model"""
         self.early = early
         self.router_counts = RouterCounts(info.shape.num_experts) if router_stats else None
         self.layer_idx = info.layer
@@ -59,10 +60,15 @@ class KTExperts(nn.Module):
             return debugged
         if hidden_states.device.type == "cpu":
             return self._compute(hidden_states, top_k_index, top_k_weights)
-        if (crossing := self.crossings.get(hidden_states.device)) is None:
-            crossing = self.crossings.setdefault(hidden_states.device, Crossing())
+        stream = torch.cuda.current_stream(hidden_states.device)
+        if (crossing := self.crossings.get(stream)) is None:
+            crossing = self.crossings.setdefault(stream, Crossing(stream))
         meanwhile = functools.partial(self.early.queue, hidden_states) if self.early is not None else None
-        return crossing.run(self._compute, hidden_states, top_k_index, top_k_weights, meanwhile)
+        given = (hidden_states, top_k_index, top_k_weights)
+        engine = self.engine
+        if isinstance(engine, KTEngine) and engine.queues and self.router_counts is None:  # they need the values here
+            return crossing.queue(engine, *given, meanwhile)
+        return crossing.wait(self._compute, *given, meanwhile)
 
     def _compute(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """On the CPU."""

@@ -123,7 +123,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         directory = Path(config.debug_dir).expanduser() if config.debug_dir else None
         self._debugger = Debugger(directory) if config.debug else None
         engines = [self._engine(module, checkpoint, apart) for module in experts]
-        crossings: dict[torch.device, Crossing] | None = {} if on_gpu else None
+        crossings: dict[torch.cuda.Stream, Crossing] | None = {} if on_gpu else None
         self._wrappers = [
             self._replace(model, module, engine, crossings) for module, engine in zip(experts, engines, strict=True)
         ]
@@ -186,7 +186,11 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         return KTEngine(spec, read, method, stored, max_chunk=config.max_chunk, pools=pools, verbose=config.debug)
 
     def _replace(
-        self, model: nn.Module, module: ExpertsModule, engine: Engine, crossings: dict[torch.device, Crossing] | None
+        self,
+        model: nn.Module,
+        module: ExpertsModule,
+        engine: Engine,
+        crossings: dict[torch.cuda.Stream, Crossing] | None,
     ) -> KTExperts:
         """crossings: None where the model is on the CPU, and nothing crosses."""
         name, _, attribute = module.name.rpartition(".")

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 from ..machine import gib
 from ..used_memory import give_back_memory
 from .methods import Method, PackedShape
+from .queueing import settle
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def free_dropped() -> None:
 
 
 def _free(wrapper: Any, shape: PackedShape) -> None:
+    settle()
     try:
         buffers = packed_buffers(wrapper.moe, shape)
         if sys.getrefcount(wrapper.moe) != 2:  # the wrapper's, and the one this call holds

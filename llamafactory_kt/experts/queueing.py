@@ -1,0 +1,42 @@
+"""kt-kernel's tasks on a GPU's stream: the stream waits for the CPU, and no thread of Python's does.
+
+kt-kernel's ``submit_with_cuda_stream`` hands a task to its workers once the stream has come that far, and
+``sync_with_cuda_stream`` lets the stream go on when all tasks are done (both are ``cudaLaunchHostFunc``,
+``kt-kernel/cpu_backend/cpuinfer.h``). Neither takes Python's lock, which its plain ``sync`` holds while it waits: meanwhile
+Python queues what the GPU does next.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+Task = tuple[int, int]
+"""addresses of one of kt-kernel's functions and of its arguments, which it frees"""
+
+_devices: set[torch.device] = set()
+
+
+class Stream(Protocol):
+    """What is used of torch.cuda.Stream."""
+
+    cuda_stream: int
+    device: torch.device
+
+
+def submit(infer: Any, stream: Stream, task: Task) -> None:
+    """Queue a task. What it reads and writes must stay in place until the stream has passed the next :func:`join`."""
+    _devices.add(stream.device)
+    infer.submit_with_cuda_stream(stream.cuda_stream, task)
+
+
+def join(infer: Any, stream: Stream) -> None:
+    """Let the stream wait for the tasks that it submitted."""
+    infer.sync_with_cuda_stream(stream.cuda_stream)
+
+
+def settle() -> None:
+    """Wait for everything that was ever submitted, before what it reads is changed or freed."""
+    for device in list(_devices):
+        torch.cuda.synchronize(device)

@@ -1,0 +1,168 @@
+"""With a GPU: everything but the experts is on it, and tokens cross to the CPU and back. Skipped where there is none."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+from conftest import ENGINES, needs_kernel
+from test_fp8 import make_fp8
+from tiny import make_adapter, make_model, merged_float32, per_token, rel
+from transformers import AutoModelForCausalLM
+
+from llamafactory_kt import KTExpertsConfig, apply_adapter, get_router_stats, switch_adapter
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+IDS = torch.arange(2, 40)[None]
+
+
+@pytest.fixture(scope="module", params=["deepseek_v2", "qwen3_moe"])
+def files(request, tmp_path_factory):
+    """A model with shared experts, and one without; adapters of rank 5 and, on fewer layers, 3."""
+    root = tmp_path_factory.mktemp(request.param)
+    model = make_model(root / "model", request.param)
+    return model, make_adapter(root / "one", model, rank=5), make_adapter(root / "two", model, rank=3, skip_layers=(1,), seed=2)  # fmt: skip
+
+
+def load(path, **keys):
+    dtype = keys.pop("dtype", torch.bfloat16)
+    config = KTExpertsConfig(**keys)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config, device_map={"": 0})
+
+
+@torch.inference_mode()
+def answer(model):
+    return model(input_ids=IDS.to(model.device)).logits.float().cpu()
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["unmerged", "merged"])
+@pytest.mark.parametrize("backend", [*ENGINES, pytest.param("AMXINT4", marks=needs_kernel)])
+def test_logits_against_float32(files, backend, merge):
+    """Whole, and the effect of the adapter."""
+    path, adapter, _ = files
+    base = answer(load(path, backend=backend))
+    model = apply_adapter(load(path, backend=backend, adapter=str(adapter), merge_adapter=merge), adapter)[0]
+    whole = answer(model)
+    wanted = answer(merged_float32(path, None)), answer(merged_float32(path, adapter))
+    assert per_token(whole, wanted[1]) < (0.4 if backend == "AMXINT4" else 0.1)
+    effects = (whole - base).flatten(), (wanted[1] - wanted[0]).flatten()
+    assert torch.cosine_similarity(*effects, dim=0) > (0.95 if backend == "AMXINT4" else 0.99)
+    assert rel(wanted[1], wanted[0]) > 0.3
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_a_layer_waits_once(files, backend):
+    """The result is the CPU engine's own; torch sees no wait, and CUDA none for the device or a stream."""
+    experts = load(files[0], backend=backend)._kt_wrappers[0]
+    hidden = torch.randn(7, experts.hidden_dim, device="cuda", dtype=torch.bfloat16)
+    index = torch.rand(7, experts.num_experts, device="cuda").topk(experts.info.num_experts_per_tok).indices
+    weights = torch.rand(index.shape, device="cuda")
+    with torch.inference_mode():
+        wanted = experts.engine.forward(hidden.cpu(), index.cpu(), weights.cpu())
+        experts(hidden, index, weights)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.profiler.profile() as profile:
+                out = experts(hidden, index, weights)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(out.cpu(), wanted)
+    waits = [event.name for event in profile.events() if "Synchronize" in event.name]
+    # the profiler waits for the device when it ends; the second event is over before it is waited for
+    assert waits.count("cudaEventSynchronize") == 2 and waits.count("cudaStreamSynchronize") == 0
+    assert waits.count("cudaDeviceSynchronize") <= 1
+
+
+def test_shared_experts_are_queued_before_the_wait(tmp_path):
+    model = load(make_model(tmp_path / "model", "deepseek_v2"))
+    answer(model)
+    with torch.inference_mode(), torch.profiler.profile() as profile:
+        model(input_ids=IDS[:, :1].cuda())
+    order = [
+        "wait" if event.name == "cudaEventSynchronize" else "silu"
+        for event in sorted(profile.events(), key=lambda event: event.time_range.start)
+        if event.name in ("cudaEventSynchronize", "aten::silu")
+    ]
+    # a dense layer, then of each other: the shared experts, the wait for the tokens, the one for the last result
+    assert order == ["silu", *["silu", "wait", "wait"] * len(model._kt_wrappers)]
+
+
+def test_a_cuda_graph_is_declined_and_a_static_cache_is_not(files):
+    model = load(files[0])
+    experts = model._kt_wrappers[0]
+    hidden = torch.randn(1, experts.hidden_dim, device="cuda", dtype=torch.bfloat16)
+    index = torch.zeros(1, experts.info.num_experts_per_tok, device="cuda", dtype=torch.long)
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        experts(hidden, index, torch.ones(index.shape, device="cuda"))
+    given = {"input_ids": IDS.cuda(), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(**given), model.generate(**given, cache_implementation="static"))
+
+
+def test_chats_at_once(files):
+    """Threads that share the buffers answer as they do alone; router statistics count the same."""
+    model = load(files[0], router_stats=True)
+    prompts = [IDS[:, start:].cuda() for start in range(4)]
+
+    def generate(ids):
+        return model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
+
+    alone, together = [generate(ids) for ids in prompts], [None] * 4
+    once = {layer: counts.counts.clone() for layer, counts in get_router_stats(model).items()}
+
+    def work(number):
+        together[number] = generate(prompts[number])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert all(torch.equal(*pair) for pair in zip(alone, together, strict=True))
+    assert all((counts.counts == 2 * once[layer]).all() for layer, counts in get_router_stats(model).items())
+
+
+def test_exchanging_adapters_and_unloading(files):
+    path, one, two = files
+    torch.cuda.synchronize()
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    model = apply_adapter(load(path, adapter=str(one)), one)[0]
+    first = answer(model)
+    switch_adapter(model, two)
+    assert torch.equal(answer(model), answer(apply_adapter(load(path, adapter=str(two)), two)[0]))
+    switch_adapter(model, one)
+    assert torch.equal(answer(model), first)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    del model
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before
+
+
+def test_fp8_checkpoint(tmp_path):
+    sizes = {"hidden_size": 192, "moe_intermediate_size": 160, "kv_lora_rank": 136}
+    source = make_model(tmp_path / "source", "deepseek_v3", dtype=torch.float32, **sizes)
+    fp8, plain = make_fp8(tmp_path, source, [128, 128])
+    model = load(fp8)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert per_token(answer(model), answer(merged_float32(plain, None))) < 0.1
+
+
+def test_llamafactory_puts_everything_but_the_experts_on_it(files):
+    from llamafactory.chat import ChatModel
+
+    path, adapter, _ = files
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    arguments = {"model_name_or_path": str(path), "template": "deepseek", "use_kt": True}
+    chat = ChatModel({**arguments, "adapter_name_or_path": str(adapter)})
+    model = chat.engine.model
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert torch.cuda.memory_allocated() - before < held + 2**20, "no byte of a routed expert may be on the GPU"
+    assert per_token(answer(model), answer(merged_float32(path, adapter))) < 0.1
+    assert len("".join(chat.stream_chat([{"role": "user", "content": "hello"}], max_new_tokens=8))) > 0

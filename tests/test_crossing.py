@@ -160,6 +160,14 @@ def test_a_kernel_is_freed_when_nothing_computes_with_it(monkeypatch, kind):
     assert waited == [Stream.device]
 
 
+def test_buffers_of_inference_mode_are_used_outside_of_it():
+    layer, given = crossing(), tokens(5)
+    with torch.inference_mode():
+        layer.wait(compute, *given)
+    with torch.no_grad():
+        assert torch.equal(layer.wait(compute, *given), compute(*given))
+
+
 def test_threads_cross_one_after_another():
     layer, given = crossing(), [tokens(6, seed) for seed in range(8)]
     wrong = []

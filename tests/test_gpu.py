@@ -27,9 +27,10 @@ def files(request, tmp_path_factory):
 
 
 def load(path, **keys):
-    dtype = keys.pop("dtype", torch.bfloat16)
-    config = KTExpertsConfig(**keys)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config, device_map={"": 0})
+    device_map, config = keys.pop("device_map", {"": 0}), KTExpertsConfig(**keys)
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, quantization_config=config, device_map=device_map
+    )
 
 
 @torch.inference_mode()
@@ -38,7 +39,7 @@ def answer(model):
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["unmerged", "merged"])
-@pytest.mark.parametrize("backend", [*ENGINES, pytest.param("AMXINT4", marks=needs_kernel)])
+@pytest.mark.parametrize("backend", ENGINES)
 def test_logits_against_float32(files, backend, merge):
     """Whole, and the effect of the adapter."""
     path, adapter, _ = files
@@ -46,16 +47,26 @@ def test_logits_against_float32(files, backend, merge):
     model = apply_adapter(load(path, backend=backend, adapter=str(adapter), merge_adapter=merge), adapter)[0]
     whole = answer(model)
     wanted = answer(merged_float32(path, None)), answer(merged_float32(path, adapter))
-    assert per_token(whole, wanted[1]) < (0.4 if backend == "AMXINT4" else 0.1)
+    assert per_token(whole, wanted[1]) < 0.1
     effects = (whole - base).flatten(), (wanted[1] - wanted[0]).flatten()
-    assert torch.cosine_similarity(*effects, dim=0) > (0.95 if backend == "AMXINT4" else 0.99)
+    assert torch.cosine_similarity(*effects, dim=0) > 0.99
     assert rel(wanted[1], wanted[0]) > 0.3
 
 
+@needs_kernel
+def test_four_bits_are_rounded_as_without_a_gpu(files):
+    path, adapter, _ = files
+    config = {"backend": "AMXINT4", "adapter": str(adapter)}
+    there = answer(apply_adapter(load(path, **config), adapter)[0])
+    here = answer(apply_adapter(load(path, **config, device_map={"": "cpu"}), adapter)[0])
+    assert per_token(there, here) < 0.1
+
+
 @pytest.mark.parametrize("backend", ENGINES)
-def test_a_layer_waits_once(files, backend):
-    """The result is the CPU engine's own; torch sees no wait, and CUDA none for the device or a stream."""
-    experts = load(files[0], backend=backend)._kt_wrappers[0]
+@pytest.mark.parametrize("router_stats", [False, True], ids=["", "router_stats"])
+def test_a_layer_waits_once_at_most(files, backend, router_stats):
+    """The result is the CPU engine's own; torch sees no wait, and CUDA one for what crosses, where kt-kernel has none itself."""
+    experts = load(files[0], backend=backend, router_stats=router_stats)._kt_wrappers[0]
     hidden = torch.randn(7, experts.hidden_dim, device="cuda", dtype=torch.bfloat16)
     index = torch.rand(7, experts.num_experts, device="cuda").topk(experts.info.num_experts_per_tok).indices
     weights = torch.rand(index.shape, device="cuda")
@@ -71,13 +82,14 @@ def test_a_layer_waits_once(files, backend):
             torch.cuda.set_sync_debug_mode("default")
         assert torch.equal(out.cpu(), wanted)
     waits = [event.name for event in profile.events() if "Synchronize" in event.name]
-    # the profiler waits for the device when it ends; the second event is over before it is waited for
-    assert waits.count("cudaEventSynchronize") == 2 and waits.count("cudaStreamSynchronize") == 0
+    queued = backend == "AMXBF16" and not router_stats
+    assert waits.count("cudaEventSynchronize") == (0 if queued else 1) and waits.count("cudaStreamSynchronize") == 0
+    # the profiler waits for the device when it ends
     assert waits.count("cudaDeviceSynchronize") <= 1
 
 
 def test_shared_experts_are_queued_before_the_wait(tmp_path):
-    model = load(make_model(tmp_path / "model", "deepseek_v2"))
+    model = load(make_model(tmp_path / "model", "deepseek_v2"), backend="torch")
     answer(model)
     with torch.inference_mode(), torch.profiler.profile() as profile:
         model(input_ids=IDS[:, :1].cuda())
@@ -86,8 +98,10 @@ def test_shared_experts_are_queued_before_the_wait(tmp_path):
         for event in sorted(profile.events(), key=lambda event: event.time_range.start)
         if event.name in ("cudaEventSynchronize", "aten::silu")
     ]
-    # a dense layer, then of each other: the shared experts, the wait for the tokens, the one for the last result
-    assert order == ["silu", *["silu", "wait", "wait"] * len(model._kt_wrappers)]
+    # a dense layer, then of each other: the shared experts, the wait for the tokens, the routed experts on the CPU
+    names = [event.name for event in profile.events()]
+    assert order[:3] == ["silu", "silu", "wait"], names
+    assert order.count("wait") == len(model._kt_wrappers)
 
 
 def test_a_cuda_graph_is_declined_and_a_static_cache_is_not(files):
@@ -114,7 +128,7 @@ def test_chats_at_once(files):
         return model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
 
     alone, together = [generate(ids) for ids in prompts], [None] * 4
-    once = {layer: counts.counts.clone() for layer, counts in get_router_stats(model).items()}
+    once = {layer: counts.counts.copy() for layer, counts in get_router_stats(model).items()}
 
     def work(number):
         together[number] = generate(prompts[number])
@@ -133,10 +147,12 @@ def test_exchanging_adapters_and_unloading(files):
     before = torch.cuda.memory_allocated()
     model = apply_adapter(load(path, adapter=str(one)), one)[0]
     first = answer(model)
-    switch_adapter(model, two)
-    assert torch.equal(answer(model), answer(apply_adapter(load(path, adapter=str(two)), two)[0]))
-    switch_adapter(model, one)
-    assert torch.equal(answer(model), first)
+    wanted = {adapter: answer(merged_float32(path, adapter)) for adapter in (one, two)}
+    assert rel(wanted[one], wanted[two]) > 0.3
+    assert per_token(first, wanted[one]) < 0.1
+    for adapter in (two, one):
+        switch_adapter(model, adapter)
+        assert per_token(answer(model), wanted[adapter]) < 0.1
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
     del model
     gc.collect()

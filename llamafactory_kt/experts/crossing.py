@@ -118,7 +118,9 @@ class Crossing:
         if buffer is None or buffer.numel() < like.numel() or buffer.dtype != like.dtype:
             self._arrived.record()
             self._arrived.synchronize()
-            buffer = self._buffers[name] = torch.empty(like.numel(), dtype=like.dtype, pin_memory=self._pinned)
+            with torch.inference_mode(False):  # what is made in that mode can only be written in it
+                buffer = torch.empty(like.numel(), dtype=like.dtype, pin_memory=self._pinned)
+            self._buffers[name] = buffer
         return buffer[: like.numel()].view(like.shape)
 
 

@@ -9,8 +9,8 @@ from .lora import kt_wrappers, plain_model
 
 
 def prepare_for_inference(model: nn.Module) -> None:
-    """Make the layers around the experts faster where they are on the CPU in bfloat16, as LLaMA-Factory's chats with
-    ``use_kt`` do: weights where they are read fastest, and PEFT's LoRA, unmerged, in fewer steps.
+    """Make the layers around the experts faster where they are in bfloat16, as LLaMA-Factory's chats with ``use_kt`` do:
+    weights where the CPU reads them fastest, and PEFT's LoRA, unmerged, in fewer steps, also on a GPU.
 
     The answers are the same but for rounding. Weights may be packed: they keep shape and dtype, and can be
     neither read from Python nor saved. ``apply_adapter`` and ``switch_adapter`` still work, before and afterwards; PEFT's own

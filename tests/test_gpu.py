@@ -12,7 +12,8 @@ from test_fp8 import make_fp8
 from tiny import make_adapter, make_model, merged_float32, per_token, rel
 from transformers import AutoModelForCausalLM
 
-from llamafactory_kt import KTExpertsConfig, apply_adapter, get_router_stats, switch_adapter
+from llamafactory_kt import KTExpertsConfig, apply_adapter, get_router_stats, prepare_for_inference, switch_adapter
+from llamafactory_kt.experts.inference_lora import InferenceLora
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 IDS = torch.arange(2, 40)[None]
@@ -38,13 +39,16 @@ def answer(model):
     return model(input_ids=IDS.to(model.device)).logits.float().cpu()
 
 
-@pytest.mark.parametrize("merge", [False, True], ids=["unmerged", "merged"])
+@pytest.mark.parametrize("way", ["unmerged", "prepared", "merged"])
 @pytest.mark.parametrize("backend", ENGINES)
-def test_logits_against_float32(files, backend, merge):
+def test_logits_against_float32(files, backend, way):
     """Whole, and the effect of the adapter."""
     path, adapter, _ = files
     base = answer(load(path, backend=backend))
-    model = apply_adapter(load(path, backend=backend, adapter=str(adapter), merge_adapter=merge), adapter)[0]
+    model = apply_adapter(load(path, backend=backend, adapter=str(adapter), merge_adapter=way == "merged"), adapter)[0]
+    if way == "prepared":
+        prepare_for_inference(model)
+        assert any(type(module) is InferenceLora for module in model.modules())
     whole = answer(model)
     wanted = answer(merged_float32(path, None)), answer(merged_float32(path, adapter))
     assert per_token(whole, wanted[1]) < 0.1
@@ -142,10 +146,11 @@ def test_chats_at_once(files):
 
 def test_exchanging_adapters_and_unloading(files):
     path, one, two = files
-    torch.cuda.synchronize()
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     before = torch.cuda.memory_allocated()
     model = apply_adapter(load(path, adapter=str(one)), one)[0]
+    prepare_for_inference(model)
     first = answer(model)
     wanted = {adapter: answer(merged_float32(path, adapter)) for adapter in (one, two)}
     assert rel(wanted[one], wanted[two]) > 0.3
@@ -154,8 +159,11 @@ def test_exchanging_adapters_and_unloading(files):
         switch_adapter(model, adapter)
         assert per_token(answer(model), wanted[adapter]) < 0.1
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    model.to("cpu")
+    assert per_token(answer(model), wanted[one]) < 0.1
     del model
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # which torch keeps for each thread
     assert torch.cuda.memory_allocated() <= before
 
 
@@ -182,3 +190,10 @@ def test_llamafactory_puts_everything_but_the_experts_on_it(files):
     assert torch.cuda.memory_allocated() - before < held + 2**20, "no byte of a routed expert may be on the GPU"
     assert per_token(answer(model), answer(merged_float32(path, adapter))) < 0.1
     assert len("".join(chat.stream_chat([{"role": "user", "content": "hello"}], max_new_tokens=8))) > 0
+
+
+def test_attention_makes_no_plans(files):
+    """cuDNN's would be made for every length anew; other tests' loads have switched it off, so it is switched on first."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load(files[0], backend="torch")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

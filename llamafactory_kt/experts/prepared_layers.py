@@ -1,4 +1,4 @@
-"""The layers around the experts, on the CPU, prepared for inference: weights where they are read fastest, LoRA in few steps.
+"""The layers around the experts, prepared for inference: weights where the CPU reads them fastest, LoRA in few steps.
 
 On two cores with AVX-512, packing made a token of a model like DeepSeek-V2-Lite a sixth faster, of which the output
 layer is the largest part; on two with AMX, large pages made it a fifteenth faster, the experts' included. Without
@@ -30,8 +30,8 @@ _PREPARED = "_kt_prepared"
 
 
 def prepare_layers(model: nn.Module) -> None:
-    """Prepare attention, dense MLPs, shared experts and the output layer for inference, those that are on the CPU in
-    bfloat16: put their weights where :func:`~.packing.placing` says, and have their LoRA computed in fewer steps.
+    """Prepare attention, dense MLPs, shared experts and the output layer for inference, those that are in bfloat16: put
+    weights on the CPU where :func:`~.packing.placing` says, and have LoRA, also on a GPU, computed in fewer steps.
 
     Routers stay as they are, as models read their weights themselves; so do weights that two layers share, and those
     below DoRA.
@@ -39,8 +39,20 @@ def prepare_layers(model: nn.Module) -> None:
     Args:
         model: without PEFT's wrapper around it.
     """
-    if onednn_problem() is not None:
-        return
+    on_cpu = onednn_problem() is None
+    if on_cpu:
+        _place_weights(model)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            base = module.get_base_layer()
+            if _is_bfloat16(base, "cuda") or (on_cpu and _is_bfloat16(base, "cpu")):
+                take_over(module)
+    vars(model)[_PREPARED] = True
+    give_back_memory()
+    release_team()
+
+
+def _place_weights(model: nn.Module) -> None:
     layers: dict[Size, list[nn.Linear]] = defaultdict(list)
     for layer in _linears(model):
         layers[size_of(layer.weight)].append(layer)
@@ -54,12 +66,6 @@ def prepare_layers(model: nn.Module) -> None:
             vars(layer)[_PREPARED] = True
             forget_pages(plain)
             del plain
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and _computes_in_bfloat16(module.get_base_layer()):
-            take_over(module)
-    vars(model)[_PREPARED] = True
-    give_back_memory()
-    release_team()
 
 
 @contextlib.contextmanager
@@ -90,15 +96,15 @@ def _linears(model: nn.Module) -> Iterator[nn.Linear]:
     for module in model.modules():
         if _PREPARED in vars(module) or id(module) in left:
             continue
-        if type(module) is nn.Linear and _computes_in_bfloat16(module):
+        if type(module) is nn.Linear and _is_bfloat16(module, "cpu"):
             weight = module.weight
             if weight.nbytes >= SMALLEST and weight.is_contiguous() and addresses[weight.data_ptr()] == 1:
                 yield module
 
 
-def _computes_in_bfloat16(layer: nn.Module) -> bool:
+def _is_bfloat16(layer: nn.Module, device: str) -> bool:
     weight = getattr(layer, "weight", None)
-    return weight is not None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return weight is not None and weight.device.type == device and weight.dtype == torch.bfloat16
 
 
 def _read_by_others(model: nn.Module) -> Iterator[nn.Module]:

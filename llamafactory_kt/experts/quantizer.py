@@ -27,7 +27,7 @@ from ..machine import available_memory, gib, usable_cores
 from ..peft_part import check_peft_part
 from ..progress import with_progress
 from ..used_memory import give_back_memory
-from .attention import widen_values
+from .attention import leave_out_cudnn, widen_values
 from .calibration import choose
 from .checkpoint import ExpertsCheckpoint
 from .config import QUANT_METHOD, KTExpertsConfig
@@ -83,7 +83,11 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
                 "merge_adapter cannot change packed weights that are read from weight_path. Merge the adapter into the "
                 "checkpoint (llamafactory-kt merge) and quantise that, or leave merge_adapter out."
             )
-        on_gpu = torch.cuda.is_available() and device_map not in (None, {"": "cpu"}, {"": torch.device("cpu")})
+        self._on_gpu = on_gpu = torch.cuda.is_available() and device_map not in (
+            None,
+            {"": "cpu"},
+            {"": torch.device("cpu")},
+        )
         pools = config.threadpool_count
         plans = candidates(
             config.backend, config.num_threads, pools, on_gpu, config.weight_path,
@@ -214,6 +218,8 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         release_team()
         straighten_last_token(model)
         widen_values(model)
+        if self._on_gpu:
+            leave_out_cudnn()
         return model
 
     def is_serializable(self) -> bool:

@@ -10,6 +10,7 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 
+from llamafactory_kt.experts import packing, products
 from llamafactory_kt.experts.kt_runtime import kernel_problem
 from llamafactory_kt.experts.products import has_bfloat16_kernels, onednn_problem
 
@@ -23,6 +24,14 @@ BASE_PROBLEM = kernel_problem("AVX2BF16")
 needs_base_kernel = pytest.mark.skipif(BASE_PROBLEM is not None, reason=str(BASE_PROBLEM))
 needs_onednn = pytest.mark.skipif(onednn_problem() is not None, reason=str(onednn_problem()))
 needs_packing = pytest.mark.skipif(not has_bfloat16_kernels(), reason="only kernels for AVX-512 read packed weights")
+
+
+def pretend_no_bfloat16_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute as CPUs without AVX-512 do."""
+    for module in (products, packing):
+        monkeypatch.setattr(module, "has_bfloat16_kernels", lambda: False)
+
+
 SGLANG_CONTRACT = "SGLang's contract was tested with"
 ENGINES = [pytest.param("AMXBF16", marks=needs_kernel), pytest.param("oneDNN", marks=needs_onednn), "torch"]
 

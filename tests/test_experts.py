@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from conftest import ENGINES, needs_kernel, needs_onednn, needs_packing
+from conftest import ENGINES, needs_kernel, needs_onednn, needs_packing, pretend_no_bfloat16_kernels
 from tiny import make_adapter, make_model, merged_float32, rel
 from transformers import AutoModelForCausalLM
 
@@ -106,7 +106,7 @@ def test_onednn_with_weights_that_are_not_packed(monkeypatch, packed):
 @pytest.mark.parametrize("grouped", [1, 128])
 def test_onednn_without_bfloat16_kernels(monkeypatch, grouped):
     """Experts with few rows, and with many, apart and together; their weights do not divide into blocks."""
-    monkeypatch.setattr(products, "has_bfloat16_kernels", lambda: False)
+    pretend_no_bfloat16_kernels(monkeypatch)
     monkeypatch.setattr(products, "BLOCK", 5 * 33)
     monkeypatch.setattr(onednn_engine, "GROUPED_ROWS", grouped)
     shape = ExpertsShape(7, 33, 8)
@@ -124,7 +124,7 @@ def test_onednn_without_bfloat16_kernels(monkeypatch, grouped):
 @needs_onednn
 def test_onednn_without_bfloat16_kernels_rounds_nothing_between_products(monkeypatch):
     """Where every expert has many rows, and the caller takes float32."""
-    monkeypatch.setattr(products, "has_bfloat16_kernels", lambda: False)
+    pretend_no_bfloat16_kernels(monkeypatch)
     shape = ExpertsShape(3, 33, 8)
     weights, lora, (x, index, scores) = layer(shape), lora_for(shape, rank=5, scaling=3.2), batch(shape, 37)
     assert torch.bincount(index.flatten(), minlength=3).min() >= products.FEW_ROWS

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import needs_onednn, needs_packing
+from conftest import needs_onednn, needs_packing, pretend_no_bfloat16_kernels
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear
 from test_chat import EXPECTED, PROMPTS, config
@@ -42,7 +42,7 @@ def kind(request, monkeypatch):
     if request.param != "packed":
         monkeypatch.setattr(prepared_layers, "faster_packed", lambda sizes, sample: set())
     if request.param == "no kernels":
-        monkeypatch.setattr(products, "has_bfloat16_kernels", lambda: False)
+        pretend_no_bfloat16_kernels(monkeypatch)
         monkeypatch.setattr(products, "BLOCK", 50 * 96)
     return request.param
 

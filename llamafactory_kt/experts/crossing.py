@@ -100,8 +100,7 @@ class Crossing:
         with torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext(), self._lock:
             if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    "KT experts are computed on the CPU and cannot be captured in a CUDA graph; generate without "
-                    "torch.compile and without a static cache."
+                    "KT experts are computed on the CPU and cannot be captured in a CUDA graph; generate without torch.compile."
                 )
             yield
 

@@ -166,6 +166,17 @@ def test_lora_against_peft_in_float32(kind, rows):
         model.merge_adapter()
 
 
+def test_lora_moves_with_its_layer(monkeypatch):
+    monkeypatch.setattr(prepared_layers, "SMALLEST", 2**20)
+    model, _ = lora_layer()
+    prepare_layers(model)
+    layer = model.to("meta").base_model.model[0]
+    assert {tensor.device.type for pairs in layer._pairs.values() for pair in pairs.values() for tensor in pair} == {
+        "meta"
+    }
+    assert model(torch.empty(2, 96, dtype=torch.bfloat16, device="meta")).shape == (2, 160)
+
+
 @pytest.mark.parametrize("kind", ["no kernels"], indirect=True)
 @torch.inference_mode()
 def test_lora_on_a_layer_that_is_not_prepared(kind, monkeypatch):

@@ -15,7 +15,7 @@ from ..adapters.keys import PROJECTIONS
 from .kt_runtime import kernel_lock, make_wrapper, quiet_stdout
 from .layer_tensors import LayerWeights
 from .methods import PackedShape
-from .queueing import Task
+from .queueing import Task, settle
 from .reclaim import building, drop, free_dropped
 
 
@@ -52,6 +52,7 @@ def every_wrapper() -> list[Any]:
 
 def release_all() -> None:
     """Drop every kernel object of the process; only for its end, when its memory goes anyway."""
+    settle()
     for kernel in list(_kernels):
         kernel.release()
 

@@ -80,11 +80,8 @@ def candidates(
     kernel = _kernel(backend, merged)
     workers = choose_threads(num_threads if kernel else None, pools, on_gpu)
     fixed = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None
-    plans = (
-        _with_workers(kernel, workers, num_threads is not None, fixed, False if on_gpu else idle_workers)
-        if kernel
-        else []
-    )
+    idle = False if on_gpu else idle_workers
+    plans = _with_workers(kernel, workers, num_threads is not None, fixed, idle) if kernel else []
     if kernel and (kernel == backend or num_threads):
         return plans
     if num_threads:

@@ -83,11 +83,8 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
                 "merge_adapter cannot change packed weights that are read from weight_path. Merge the adapter into the "
                 "checkpoint (llamafactory-kt merge) and quantise that, or leave merge_adapter out."
             )
-        self._on_gpu = on_gpu = torch.cuda.is_available() and device_map not in (
-            None,
-            {"": "cpu"},
-            {"": torch.device("cpu")},
-        )
+        everything_on_cpu = device_map in (None, {"": "cpu"}, {"": torch.device("cpu")})
+        self._on_gpu = on_gpu = torch.cuda.is_available() and not everything_on_cpu
         pools = config.threadpool_count
         plans = candidates(
             config.backend, config.num_threads, pools, on_gpu, config.weight_path,

@@ -1,8 +1,8 @@
-# Everything runs in one environment outside the clone, keyed by pyproject.toml and made when missing.
+# Everything runs in one environment outside the clone, keyed by pyproject.toml, this file and Python's version, and made when missing.
 # the first that runs and is 3.11 or 3.12: kt-kernel has no wheels for others
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 CACHE  ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/llamafactory-kt
-KEY    := $(shell cat pyproject.toml Makefile | sha256sum | cut -c1-12)
+KEY    := $(shell { cat pyproject.toml Makefile; $(PYTHON) -V; } 2>&1 | sha256sum | cut -c1-12)
 ENV    ?= $(CACHE)/env-$(KEY)
 READY  := $(ENV)/.ready
 BIN    := $(ENV)/bin

@@ -11,7 +11,7 @@ JOBS   ?= 2
 HERE   := $(CURDIR)
 TURNS  ?= 50000
 
-.PHONY: help setup demo test lint types docs soak format clean
+.PHONY: help setup demo test gpu lint types docs soak format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -30,8 +30,11 @@ $(READY):
 demo: setup ## the same prompts with and without the demo adapter, through llamafactory-cli chat
 	@$(BIN)/python -m llamafactory_kt demo
 
-test: setup lint types ## everything CI checks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+test: setup lint types ## everything CI checks, on the CPU
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+gpu: setup ## the tests for a GPU
+	$(BIN)/python -m pytest tests/test_gpu.py $(ARGS)
 
 lint: setup ## ruff: style and formatting
 	$(BIN)/ruff check .

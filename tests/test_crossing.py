@@ -64,9 +64,9 @@ def compute(hidden, index, weights):
 def test_one_wait_and_work_meanwhile():
     layer, log = crossing(), Noted.log
     given = tokens(5)
-    layer.wait(compute, *given)  # makes the buffers
+    layer.wait(compute, given)  # makes the buffers
     log.clear()
-    out = layer.wait(lambda *all: (log.append("experts"), compute(*all))[1], *given, lambda: log.append("meanwhile"))
+    out = layer.wait(lambda *all: (log.append("experts"), compute(*all))[1], given, lambda: log.append("meanwhile"))
     assert torch.equal(out, compute(*given))
     assert log == ["record", "meanwhile", "wait", "experts"]
 
@@ -74,13 +74,13 @@ def test_one_wait_and_work_meanwhile():
 def test_buffers_are_used_again_and_results_are_not():
     layer = crossing()
     given = [tokens(count, seed) for seed, count in enumerate([3, 40, 1, 40, 7])]
-    found = [layer.wait(compute, *each) for each in given]
+    found = [layer.wait(compute, each) for each in given]
     assert all(torch.equal(out, compute(*each)) for out, each in zip(found, given, strict=True))
     assert {name: len(buffer) for name, buffer in layer._buffers.items()} == {
         "hidden": 320, "index": 80, "weights": 80, "result": 320,
     }  # fmt: skip
     half = tuple(tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in tokens(3))
-    assert layer.wait(compute, *half).dtype == torch.bfloat16
+    assert layer.wait(compute, half).dtype == torch.bfloat16
 
 
 class Infer:
@@ -114,16 +114,16 @@ def test_a_stream_waits_instead_of_a_thread(monkeypatch, kind):
         for given in ((hidden, index, weights), (hidden.float(), index.int(), weights.double())):
             for engine, kept in weights_of.items():
                 log.clear()
-                found = layer.queue(engine, *given, lambda: log.append("meanwhile"))
+                found = layer.queue(engine, given, lambda: log.append("meanwhile"))
                 assert log == ["submit"] * -(-count // 16) + ["meanwhile", "join"]
                 assert found.dtype == given[0].dtype
                 assert rel(found, reference(kept, None, *given)) < 0.01
     log.clear()
     with pytest.raises(MemoryError):
-        layer.queue(engine, *given, raise_memory_error)
+        layer.queue(engine, given, raise_memory_error)
     assert log == ["submit", "join"], "or the next layer would write what this one reads"
     with pytest.raises(ValueError, match="expected 3 experts per token, got 2"):
-        layer.queue(engine, hidden, index[:, :2], weights[:, :2])
+        layer.queue(engine, (hidden, index[:, :2], weights[:, :2]))
     assert log == ["submit", "join"]
 
 
@@ -163,9 +163,9 @@ def test_a_kernel_is_freed_when_nothing_computes_with_it(monkeypatch, kind):
 def test_buffers_of_inference_mode_are_used_outside_of_it():
     layer, given = crossing(), tokens(5)
     with torch.inference_mode():
-        layer.wait(compute, *given)
+        layer.wait(compute, given)
     with torch.no_grad():
-        assert torch.equal(layer.wait(compute, *given), compute(*given))
+        assert torch.equal(layer.wait(compute, given), compute(*given))
 
 
 def test_threads_cross_one_after_another():
@@ -173,7 +173,7 @@ def test_threads_cross_one_after_another():
     wrong = []
 
     def work(each):
-        wrong.extend(1 for _ in range(200) if not torch.equal(layer.wait(compute, *each), compute(*each)))
+        wrong.extend(1 for _ in range(200) if not torch.equal(layer.wait(compute, each), compute(*each)))
 
     threads = [threading.Thread(target=work, args=(each,)) for each in given]
     [thread.start() for thread in threads]
@@ -200,7 +200,7 @@ def test_shared_experts_are_computed_once_and_early(tmp_path, monkeypatch, arch)
             module.experts._compute = lambda *all, stock=compute_stock, name=name: (log.append(f"routed {name}"), stock(*all))[1]  # fmt: skip
 
     def cross(self, *given):
-        return layer.wait(self._compute, *given, partial(self.early.queue, given[0]))
+        return layer.wait(self._compute, given, partial(self.early.queue, given[0]))
 
     monkeypatch.setattr(KTExperts, "forward", cross)
     with torch.inference_mode():

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 from llamafactory_kt import KTExpertsConfig, apply_adapter, get_router_stats, prepare_for_inference, switch_adapter
 from llamafactory_kt.experts.inference_lora import InferenceLora
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine, or hidden as by make test")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU on this machine, or hidden as by make test"
+)
 IDS = torch.arange(2, 40)[None]
 
 

@@ -16,6 +16,8 @@ from .queueing import Stream
 SHARED_EXPERTS = ("shared_experts", "shared_expert", "shared_mlp")
 """what transformers' MoE blocks call them"""
 
+Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""of one layer's tokens: hidden [T, H], index [T, K], weights [T, K], as :meth:`Engine.forward` takes them"""
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Meanwhile = Callable[[], None]
 """Queues work for the GPU that does not need the experts' result."""
@@ -45,47 +47,35 @@ class Crossing:
         self._lock, self._arrived = threading.Lock(), event()
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def queue(
-        self,
-        engine: KTEngine,
-        hidden: torch.Tensor,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        meanwhile: Meanwhile | None = None,
-    ) -> torch.Tensor:
-        """The engine's sum for arguments on the GPU, there; see :meth:`Engine.forward`. Nothing is waited for.
+    def queue(self, engine: KTEngine, given: Given, meanwhile: Meanwhile | None = None) -> torch.Tensor:
+        """The engine's sum [T, H], with arguments and result on the GPU. Nothing is waited for.
 
         Raises:
             RuntimeError: A CUDA graph is being captured.
         """
+        hidden = given[0]
         with self._using(hidden):
-            given = engine.as_read(hidden, index, weights)
-            x, chosen, scores = self._cross(given)
-            back = self._buffer("result", given[0])
-            engine.submit(self._stream, x, chosen, scores, back)
+            read = engine.as_read(*given)
+            x, chosen, scores = self._cross(read)
+            back = self._buffer("result", read[0])
             try:
+                engine.submit(self._stream, x, chosen, scores, back)
                 if meanwhile is not None:
                     meanwhile()
             finally:
                 engine.join(self._stream)  # else the next layer would write what this one still reads
-            out = torch.empty_like(given[0]).copy_(back, non_blocking=True)
+            out = torch.empty_like(read[0]).copy_(back, non_blocking=True)
         return out[:, : hidden.shape[1]].to(hidden.dtype)
 
-    def wait(
-        self,
-        compute: Compute,
-        hidden: torch.Tensor,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        meanwhile: Meanwhile | None = None,
-    ) -> torch.Tensor:
-        """``compute(hidden, index, weights)`` on the CPU, with arguments and result on the GPU.
+    def wait(self, compute: Compute, given: Given, meanwhile: Meanwhile | None = None) -> torch.Tensor:
+        """``compute(*given)`` [T, H] on the CPU, with arguments and result on the GPU.
 
         Raises:
             RuntimeError: A CUDA graph is being captured, which cannot hold work of the CPU.
         """
+        hidden = given[0]
         with self._using(hidden):
-            x, chosen, scores = self._cross((hidden, index, weights))
+            x, chosen, scores = self._cross(given)
             self._arrived.record()
             if meanwhile is not None:
                 meanwhile()
@@ -104,7 +94,7 @@ class Crossing:
                 )
             yield
 
-    def _cross(self, given: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+    def _cross(self, given: Given) -> list[torch.Tensor]:
         names = ("hidden", "index", "weights")
         return [
             self._buffer(name, tensor).copy_(tensor, non_blocking=True)

@@ -67,8 +67,8 @@ class KTExperts(nn.Module):
         given = (hidden_states, top_k_index, top_k_weights)
         engine = self.engine
         if isinstance(engine, KTEngine) and engine.queues and self.router_counts is None:  # they need the values here
-            return crossing.queue(engine, *given, meanwhile)
-        return crossing.wait(self._compute, *given, meanwhile)
+            return crossing.queue(engine, given, meanwhile)
+        return crossing.wait(self._compute, given, meanwhile)
 
     def _compute(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """On the CPU."""

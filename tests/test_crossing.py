@@ -109,6 +109,8 @@ def test_a_stream_waits_instead_of_a_thread(monkeypatch, kind):
     }
     stock = next(iter(weights_of))._kernel.infer
     monkeypatch.setattr(type(next(iter(weights_of))._kernel), "infer", Infer(stock, log))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(queueing, "_devices", set())
     for number, count in enumerate([3, 40, 1, 16]):
         hidden, index, weights = batch(shape, count, seed=number)
         for given in ((hidden, index, weights), (hidden.float(), index.int(), weights.double())):

@@ -35,11 +35,14 @@ def doctor(*arguments, first: Path | None = None, **environment: str) -> tuple[i
 
 
 def shadow(directory: Path, distribution: str, version: str, *files: str) -> None:
-    """Metadata of a distribution that says it has installed these files."""
+    """Metadata of a distribution that says it has installed these files, which Python 3.12 believes where they exist."""
     info = directory / f"{distribution.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
     (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    for file in map(directory.joinpath, files):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
 
 
 def write(path: Path, **keys) -> Path:
@@ -63,7 +66,7 @@ def test_a_healthy_environment(tmp_path, demo):
 
 def test_kernel_absent_fork_over_stock_and_wrong_torchaudio(tmp_path):
     (tmp_path / "kt_kernel.py").write_text("raise ModuleNotFoundError(\"No module named 'kt_kernel'\")")
-    shadow(tmp_path, "transformers-kt", "5.6.0", "transformers/__init__.py")
+    shadow(tmp_path, "transformers-kt", "5.6.0", "transformers/fork.py")  # no __init__.py: the real one is imported
     (tmp_path / "torchaudio").mkdir()
     (tmp_path / "torchaudio" / "__init__.py").write_text("raise OSError('_torchaudio.so:\\n undefined symbol: aoti')")
     shadow(tmp_path, "torchaudio", "2.11.0", "torchaudio/__init__.py")

@@ -42,7 +42,8 @@ def load_rows(model: nn.Module, report: LoadReport | None) -> Rows:
     if summary["reason"]:
         rows.append(("Chosen because", summary["reason"]))
     cpu = experts_bytes + lora_bytes + torch_bytes.get("cpu", 0)
-    parts = f"experts {gib(experts_bytes)}, their LoRA {gib(lora_bytes)}, other {gib(torch_bytes.get('cpu', 0))}"
+    lora = f"their LoRA {gib(lora_bytes)}, " if lora_bytes else ""
+    parts = f"experts {gib(experts_bytes)}, {lora}other {gib(torch_bytes.get('cpu', 0))}"
     rows.append(("Memory on CPU", f"{gib(cpu)} ({parts})"))
     rows.append(("Memory on GPU", gib(torch_bytes["cuda"]) if "cuda" in torch_bytes else "none"))
     rows.append(("LoRA tensors", str(report) if report else "no adapter"))

@@ -5,6 +5,7 @@ Without a GPU the same code runs with events that only note their calls.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 from functools import partial
@@ -131,6 +132,40 @@ def test_a_stream_waits_instead_of_a_thread(monkeypatch, kind):
 
 def raise_memory_error():
     raise MemoryError
+
+
+class Mallinfo(ctypes.Structure):
+    """mallinfo(3)"""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
+    )]  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library does not say what is allocated")
+@pytest.mark.parametrize("kind", KERNELS)
+def test_calls_leave_nothing_behind(kind):
+    """kt-kernel frees no task's arguments, 80 bytes of each layer for every token. Also under another default device."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = Mallinfo
+    shape, layer = ExpertsShape(5, 40, 24), crossing()
+    engine = make_engine(kind, shape, expert_weights(shape), chunk=16)
+    prompts = [batch(shape, count) for count in (1, 40, 7)]
+
+    def call_all(times):
+        for _ in range(times):
+            for given in prompts:
+                with torch.device("meta"):
+                    assert engine.forward(*given).device.type == "cpu"
+                for start in range(0, len(given[0]), 16):
+                    read = engine.as_read(*(tensor[start : start + 16] for tensor in given))
+                    x, chosen, scores = layer._cross(read)
+                    engine._kernel.task(x, chosen, scores, layer._buffer("result", x))
+        gc.collect()
+        return mallinfo().uordblks
+
+    before = call_all(20)
+    assert call_all(200) - before < 200 * 80
 
 
 @needs_kernel

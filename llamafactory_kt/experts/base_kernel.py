@@ -27,6 +27,7 @@ class BaseKernel:
 
     def __init__(self, kind: KernelKind, layer: int, weights: LayerWeights, *, verbose: bool):
         self.kind = kind
+        self._tasks: dict[tuple[int, ...], Task] = {}
         with kernel_lock, quiet_stdout(not verbose):
             self.wrapper: Any
             self._kept: Any
@@ -45,7 +46,10 @@ class BaseKernel:
 
     def task(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> Task:
         """As :meth:`Kernel.task <llamafactory_kt.experts.kernel.Kernel.task>`."""
-        return self.wrapper.forward_task(*addresses(self.kind, x, index, scores, out), False)  # type: ignore[no-any-return]
+        given = addresses(self.kind, x, index, scores, out)
+        if (task := self._tasks.get(given)) is None:
+            task = self._tasks[given] = self.wrapper.forward_task(*given, False)
+        return task
 
     def release(self) -> None:
         """Let go of the kernel object."""

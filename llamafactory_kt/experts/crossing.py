@@ -108,7 +108,7 @@ class Crossing:
             self._arrived.record()
             self._arrived.synchronize()
             with torch.inference_mode(False):  # what is made in that mode can only be written in it
-                buffer = torch.empty(like.numel(), dtype=like.dtype, pin_memory=self._pinned)
+                buffer = torch.empty(like.numel(), dtype=like.dtype, device="cpu", pin_memory=self._pinned)
             self._buffers[name] = buffer
         return buffer[: like.numel()].view(like.shape)
 

@@ -74,6 +74,7 @@ class Kernel:
         self.kind = kind
         self.lora: LoraTensors | None = None
         """the LoRA in place; the kernel holds raw pointers into these tensors"""
+        self._tasks: dict[tuple[int, ...], Task] = {}
         with kernel_lock, quiet_stdout(not verbose), building:
             self.wrapper = self._make(layer, weights)
         free_dropped()
@@ -132,8 +133,11 @@ class Kernel:
 
     def task(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> Task:
         """What computes at most ``max_chunk`` tokens: x, out [T, hidden] bf16, index [T, K] int64, scores [T, K] float32, all
-        contiguous. It holds their addresses, and is to be submitted once."""
-        return self.wrapper.moe.forward_sft_task(*addresses(self.kind, x, index, scores, out), False)  # type: ignore[no-any-return]
+        contiguous. It holds their addresses, and is kept: they should be of buffers that are used again and again."""
+        given = addresses(self.kind, x, index, scores, out)
+        if (task := self._tasks.get(given)) is None:
+            task = self._tasks[given] = self.wrapper.moe.forward_sft_task(*given, False)
+        return task
 
     def release(self) -> None:
         """Let go of the kernel object for good."""
@@ -143,16 +147,16 @@ class Kernel:
 
 def addresses(
     kind: KernelKind, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor
-) -> list[int]:
+) -> tuple[int, ...]:
     """The arguments of a task: addresses, with the number of experts per token between them."""
     count = _counts(kind.max_chunk).data_ptr() + 4 * x.shape[0]
-    return [count, index.shape[1], index.data_ptr(), scores.data_ptr(), x.data_ptr(), out.data_ptr()]
+    return count, index.shape[1], index.data_ptr(), scores.data_ptr(), x.data_ptr(), out.data_ptr()
 
 
 @functools.cache
 def _counts(most: int) -> torch.Tensor:
     """int32 0, 1, ... most: a task reads its number of tokens when it runs, which may be after the next was made."""
-    return torch.arange(most + 1, dtype=torch.int32)
+    return torch.arange(most + 1, dtype=torch.int32, device="cpu")
 
 
 def _zero_lora(wrapper: Any) -> None:

@@ -3,8 +3,8 @@ inference kernel for AVX2."""
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from .kernel import Kernel, KernelKind
 from .kt_runtime import kernel_lock
 from .layer_tensors import LayerWeights
 from .methods import Method, PackedShape
-from .queueing import Stream, Task
+from .queueing import Stream
 from .stored import StoredLayer
 
 logger = logging.getLogger(__name__)
@@ -104,13 +104,22 @@ class KTEngine(Engine):
         return undo
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        kernel, given = self._kernel, self.as_read(hidden, index, weights)
-        out = torch.empty_like(given[0])
+        kernel, size = self._kernel, hidden.shape[1]
+        self._check(index)
+        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         with kernel_lock:
-            for task in self._tasks(*given, out):
-                kernel.infer.submit(task)
+            kind = kernel.kind
+            buffers = _buffers(kind.max_chunk, kind.num_experts_per_tok, size, kind.packed.hidden)
+            for start in range(0, len(hidden), kind.max_chunk):
+                part = slice(start, start + kind.max_chunk)
+                x, chosen, scores, result = (buffer[: len(hidden[part])] for buffer in buffers)
+                x[:, :size].copy_(hidden[part])
+                chosen.copy_(index[part])
+                scores.copy_(weights[part])
+                kernel.infer.submit(kernel.task(x, chosen, scores, result))
                 kernel.infer.sync()
-        return out[:, : hidden.shape[1]].to(hidden.dtype)
+                out[part] = result[:, :size]
+        return out
 
     @property
     def queues(self) -> bool:
@@ -122,8 +131,10 @@ class KTEngine(Engine):
     ) -> None:
         """Compute on the CPU once the stream has come this far, of what it then finds in x, index and scores as
         :meth:`as_read` gave them; out is like x. All lie on the CPU, and stay there until the stream has passed :meth:`join`."""
-        for task in self._tasks(x, index, scores, out):
-            queueing.submit(self._kernel.infer, stream, task)
+        kernel, most = self._kernel, self._kernel.kind.max_chunk
+        for start in range(0, len(x), most):
+            part = (tensor[start : start + most] for tensor in (x, index, scores, out))
+            queueing.submit(kernel.infer, stream, kernel.task(*part))
 
     def join(self, stream: Stream) -> None:
         """Let the stream wait until ``out`` is written."""
@@ -135,18 +146,15 @@ class KTEngine(Engine):
         """The arguments of :meth:`forward` as the kernel reads them through raw pointers, on their device: bf16 [T, padded H],
         int64 [T, K], float32 [T, K], contiguous."""
         kind = self._kernel.kind
-        if index.shape[1] != kind.num_experts_per_tok:
-            raise ValueError(f"expected {kind.num_experts_per_tok} experts per token, got {index.shape[1]}")
+        self._check(index)
         x = hidden.to(torch.bfloat16)
         if padding := kind.packed.hidden - hidden.shape[1]:
             x = torch.nn.functional.pad(x, (0, padding))
         return x.contiguous(), index.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous()
 
-    def _tasks(self, *tensors: torch.Tensor) -> Iterator[Task]:
-        """Of at most ``max_chunk`` tokens each."""
-        most = self._kernel.kind.max_chunk
-        for start in range(0, len(tensors[0]), most):
-            yield self._kernel.task(*(tensor[start : start + most] for tensor in tensors))
+    def _check(self, index: torch.Tensor) -> None:
+        if index.shape[1] != (wanted := self._kernel.kind.num_experts_per_tok):
+            raise ValueError(f"expected {wanted} experts per token, got {index.shape[1]}")
 
     def nbytes_for_rank(self, rank: int) -> int:
         return self.nbytes if self._method.lora and rank > self._kernel.kind.rank else 0
@@ -159,3 +167,14 @@ class KTEngine(Engine):
     def lora_nbytes(self) -> int:
         kind, packed = self._kernel.kind, self._kernel.kind.packed
         return 3 * packed.num_experts * kind.rank * (packed.hidden + packed.intermediate) * 2 if self.lora_rank else 0
+
+
+@functools.cache  # for each size, as another one's padding is not zero
+def _buffers(tokens: int, top_k: int, size: int, padded: int) -> list[torch.Tensor]:
+    """What kernels on the CPU read and write, under their lock: x [T, padded], of which all but [T, size] stays zero, index
+    and scores [T, K], and the result. What no prompt has needed takes no memory."""
+    made: list[tuple[int, torch.dtype]] = [
+        (padded, torch.bfloat16), (top_k, torch.int64), (top_k, torch.float32), (padded, torch.bfloat16)
+    ]  # fmt: skip
+    with torch.inference_mode(False):  # what is made in that mode can only be written in it
+        return [torch.zeros(tokens, columns, dtype=dtype, device="cpu") for columns, dtype in made]

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 
 Task = tuple[int, int]
-"""addresses of one of kt-kernel's functions and of its arguments, which it frees"""
+"""addresses of one of kt-kernel's functions and of its arguments, which it never frees: it is made once for the same tensors,
+and submitted again (``ForwardBindings`` in kt-kernel's ext_bindings.cpp)"""
 
 _devices: set[torch.device] = set()
 
@@ -26,7 +27,7 @@ class Stream(Protocol):
 
 
 def submit(infer: Any, stream: Stream, task: Task) -> None:
-    """Queue a task. What it reads and writes must stay in place until the stream has passed the next :func:`join`."""
+    """Queue a task; it may be queued already. What it reads and writes must stay in place until the stream has passed the next :func:`join`."""
     _devices.add(stream.device)
     infer.submit_with_cuda_stream(stream.cuda_stream, task)
 

@@ -187,11 +187,15 @@ def _check_paths(args: Any) -> list[str]:
 
 
 def _check_machine(args: Any) -> list[Any]:
+    from .experts import KTExpertsConfig
     from .experts.plan import candidates
 
     problems: list[Any] = []
     try:
-        candidates(args.kt_backend, None, threadpool_count(args), on_gpu=False, weight_path=args.kt_weight_path)
+        config = KTExpertsConfig(
+            backend=args.kt_backend, threadpool_count=threadpool_count(args), weight_path=args.kt_weight_path
+        )
+        candidates(config, on_gpu=False)
     except (KTConfigError, KTKernelError) as error:
         problems.append(error)
     return problems

@@ -15,7 +15,7 @@ from conftest import needs_kernel, needs_onednn
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
-from llamafactory_kt import KTConfigError, machine
+from llamafactory_kt import KTConfigError, KTExpertsConfig, machine
 from llamafactory_kt.adapters import ExpertsShape
 from llamafactory_kt.experts import calibration, plan, remembered
 from llamafactory_kt.experts.calibrate import in_turn
@@ -54,7 +54,8 @@ def test_threads_chosen_and_clamped(kt_log):
 
 def test_candidates(monkeypatch):
     def found(backend="auto", threads=None, on_gpu=False, idle=None):
-        return [str(each) for each in candidates(backend, threads, 1, on_gpu, idle_workers=idle)]
+        config = KTExpertsConfig(backend=backend, num_threads=threads, idle_workers=idle)
+        return [str(each) for each in candidates(config, on_gpu)]
 
     shared = "AMXBF16 with 15 idle-class worker(s) and 16 torch thread(s)"
     assert found() == ["AMXBF16 with 8 worker(s) and 8 torch thread(s)", shared, "oneDNN with 16 torch thread(s)"]
@@ -81,11 +82,11 @@ def test_candidates(monkeypatch):
 
 def test_candidates_where_something_is_missing(monkeypatch, kt_log):
     def found(merged):
-        return [each.backend for each in candidates("auto", None, 1, False, merged=merged)]
+        return [each.backend for each in candidates(KTExpertsConfig(merge_adapter=merged), False)]
 
     monkeypatch.setattr(plan, "kernel_problem", lambda method="AMXBF16": None if method == "AVX2BF16" else "no kernel")
     assert found(merged=False) == ["oneDNN"] and not kt_log.text
-    assert candidates("auto", 60, 1, False) == [Plan("oneDNN", 0, 16)]
+    assert candidates(KTExpertsConfig(num_threads=60), False) == [Plan("oneDNN", 0, 16)]
     assert kt_log.messages == ["kt_num_threads: 60 does nothing here: torch's threads compute the experts."]
     assert found(merged=True) == ["AVX2BF16", "AVX2BF16", "oneDNN"]
     monkeypatch.setattr(plan, "onednn_problem", lambda: "no oneDNN")
@@ -93,13 +94,13 @@ def test_candidates_where_something_is_missing(monkeypatch, kt_log):
     assert "falls back to plain torch, which is slow: no kernel; no oneDNN" in kt_log.text
     assert found(merged=True) == ["AVX2BF16", "AVX2BF16"]
     with pytest.raises(KTConfigError, match="oneDNN cannot run here: no oneDNN"):
-        candidates("oneDNN", None, 1, False)
+        candidates(KTExpertsConfig(backend="oneDNN"), False)
 
 
 def test_affinity_and_cgroup_limit_the_cores(monkeypatch):
     monkeypatch.setattr(plan, "usable_cores", machine.usable_cores)
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0})
-    assert candidates("AMXBF16", None, 1, False) == [Plan("AMXBF16", 1, 1)]
+    assert candidates(KTExpertsConfig(backend="AMXBF16"), False) == [Plan("AMXBF16", 1, 1)]
     monkeypatch.undo()
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(1000, 1064)))
     monkeypatch.setattr(machine, "cgroup_cpus", lambda: 2.5)

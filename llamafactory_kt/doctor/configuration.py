@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..arguments import threadpool_count
 from ..errors import KTError, name_some
 from ..machine import available_memory, gib
 from .finding import Findings, error, ok, one_line, warning
@@ -134,16 +133,15 @@ def _placement(args: Any, model: Any, experts: Any, adapters: Any, itemsize: int
     from ..adapters import AdapterSet
     from ..experts.memory import memory_need
     from ..experts.plan import candidates
+    from ..hooks.configuration import experts_config
 
-    pools, gpus = threadpool_count(args), torch.cuda.device_count()
-    plans = candidates(
-        args.kt_backend, args.kt_num_threads, pools, gpus > 0, args.kt_weight_path, merged=args.kt_merge_adapter
-    )
-    if args.kt_merge_adapter or ((method := plans[0].method) is not None and not method.lora):
+    config, gpus = experts_config(args), torch.cuda.device_count()
+    plans = candidates(config, on_gpu=gpus > 0)
+    if config.merge_adapter or ((method := plans[0].method) is not None and not method.lora):
         adapters = AdapterSet()  # merged into the weights
     need = memory_need(
-        model, experts, adapters, backend=plans[0].backend, pools=pools, itemsize=itemsize,
-        stored=bool(args.kt_weight_path),
+        model, experts, adapters, backend=plans[0].backend, pools=config.threadpool_count, itemsize=itemsize,
+        stored=config.weight_path is not None,
     )  # fmt: skip
     layers = name_some([module.layer for module in experts], 4)
     how = f"{plans[0]}" if len(plans) == 1 else f"the fastest of {'; '.join(str(plan) for plan in plans)}"

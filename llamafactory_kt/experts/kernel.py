@@ -1,12 +1,14 @@
-"""Kernel objects of kt-kernel's SFT kernels: built, given LoRA, and given back when nobody refers to them any more."""
+"""Kernel objects of kt-kernel's: what all have in common, and those of its SFT kernels, which are built, given LoRA, and given
+back when nobody refers to them any more."""
 
 from __future__ import annotations
 
 import functools
 import weakref
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -31,18 +33,42 @@ class KernelKind:
     max_chunk: int
 
 
-class _Releasable(Protocol):
+class KernelObject(ABC):
+    """One kernel object of kt-kernel's. It is released at the end of the process, unless it is gone before."""
+
     wrapper: Any
 
-    def release(self) -> None: ...
+    def __init__(self, kind: KernelKind):
+        self.kind = kind
+        self._tasks: dict[tuple[int, ...], Task] = {}
+
+    def _built(self) -> None:
+        """To be called last: from now on, there is something to be released."""
+        _kernels.add(self)
+
+    @property
+    @abstractmethod
+    def infer(self) -> Any:
+        """kt-kernel's queue of tasks."""
+
+    @abstractmethod
+    def _make_task(self, given: tuple[int, ...]) -> Task: ...
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of the kernel object for good."""
+
+    def task(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> Task:
+        """What computes at most ``max_chunk`` tokens: x, out [T, hidden] bf16, index [T, K] int64, scores [T, K] float32, all
+        contiguous. It holds their addresses, and is kept: they should be of buffers that are used again and again."""
+        count = _counts(self.kind.max_chunk).data_ptr() + 4 * x.shape[0]
+        given = count, index.shape[1], index.data_ptr(), scores.data_ptr(), x.data_ptr(), out.data_ptr()
+        if (task := self._tasks.get(given)) is None:
+            task = self._tasks[given] = self._make_task(given)
+        return task
 
 
-_kernels: weakref.WeakSet[_Releasable] = weakref.WeakSet()
-
-
-def track(kernel: _Releasable) -> None:
-    """Have a kernel object released at the end of the process."""
-    _kernels.add(kernel)
+_kernels: weakref.WeakSet[KernelObject] = weakref.WeakSet()
 
 
 def every_wrapper() -> list[Any]:
@@ -61,8 +87,8 @@ LoraTensors = tuple[torch.Tensor, ...]
 """A and B of gate, up and down as the kernel takes them: bf16 [E, r, in] and [E, out, r], padded"""
 
 
-class Kernel:
-    """One kernel object with its base weights. Its memory is given back when it is no longer referenced.
+class Kernel(KernelObject):
+    """One of the SFT kernels with its base weights. Its memory is given back when it is no longer referenced.
 
     Args:
         weights: gate, up and down in bf16, padded; they are packed, and not needed afterwards. Or the directory with
@@ -71,16 +97,15 @@ class Kernel:
     """
 
     def __init__(self, kind: KernelKind, layer: int, weights: LayerWeights | Path, *, verbose: bool):
-        self.kind = kind
+        super().__init__(kind)
         self.lora: LoraTensors | None = None
         """the LoRA in place; the kernel holds raw pointers into these tensors"""
-        self._tasks: dict[tuple[int, ...], Task] = {}
         with kernel_lock, quiet_stdout(not verbose), building:
             self.wrapper = self._make(layer, weights)
         free_dropped()
         self._drop = weakref.finalize(self, drop, self.wrapper, kind.packed)
         self._drop.atexit = False
-        track(self)
+        self._built()
 
     def _make(self, layer: int, weights: LayerWeights | Path) -> Any:
         kind, packed = self.kind, self.kind.packed
@@ -128,29 +153,15 @@ class Kernel:
 
     @property
     def infer(self) -> Any:
-        """kt-kernel's queue of tasks."""
         return self.wrapper.cpu_infer
 
-    def task(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> Task:
-        """What computes at most ``max_chunk`` tokens: x, out [T, hidden] bf16, index [T, K] int64, scores [T, K] float32, all
-        contiguous. It holds their addresses, and is kept: they should be of buffers that are used again and again."""
-        given = addresses(self.kind, x, index, scores, out)
-        if (task := self._tasks.get(given)) is None:
-            task = self._tasks[given] = self.wrapper.moe.forward_sft_task(*given, False)
+    def _make_task(self, given: tuple[int, ...]) -> Task:
+        task: Task = self.wrapper.moe.forward_sft_task(*given, False)
         return task
 
     def release(self) -> None:
-        """Let go of the kernel object for good."""
         self._drop.detach()
         self.wrapper = None
-
-
-def addresses(
-    kind: KernelKind, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor
-) -> tuple[int, ...]:
-    """The arguments of a task: addresses, with the number of experts per token between them."""
-    count = _counts(kind.max_chunk).data_ptr() + 4 * x.shape[0]
-    return count, index.shape[1], index.data_ptr(), scores.data_ptr(), x.data_ptr(), out.data_ptr()
 
 
 @functools.cache

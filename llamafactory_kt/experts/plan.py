@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,6 +25,9 @@ from ..machine import numa_nodes, usable_cores
 from .kt_runtime import kernel_problem, require_kernel
 from .methods import METHODS, Method
 from .products import onednn_problem
+
+if TYPE_CHECKING:
+    from .config import KTExpertsConfig
 
 logger = logging.getLogger(__name__)
 
@@ -50,37 +54,26 @@ class Plan:
         return f"{self.backend} with {workers}{self.torch_threads} torch thread(s)"
 
 
-def candidates(
-    backend: str,
-    num_threads: int | None,
-    pools: int,
-    on_gpu: bool,
-    weight_path: str | None = None,
-    idle_workers: bool | None = None,
-    merged: bool = False,
-) -> list[Plan]:
+def candidates(config: KTExpertsConfig, on_gpu: bool) -> list[Plan]:
     """The plans that fit the configuration and this machine; the first is taken where nothing is measured.
 
     ``OMP_NUM_THREADS`` fixes torch's threads. A number of workers that is asked for is taken as it is, and means
-    kt-kernel where the backend is ``auto``.
-
-    Args:
-        idle_workers: only plans with or without them; None for both.
-        merged: the adapter is to be merged into the weights, so ``auto`` may take a kernel that computes no LoRA.
+    kt-kernel where the backend is ``auto``. Where the adapter is to be merged into the weights, ``auto`` may be a kernel that
+    computes no LoRA.
 
     Raises:
         KTConfigError: Unknown backend, ``weight_path`` missing or useless, or threads and sub-pools that do not fit.
         KTKernelError: The kernel that was asked for cannot run here.
     """
-    backend = canonical_backend(backend)
-    if weight_path and backend not in PACKED:
+    backend, num_threads = canonical_backend(config.backend), config.num_threads
+    if config.weight_path and backend not in PACKED:
         raise KTConfigError(f"weight_path is for {' and '.join(PACKED)}, not for backend {backend}.")
-    if backend == "AMXINT8" and not weight_path:
+    if backend == "AMXINT8" and not config.weight_path:
         raise KTConfigError("AMXINT8 needs weight_path: a directory that llamafactory-kt quantize made.")
-    kernel = _kernel(backend, merged)
-    workers = choose_threads(num_threads if kernel else None, pools, on_gpu)
+    kernel = _kernel(backend, config.merge_adapter)
+    workers = choose_threads(num_threads if kernel else None, config.threadpool_count, on_gpu)
     fixed = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None
-    idle = False if on_gpu else idle_workers
+    idle = False if on_gpu else config.idle_workers
     plans = _with_workers(kernel, workers, num_threads is not None, fixed, idle) if kernel else []
     if kernel and (kernel == backend or num_threads):
         return plans

@@ -86,10 +86,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         everything_on_cpu = device_map in (None, {"": "cpu"}, {"": torch.device("cpu")})
         self._on_gpu = on_gpu = torch.cuda.is_available() and not everything_on_cpu
         pools = config.threadpool_count
-        plans = candidates(
-            config.backend, config.num_threads, pools, on_gpu, config.weight_path,
-            config.idle_workers, config.merge_adapter,
-        )  # fmt: skip
+        plans = candidates(config, on_gpu)
         experts = find_experts(model)
         if not checkpoint_files:
             raise KTModelError(f"{type(model).__name__}: experts are read from checkpoint files, and there are none.")

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..adapters import AdapterSet, open_adapters
-from ..arguments import adapter_directories
+from ..arguments import adapter_directories, threadpool_count
 from ..errors import KTConfigError, KTError, KTPathError
 from .patching import require_hooks
+
+if TYPE_CHECKING:
+    from ..experts import KTExpertsConfig
 
 
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -59,6 +62,31 @@ def parse(values: dict[str, Any]) -> Any:
 def moe_lora_file(model_args: Any) -> str | None:
     """``kt_moe_lora_path`` with the home directory in place of ``~``."""
     return str(Path(model_args.kt_moe_lora_path).expanduser()) if model_args.kt_moe_lora_path else None
+
+
+def experts_config(model_args: Any) -> KTExpertsConfig:
+    """What a load gives to transformers.
+
+    Raises:
+        KTPathError: An adapter is not there.
+    """
+    from ..experts import KTExpertsConfig
+
+    return KTExpertsConfig(
+        backend=model_args.kt_backend,
+        num_threads=model_args.kt_num_threads,
+        threadpool_count=threadpool_count(model_args),
+        weight_path=str(Path(model_args.kt_weight_path).expanduser()) if model_args.kt_weight_path else None,
+        idle_workers=model_args.kt_idle_workers,
+        recalibrate=model_args.kt_recalibrate,
+        max_chunk=model_args.kt_max_chunk,
+        adapter=[str(path) for path in adapter_directories(model_args)],
+        moe_lora=moe_lora_file(model_args),
+        merge_adapter=model_args.kt_merge_adapter,
+        router_stats=model_args.kt_router_stats,
+        debug=model_args.kt_debug,
+        debug_dir=model_args.kt_debug_dir,
+    )
 
 
 def open_configured(model_args: Any) -> AdapterSet:

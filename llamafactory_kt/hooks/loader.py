@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..arguments import adapter_directories, threadpool_count
-from .configuration import moe_lora_file
+from .configuration import experts_config
 from .patching import expect, is_patched, replace
 
 logger = logging.getLogger("llamafactory_kt")
@@ -117,24 +115,8 @@ def _prefer_native(model_args: Any, init_kwargs: dict[str, Any]) -> None:
 def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
     import torch
 
-    from ..experts import KTExpertsConfig
-
     logger.info("Loading model with KTransformers MoE backend")
-    init_kwargs["quantization_config"] = KTExpertsConfig(
-        backend=model_args.kt_backend,
-        num_threads=model_args.kt_num_threads,
-        threadpool_count=threadpool_count(model_args),
-        weight_path=str(Path(model_args.kt_weight_path).expanduser()) if model_args.kt_weight_path else None,
-        idle_workers=model_args.kt_idle_workers,
-        recalibrate=model_args.kt_recalibrate,
-        max_chunk=model_args.kt_max_chunk,
-        adapter=[str(path) for path in adapter_directories(model_args)],
-        moe_lora=moe_lora_file(model_args),
-        merge_adapter=model_args.kt_merge_adapter,
-        router_stats=model_args.kt_router_stats,
-        debug=model_args.kt_debug,
-        debug_dir=model_args.kt_debug_dir,
-    )
+    init_kwargs["quantization_config"] = experts_config(model_args)
     init_kwargs.pop("ignore_mismatched_sizes", None)  # which LLaMA-Factory sets for FP8 checkpoints
     if getattr(model_args, "kt_native", False):
         init_kwargs["trust_remote_code"] = False  # also where the tokenizer needed it

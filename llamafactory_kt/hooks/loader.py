@@ -11,6 +11,7 @@ import logging
 from types import ModuleType
 from typing import Any
 
+from .auto_classes import answer_by_name
 from .configuration import experts_config
 from .patching import expect, is_patched, replace
 
@@ -117,6 +118,7 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
 
     logger.info("Loading model with KTransformers MoE backend")
     init_kwargs["quantization_config"] = experts_config(model_args)
+    answer_by_name()
     init_kwargs.pop("ignore_mismatched_sizes", None)  # which LLaMA-Factory sets for FP8 checkpoints
     if getattr(model_args, "kt_native", False):
         init_kwargs["trust_remote_code"] = False  # also where the tokenizer needed it

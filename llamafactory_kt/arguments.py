@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .serving_arguments import KTServingArguments, serves
+from .serving_arguments import KTServingArguments
 
 SCOPES = ("all", "attention")
 
@@ -64,11 +64,14 @@ class KTArguments(KTServingArguments):
     )
     kt_tp_enabled: bool | None = field(
         default=None,
-        metadata={"help": "Whether to divide the threads into one sub-pool per NUMA node."},
+        metadata={
+            "help": "Whether to divide the threads into one sub-pool per NUMA node; false: one on one node. Default: true, or as "
+            "kt_weight_path's files are divided."
+        },
     )
     kt_threadpool_count: int | None = field(
         default=None,
-        metadata={"help": "Number of NUMA sub-pools; overrides kt_tp_enabled's one per node. Default: 1."},
+        metadata={"help": "Number of NUMA sub-pools; overrides kt_tp_enabled. Default: one per NUMA node."},
     )
     kt_weight_path: str | None = field(
         default=None,
@@ -148,12 +151,13 @@ def adapter_directories(args: Any) -> list[Path]:
 
 
 def threadpool_count(args: KTArguments) -> int:
-    """NUMA sub-pools asked for: ``kt_threadpool_count``, else one per NUMA node with ``kt_tp_enabled`` (and with SGLang,
-    unless that is false), else 1."""
+    """NUMA sub-pools: ``kt_threadpool_count``, else one with ``kt_tp_enabled: false``, one per NUMA node with ``true``, and what
+    :func:`~llamafactory_kt.machine.sub_pools` says if neither is set."""
+    from .machine import sub_pools
+
     if args.kt_threadpool_count is not None:
         return args.kt_threadpool_count
-    if args.kt_tp_enabled or (serves(args) and args.kt_tp_enabled is None):
-        from .machine import numa_nodes
-
-        return numa_nodes()
-    return 1
+    if args.kt_tp_enabled is not None:
+        return sub_pools() if args.kt_tp_enabled else 1
+    threads = args.kt_num_threads
+    return sub_pools(args.kt_weight_path, threads if isinstance(threads, int) else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -24,15 +25,19 @@ _BUILDS = {
 
 def usable_cores() -> int:
     """Physical cores this process may use: within its CPU affinity and its cgroup's quota, at least 1."""
-    allowed = os.sched_getaffinity(0)
+    return max(1, int(min(physical_cores(os.sched_getaffinity(0)), cgroup_cpus())))
+
+
+def physical_cores(cpus: set[int]) -> int:
+    """How many cores these CPUs, of which a core may have several, are."""
     cores = set()
-    for cpu in allowed:
+    for cpu in cpus:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         try:
             cores.add(siblings.read_text())
         except OSError:  # containers may hide the topology
             cores.add(str(cpu))
-    return max(1, int(min(len(cores), cgroup_cpus())))
+    return len(cores)
 
 
 def cgroup_cpus() -> float:
@@ -58,10 +63,43 @@ def _cgroup_directories() -> list[Path]:
     return [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
 
 
-def numa_nodes() -> int:
-    """NUMA nodes that have CPUs, at least 1."""
-    nodes = Path("/sys/devices/system/node").glob("node[0-9]*/cpulist")
-    return max(1, sum(1 for node in nodes if node.read_text().strip()))
+def numa_nodes() -> dict[int, set[int]]:
+    """NUMA nodes with CPUs that this process may use, and which those are; one at least.
+
+    >>> list(numa_nodes().values())[0] <= os.sched_getaffinity(0)
+    True
+    """
+    allowed, nodes = os.sched_getaffinity(0), {}
+    for file in Path("/sys/devices/system/node").glob("node[0-9]*/cpulist"):
+        if cpus := allowed & _listed(file.read_text()):
+            nodes[int(file.parent.name.removeprefix("node"))] = cpus
+    return dict(sorted(nodes.items())) or {0: allowed}
+
+
+def _listed(text: str) -> set[int]:
+    """The numbers of one of the system's lists.
+
+    >>> sorted(_listed("0-2,7"))
+    [0, 1, 2, 7]
+    """
+    ranges = (part.partition("-") for part in text.strip().split(",") if part)
+    return {number for first, _, last in ranges for number in range(int(first), int(last or first) + 1)}
+
+
+def sub_pools(weights: str | Path | None = None, threads: int | None = None) -> int:
+    """How many sub-pools kt-kernel's workers are divided into where no number is asked for: one per NUMA node, or as many as
+    packed weights (``_layer_*/_numa_*``) are divided among, where there are nodes for them.
+
+    A sub-pool's workers all run on its node and share its cores, and with one sub-pool the other nodes' cores would have none.
+
+    Args:
+        weights: directory of packed weights.
+        threads: workers that are asked for; there are no more sub-pools than these.
+    """
+    nodes = min(len(numa_nodes()), threads or sys.maxsize)
+    layer = next(Path(weights).expanduser().glob("_layer_*"), None) if weights else None
+    divided = sum(1 for _ in layer.glob("_numa_*")) if layer is not None else nodes
+    return divided if 0 < divided <= nodes else nodes
 
 
 def cgroup_memory() -> float:

@@ -23,6 +23,7 @@ from .errors import KTConfigError, KTKernelError, KTModelError, KTPathError
 from .experts.methods import METHODS, Method, PackedShape
 from .experts.stored import LayerRecord, layer_directory, missing_layers, record_for, write_record
 from .experts.threads import die_with_parent
+from .machine import sub_pools
 
 _LEAK = 2 * 2**30
 """bytes of packed weights after which the working process is replaced"""
@@ -43,7 +44,12 @@ class QuantizeReport:
 
 
 def quantize_model(
-    model_path: str | Path, output: str | Path, method: str = "int8", *, pools: int = 1, threads: int | None = None
+    model_path: str | Path,
+    output: str | Path,
+    method: str = "int8",
+    *,
+    pools: int | None = None,
+    threads: int | None = None,
 ) -> QuantizeReport:
     """Write ``.kt`` files for ``kt_weight_path``, layer by layer.
 
@@ -53,7 +59,8 @@ def quantize_model(
         model_path: a local checkpoint directory in safetensors.
         output: directory of the files; what is complete in it already is kept.
         method: ``int8`` or ``int4``.
-        pools: NUMA sub-pools the weights are divided into (``kt_threadpool_count`` of the chats to come).
+        pools: NUMA sub-pools the weights are divided into (``kt_threadpool_count`` of the chats to come); None for one per NUMA
+            node.
         threads: worker threads; None for the physical cores.
 
     Raises:
@@ -71,7 +78,7 @@ def quantize_model(
     if problem := kernel_problem(name):
         raise KTKernelError(f"kt-kernel cannot pack {method} weights here: {problem}. A chat with them needs the same.")
     source, target, kind = Path(model_path), Path(output), METHODS[name]
-    checkpoint = _open(source)
+    checkpoint, pools = _open(source), pools or sub_pools()
     records = {
         module.layer: record_for(module.shape, kind, pools, checkpoint.layer(module.name).fingerprint())
         for module in checkpoint.modules

@@ -11,9 +11,10 @@ import yaml
 from llamafactory.hparams import ModelArguments
 from llamafactory.hparams.parser import _parse_infer_args
 
-from llamafactory_kt import KTConfigError, KTPathError
+from llamafactory_kt import KTConfigError, KTPathError, machine
 from llamafactory_kt.argument_checks import check_for_inference
 from llamafactory_kt.arguments import KTArguments, threadpool_count
+from llamafactory_kt.experts import kt_runtime, quantizer
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "ktransformers" / "inference").glob("*.yaml"))
 MODEL = {"model_name_or_path": "somewhere/model", "template": "deepseek"}
@@ -21,7 +22,8 @@ MODEL = {"model_name_or_path": "somewhere/model", "template": "deepseek"}
 
 @pytest.fixture(autouse=True)
 def any_cpu(monkeypatch):
-    monkeypatch.setattr("llamafactory_kt.experts.kt_runtime.kernel_problem", lambda method="AMXBF16": None)
+    for module in (kt_runtime, quantizer):
+        monkeypatch.setattr(module, "kernel_problem", lambda method="AMXBF16": None)
 
 
 def checked(args):
@@ -140,18 +142,39 @@ def test_nothing_is_checked_without_use_kt():
     assert parse({"kt_backend": "nonsense", "kt_num_threads": -3}).kt_backend == "nonsense"
 
 
-def test_sub_pools():
-    from llamafactory_kt.machine import numa_nodes
+def test_sub_pools(monkeypatch, tmp_path):
+    def made(**keys):
+        return threadpool_count(KTArguments(**keys))
 
-    assert threadpool_count(KTArguments()) == threadpool_count(KTArguments(kt_tp_enabled=False)) == 1
-    assert threadpool_count(KTArguments(kt_tp_enabled=True)) == numa_nodes()
-    assert threadpool_count(KTArguments(kt_threadpool_count=3)) == 3
+    for part in range(2):
+        (tmp_path / "_layer_1" / f"_numa_{part}").mkdir(parents=True)
+    packed = str(tmp_path)
+    for nodes in (1, 2, 3):
+        monkeypatch.setattr(machine, "numa_nodes", lambda count=nodes: {node: {0} for node in range(count)})
+        assert made() == made(kt_tp_enabled=True, kt_weight_path=packed) == nodes
+        assert made(kt_tp_enabled=False) == made(kt_num_threads=1) == 1
+        assert made(kt_weight_path=packed) == min(nodes, 2), "as its files are divided, if there are nodes for them"
+        assert made(kt_threadpool_count=3) == 3
+
+
+def test_numa_nodes_that_this_process_may_use(monkeypatch, tmp_path):
+    for node, cpus in enumerate(("0-3,8-11\n", "4-7,12-15\n", "\n")):
+        (tmp_path / f"node{node}").mkdir()
+        (tmp_path / f"node{node}" / "cpulist").write_text(cpus)
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path)
+    for allowed, wanted in (
+        (set(range(16)), {0: {0, 1, 2, 3, 8, 9, 10, 11}, 1: {4, 5, 6, 7, 12, 13, 14, 15}}),
+        ({5, 12}, {1: {5, 12}}),
+        ({99}, {0: {99}}),
+    ):
+        monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _, cpus=allowed: cpus)
+        assert machine.numa_nodes() == wanted
 
 
 def test_sub_pools_the_machine_does_not_have(demo):
     from llamafactory.hparams import get_infer_args
 
-    with pytest.raises(KTConfigError, match="kt_threadpool_count: 99 sub-pools asked for, this machine has"):
+    with pytest.raises(KTConfigError, match="kt_threadpool_count: 99 sub-pools asked for, this process may use"):
         get_infer_args(
             {
                 "model_name_or_path": str(demo / "model"),

@@ -23,6 +23,7 @@ from llamafactory_kt.experts.calibration import Measured, choose
 from llamafactory_kt.experts.contract import find_experts
 from llamafactory_kt.experts.memory import read_around
 from llamafactory_kt.experts.plan import Plan, candidates, choose_threads
+from llamafactory_kt.machine import numa_nodes
 
 SHAPE = ExpertsShape(16, 2048, 1408)
 MB = 2**20
@@ -33,7 +34,9 @@ PLANS = [Plan("AMXBF16", 1, 1), Plan("AMXBF16", 1, 2, idle_workers=True), Plan("
 def big_machine(monkeypatch, tmp_path):
     """16 cores in 2 NUMA nodes that can run everything, nothing remembered, no OMP_NUM_THREADS."""
     monkeypatch.setattr(plan, "usable_cores", lambda: 16)
-    monkeypatch.setattr(plan, "numa_nodes", lambda: 2)
+    monkeypatch.setattr(plan, "physical_cores", len)
+    for module in (plan, machine):
+        monkeypatch.setattr(module, "numa_nodes", lambda: {0: set(range(8)), 1: set(range(8, 16))})
     monkeypatch.setattr(plan, "kernel_problem", lambda method: None)
     monkeypatch.setattr(plan, "require_kernel", lambda backend: None)
     monkeypatch.setattr(plan, "onednn_problem", lambda: None)
@@ -42,23 +45,27 @@ def big_machine(monkeypatch, tmp_path):
 
 
 def test_threads_chosen_and_clamped(kt_log):
-    assert choose_threads(None, 1, on_gpu=False) == 8
+    assert choose_threads(None, 1, on_gpu=False) == choose_threads(None, 1, on_gpu=True) == 8, "of one node"
     assert choose_threads(None, 2, on_gpu=True) == 14
     assert choose_threads(12, 2, on_gpu=False) == 12
-    assert choose_threads(60, 1, on_gpu=False) == 15
-    assert "kt_num_threads: 60 is more than the 16 cores this process may use; using 15" in kt_log.text
+    assert choose_threads(60, 2, on_gpu=False) == 15 and choose_threads(9, 1, on_gpu=False) == 8
+    wanted = "kt_num_threads: {} is more than the {} cores that this process may use on {} of 2 NUMA node(s); using {}."
+    assert kt_log.messages == [wanted.format(60, 16, 2, 15), wanted.format(9, 8, 1, 8)]
     for arguments in ((None, 3), (1, 2)):
         with pytest.raises(KTConfigError):
             choose_threads(*arguments, on_gpu=False)
 
 
 def test_candidates(monkeypatch):
-    def found(backend="auto", threads=None, on_gpu=False, idle=None):
-        config = KTExpertsConfig(backend=backend, num_threads=threads, idle_workers=idle)
+    def found(backend="auto", threads=None, on_gpu=False, idle=None, pools=None):
+        config = KTExpertsConfig(backend=backend, num_threads=threads, idle_workers=idle, threadpool_count=pools)
         return [str(each) for each in candidates(config, on_gpu)]
 
     shared = "AMXBF16 with 15 idle-class worker(s) and 16 torch thread(s)"
     assert found() == ["AMXBF16 with 8 worker(s) and 8 torch thread(s)", shared, "oneDNN with 16 torch thread(s)"]
+    assert found(pools=1) == [line.replace("15 idle", "8 idle") for line in found()], (
+        "those of a sub-pool stay on its node"
+    )
     assert found("AMXINT4") == [line.replace("BF16", "INT4") for line in found()[:2]]
     assert found("torch") == ["torch with 16 torch thread(s)"] and found("onednn") == ["oneDNN with 16 torch thread(s)"]
     assert found("AMXINT4", idle=True) == found("AMXINT4")[1:]
@@ -98,7 +105,9 @@ def test_candidates_where_something_is_missing(monkeypatch, kt_log):
 
 
 def test_affinity_and_cgroup_limit_the_cores(monkeypatch):
-    monkeypatch.setattr(plan, "usable_cores", machine.usable_cores)
+    for name, function in (("usable_cores", machine.usable_cores), ("numa_nodes", numa_nodes)):
+        monkeypatch.setattr(plan, name, function)
+    monkeypatch.setattr(machine, "numa_nodes", numa_nodes)
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0})
     assert candidates(KTExpertsConfig(backend="AMXBF16"), False) == [Plan("AMXBF16", 1, 1)]
     monkeypatch.undo()

@@ -13,7 +13,12 @@ def quantize(
     model: Path = typer.Option(..., help="Checkpoint directory (safetensors)."),
     output: Path = typer.Option(..., help="Directory for kt_weight_path; what is complete in it is kept."),
     method: str = typer.Option("int8", help="int8 or int4."),
-    threadpool_count: int = typer.Option(1, min=1, help="NUMA sub-pools: kt_threadpool_count of the chats to come."),
+    threadpool_count: int = typer.Option(
+        None,
+        min=1,
+        show_default=False,
+        help="NUMA sub-pools: kt_threadpool_count of the chats to come; default: one per NUMA node.",
+    ),
     threads: int = typer.Option(None, min=1, help="Worker threads; default: the physical cores.", show_default=False),
 ) -> None:
     """Pack the routed experts with kt-kernel, layer by layer, for kt_weight_path; continues an interrupted run."""

@@ -140,7 +140,7 @@ def _placement(args: Any, model: Any, experts: Any, adapters: Any, itemsize: int
     if config.merge_adapter or ((method := plans[0].method) is not None and not method.lora):
         adapters = AdapterSet()  # merged into the weights
     need = memory_need(
-        model, experts, adapters, backend=plans[0].backend, pools=config.threadpool_count, itemsize=itemsize,
+        model, experts, adapters, backend=plans[0].backend, pools=config.pools, itemsize=itemsize,
         stored=config.weight_path is not None,
     )  # fmt: skip
     layers = name_some([module.layer for module in experts], 4)

@@ -40,7 +40,7 @@ def cpu() -> Findings:
         yield ok("CPU", f"{cpu_name()}: AVX-512 BF16{' and AMX' if amx else ', no AMX'}")
     quota = cgroup_cpus()
     limit = "" if math.isinf(quota) else f", cgroup quota {quota:g} CPUs"
-    text = f"{usable_cores()} physical, of {os.cpu_count()} CPUs{limit}; {numa_nodes()} NUMA node(s)"
+    text = f"{usable_cores()} physical, of {os.cpu_count()} CPUs{limit}; {len(numa_nodes())} NUMA node(s)"
     if usable_cores() < 2:
         yield warning("cores", text, "kt-kernel's workers and torch share one core; give the process more.")
     else:

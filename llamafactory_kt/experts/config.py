@@ -9,6 +9,8 @@ from typing import Any
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..machine import sub_pools
+
 QUANT_METHOD = "kt_experts"
 DEFAULT_MAX_CHUNK = 512
 DEFAULT_LORA_RANK = 16
@@ -25,7 +27,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
             arithmetic, slow), or ``auto``: whichever of ``AMXBF16`` and ``oneDNN`` is measured to be faster; where
             ``AMXBF16`` does not run, ``oneDNN``, or with ``merge_adapter`` the faster of ``AVX2BF16`` and ``oneDNN``.
         num_threads: worker threads of kt-kernel; None measures what is fastest.
-        threadpool_count: NUMA sub-pools the workers are divided into.
+        threadpool_count: NUMA sub-pools the workers are divided into; None for what :func:`~llamafactory_kt.machine.sub_pools` says.
         weight_path: directory of packed weights that ``llamafactory-kt quantize`` made; ``AMXINT8`` needs it, ``AMXINT4``
             packs the checkpoint's weights while loading without it.
         idle_workers: whether kt-kernel's workers run in the idle scheduling class, beside torch's threads on all cores; None
@@ -51,7 +53,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     backend: str = "auto"
     num_threads: int | None = None
-    threadpool_count: int = 1
+    threadpool_count: int | None = None
     weight_path: str | None = None
     idle_workers: bool | None = None
     recalibrate: bool = False
@@ -65,6 +67,11 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     debug_dir: str | None = None
     checkpoint: dict[str, Any] | None = None
     quant_method: str = QUANT_METHOD
+
+    @property
+    def pools(self) -> int:
+        """NUMA sub-pools."""
+        return self.threadpool_count or sub_pools(self.weight_path, self.num_threads)
 
 
 def _compose() -> None:

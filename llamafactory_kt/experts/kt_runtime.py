@@ -11,16 +11,18 @@ import ctypes
 import gc
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import KTKernelError
-from ..machine import missing_cpu_flags, usable_cores
+from ..machine import missing_cpu_flags, numa_nodes, usable_cores
 from .layer_tensors import LayerWeights
 from .methods import METHODS, Method
 from .threads import is_forked, require_own_process, wait
@@ -83,6 +85,41 @@ def settle_pool(threads: int, pools: int) -> tuple[int, int]:
             _Pool.threads, _Pool.pools, threads, pools,
         )  # fmt: skip
     return _Pool.threads, _Pool.pools
+
+
+def worker_pool(threads: int | None = None, pools: int | None = None) -> Any:
+    """kt-kernel's one pool of workers, made when it is first asked for: a sub-pool on each of as many NUMA nodes that this
+    process may use, and every worker within the process's CPU affinity.
+
+    kt-kernel itself counts nodes and cores from 0, also where ``taskset``, ``numactl`` or a container allow others.
+
+    Args:
+        threads: where it is not :func:`settle_pool` that settled it; likewise ``pools``, which may be more than there are nodes.
+    """
+    from kt_kernel.sft.amx import AMXSFTMoEWrapper
+
+    threads, pools = threads or _Pool.threads or 1, pools or _Pool.pools
+    nodes, made = numa_nodes(), AMXSFTMoEWrapper._cpu_infer_instance is None
+    infer = AMXSFTMoEWrapper._get_cpu_infer(threads, pools, list(islice(cycle(nodes), pools)))
+    if made:
+        _confine(nodes)
+    return infer
+
+
+def worker_threads() -> Iterator[tuple[int, int]]:
+    """(thread id, NUMA node) of every worker; some of them may have ended."""
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            if found := re.match(r"numa_(\d+)_", (task / "comm").read_text()):
+                yield int(task.name), int(found[1])
+
+
+def _confine(nodes: dict[int, set[int]]) -> None:
+    allowed = os.sched_getaffinity(0)
+    for thread, node in worker_threads():
+        with contextlib.suppress(OSError):
+            if not os.sched_getaffinity(thread) <= allowed:
+                os.sched_setaffinity(thread, nodes.get(node) or allowed)
 
 
 @atexit.register
@@ -153,13 +190,12 @@ def write_packed(
     The memory of the packed weights is not given back (kt-kernel 0.7.2).
     """
     from kt_kernel import kt_kernel_ext
-    from kt_kernel.sft.amx import AMXSFTMoEWrapper
 
     require_own_process()
     experts, intermediate, hidden = weights.gate.shape
     mask, every = torch.zeros(experts, dtype=torch.bool), torch.arange(experts)
     with kernel_lock, quiet_stdout():
-        infer = AMXSFTMoEWrapper._get_cpu_infer(max(pools, threads or usable_cores()), pools)
+        infer = worker_pool(max(pools, threads or usable_cores()), pools)
         config = kt_kernel_ext.moe.MOEConfig(experts, num_experts_per_tok, hidden, intermediate, mask.data_ptr())
         config.layer_idx, config.pool, config.max_len = layer, infer.backend_, 32
         config.save, config.load, config.path = True, False, str(root)
@@ -183,11 +219,10 @@ def make_base_moe(
         (the kernel object, what it points to and must be kept)
     """
     from kt_kernel import kt_kernel_ext
-    from kt_kernel.sft.amx import AMXSFTMoEWrapper
 
     experts, intermediate, hidden = weights.gate.shape
     on_gpu, every = torch.zeros(experts, dtype=torch.bool), torch.arange(experts)
-    infer = AMXSFTMoEWrapper._get_cpu_infer(_Pool.threads or 1, _Pool.pools)
+    infer = worker_pool()
     config = kt_kernel_ext.moe.MOEConfig(experts, num_experts_per_tok, hidden, intermediate, on_gpu.data_ptr())
     config.layer_idx, config.pool, config.max_len = layer, infer.backend_, max_chunk
     config.gate_projs, config.up_projs, config.down_projs = (
@@ -204,6 +239,7 @@ def make_wrapper(**arguments: Any) -> Any:
     """Build a kt-kernel SFT wrapper (its constructor's keywords, see ``kt_kernel.KTMoEWrapper``)."""
     from kt_kernel import KTMoEWrapper
 
+    worker_pool()  # which the wrapper then finds
     return KTMoEWrapper(
         mode="sft",
         gpu_experts_mask=None,

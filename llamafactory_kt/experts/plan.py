@@ -21,7 +21,7 @@ import torch
 
 from ..backends import PACKED, canonical_backend
 from ..errors import KTConfigError
-from ..machine import numa_nodes, usable_cores
+from ..machine import numa_nodes, physical_cores, usable_cores
 from .kt_runtime import kernel_problem, require_kernel
 from .methods import METHODS, Method
 from .products import onednn_problem
@@ -71,10 +71,11 @@ def candidates(config: KTExpertsConfig, on_gpu: bool) -> list[Plan]:
     if backend == "AMXINT8" and not config.weight_path:
         raise KTConfigError("AMXINT8 needs weight_path: a directory that llamafactory-kt quantize made.")
     kernel = _kernel(backend, config.merge_adapter)
-    workers = choose_threads(num_threads if kernel else None, config.threadpool_count, on_gpu)
+    workers = choose_threads(num_threads if kernel else None, config.pools, on_gpu)
     fixed = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None
     idle = False if on_gpu else config.idle_workers
-    plans = _with_workers(kernel, workers, num_threads is not None, fixed, idle) if kernel else []
+    most = workers if num_threads else max(workers, min(_room(config.pools), usable_cores() - 1))
+    plans = _with_workers(kernel, workers, most, fixed, idle) if kernel else []
     if kernel and (kernel == backend or num_threads):
         return plans
     if num_threads:
@@ -101,16 +102,15 @@ def _kernel(backend: str, merged: bool) -> str | None:
     return next((name for name in names if kernel_problem(name) is None), None) if backend == "auto" else None
 
 
-def _with_workers(backend: str, workers: int, asked: bool, fixed: int | None, idle_workers: bool | None) -> list[Plan]:
+def _with_workers(backend: str, workers: int, most: int, fixed: int | None, idle_workers: bool | None) -> list[Plan]:
     """Plans for kt-kernel: the cores divided, and shared with workers that give way.
 
     Args:
-        asked: for just this number of workers.
+        most: workers of the latter.
         fixed: torch's threads where they are not ours to choose.
     """
     cores = usable_cores()
     divided = Plan(backend, workers, fixed or max(1, cores - workers))
-    most = workers if asked else max(workers, cores - 1)
     if fixed is not None or most >= cores or idle_workers is False:
         return [divided]  # with as many idle workers as cores, nothing moves for seconds
     shared = Plan(backend, most, cores, idle_workers=True)
@@ -125,20 +125,29 @@ def choose_threads(requested: int | None, pools: int, on_gpu: bool) -> int:
     Raises:
         KTConfigError: Fewer workers than sub-pools, or more sub-pools than NUMA nodes.
     """
-    cores, nodes = usable_cores(), numa_nodes()
+    cores, nodes = usable_cores(), len(numa_nodes())
     if pools > nodes:
-        raise KTConfigError(f"kt_threadpool_count: {pools} sub-pools asked for, this machine has {nodes} NUMA node(s).")
-    default = max(1, pools, cores - 2 if on_gpu else cores // 2)
-    most = max(1, pools, cores - 1)
+        raise KTConfigError(
+            f"kt_threadpool_count: {pools} sub-pools asked for, this process may use {nodes} NUMA node(s)."
+        )
+    room = _room(pools)
+    most = max(pools, min(room, cores - 1))
     if requested is None:
-        return default
+        return max(pools, min(room, cores - 2 if on_gpu else cores // 2))
     if requested < pools:
         raise KTConfigError(
             f"kt_num_threads: {requested} is fewer than kt_threadpool_count: {pools}; give each pool one."
         )
-    if requested > cores:
+    if requested > room:
         logger.warning(
-            "kt_num_threads: %d is more than the %d cores this process may use; using %d.", requested, cores, most
-        )
+            "kt_num_threads: %d is more than the %d cores that this process may use on %d of %d NUMA node(s); using %d.",
+            requested, room, pools, nodes, most,
+        )  # fmt: skip
         return most
     return requested
+
+
+def _room(pools: int) -> int:
+    """Cores for workers. Those of a sub-pool all run on its NUMA node, and sub-pools are of equal size."""
+    nodes = list(numa_nodes().values())
+    return min(usable_cores(), pools * min(map(physical_cores, nodes[:pools])))

@@ -85,7 +85,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         everything_on_cpu = device_map in (None, {"": "cpu"}, {"": torch.device("cpu")})
         self._on_gpu = on_gpu = torch.cuda.is_available() and not everything_on_cpu
-        pools = config.threadpool_count
+        pools = config.pools
         plans = candidates(config, on_gpu)
         experts = find_experts(model)
         if not checkpoint_files:
@@ -135,7 +135,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             "variant": cpu_variant() if self._plan.method else "any",
             "plan": self._plan,
             "reason": reason,
-            "pools": config.threadpool_count,
+            "pools": config.pools,
         }
         # transformers will find just these tensors unexpected, as no parameter asks for them any more.
         known = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
@@ -151,7 +151,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             checkpoint.modules,
             adapters,
             backend=self._plan.backend,
-            pools=self.quantization_config.threadpool_count,
+            pools=self.quantization_config.pools,
             itemsize=max(checkpoint.layer(module.name).dtype.itemsize for module in checkpoint.modules),
             stored=self.quantization_config.weight_path is not None,
         )
@@ -177,7 +177,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
 
         if method is None:
             return (OneDNNEngine if self._plan.backend == "oneDNN" else TorchEngine)(spec, read)
-        pools, stored = config.threadpool_count, None
+        pools, stored = config.pools, None
         if config.weight_path:
             record = record_for(module.shape, method, pools, checkpoint.layer(module.name).fingerprint())
             stored = StoredLayer(Path(config.weight_path), module.layer, record, method)

@@ -34,7 +34,7 @@ class Remembered:
     @property
     def _every(self) -> dict[str, Any]:
         return {
-            "machine": [cpu_name(), usable_cores(), numa_nodes(), os.environ.get("OMP_NUM_THREADS")],
+            "machine": [cpu_name(), usable_cores(), len(numa_nodes()), os.environ.get("OMP_NUM_THREADS")],
             "versions": [_version(name) for name in ("llamafactory-kt-experts", "torch", "kt-kernel")],
             **self.facts,
         }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
 
 import torch
 
 from . import openmp
+from .kt_runtime import worker_threads
 from .plan import Plan
 
 
@@ -23,7 +23,7 @@ def arrange(plan: Plan) -> None:
 
 
 def _set_policy(policy: int) -> None:
-    for task in Path("/proc/self/task").iterdir():
+    for thread, _ in worker_threads():
         with contextlib.suppress(OSError):  # a thread that has ended, or one that may not be raised again
-            if (task / "comm").read_text().startswith("numa_") and os.sched_getscheduler(int(task.name)) != policy:
-                os.sched_setscheduler(int(task.name), policy, os.sched_param(0))
+            if os.sched_getscheduler(thread) != policy:
+                os.sched_setscheduler(thread, policy, os.sched_param(0))

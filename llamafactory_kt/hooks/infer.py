@@ -13,6 +13,7 @@ from .. import bootstrap
 from ..arguments import SCOPES, KTArguments
 from ..backends import BACKENDS
 from ..errors import KTHookError
+from ..machine import sub_pools
 from .chatbot import draw_experts
 from .engine import has_kt_experts
 from .page_texts import add_components
@@ -20,7 +21,7 @@ from .patching import expect, is_patched, replace, versions
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(KTArguments)}
 
-_SHOWN: dict[str, Any] = {"kt_num_threads": "auto", "kt_threadpool_count": 1, "kt_weight_path": ""}
+_SHOWN: dict[str, Any] = {"kt_num_threads": "auto", "kt_threadpool_count": sub_pools(), "kt_weight_path": ""}
 """how the page shows a key that is not set; an empty field means the same"""
 
 _KEYS = (

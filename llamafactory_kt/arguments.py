@@ -152,8 +152,8 @@ def adapter_directories(args: Any) -> list[Path]:
 
 def threadpool_count(args: KTArguments) -> int:
     """NUMA sub-pools: ``kt_threadpool_count``, else one with ``kt_tp_enabled: false``, one per NUMA node with ``true``, and what
-    :func:`~llamafactory_kt.machine.sub_pools` says if neither is set."""
-    from .machine import sub_pools
+    :func:`~llamafactory_kt.sub_pools.sub_pools` says if neither is set."""
+    from .sub_pools import sub_pools
 
     if args.kt_threadpool_count is not None:
         return args.kt_threadpool_count

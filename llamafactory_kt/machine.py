@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -84,22 +83,6 @@ def _listed(text: str) -> set[int]:
     """
     ranges = (part.partition("-") for part in text.strip().split(",") if part)
     return {number for first, _, last in ranges for number in range(int(first), int(last or first) + 1)}
-
-
-def sub_pools(weights: str | Path | None = None, threads: int | None = None) -> int:
-    """How many sub-pools kt-kernel's workers are divided into where no number is asked for: one per NUMA node, or as many as
-    packed weights (``_layer_*/_numa_*``) are divided among, where there are nodes for them.
-
-    A sub-pool's workers all run on its node and share its cores, and with one sub-pool the other nodes' cores would have none.
-
-    Args:
-        weights: directory of packed weights.
-        threads: workers that are asked for; there are no more sub-pools than these.
-    """
-    nodes = min(len(numa_nodes()), threads or sys.maxsize)
-    layer = next(Path(weights).expanduser().glob("_layer_*"), None) if weights else None
-    divided = sum(1 for _ in layer.glob("_numa_*")) if layer is not None else nodes
-    return divided if 0 < divided <= nodes else nodes
 
 
 def cgroup_memory() -> float:

@@ -23,7 +23,7 @@ from .errors import KTConfigError, KTKernelError, KTModelError, KTPathError
 from .experts.methods import METHODS, Method, PackedShape
 from .experts.stored import LayerRecord, layer_directory, missing_layers, record_for, write_record
 from .experts.threads import die_with_parent
-from .machine import sub_pools
+from .sub_pools import sub_pools
 
 _LEAK = 2 * 2**30
 """bytes of packed weights after which the working process is replaced"""

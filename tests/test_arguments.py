@@ -150,7 +150,9 @@ def test_sub_pools(monkeypatch, tmp_path):
         (tmp_path / "_layer_1" / f"_numa_{part}").mkdir(parents=True)
     packed = str(tmp_path)
     for nodes in (1, 2, 3):
-        monkeypatch.setattr(machine, "numa_nodes", lambda count=nodes: {node: {0} for node in range(count)})
+        monkeypatch.setattr(
+            "llamafactory_kt.sub_pools.numa_nodes", lambda count=nodes: {node: {0} for node in range(count)}
+        )
         assert made() == made(kt_tp_enabled=True, kt_weight_path=packed) == nodes
         assert made(kt_tp_enabled=False) == made(kt_num_threads=1) == 1
         assert made(kt_weight_path=packed) == min(nodes, 2), "as its files are divided, if there are nodes for them"

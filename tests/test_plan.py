@@ -15,7 +15,7 @@ from conftest import needs_kernel, needs_onednn
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
-from llamafactory_kt import KTConfigError, KTExpertsConfig, machine
+from llamafactory_kt import KTConfigError, KTExpertsConfig, machine, sub_pools
 from llamafactory_kt.adapters import ExpertsShape
 from llamafactory_kt.experts import calibration, plan, remembered
 from llamafactory_kt.experts.calibrate import in_turn
@@ -35,7 +35,7 @@ def big_machine(monkeypatch, tmp_path):
     """16 cores in 2 NUMA nodes that can run everything, nothing remembered, no OMP_NUM_THREADS."""
     monkeypatch.setattr(plan, "usable_cores", lambda: 16)
     monkeypatch.setattr(plan, "physical_cores", len)
-    for module in (plan, machine):
+    for module in (plan, sub_pools):
         monkeypatch.setattr(module, "numa_nodes", lambda: {0: set(range(8)), 1: set(range(8, 16))})
     monkeypatch.setattr(plan, "kernel_problem", lambda method: None)
     monkeypatch.setattr(plan, "require_kernel", lambda backend: None)
@@ -107,7 +107,7 @@ def test_candidates_where_something_is_missing(monkeypatch, kt_log):
 def test_affinity_and_cgroup_limit_the_cores(monkeypatch):
     for name, function in (("usable_cores", machine.usable_cores), ("numa_nodes", numa_nodes)):
         monkeypatch.setattr(plan, name, function)
-    monkeypatch.setattr(machine, "numa_nodes", numa_nodes)
+    monkeypatch.setattr(sub_pools, "numa_nodes", numa_nodes)
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0})
     assert candidates(KTExpertsConfig(backend="AMXBF16"), False) == [Plan("AMXBF16", 1, 1)]
     monkeypatch.undo()

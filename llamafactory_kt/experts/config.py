@@ -9,7 +9,7 @@ from typing import Any
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..machine import sub_pools
+from ..sub_pools import sub_pools
 
 QUANT_METHOD = "kt_experts"
 DEFAULT_MAX_CHUNK = 512
@@ -27,7 +27,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
             arithmetic, slow), or ``auto``: whichever of ``AMXBF16`` and ``oneDNN`` is measured to be faster; where
             ``AMXBF16`` does not run, ``oneDNN``, or with ``merge_adapter`` the faster of ``AVX2BF16`` and ``oneDNN``.
         num_threads: worker threads of kt-kernel; None measures what is fastest.
-        threadpool_count: NUMA sub-pools the workers are divided into; None for what :func:`~llamafactory_kt.machine.sub_pools` says.
+        threadpool_count: NUMA sub-pools the workers are divided into; None for what :func:`~llamafactory_kt.sub_pools.sub_pools` says.
         weight_path: directory of packed weights that ``llamafactory-kt quantize`` made; ``AMXINT8`` needs it, ``AMXINT4``
             packs the checkpoint's weights while loading without it.
         idle_workers: whether kt-kernel's workers run in the idle scheduling class, beside torch's threads on all cores; None

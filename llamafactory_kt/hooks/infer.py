@@ -13,7 +13,7 @@ from .. import bootstrap
 from ..arguments import SCOPES, KTArguments
 from ..backends import BACKENDS
 from ..errors import KTHookError
-from ..machine import sub_pools
+from ..sub_pools import sub_pools
 from .chatbot import draw_experts
 from .engine import has_kt_experts
 from .page_texts import add_components

@@ -14,6 +14,7 @@ from ..arguments import threadpool_count
 from ..errors import KTConfigError, KTModelError, KTPathError
 from ..machine import usable_cores
 from ..serving_arguments import method
+from ..sub_pools import divided_among
 from .adapter import ServedAdapter, serve_adapter
 from .options import Dialect, ServerOptions
 
@@ -143,9 +144,8 @@ def _check_model(args: Any, options: ServerOptions) -> tuple[Path, dict[str, Any
 
 def _check_division(weights: Path, pools: int) -> None:
     """``.kt`` files are divided among sub-pools when they are made."""
-    layer = next(weights.glob("_layer_*"), None)
-    made_for = sum(1 for _ in layer.glob("_numa_*")) if layer is not None else pools
-    if made_for != pools:
+    made_for = divided_among(weights)
+    if made_for not in (None, pools):
         raise KTConfigError(
             f"kt_weight_path: {weights} is divided among {made_for} sub-pool(s), but kt_threadpool_count is {pools} (if nothing "
             f"is said, one per NUMA node). Set kt_threadpool_count: {made_for}, or llamafactory-kt quantize "

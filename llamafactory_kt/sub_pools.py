@@ -5,21 +5,20 @@ The workers of a sub-pool all run on one NUMA node and share its cores, so with 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from .machine import numa_nodes
+from .machine import numa_nodes, usable_cores
 
 
 def sub_pools(weights: str | Path | None = None, threads: int | None = None) -> int:
     """One per NUMA node that the process may use, or as many as packed weights are divided among, where there are nodes for
-    them.
+    them; not more than workers.
 
     Args:
         weights: directory of packed weights.
-        threads: workers that are asked for; there are no more sub-pools than these.
+        threads: workers that are asked for; None for half the cores, which a quota may make few.
     """
-    nodes = min(len(numa_nodes()), threads or sys.maxsize)
+    nodes = min(len(numa_nodes()), threads or max(1, usable_cores() // 2))
     divided = divided_among(Path(weights).expanduser()) if weights else None
     return divided if divided and divided <= nodes else nodes
 

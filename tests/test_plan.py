@@ -35,6 +35,7 @@ def big_machine(monkeypatch, tmp_path):
     """16 cores in 2 NUMA nodes that can run everything, nothing remembered, no OMP_NUM_THREADS."""
     monkeypatch.setattr(plan, "usable_cores", lambda: 16)
     monkeypatch.setattr(plan, "physical_cores", len)
+    monkeypatch.setattr(sub_pools, "usable_cores", lambda: 16)
     for module in (plan, sub_pools):
         monkeypatch.setattr(module, "numa_nodes", lambda: {0: set(range(8)), 1: set(range(8, 16))})
     monkeypatch.setattr(plan, "kernel_problem", lambda method: None)

@@ -87,6 +87,7 @@ def test_bug_2_number_of_threads_is_never_none(build, monkeypatch):
         assert build().parsed.kt_cpuinfer == wanted
     assert build(kt_num_threads=5).parsed.kt_cpuinfer == build(kt_cpuinfer=5).parsed.kt_cpuinfer == 5
     monkeypatch.setattr("llamafactory_kt.sub_pools.numa_nodes", lambda: {node: {0} for node in range(4)})
+    monkeypatch.setattr("llamafactory_kt.sub_pools.usable_cores", lambda: 8)
     assert build(kt_threadpool_count=None).parsed.kt_threadpool_count == 4
     with pytest.raises(KTConfigError, match="3 threads are fewer than kt_threadpool_count: 4"):
         build(kt_threadpool_count=None, kt_cpuinfer=3)

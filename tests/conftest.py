@@ -10,7 +10,7 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 
-from llamafactory_kt.experts import packing, products
+from llamafactory_kt.experts import columns, packing, products
 from llamafactory_kt.experts.kt_runtime import kernel_problem
 from llamafactory_kt.experts.products import has_bfloat16_kernels, onednn_problem
 
@@ -23,7 +23,17 @@ needs_kernel = pytest.mark.skipif(KERNEL_PROBLEM is not None, reason=str(KERNEL_
 BASE_PROBLEM = kernel_problem("AVX2BF16")
 needs_base_kernel = pytest.mark.skipif(BASE_PROBLEM is not None, reason=str(BASE_PROBLEM))
 needs_onednn = pytest.mark.skipif(onednn_problem() is not None, reason=str(onednn_problem()))
-needs_packing = pytest.mark.skipif(not has_bfloat16_kernels(), reason="only kernels for AVX-512 read packed weights")
+needs_bfloat16_kernels = pytest.mark.skipif(
+    not has_bfloat16_kernels(), reason="only kernels for AVX-512 read weights in oneDNN's layout"
+)
+PACKED = [pytest.param("oneDNN's layout", marks=needs_bfloat16_kernels), "columns"]
+
+
+def pack_as(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Weights that are packed are so in one of ``PACKED``; for columns, small sizes will do."""
+    if kind == "columns":
+        pretend_no_bfloat16_kernels(monkeypatch)
+        monkeypatch.setattr(columns, "WIDTH", 8)
 
 
 def pretend_no_bfloat16_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

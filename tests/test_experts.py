@@ -8,18 +8,19 @@ import threading
 
 import pytest
 import torch
-from conftest import ENGINES, needs_kernel, needs_onednn, needs_packing, pretend_no_bfloat16_kernels
+from conftest import ENGINES, needs_bfloat16_kernels, needs_kernel, needs_onednn, pretend_no_bfloat16_kernels
 from tiny import make_adapter, make_model, merged_float32, rel
 from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTAdapterError, KTExpertsConfig, apply_adapter, load_moe_lora_from_adapter, machine
 from llamafactory_kt.adapters import ExpertLora, ExpertsShape
-from llamafactory_kt.experts import onednn_engine, products
+from llamafactory_kt.experts import columns, onednn_engine, products
 from llamafactory_kt.experts.engine import EngineSpec
 from llamafactory_kt.experts.kt_engine import KTEngine
 from llamafactory_kt.experts.layer_tensors import ExpertWeights, LayerWeights
 from llamafactory_kt.experts.methods import METHODS
 from llamafactory_kt.experts.onednn_engine import OneDNNEngine
+from llamafactory_kt.experts.packing import is_packed, unpack
 from llamafactory_kt.experts.torch_engine import TorchEngine
 
 TOP_K = 3
@@ -88,7 +89,7 @@ def batch(shape: ExpertsShape, tokens: int, seed=2):
 
 @needs_onednn
 @pytest.mark.parametrize(
-    "packed", [set(), *(pytest.param({size}, marks=needs_packing) for size in [(14, 33), (33, 7)])], ids=str
+    "packed", [set(), *(pytest.param({size}, marks=needs_bfloat16_kernels) for size in [(14, 33), (33, 7)])], ids=str
 )
 def test_onednn_with_weights_that_are_not_packed(monkeypatch, packed):
     monkeypatch.setattr(onednn_engine, "faster_packed", lambda sizes, sample: packed & set(sizes))
@@ -98,24 +99,27 @@ def test_onednn_with_weights_that_are_not_packed(monkeypatch, packed):
     assert rel(engine.forward(*given), reference(weights, None, *given)) < 0.01
     engine.set_lora(lora)
     assert rel(engine.forward(*given), reference(weights, lora, *given)) < 0.01
-    layouts = {tuple(weight.shape): weight.layout for pair in engine._weights for weight in pair}
-    assert {size for size, layout in layouts.items() if layout != torch.strided} == packed
+    assert {tuple(w.shape) for pair in engine._weights for w in pair if is_packed(w)} == packed
 
 
 @needs_onednn
 @pytest.mark.parametrize("grouped", [1, 128])
-def test_onednn_without_bfloat16_kernels(monkeypatch, grouped):
-    """Experts with few rows, and with many, apart and together; their weights do not divide into blocks."""
+@pytest.mark.parametrize("packed", [set(), {(32, 48)}, {(48, 16)}], ids=str)
+def test_onednn_without_bfloat16_kernels(monkeypatch, grouped, packed):
+    """Experts with few rows, and with many, apart and together, plain or in columns; their weights do not divide into blocks."""
     pretend_no_bfloat16_kernels(monkeypatch)
-    monkeypatch.setattr(products, "BLOCK", 5 * 33)
+    monkeypatch.setattr(onednn_engine, "faster_packed", lambda sizes, sample: packed & set(sizes))
+    monkeypatch.setattr(columns, "WIDTH", 16)
+    monkeypatch.setattr(products, "BLOCK", 5 * 48)
     monkeypatch.setattr(onednn_engine, "GROUPED_ROWS", grouped)
-    shape = ExpertsShape(7, 33, 8)
+    shape = ExpertsShape(7, 48, 16)
     weights, lora, (x, index, scores) = layer(shape), lora_for(shape, rank=5, scaling=3.2), batch(shape, 37)
     index[index == 6] = 2
     index[:30, 0], index[:3, 1] = 3, 6
     rows = torch.bincount(index.flatten(), minlength=7)
     assert min(rows) < products.FEW_ROWS < max(rows)
     engine = make_engine("oneDNN", shape, weights)
+    assert {tuple(unpack(w).shape) for pair in engine._weights for w in pair if is_packed(w)} == packed
     assert rel(engine.forward(x, index, scores), reference(weights, None, x, index, scores)) < 0.01
     engine.set_lora(lora)
     assert rel(engine.forward(x, index, scores), reference(weights, lora, x, index, scores)) < 0.01

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import needs_kernel, needs_onednn, needs_packing
+from conftest import needs_kernel, needs_onednn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_experts import batch, layer, lora_for, make_engine, reference
@@ -85,7 +85,7 @@ def test_cycles_of_different_kinds_stay_flat():
 
 
 @needs_onednn
-@pytest.mark.parametrize("packed", [pytest.param(True, marks=needs_packing), False])
+@pytest.mark.parametrize("packed", [True, False])
 def test_onednn_takes_one_expert_at_a_time(packed, monkeypatch):
     """On top of the weights there are an expert and those that are timed."""
     monkeypatch.setattr(onednn_engine, "faster_packed", lambda sizes, sample: {size for size in sample() if packed})

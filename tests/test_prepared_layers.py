@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import needs_onednn, needs_packing, pretend_no_bfloat16_kernels
+from conftest import PACKED, needs_onednn, pack_as, pretend_no_bfloat16_kernels
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear
 from test_chat import EXPECTED, PROMPTS, config
@@ -19,6 +19,7 @@ from torch import nn
 from llamafactory_kt import KTModelError, apply_adapter, prepare_for_inference, switch_adapter
 from llamafactory_kt.experts import packing, prepared_layers, products
 from llamafactory_kt.experts.inference_lora import FEW_ROWS, InferenceLora
+from llamafactory_kt.experts.packing import is_packed, unpack
 from llamafactory_kt.experts.prepared_layers import prepare_layers
 from llamafactory_kt.experts.products import PreparedLinear
 
@@ -33,14 +34,23 @@ def every_size(monkeypatch):
 def names(model: nn.Module, only_packed: bool = False) -> set[str]:
     """Of the prepared layers, or of those whose weights are packed."""
     prepared = ((name, module) for name, module in model.named_modules() if isinstance(module, PreparedLinear))
-    return {n.rpartition(".")[2] for n, m in prepared if not (only_packed and m.weight.layout == torch.strided)}
+    return {n.rpartition(".")[2] for n, m in prepared if is_packed(m.weight) or not only_packed}
 
 
-@pytest.fixture(params=[pytest.param("packed", marks=needs_packing), "plain", "no kernels"])
+@pytest.fixture
+def all_packed(monkeypatch):
+    """Every size that can be packed is."""
+    monkeypatch.setattr(prepared_layers, "faster_packed", lambda sizes, sample: {s for s in sizes if packing.fits(s)})
+
+
+@pytest.fixture(params=[*PACKED, "plain", "no kernels"])
 def kind(request, monkeypatch):
     """How weights are computed with: packed, plain, or plain on a CPU without bfloat16 kernels."""
-    if request.param != "packed":
+    if request.param in ("plain", "no kernels"):
         monkeypatch.setattr(prepared_layers, "faster_packed", lambda sizes, sample: set())
+    else:
+        request.getfixturevalue("all_packed")
+        pack_as(monkeypatch, request.param)
     if request.param == "no kernels":
         pretend_no_bfloat16_kernels(monkeypatch)
         monkeypatch.setattr(products, "BLOCK", 50 * 96)
@@ -53,8 +63,9 @@ def test_against_float32(bias, kind):
     plain = nn.Linear(96, 160, bias=bias).requires_grad_(False)
     plain.load_state_dict(model[0].state_dict())
     prepare_layers(model)
-    assert type(model[0]) is PreparedLinear and model[0].weight.shape == (160, 96)
-    assert bool(names(model, only_packed=True)) is (kind == "packed")
+    assert type(model[0]) is PreparedLinear and is_packed(model[0].weight) is (kind not in ("plain", "no kernels"))
+    whole = unpack(model[0].weight) if is_packed(model[0].weight) else model[0].weight
+    assert torch.equal(whole.float(), plain.weight), "bit by bit"
     assert model[0].weight.dtype == torch.bfloat16 and not model[0].weight.requires_grad
     hidden = torch.randn(2, 7, 96).to(torch.bfloat16)
     for x in (hidden, hidden[:, -1:], hidden[0], hidden[0, 0], hidden[:, ::3], hidden[:, :0]):
@@ -72,34 +83,34 @@ def faster(*sizes: packing.Size) -> set[packing.Size]:
     return packing.faster_packed(sizes, lambda: SAMPLES)
 
 
-@pytest.fixture
-def timed(monkeypatch, tmp_path):
+@pytest.fixture(params=PACKED)
+def timed(request, monkeypatch, tmp_path):
     """The weights whose products were timed; 64 rows are faster packed, 128 are not, and every fifth time is wrong."""
+    pack_as(monkeypatch, request.param)
     monkeypatch.setenv("LLAMAFACTORY_KT_CACHE", str(tmp_path))
     monkeypatch.setattr(packing, "_known", {})
     monkeypatch.setattr(packing, "SMALLEST", 2 * 64 * 64)
     called: list[tuple[int, ...]] = []
 
     def seconds(product, x, weight):
-        called.append(tuple(weight.shape))
+        plain = unpack(weight) if is_packed(weight) else weight
+        called.append(tuple(plain.shape))
         product(x, weight)
-        if weight.layout == torch.strided:
+        if not is_packed(weight):
             return 1.0
-        return 9.0 if len(called) % 5 == 0 else {64: 0.9, 128: 1.1}[weight.shape[0]]
+        return 9.0 if len(called) % 5 == 0 else {64: 0.9, 128: 1.1}[len(plain)]
 
     monkeypatch.setattr(packing, "_seconds", seconds)
     return called
 
 
-@needs_packing
 def test_sizes_that_are_faster_packed(timed):
     """By the median over all samples and turns; each size is measured once, small ones not at all."""
-    assert faster(*SAMPLES) == {(64, 64), (32, 64)}
+    assert faster(*SAMPLES) == {(64, 64)} | ({(32, 64)} if packing.has_bfloat16_kernels() else set())
     assert set(timed) == {(64, 64), (128, 64)} and len(timed) == 2 * 2 * 2 * 6
     assert faster((128, 64)) == set() and len(timed) == 2 * 2 * 2 * 6
 
 
-@needs_packing
 @pytest.mark.parametrize("damage", [None, "", "[]", '{"facts": 1, "measured": []}', "text"])
 def test_measured_sizes_are_remembered(timed, damage, tmp_path, monkeypatch):
     """By later processes, together with those measured then, until they are to be forgotten or their file is damaged."""
@@ -200,15 +211,18 @@ def test_lora_with_a_bias_is_left_to_peft():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture(tmp_path, architecture):
+@pytest.mark.parametrize("packed", PACKED)
+def test_every_architecture(tmp_path, architecture, packed, monkeypatch, all_packed):
     """Routers are left alone, whose weights some models read themselves; all else is prepared."""
+    pack_as(monkeypatch, packed)
     path = make_model(tmp_path / "model", architecture)
     wanted = logits(merged_float32(path, []))
     model = load(path, "oneDNN")
     stock = per_token(logits(model), wanted)
     prepare_layers(model)
     assert per_token(logits(model), wanted) < 2 * stock
-    assert names(model) >= {"o_proj", "lm_head"} and not names(model) & {"gate", "shared_expert_gate"}
+    assert names(model, only_packed=True) >= {"o_proj", "lm_head"}
+    assert not names(model) & {"gate", "shared_expert_gate"}
     assert not any(type(module) is nn.Linear for module in model.model.layers[-1].self_attn.modules())
 
 
@@ -226,15 +240,16 @@ def test_adapters_come_and_go(tmp_path):
     assert per_token(wanted[one,], wanted[()]) > 0.2
 
 
-@needs_packing
+@pytest.mark.parametrize("packed", PACKED)
 @torch.inference_mode()
-def test_adapters_that_read_the_weights(tmp_path):
+def test_adapters_that_read_the_weights(tmp_path, monkeypatch, all_packed, packed):
     """DoRA and a trained head, exchanged for LoRA and back; what DoRA reads is not packed while it is there."""
+    pack_as(monkeypatch, packed)
     path = make_model(tmp_path / "model", "deepseek_v2")
     wanted = logits(make_dora(tmp_path / "dora", path))
     lora = make_adapter(tmp_path / "lora", path, rank=5, alpha=10)
     base = load(path, "oneDNN", adapter=[str(lora)])
-    plain = names(base, only_packed=True), logits(base)
+    plain = {n: m.weight.clone() for n, m in base.named_modules() if type(m) is nn.Linear}
     prepare_layers(base)
     every = names(base, only_packed=True)
     model, _ = apply_adapter(base, tmp_path / "dora")
@@ -248,7 +263,8 @@ def test_adapters_that_read_the_weights(tmp_path):
     assert names(model, only_packed=True) == every
     with prepared_layers.changing_layers(model, weights_are_read=True):
         assert not names(model, only_packed=True)
-        assert torch.equal(logits(model), plain[1]), "bit by bit the weights there were"
+        found = model.get_base_model()
+        assert all(torch.equal(found.get_submodule(n).weight, w) for n, w in plain.items()), "bit by bit"
 
 
 @pytest.mark.parametrize("kind", ["plain", "no kernels"], indirect=True)

@@ -1,7 +1,9 @@
-"""Where bfloat16 weights are read fastest: in oneDNN's layout, or plain in large pages.
+"""Where bfloat16 weights are read fastest: packed, or plain in large pages.
 
-Packing saves oneDNN from reading plain weights row by row. With AVX-512 it was faster for every size that was tried;
-with AMX it took from 0.8 to 1.5 times as long as the plain product, depending on the size. So it is measured.
+Packed are weights in oneDNN's layout where it has bfloat16 kernels, and in columns (:mod:`.columns`) where it has none.
+Its layout saves oneDNN from reading plain weights row by row. With AVX-512 it was faster for every size that was tried;
+with AMX it took from 0.8 to 1.5 times as long as the plain product, depending on the size. Without AVX-512, columns were
+faster for all but the smallest. So it is measured.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from time import perf_counter
 import torch
 
 from ..used_memory import in_large_pages
+from . import columns
 from .products import has_bfloat16_kernels, linear
 from .remembered import Remembered
 
@@ -35,25 +38,40 @@ def size_of(weight: torch.Tensor) -> Size:
     return rows, columns
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """[out, in], bfloat16, in oneDNN's blocked layout."""
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-    return packed
+def fits(size: Size) -> bool:
+    """Whether a weight of that size can be packed."""
+    return has_bfloat16_kernels() or size[0] % columns.WIDTH == 0
+
+
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether a weight that :func:`placing` has placed is. In oneDNN's layout it has its shape and type, and no address."""
+    return weight.dim() == 3 or weight.layout != torch.strided
+
+
+def unpack(weight: torch.Tensor) -> torch.Tensor:
+    """The plain weight [out, in]."""
+    return columns.restore(weight) if weight.dim() == 3 else weight.to_dense()
 
 
 def placing(size: Size, count: int, packed: bool) -> Callable[..., torch.Tensor]:
     """Where weights of a size go for good.
 
     Args:
-        count: how many there will be; plain ones share one block of memory.
+        count: how many there will be; those that oneDNN does not lay out share one block of memory.
 
     Returns:
         A call (number of the weight, its rows in one tensor or several, [..., in] each) -> the weight in its place.
     """
+
+    def empty(*shape: int) -> torch.Tensor:
+        return in_large_pages(torch.empty(shape, dtype=torch.bfloat16, device="cpu"))
+
+    if packed and has_bfloat16_kernels():
+        whole, pack = empty(*size), torch.ops.mkldnn._reorder_linear_weight
+        return lambda _, *rows: pack(torch.cat(rows, out=whole) if len(rows) > 1 else rows[0], 1)
+    block = empty(count, *(columns.layout(size) if packed else size))
     if packed:
-        whole = in_large_pages(torch.empty(size, dtype=torch.bfloat16, device="cpu"))
-        return lambda _, *rows: pack(torch.cat(rows, out=whole) if len(rows) > 1 else rows[0])
-    block = in_large_pages(torch.empty(count, *size, dtype=torch.bfloat16, device="cpu"))
+        return lambda number, *rows: columns.store(block[number], rows)
     return lambda number, *rows: torch.cat(rows, out=block[number])
 
 
@@ -62,17 +80,15 @@ def faster_packed(sizes: Collection[Size], sample: Callable[[], Mapping[Size, Se
     """The sizes of weights whose product with one row, as in a chat's answers, is faster with packed weights.
 
     Each size is measured once on a machine, in turn with the others, so that weights come from memory and not from the
-    CPU's cache. Small ones are counted in without measuring, which would show little but noise. Without bfloat16 kernels
-    there is none.
+    CPU's cache. Small ones are counted in without measuring, which would show little but noise; in columns they would cost
+    more calls, and are not.
 
     Args:
         sample: called where one of them has yet to be measured: plain weights in bfloat16 by their size; the more there are,
             the surer the cache holds none.
     """
-    if not has_bfloat16_kernels():
-        return set()
     small = {size for size in sizes if 2 * prod(size) < SMALLEST}
-    large = {size: (torch.get_num_threads(), size) for size in sizes if size not in small}
+    large = {size: (torch.get_num_threads(), size) for size in set(filter(fits, sizes)) - small}
     if any(key not in _known for key in large.values()):
         _known.update(_recalled())
     if unknown := {size for size, key in large.items() if key not in _known}:
@@ -80,7 +96,7 @@ def faster_packed(sizes: Collection[Size], sample: Callable[[], Mapping[Size, Se
         found = _measure({size: samples[size] for size in unknown})
         _known.update({large[size]: ratio for size, ratio in found.items()})
         _MEMORY.keep([[threads, *size, ratio] for (threads, size), ratio in _known.items()])
-    return small | {size for size, key in large.items() if _known[key] < 1}
+    return (small if has_bfloat16_kernels() else set()) | {size for size, key in large.items() if _known[key] < 1}
 
 
 def forget_measured() -> None:
@@ -108,7 +124,7 @@ def _measure(samples: Mapping[Size, Sequence[torch.Tensor]]) -> dict[Size, float
             x = torch.ones(1, size[1], dtype=torch.bfloat16)
             for one, other in zip(packed[size], plain[size], strict=True):
                 ratio = _seconds(linear, x, one) / _seconds(linear, x, other)
-                if turn:  # in the first one, oneDNN compiles
+                if turn:  # in the first one, kernels are compiled
                     found.append(ratio)
     return {size: median(found) for size, found in ratios.items()}
 

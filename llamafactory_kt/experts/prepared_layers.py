@@ -20,7 +20,7 @@ from .crossing import SHARED_EXPERTS
 from .inference_lora import take_over
 from .module import KTExperts
 from .openmp import release_team
-from .packing import SMALLEST, Size, faster_packed, placing, size_of
+from .packing import SMALLEST, Size, faster_packed, is_packed, placing, size_of, unpack
 from .products import PreparedLinear, onednn_problem
 
 _SAMPLES = 2
@@ -78,8 +78,8 @@ def changing_layers(model: nn.Module, weights_are_read: bool) -> Iterator[None]:
     """
     prepared: list[nn.Linear] = [module for module in model.modules() if isinstance(module, PreparedLinear)]
     for layer in prepared if weights_are_read else ():
-        if layer.weight.layout != torch.strided:
-            layer.weight = nn.Parameter(layer.weight.detach().to_dense(), requires_grad=False)
+        if is_packed(layer.weight):
+            layer.weight = nn.Parameter(unpack(layer.weight.detach()), requires_grad=False)
             layer.__class__ = nn.Linear
             del vars(layer)[_PREPARED]
     try:

@@ -1,4 +1,4 @@
-"""Products with bfloat16 weights on the CPU, plain ones or in oneDNN's layout (:mod:`.packing`).
+"""Products with bfloat16 weights on the CPU, plain or packed ones (:mod:`.packing`).
 
 Without AVX-512, oneDNN has no bfloat16 kernels, and torch's own are fast for a few rows only, where reading the weights is
 what they cost. There, more rows are multiplied in float32, with a block of the weights at a time, which stays in the cache.
@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from . import columns
 
 FEW_ROWS = 8
 """with fewer, bfloat16 is faster without its kernels too"""
@@ -40,14 +42,20 @@ def computed_in(rows: int) -> torch.dtype:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """[..., in] -> [..., out], of the dtype of x, which is bfloat16 or float32, for a weight in bfloat16, plain or packed."""
-    if computed_in(x.numel() // x.shape[-1]) == torch.float32:
+    wide = computed_in(x.numel() // x.shape[-1]) == torch.float32
+    if weight.dim() == 3:
+        rows = x.reshape(-1, x.shape[-1])
+        found = columns.more_rows(rows.float(), weight) if wide else columns.few_rows(rows.to(torch.bfloat16), weight)
+        found = found if bias is None else found.add_(bias)
+        return found.to(x.dtype).view(*x.shape[:-1], found.shape[-1])
+    if wide:
         return _in_blocks(x, weight, bias)
     product = F.linear if weight.layout == torch.strided else _onednn
     return product(x.to(torch.bfloat16), weight, bias).to(x.dtype)
 
 
 class PreparedLinear(nn.Linear):
-    """A linear layer for inference. A packed weight has its shape and type, and no address: only oneDNN can read it."""
+    """A linear layer for inference. Its weight may be packed, for :func:`linear` to read."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out], bfloat16; or float32 where it is computed in that."""

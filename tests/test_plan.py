@@ -213,9 +213,9 @@ def test_measured_in_turn():
 
         return call
 
-    hopeless, far = measure("hopeless", (2.1, 11)), measure("far", (1.9, 9), (1.7, 9))
-    fast, near = measure("fast", (1, 8), (9, 1), (2, 3)), measure("near", (1.4, 11), (1.1, 12), (1.1, 9))
-    best = [Measured(2.1, 11), Measured(1.7, 9), Measured(1, 8), Measured(1.1, 9)]
+    hopeless, far = measure("hopeless", (1.6, 11)), measure("far", (1.4, 9), (1.3, 9))
+    fast, near = measure("fast", (1, 8), (9, 1), (2, 3)), measure("near", (1.3, 11), (1.1, 12), (1.1, 9))
+    best = [Measured(1.6, 11), Measured(1.3, 9), Measured(1, 8), Measured(1.1, 9)]
     assert in_turn([hopeless, far, fast, near]) == best
     assert calls == ["hopeless", "far", "fast", "near", "far", "fast", "near", "fast", "near"]
     calls.clear()

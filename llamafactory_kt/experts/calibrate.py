@@ -36,10 +36,12 @@ from .threads import die_with_parent
 from .workers import arrange
 
 RANK = 8
-_NEAR = 2.0, 1.2
+_NEAR = 1.5, 1.15
 """Who takes no longer than this, in times of the fastest, has a second turn, and a third one."""
-_TOKENS = 0.4
+_TOKENS = 0.3
 """seconds to compute tokens for: until the scheduler has found a core for each thread, one takes up to half as long again"""
+_PROMPTS_PART = 8
+"""of the weights around the experts, prompts are multiplied with one in so many, and the time of that is scaled"""
 _SETTLE = 0.1
 """seconds until this process's threads sleep, so that they do not disturb the next one's turn"""
 
@@ -50,14 +52,13 @@ def main() -> None:
     around = _weights_around(task)
     context = multiprocessing.get_context("fork")  # imports take longer than measuring; no thread has been started yet
     pipes: list[Connection] = []
-    for plan in task["plans"]:
-        pipe, theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs, Plan(**plan), task, around), daemon=True).start()
-        theirs.close()  # so that a process that ends is noticed
-        pipes.append(pipe)
     try:
-        for pipe in pipes:
-            pipe.recv()  # all of them load at once; nothing is measured before
+        for plan in task["plans"]:
+            pipe, theirs = context.Pipe()
+            context.Process(target=_serve, args=(theirs, Plan(**plan), task, around), daemon=True).start()
+            theirs.close()  # so that a process that ends is noticed
+            pipe.recv()  # it has loaded; one after the other, as oneDNN's measures how its weights are read fastest
+            pipes.append(pipe)
         measured = in_turn([partial(_ask, pipe) for pipe in pipes])
     except (EOFError, OSError):
         sys.exit(1)  # the process that ended has said why
@@ -88,18 +89,20 @@ def _serve(pipe: Connection, plan: Plan, task: dict[str, Any], around: torch.Ten
     with torch.inference_mode():
         if plan.workers:
             settle_pool(plan.workers, task["layer"][4])
-        layer = _layer(_engine(plan, task), task["experts"], around)
+        layer = _layer(_engine(plan, task), task["experts"])
         arrange(plan)
         # Fewer experts than the model's get fewer tokens, so that each gets as many as it would there.
         prompt = max(1, 128 * task["experts"] // task["layer"][0])
+        some = -(-len(around) // _PROMPTS_PART)
         for tokens in (1, prompt):
-            layer(tokens)  # what only the first calls do
+            layer(tokens, around[:some])  # what only the first calls do
         time.sleep(_SETTLE)
         pipe.send("ready")
         while pipe.recv():
-            times = _seconds(layer, 1, _TOKENS), _seconds(layer, prompt) * 128 / prompt
+            token = _token(lambda: sum(layer(1, around)))
+            products, experts = layer(prompt, around[:some])
             time.sleep(_SETTLE)
-            pipe.send(times)
+            pipe.send((token, (products * len(around) / max(1, some) + experts) * 128 / prompt))
 
 
 def _engine(plan: Plan, task: dict[str, Any]) -> Engine:
@@ -144,30 +147,32 @@ def _weights_around(task: dict[str, Any]) -> torch.Tensor:
     return around
 
 
-def _layer(engine: Engine, experts: int, around: torch.Tensor) -> Callable[[int], None]:
-    """What computes one layer for a number of tokens."""
+def _layer(engine: Engine, experts: int) -> Callable[[int, torch.Tensor], tuple[float, float]]:
+    """What computes one layer for a number of tokens, and returns the seconds that products with the weights around it took,
+    and the experts."""
     hidden, top_k = engine.spec.shape.hidden_size, engine.spec.num_experts_per_tok
     torch.manual_seed(0)
 
-    def layer(tokens: int) -> None:
+    def layer(tokens: int, around: torch.Tensor) -> tuple[float, float]:
         x = torch.randn(tokens, hidden).to(torch.bfloat16)
         index = torch.rand(tokens, experts).topk(top_k).indices
+        start = time.perf_counter()
         for weight in around:
             x = linear(x, weight)
+        between = time.perf_counter()
         engine.forward(x, index, torch.full((tokens, top_k), 1 / top_k))
+        return between - start, time.perf_counter() - between
 
     return layer
 
 
-def _seconds(layer: Callable[[int], None], tokens: int, least: float = 0) -> float:
-    """The median of some calls, which take so many seconds at least, or of one."""
-    seconds: list[float] = []
-    end = time.perf_counter() + least
-    while not seconds or time.perf_counter() < end:
-        start = time.perf_counter()
-        layer(tokens)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+def _token(seconds: Callable[[], float]) -> float:
+    """The median of as many calls as :data:`_TOKENS` has time for."""
+    every: list[float] = []
+    end = time.perf_counter() + _TOKENS
+    while not every or time.perf_counter() < end:
+        every.append(seconds())
+    return statistics.median(every)
 
 
 if __name__ == "__main__":

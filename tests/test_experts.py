@@ -162,7 +162,7 @@ def test_groups():
 
 @pytest.fixture(autouse=True, scope="module")
 def worker_threads():
-    from llamafactory_kt.experts.kt_runtime import settle_pool
+    from llamafactory_kt.experts.worker_pool import settle_pool
 
     settle_pool(1, 1)
 

@@ -243,7 +243,7 @@ def test_auto_classes_are_told_apart_without_importing_all(demo):
     code = f"""
         import sys
         from llamafactory.chat import ChatModel
-        from transformers import AutoModelForCausalLM, models
+        from transformers import AutoModelForCausalLM
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
         from llamafactory_kt.hooks import auto_classes
         keys = dict(model_name_or_path={str(demo / "model")!r}, template="deepseek", use_kt=True, kt_backend="torch")

@@ -23,7 +23,7 @@ import json, os, sys
 import torch
 from test_experts import answer, load
 from llamafactory_kt import apply_adapter, switch_adapter
-from llamafactory_kt.experts.kt_runtime import worker_threads
+from llamafactory_kt.experts.worker_pool import worker_threads
 from llamafactory_kt.quantize import quantize_model
 
 model, adapter, out, keys = *sys.argv[1:4], json.loads(sys.argv[4])

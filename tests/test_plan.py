@@ -238,7 +238,7 @@ def test_a_measuring_process_that_fails_says_why():
 RUN = """
 import os, pathlib, torch
 from llamafactory_kt.experts import workers
-from llamafactory_kt.experts.kt_runtime import settle_pool
+from llamafactory_kt.experts.worker_pool import settle_pool
 from llamafactory_kt.experts.plan import Plan
 settle_pool(1, 1)
 from kt_kernel.sft.amx import AMXSFTMoEWrapper

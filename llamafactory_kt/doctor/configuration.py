@@ -147,8 +147,9 @@ def _placement(args: Any, model: Any, experts: Any, adapters: Any, itemsize: int
     how = f"{plans[0]}" if len(plans) == 1 else f"the fastest of {'; '.join(str(plan) for plan in plans)}"
     yield ok("experts", f"layers {layers} on the CPU; {how}")
     free, needed = available_memory(), need.on_cpu(others_on_gpu=gpus > 0)
+    lora = f"their LoRA {gib(need.lora)}, " if need.lora else ""
     text = (
-        f"about {gib(needed)} while loading (experts {gib(need.experts)}, their LoRA {gib(need.lora)}, in use only "
+        f"about {gib(needed)} while loading (experts {gib(need.experts)}, {lora}in use only "
         f"while they are read {gib(need.loading)}{'' if gpus else f', everything else {gib(need.others)}'}); {gib(free)} free"
     )
     if needed > free:

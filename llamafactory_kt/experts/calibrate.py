@@ -26,13 +26,13 @@ from ..used_memory import in_large_pages
 from .calibration import Measured
 from .engine import Engine, EngineSpec
 from .kt_engine import KTEngine
-from .kt_runtime import settle_pool
 from .layer_tensors import ExpertWeights
 from .methods import METHODS
 from .onednn_engine import OneDNNEngine
 from .plan import Plan
 from .products import linear
 from .threads import die_with_parent
+from .worker_pool import settle_pool
 from .workers import arrange
 
 RANK = 8

@@ -2,7 +2,7 @@
 
 Torch's own product with one row goes along each row of a weight in turn. FBGEMM's embedding kernels, which torch brings
 (``torch.embedding_bag``: the sum of some rows of a table, each times its own factor, in float32), fetch memory ahead and
-were a quarter faster. So a weight [out, in] is kept as a table of ``in`` rows for each :data:`WIDTH` outputs, and a product is
+took up to a quarter less time. So a weight [out, in] is kept as a table of ``in`` rows for each :data:`WIDTH` outputs, and a product is
 the sum of a table's rows times the numbers of x.
 """
 

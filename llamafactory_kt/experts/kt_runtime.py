@@ -1,7 +1,4 @@
-"""kt-kernel in this process: is it there, its one pool of worker threads, its lock, and its output.
-
-kt-kernel keeps one CPUInfer (the worker threads) per process, so the first load decides the number of threads.
-"""
+"""kt-kernel in this process: is it there, its lock, its output, and the making of its objects."""
 
 from __future__ import annotations
 
@@ -9,25 +6,21 @@ import atexit
 import contextlib
 import ctypes
 import gc
-import logging
 import os
-import re
 import sys
 import threading
 from collections.abc import Iterator
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import KTKernelError
-from ..machine import missing_cpu_flags, numa_nodes, usable_cores
+from ..machine import missing_cpu_flags, usable_cores
 from .layer_tensors import LayerWeights
 from .methods import METHODS, Method
 from .threads import is_forked, require_own_process, wait
-
-logger = logging.getLogger(__name__)
+from .worker_pool import settled_pool, worker_pool
 
 kernel_lock = threading.Lock()
 """Held around every call into the kernel: two threads must never be in it at once."""
@@ -63,63 +56,6 @@ def cpu_variant() -> str:
     import kt_kernel
 
     return str(kt_kernel.__cpu_variant__)
-
-
-class _Pool:
-    threads: int | None = None
-    pools = 1
-
-
-def settle_pool(threads: int, pools: int) -> tuple[int, int]:
-    """Settle the process's worker threads and sub-pools.
-
-    Returns:
-        Those in force: the first load's, since kt-kernel cannot change them.
-    """
-    if _Pool.threads is None:
-        _Pool.threads, _Pool.pools = threads, pools
-    elif (_Pool.threads, _Pool.pools) != (threads, pools):
-        logger.warning(
-            "kt-kernel already runs with %d threads in %d sub-pool(s) in this process and keeps them "
-            "(asked for: %d in %d); start a new process to change that.",
-            _Pool.threads, _Pool.pools, threads, pools,
-        )  # fmt: skip
-    return _Pool.threads, _Pool.pools
-
-
-def worker_pool(threads: int | None = None, pools: int | None = None) -> Any:
-    """kt-kernel's one pool of workers, made when it is first asked for: a sub-pool on each of as many NUMA nodes that this
-    process may use, and every worker within the process's CPU affinity.
-
-    kt-kernel itself counts nodes and cores from 0, also where ``taskset``, ``numactl`` or a container allow others.
-
-    Args:
-        threads: where it is not :func:`settle_pool` that settled it; likewise ``pools``, which may be more than there are nodes.
-    """
-    from kt_kernel.sft.amx import AMXSFTMoEWrapper
-
-    threads, pools = threads or _Pool.threads or 1, pools or _Pool.pools
-    nodes, made = numa_nodes(), AMXSFTMoEWrapper._cpu_infer_instance is None
-    infer = AMXSFTMoEWrapper._get_cpu_infer(threads, pools, list(islice(cycle(nodes), pools)))
-    if made:
-        _confine(nodes)
-    return infer
-
-
-def worker_threads() -> Iterator[tuple[int, int]]:
-    """(thread id, NUMA node) of every worker; some of them may have ended."""
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):
-            if found := re.match(r"numa_(\d+)_", (task / "comm").read_text()):
-                yield int(task.name), int(found[1])
-
-
-def _confine(nodes: dict[int, set[int]]) -> None:
-    allowed = os.sched_getaffinity(0)
-    for thread, node in worker_threads():
-        with contextlib.suppress(OSError):
-            if not os.sched_getaffinity(thread) <= allowed:
-                os.sched_setaffinity(thread, nodes.get(node) or allowed)
 
 
 @atexit.register
@@ -240,10 +176,11 @@ def make_wrapper(**arguments: Any) -> Any:
     from kt_kernel import KTMoEWrapper
 
     worker_pool()  # which the wrapper then finds
+    threads, pools = settled_pool()
     return KTMoEWrapper(
         mode="sft",
         gpu_experts_mask=None,
-        cpuinfer_threads=_Pool.threads or 1,
-        threadpool_count=_Pool.pools,
+        cpuinfer_threads=threads,
+        threadpool_count=pools,
         **arguments,
     )

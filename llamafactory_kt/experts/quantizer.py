@@ -39,7 +39,7 @@ from .fp8 import block_size
 from .fp8_loading import loading_rules
 from .gate import guard
 from .kt_engine import KTEngine
-from .kt_runtime import cpu_variant, kernel_problem, settle_pool
+from .kt_runtime import cpu_variant, kernel_problem
 from .last_token import straighten_last_token
 from .layer_tensors import ExpertWeights
 from .memory import memory_need, read_around
@@ -51,6 +51,7 @@ from .plan import candidates
 from .stored import StoredLayer, record_for
 from .threads import require_own_process
 from .torch_engine import TorchEngine
+from .worker_pool import settle_pool
 from .workers import arrange
 
 logger = logging.getLogger(__name__)

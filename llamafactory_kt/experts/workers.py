@@ -8,8 +8,8 @@ import os
 import torch
 
 from . import openmp
-from .kt_runtime import worker_threads
 from .plan import Plan
+from .worker_pool import worker_threads
 
 
 def arrange(plan: Plan) -> None:

@@ -126,10 +126,13 @@ def test_onednn_without_bfloat16_kernels(monkeypatch, grouped, packed):
 
 
 @needs_onednn
-def test_onednn_without_bfloat16_kernels_rounds_nothing_between_products(monkeypatch):
+@pytest.mark.parametrize("packed", [True, False])
+def test_onednn_without_bfloat16_kernels_rounds_nothing_between_products(monkeypatch, packed):
     """Where every expert has many rows, and the caller takes float32."""
     pretend_no_bfloat16_kernels(monkeypatch)
-    shape = ExpertsShape(3, 33, 8)
+    monkeypatch.setattr(columns, "WIDTH", 16)
+    monkeypatch.setattr(onednn_engine, "faster_packed", lambda sizes, sample: {size for size in sizes if packed})
+    shape = ExpertsShape(3, 48, 8)
     weights, lora, (x, index, scores) = layer(shape), lora_for(shape, rank=5, scaling=3.2), batch(shape, 37)
     assert torch.bincount(index.flatten(), minlength=3).min() >= products.FEW_ROWS
     engine = make_engine("oneDNN", shape, weights)

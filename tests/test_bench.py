@@ -138,6 +138,20 @@ def test_what_is_shown():
     assert json.loads(json.dumps(made_up().to_dict()))["ratios"]["stock"]["as configured"]["memory"]["median"] == 1.5
 
 
+def test_stock_that_is_on_a_gpu_whole():
+    """Its weights take none of the CPU's memory, so nothing is over them."""
+    report = made_up()
+    configured, stock = report.rows
+    stock.loaded = replace(stock.loaded, weights=0, experts_per_token=0, others_per_token=0, resident=GIB)
+    stock.gpu_memory = 14 * GIB
+    out = io.StringIO()
+    show(report, Console(file=out, width=160))
+    text = " ".join(out.getvalue().split())
+    for part in ("memory │ 1 │ - │", "GPU memory │ 1 │ 2.00 │", "GPU memory │ 0.50 │ 1 │", "over weights │ 1.50 │ - │"):
+        assert part in text, (part, text)
+    assert json.loads(json.dumps(report.to_dict()))["rows"][1]["memory_over_weights"] is None
+
+
 # Memory
 
 

@@ -90,9 +90,9 @@ class Measured:
         return self.loaded.resident - self.loaded.before
 
     @property
-    def over_weights(self) -> float:
-        """Resident memory that the model added, over the bytes of the weights."""
-        return self.added / self.loaded.weights
+    def over_weights(self) -> float | None:
+        """Resident memory that the model added, over the bytes of the weights; None where all of them are on a GPU."""
+        return self.added / self.loaded.weights if self.loaded.weights else None
 
     @property
     def restless(self) -> bool:
@@ -126,13 +126,19 @@ class Report:
         return [row for number, row in enumerate(self.rows) if number == 0 or row.name == "stock"]
 
     def ratios(self, row: Measured, reference: Measured) -> dict[str, Spread]:
-        """Speeds: above 1, ``row`` is faster than ``reference``. Load time and memory: below 1, it needs less."""
+        """Speeds: above 1, ``row`` is faster than ``reference``. Load time and memory: below 1, it needs less. A kind of memory
+        that one of them needs none of is left out."""
         found: dict[str, Spread] = {}
         for kind, title in (("decode", "decode speed after {}"), ("prefill", "prefill speed, {} tokens")):
             own, other = getattr(row, kind), getattr(reference, kind)
             found |= {title.format(length): ratio(other[length], own[length]) for length in own}
         found["load time"] = ratio(row.loads, reference.loads)
-        found["memory"] = ratio([row.added], [reference.added])
+        for title, own, other in (
+            ("memory", row.added, reference.added),
+            ("GPU memory", row.gpu_memory, reference.gpu_memory),
+        ):
+            if own > 0 and other > 0:
+                found[title] = ratio([own], [other])
         return found
 
     def floor(self, row: Measured) -> Spread:

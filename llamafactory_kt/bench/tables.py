@@ -41,9 +41,9 @@ def _ratios(report: Report) -> Table:
     for reference in report.references:
         table.add_row(f"[bold]against {escape(reference.name)}[/]", *[""] * len(report.rows))
         columns = [report.ratios(row, reference) for row in report.rows]
-        for title in columns[0]:
+        for title in dict.fromkeys(title for column in columns for title in column):
             cells = [
-                "1" if row is reference else _spread(column[title], 1, 2)
+                "1" if row is reference else _spread(column[title], 1, 2) if title in column else "-"
                 for row, column in zip(report.rows, columns, strict=True)
             ]
             table.add_row(title, *cells)
@@ -77,7 +77,7 @@ def _figures(report: Report) -> Table:
     line("resident, ready", *(gib(row.loaded.resident) for row in rows))
     line("  added by the model", *(gib(row.added) for row in rows))
     line("  weights", *(gib(row.loaded.weights) for row in rows))
-    line("  added over weights", *(f"{row.over_weights:.2f}" for row in rows))
+    line("  added over weights", *("-" if (o := row.over_weights) is None else f"{o:.2f}" for row in rows))
     line("peak while loading", *(gib(row.loaded.peak_loading) for row in rows))
     line("peak while answering", *(gib(row.peak) for row in rows))
     if any(row.gpu_memory for row in rows):

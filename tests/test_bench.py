@@ -141,7 +141,7 @@ def test_what_is_shown():
 def test_stock_that_is_on_a_gpu_whole():
     """Its weights take none of the CPU's memory, so nothing is over them."""
     report = made_up()
-    configured, stock = report.rows
+    stock = report.rows[1]
     stock.loaded = replace(stock.loaded, weights=0, experts_per_token=0, others_per_token=0, resident=GIB)
     stock.gpu_memory = 14 * GIB
     out = io.StringIO()

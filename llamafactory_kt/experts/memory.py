@@ -9,8 +9,9 @@ from torch import nn
 
 from ..adapters import AdapterSet
 from .contract import ExpertsModule
+from .grouped_lora import lora_size
 from .methods import METHODS, PackedShape
-from .onednn_engine import lora_size, sampled
+from .onednn_engine import sampled
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import torch
 from torch.nn import functional as F
 
 from ..adapters import ExpertLora, ExpertsShape
-from ..used_memory import in_large_pages
 from .engine import Engine, Undo
+from .grouped_lora import GroupedLora, add_lora, batches
 from .layer_tensors import ExpertWeights
 from .packing import Size, faster_packed, placing
 from .products import computed_in, linear
 
-GROUPED_ROWS = 128
-"""that are computed together: a cache of 2 MiB holds them at each step"""
+GROUPED_ROWS = 64
+"""that are computed together, for each thread: its core's cache of 1 MiB holds them at each step"""
 
 
 def sampled(shape: ExpertsShape) -> int:
@@ -27,18 +27,12 @@ def sampled(shape: ExpertsShape) -> int:
     return max(1, min(8, shape.num_experts, 2**28 // (3 * shape.hidden_size * shape.intermediate_size * 2)))
 
 
-def lora_size(shape: ExpertsShape, rank: int) -> int:
-    """Bytes of a LoRA as the engine holds it, float32 with gate's and up's B on a diagonal."""
-    return 4 * shape.num_experts * rank * (3 * shape.hidden_size + 5 * shape.intermediate_size)
-
-
 class OneDNNEngine(Engine):
     """The checkpoint's weights in bfloat16, gate and up side by side; sums in float32 inside each product."""
 
     name = "oneDNN"
 
-    _lora: list[tuple[torch.Tensor, ...]] | None = None
-    _lora_nbytes = 0
+    _lora: GroupedLora | None = None
 
     def load(self) -> None:
         shape = self.spec.shape
@@ -58,13 +52,12 @@ class OneDNNEngine(Engine):
         ]
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:
-        before = self._lora, self._lora_nbytes, self.lora_rank
-        self._lora = _lora_tensors(lora) if lora else None
-        self._lora_nbytes = sum(tensor.nbytes for tensors in self._lora or () for tensor in tensors)
+        before = self._lora, self.lora_rank
+        self._lora = GroupedLora(lora) if lora else None
         self.lora_rank = lora.rank if lora else 0
 
         def undo() -> None:
-            self._lora, self._lora_nbytes, self.lora_rank = before
+            self._lora, self.lora_rank = before
 
         return undo
 
@@ -88,16 +81,9 @@ class OneDNNEngine(Engine):
         gate_up = self._products(0, group, x)
         if self._lora is None:
             return self._products(1, group, _gated(gate_up))
-        gate_up, wide, rows = gate_up.float(), x.float(), list(group.values())
-        for expert, sums, part in zip(group, gate_up.split(rows), wide.split(rows), strict=True):
-            a, b, _, _ = self._lora[expert]
-            sums.addmm_(part.mm(a), b)
-        inner = _gated(gate_up)
-        down = self._products(1, group, inner.to(x.dtype)).float()
-        for expert, sums, part in zip(group, down.split(rows), inner.split(rows), strict=True):
-            _, _, a, b = self._lora[expert]
-            sums.addmm_(part.mm(a), b)
-        return down
+        together = batches(group)
+        inner = _gated(add_lora(self._lora.gate_up, together, x.float(), gate_up.float()))
+        return add_lora(self._lora.down, together, inner, self._products(1, group, inner.to(x.dtype)).float())
 
     def _products(self, which: int, group: dict[int, int], x: torch.Tensor) -> torch.Tensor:
         """Each expert's rows of x with its own weight: gate and up (0), or down (1)."""
@@ -112,7 +98,7 @@ class OneDNNEngine(Engine):
 
     @property
     def lora_nbytes(self) -> int:
-        return self._lora_nbytes
+        return self._lora.nbytes if self._lora else 0
 
 
 def _groups(counts: list[int]) -> list[dict[int, int]]:
@@ -122,8 +108,9 @@ def _groups(counts: list[int]) -> list[dict[int, int]]:
     the CPU's cache before the next step reads them.
     """
     groups: list[dict[int, int]] = []
+    most = GROUPED_ROWS * torch.get_num_threads()
     for expert, rows in enumerate(counts):
-        if rows and groups and sum(groups[-1].values()) + rows <= GROUPED_ROWS:
+        if rows and groups and sum(groups[-1].values()) + rows <= most:
             groups[-1][expert] = rows
         elif rows:
             groups.append({expert: rows})
@@ -134,27 +121,3 @@ def _gated(gate_up: torch.Tensor) -> torch.Tensor:
     """[n, 2I] -> [n, I]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
-
-
-def _lora_tensors(lora: ExpertLora) -> list[tuple[torch.Tensor, ...]]:
-    """Per expert, to multiply rows with: A of gate and up side by side [H, 2r], their B on a diagonal [2r, 2I], A of down
-    [I, r], its B [r, H], scaling multiplied into B.
-
-    In float32, whose products of this size take a third of the time of bfloat16's. The zeros beside the diagonal are read
-    faster than a second product is called.
-    """
-    experts, rank, hidden = lora.a["gate"].shape
-    size = lora.a["down"].shape[2]
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return in_large_pages(torch.zeros(experts, *shape))
-
-    a, b = zeros(2 * rank, hidden), zeros(2 * rank, 2 * size)
-    for half, projection in enumerate(("gate", "up")):
-        rows = slice(half * rank, (half + 1) * rank)
-        a[:, rows] = lora.a[projection]
-        b[:, rows, half * size : (half + 1) * size] = lora.folded(projection, 1.0).transpose(1, 2)
-    down_a, down_b = zeros(rank, size), zeros(rank, hidden)
-    down_a.copy_(lora.a["down"])
-    down_b.copy_(lora.folded("down", 1.0).transpose(1, 2))
-    return list(zip(a.transpose(1, 2), b, down_a.transpose(1, 2), down_b, strict=True))

@@ -76,6 +76,7 @@ def test_against_float32(bias, kind):
         model(hidden[:1, :1].float())
 
 
+TURNS = 1 + packing._TURNS
 SAMPLES = {size: [torch.ones(size, dtype=torch.bfloat16) for _ in range(2)] for size in [(64, 64), (128, 64), (32, 64)]}
 
 
@@ -107,20 +108,21 @@ def timed(request, monkeypatch, tmp_path):
 def test_sizes_that_are_faster_packed(timed):
     """By the median over all samples and turns; each size is measured once, small ones not at all."""
     assert faster(*SAMPLES) == {(64, 64)} | ({(32, 64)} if packing.has_bfloat16_kernels() else set())
-    assert set(timed) == {(64, 64), (128, 64)} and len(timed) == 2 * 2 * 2 * 6
-    assert faster((128, 64)) == set() and len(timed) == 2 * 2 * 2 * 6
+    assert set(timed) == {(64, 64), (128, 64)} and len(timed) == 2 * 2 * 2 * TURNS
+    assert faster((128, 64)) == set() and len(timed) == 2 * 2 * 2 * TURNS
 
 
 @pytest.mark.parametrize("damage", [None, "", "[]", '{"facts": 1, "measured": []}', "text"])
 def test_measured_sizes_are_remembered(timed, damage, tmp_path, monkeypatch):
     """By later processes, together with those measured then, until they are to be forgotten or their file is damaged."""
+    has_bfloat16_kernels = packing.has_bfloat16_kernels()
     assert faster((64, 64)) == {(64, 64)}
     (file,) = (tmp_path / "calibration").iterdir()
     if damage is not None:
         content = json.loads(file.read_text())
         content["measured"][0][3] = damage
         file.write_text(json.dumps(content) if damage.isalpha() else damage)
-    once = 2 * 2 * 6
+    once = 2 * 2 * TURNS
     until_now = once if damage is None else 2 * once
     for sizes, more in [([(64, 64)], 0), ([*SAMPLES], once), ([*SAMPLES], 0)]:
         packing._known.clear()
@@ -133,6 +135,10 @@ def test_measured_sizes_are_remembered(timed, damage, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     faster(*SAMPLES)
     assert len(timed) == until_now + 4 * once, "with other threads"
+    assert packing._recalled()
+    with monkeypatch.context() as switched:  # by ONEDNN_MAX_CPU_ISA
+        switched.setattr(packing, "has_bfloat16_kernels", lambda: not has_bfloat16_kernels)
+        assert packing._recalled() == {}, "those of another layout"
     packing.forget_measured()
     assert not [*(tmp_path / "calibration").iterdir()]
 

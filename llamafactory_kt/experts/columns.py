@@ -51,6 +51,15 @@ def restore(columns: torch.Tensor) -> torch.Tensor:
     return columns.transpose(1, 2).flatten(0, 1)
 
 
+def linear(x: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None, wide: bool) -> torch.Tensor:
+    """[..., in] -> [..., out], of the dtype of x, computed in float32 (wide) or in bfloat16 with sums in float32."""
+    rows = x.reshape(-1, x.shape[-1])
+    found = more_rows(rows.float(), columns) if wide else few_rows(rows.to(torch.bfloat16), columns)
+    if bias is not None:
+        found.add_(bias)
+    return found.to(x.dtype).view(*x.shape[:-1], found.shape[-1])
+
+
 def few_rows(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """x [n, in] in bfloat16 -> [n, out] in bfloat16, summed in float32. The weight is read once, and the numbers of its rows
     n times."""

@@ -29,8 +29,7 @@ SMALLEST = 2**20
 _COLUMNS = 1.05
 """what a token may take in columns of the time with the plain weight: two to thirty rows, as an expert has of a prompt, take
 two thirds to nine tenths of it"""
-_TURNS = 5
-_MEMORY = Remembered({"packed over plain": "threads, out, in, ratio of times"})
+_TURNS = 9
 _known: dict[tuple[int, Size], float] = {}
 """what was measured or recalled in this process, with so many threads: the time with packed weights over that with plain"""
 
@@ -98,7 +97,7 @@ def faster_packed(sizes: Collection[Size], sample: Callable[[], Mapping[Size, Se
         samples = sample()
         found = _measure({size: samples[size] for size in unknown})
         _known.update({large[size]: ratio for size, ratio in found.items()})
-        _MEMORY.keep([[threads, *size, ratio] for (threads, size), ratio in _known.items()])
+        _memory().keep([[threads, *size, ratio] for (threads, size), ratio in _known.items()])
     if has_bfloat16_kernels():
         return small | {size for size, key in large.items() if _known[key] < 1}
     return {size for size, key in large.items() if _known[key] < _COLUMNS}
@@ -107,12 +106,19 @@ def faster_packed(sizes: Collection[Size], sample: Callable[[], Mapping[Size, Se
 def forget_measured() -> None:
     """Have the next load measure again."""
     _known.clear()
-    _MEMORY.forget()
+    _memory().forget()
+
+
+def _memory() -> Remembered:
+    layout = (
+        "oneDNN's" if has_bfloat16_kernels() else "columns"
+    )  # ONEDNN_MAX_CPU_ISA may have it otherwise the next time
+    return Remembered({"packed over plain": "threads, out, in, ratio of times", "layout": layout})
 
 
 def _recalled() -> dict[tuple[int, Size], float]:
     try:
-        return {(int(n), (int(out), int(width))): float(ratio) for n, out, width, ratio in _MEMORY.recall()}
+        return {(int(n), (int(out), int(width))): float(ratio) for n, out, width, ratio in _memory().recall()}
     except (TypeError, ValueError):
         return {}
 

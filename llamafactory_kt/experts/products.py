@@ -44,10 +44,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """[..., in] -> [..., out], of the dtype of x, which is bfloat16 or float32, for a weight in bfloat16, plain or packed."""
     wide = computed_in(x.numel() // x.shape[-1]) == torch.float32
     if weight.dim() == 3:
-        rows = x.reshape(-1, x.shape[-1])
-        found = columns.more_rows(rows.float(), weight) if wide else columns.few_rows(rows.to(torch.bfloat16), weight)
-        found = found if bias is None else found.add_(bias)
-        return found.to(x.dtype).view(*x.shape[:-1], found.shape[-1])
+        return columns.linear(x, weight, bias, wide)
     if wide:
         return _in_blocks(x, weight, bias)
     product = F.linear if weight.layout == torch.strided else _onednn

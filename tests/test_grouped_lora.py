@@ -10,22 +10,23 @@ from llamafactory_kt.adapters import ExpertsShape
 from llamafactory_kt.experts.grouped_lora import Batch, GroupedLora, add_lora, batches, lora_size
 
 SHAPE = ExpertsShape(9, 40, 24)
-NO_MORE_THAN_TWICE = {0: 6, 1: 7, 2: 3, 4: 9, 5: 39, 6: 41, 8: 1}
-"""an expert without rows among others, some with many, and one whose neighbour's rows are too many for it"""
+MIXED = {0: 6, 1: 7, 2: 3, 4: 9, 5: 90, 6: 91}
+"""one without rows among others with as many, two with many more, and none for the last ones"""
 
 
 def test_batches():
-    together = [Batch(0, [6, 7, 3, 0, 9]), Batch(5, [39, 41]), Batch(8, [1])]
-    assert batches(NO_MORE_THAN_TWICE) == together, (
-        "5 x 9 rows for 25, 2 x 41 for 80; 4 x 41 would be more than twice 81"
+    assert batches(MIXED) == [Batch(0, [6, 7, 3, 0, 9]), Batch(5, [90]), Batch(6, [91])], (
+        "6 x 90 rows would be too many for 115"
     )
-    assert batches({2: 1, 3: 1, 4: 1, 7: 1}) == [Batch(e, [1]) for e in (2, 3, 4, 7)], "an answer's token"
-    assert batches({1: 15, 3: 17}) == [Batch(1, [15, 0, 17])] and batches({3: 300}) == [Batch(3, [300])]
-    assert batches({0: 1, 1: 17}) == [Batch(0, [1, 17])] and batches({0: 1, 2: 17}) == [Batch(0, [1]), Batch(2, [17])]
+    assert batches({0: 1, 1: 5, 2: 1, 3: 1, 5: 9}) == [Batch(0, [1, 5, 1, 1]), Batch(5, [9])], (
+        "4 x 5 for 8, not 6 x 9 for 17"
+    )
+    assert batches({2: 1, 3: 1, 4: 1, 5: 1, 7: 1}) == [Batch(e, [1]) for e in (2, 3, 4, 5, 7)], "an answer's token"
+    assert batches({1: 2, 2: 2, 4: 2}) == [Batch(e, [2]) for e in (1, 2, 4)] and batches({3: 300}) == [Batch(3, [300])]
 
 
 @pytest.mark.parametrize(
-    "group", [NO_MORE_THAN_TWICE, {1: 1, 2: 1}, {0: 9, 1: 9}, {8: 30}, {0: 1, 1: 30, 3: 31}], ids=str
+    "group", [MIXED, {1: 1, 2: 1}, {0: 9, 1: 9, 2: 9, 3: 9}, {8: 30}, {3: 1, 4: 3, 7: 4, 8: 2}], ids=str
 )
 def test_against_each_experts_change_of_its_weights(group):
     """With ΔW in float64."""

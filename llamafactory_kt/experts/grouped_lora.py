@@ -14,13 +14,12 @@ import torch
 from ..adapters import ExpertLora, ExpertsShape
 from ..used_memory import in_large_pages
 
-TOGETHER = 16
-"""rows, or more, whose experts share a product; those of an answer's token, one for each expert, are multiplied one by one, as
-the LoRA of experts in between would have to be read from memory as well"""
+TOGETHER = 4
+"""experts, or more, that share a product; fewer are multiplied one by one"""
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A [E, in, r] and B [E, r, out]"""
 
-_FILLED = 2
+_FILLED = 3
 """times the rows that there are, at most, are computed"""
 
 
@@ -54,8 +53,9 @@ class Batch:
         return filled <= _FILLED * (self.rows + rows)
 
     def apart(self) -> list[Batch]:
-        """Itself, or each of its experts alone where they are too few."""
-        if self.rows >= TOGETHER:
+        """Itself, or each of its experts alone: where they are few, and where each has one row, as for an answer's token,
+        which would have the LoRA of experts between them read from memory as well."""
+        if max(self.counts) > 1 and len(self.counts) - self.counts.count(0) >= TOGETHER:
             return [self]
         return [Batch(self.first + number, [rows]) for number, rows in enumerate(self.counts) if rows]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTConfigError, KTExpertsConfig, machine, sub_pools
 from llamafactory_kt.adapters import ExpertsShape
-from llamafactory_kt.experts import calibration, plan, remembered
+from llamafactory_kt.experts import calibrate, calibration, plan, remembered
 from llamafactory_kt.experts.calibrate import in_turn
 from llamafactory_kt.experts.calibration import Measured, choose
 from llamafactory_kt.experts.contract import find_experts
@@ -221,6 +222,21 @@ def test_measured_in_turn():
     calls.clear()
     assert in_turn([measure("slow", (5, 5)), measure("alone", (1, 1))]) == [Measured(5, 5), Measured(1, 1)]
     assert calls == ["slow", "alone"]
+
+
+def test_what_a_measuring_process_answers(monkeypatch):
+    """A token with all weights around, and a prompt of 128 from one with fewer tokens and three in twenty weights."""
+    for name in ("die_with_parent", "_engine", "arrange"):
+        monkeypatch.setattr(calibrate, name, lambda *_: None)
+    for name in ("_SETTLE", "_TOKENS"):
+        monkeypatch.setattr(calibrate, name, 0)
+    monkeypatch.setattr(calibrate, "_layer", lambda *_: lambda tokens, around: (tokens * len(around), tokens * 0.5))
+    ours, theirs = multiprocessing.Pipe()
+    for message in ("your turn", None):
+        ours.send(message)
+    task = {"experts": 16, "layer": [64, 8, 8, 2, 1, 512]}
+    calibrate._serve(theirs, Plan("oneDNN", 0, 2), task, torch.empty(20, 8, 8))
+    assert ours.recv() == "ready" and ours.recv() == (20 + 0.5, 128 * (20 + 0.5))
 
 
 def test_the_measuring_process_imports_little():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -28,7 +29,7 @@ def lora_size(shape: ExpertsShape, rank: int) -> int:
     return 4 * shape.num_experts * rank * (3 * shape.hidden_size + 5 * shape.intermediate_size)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """Experts side by side whose rows are multiplied together, or one alone."""
 
@@ -47,11 +48,6 @@ class Batch:
         """Of all its experts."""
         return sum(self.counts)
 
-    def takes(self, expert: int, rows: int) -> bool:
-        """Whether another expert can be added."""
-        filled = max(*self.counts, rows) * (expert + 1 - self.first)
-        return filled <= _FILLED * (self.rows + rows)
-
     def apart(self) -> list[Batch]:
         """Itself, or each of its experts alone: where they are few, and where each has one row, as for an answer's token,
         which would have the LoRA of experts between them read from memory as well."""
@@ -59,6 +55,7 @@ class Batch:
             return [self]
         return [Batch(self.first + number, [rows]) for number, rows in enumerate(self.counts) if rows]
 
+    @cached_property
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Where as many rows for each expert as the longest has lie side by side: (row that each place takes, some of them
         in vain; place of each row)."""
@@ -70,11 +67,14 @@ class Batch:
 def batches(group: Mapping[int, int]) -> list[Batch]:
     """The experts of a group (expert -> rows) in turn, those in one that share a product."""
     runs: list[Batch] = []
-    for expert, rows in group.items():
-        if runs and runs[-1].takes(expert, rows):
-            runs[-1].counts.extend([0] * (expert - runs[-1].stop) + [rows])
+    most = rows = 0
+    for expert, own in group.items():
+        most, rows = max(most, own), rows + own
+        if runs and most * (expert + 1 - runs[-1].first) <= _FILLED * rows:
+            runs[-1].counts.extend([0] * (expert - runs[-1].stop) + [own])
         else:
-            runs.append(Batch(expert, [rows]))
+            runs.append(Batch(expert, [own]))
+            most = rows = own
     return [batch for run in runs for batch in run.apart()]
 
 
@@ -86,7 +86,7 @@ def add_lora(pair: Pair, group: Sequence[Batch], x: torch.Tensor, sums: torch.Te
         if len(batch.counts) == 1:
             own.addmm_(part.mm(a[batch.first]), b[batch.first])
             continue
-        taken, places = batch.places()
+        taken, places = batch.places
         experts = slice(batch.first, batch.stop)
         rows = part[taken].unflatten(0, (len(batch.counts), -1))
         own.add_(rows.bmm(a[experts]).bmm(b[experts]).flatten(0, 1)[places])

@@ -108,12 +108,16 @@ def _groups(counts: list[int]) -> list[dict[int, int]]:
     the CPU's cache before the next step reads them.
     """
     groups: list[dict[int, int]] = []
-    most = GROUPED_ROWS * torch.get_num_threads()
+    together, most = 0, GROUPED_ROWS * torch.get_num_threads()
     for expert, rows in enumerate(counts):
-        if rows and groups and sum(groups[-1].values()) + rows <= most:
+        if not rows:
+            continue
+        together += rows
+        if groups and together <= most:
             groups[-1][expert] = rows
-        elif rows:
+        else:
             groups.append({expert: rows})
+            together = rows
     return groups
 
 

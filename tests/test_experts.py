@@ -111,7 +111,7 @@ def test_onednn_without_bfloat16_kernels(monkeypatch, grouped, packed):
     monkeypatch.setattr(onednn_engine, "faster_packed", lambda sizes, sample: packed & set(sizes))
     monkeypatch.setattr(columns, "WIDTH", 16)
     monkeypatch.setattr(products, "BLOCK", 5 * 48)
-    monkeypatch.setattr(onednn_engine, "GROUPED_ROWS", grouped)
+    monkeypatch.setattr(onednn_engine, "ROWS_PER_THREAD", grouped)
     shape = ExpertsShape(7, 48, 16)
     weights, lora, (x, index, scores) = layer(shape), lora_for(shape, rank=5, scaling=3.2), batch(shape, 37)
     index[index == 6] = 2
@@ -145,7 +145,7 @@ def test_onednn_without_bfloat16_kernels_rounds_nothing_between_products(monkeyp
 @pytest.mark.parametrize("rows", [1, 11, 30, 10**6])
 def test_onednn_computes_experts_in_groups(monkeypatch, rows):
     """Each alone, some together with others beside them that have more rows than a group, and all in one."""
-    monkeypatch.setattr(onednn_engine, "GROUPED_ROWS", rows)
+    monkeypatch.setattr(onednn_engine, "ROWS_PER_THREAD", rows)
     shape = ExpertsShape(7, 33, 8)
     weights, lora, (x, index, scores) = layer(shape), lora_for(shape, rank=5, scaling=3.2), batch(shape, 37)
     index[:30, 0] = 3  # most tokens choose this expert (some of them twice), and none the last one
@@ -160,7 +160,7 @@ def test_groups(monkeypatch):
     """Experts without rows are in none; a group takes no more rows than are computed together, but for one expert's own."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     groups = onednn_engine._groups([0, 100, 28, 1, 0, 127, 300, 5, 0])
-    assert groups == [{1: 100, 2: 28}, {3: 1, 5: 127}, {6: 300}, {7: 5}] and onednn_engine.GROUPED_ROWS == 64
+    assert groups == [{1: 100, 2: 28}, {3: 1, 5: 127}, {6: 300}, {7: 5}] and onednn_engine.ROWS_PER_THREAD == 64
 
 
 @pytest.fixture(autouse=True, scope="module")

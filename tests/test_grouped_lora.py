@@ -33,13 +33,13 @@ def test_against_each_experts_change_of_its_weights(group):
     lora = lora_for(SHAPE, rank=5, scaling=3.2)
     held, rows = GroupedLora(lora), list(group.values())
     assert held.nbytes == lora_size(SHAPE, rank=5), "as MemoryNeed has it"
-    for pair, projections in ((held.gate_up, ("gate", "up")), (held.down, ("down",))):
+    for factors, projections in ((held.gate_up, ("gate", "up")), (held.down, ("down",))):
         sizes = [SHAPE.projection(p) for p in projections]
         x, sums = torch.randn(sum(rows), sizes[0][1]), torch.randn(sum(rows), sum(out for out, _ in sizes))
         wanted = [
             part.double() + torch.cat([own.double() @ lora.delta(p, expert).double().T for p in projections], dim=1)
             for expert, own, part in zip(group, x.split(rows), sums.split(rows), strict=True)
         ]
-        found = add_lora(pair, batches(group), x, sums)
+        found = add_lora(factors, batches(group), x, sums)
         assert found is sums
         torch.testing.assert_close(found.double(), torch.cat(wanted), rtol=1e-5, atol=1e-4)

@@ -17,9 +17,6 @@ from ..used_memory import in_large_pages
 
 TOGETHER = 4
 """experts, or more, that share a product; fewer are multiplied one by one"""
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""A [E, in, r] and B [E, r, out]"""
-
 _FILLED = 3
 """times the rows that there are, at most, are computed"""
 
@@ -27,6 +24,23 @@ _FILLED = 3
 def lora_size(shape: ExpertsShape, rank: int) -> int:
     """Bytes of a LoRA as :class:`GroupedLora` holds it, float32 with gate's and up's B on a diagonal."""
     return 4 * shape.num_experts * rank * (3 * shape.hidden_size + 5 * shape.intermediate_size)
+
+
+class Factors:
+    """A and B of all experts."""
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor):
+        self.a = a
+        """[E, in, r]"""
+        self.b = b
+        """[E, r, out]"""
+        self.each = list(zip(a, b, strict=True))
+        """of each expert; taking them out would cost every token a step for each"""
+
+    @property
+    def nbytes(self) -> int:
+        """Of both."""
+        return self.a.nbytes + self.b.nbytes
 
 
 @dataclass
@@ -78,18 +92,18 @@ def batches(group: Mapping[int, int]) -> list[Batch]:
     return [batch for run in runs for batch in run.apart()]
 
 
-def add_lora(pair: Pair, group: Sequence[Batch], x: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+def add_lora(factors: Factors, group: Sequence[Batch], x: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
     """Add x @ A @ B of each row's expert to sums in place: x [n, in], sums [n, out], both float32, rows as in the group."""
-    a, b = pair
     sizes = [batch.rows for batch in group]
     for batch, part, own in zip(group, x.split(sizes), sums.split(sizes), strict=True):
         if len(batch.counts) == 1:
-            own.addmm_(part.mm(a[batch.first]), b[batch.first])
+            a, b = factors.each[batch.first]
+            own.addmm_(part.mm(a), b)
             continue
         taken, places = batch.places
         experts = slice(batch.first, batch.stop)
         rows = part[taken].unflatten(0, (len(batch.counts), -1))
-        own.add_(rows.bmm(a[experts]).bmm(b[experts]).flatten(0, 1)[places])
+        own.add_(rows.bmm(factors.a[experts]).bmm(factors.b[experts]).flatten(0, 1)[places])
     return sums
 
 
@@ -113,12 +127,12 @@ class GroupedLora:
         down_a, down_b = zeros(rank, size), zeros(rank, hidden)
         down_a.copy_(lora.a["down"])
         down_b.copy_(lora.folded("down", 1.0).transpose(1, 2))
-        self.gate_up: Pair = a.transpose(1, 2), b
+        self.gate_up = Factors(a.transpose(1, 2), b)
         """A of both side by side [E, H, 2r], B on a diagonal [E, 2r, 2I], with the scaling in it"""
-        self.down: Pair = down_a.transpose(1, 2), down_b
+        self.down = Factors(down_a.transpose(1, 2), down_b)
         """A [E, I, r], B [E, r, H]"""
 
     @property
     def nbytes(self) -> int:
         """Of its tensors."""
-        return sum(tensor.nbytes for tensor in (*self.gate_up, *self.down))
+        return self.gate_up.nbytes + self.down.nbytes

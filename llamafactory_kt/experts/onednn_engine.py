@@ -18,8 +18,8 @@ from .layer_tensors import ExpertWeights
 from .packing import Size, faster_packed, placing
 from .products import computed_in, linear
 
-GROUPED_ROWS = 64
-"""that are computed together, for each thread: its core's cache of 1 MiB holds them at each step"""
+ROWS_PER_THREAD = 64
+"""that are computed together: the 1 MiB of cache of a thread's core holds them at each step"""
 
 
 def sampled(shape: ExpertsShape) -> int:
@@ -108,7 +108,7 @@ def _groups(counts: list[int]) -> list[dict[int, int]]:
     the CPU's cache before the next step reads them.
     """
     groups: list[dict[int, int]] = []
-    together, most = 0, GROUPED_ROWS * torch.get_num_threads()
+    together, most = 0, ROWS_PER_THREAD * torch.get_num_threads()
     for expert, rows in enumerate(counts):
         if not rows:
             continue

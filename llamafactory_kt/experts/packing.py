@@ -110,9 +110,8 @@ def forget_measured() -> None:
 
 
 def _memory() -> Remembered:
-    layout = (
-        "oneDNN's" if has_bfloat16_kernels() else "columns"
-    )  # ONEDNN_MAX_CPU_ISA may have it otherwise the next time
+    # by their layout, which ONEDNN_MAX_CPU_ISA may have otherwise the next time
+    layout = "oneDNN's" if has_bfloat16_kernels() else "columns"
     return Remembered({"packed over plain": "threads, out, in, ratio of times", "layout": layout})
 
 

@@ -63,9 +63,8 @@ class Batch:
         return sum(self.counts)
 
     def apart(self) -> list[Batch]:
-        """Itself, or each of its experts alone: where they are few, and where each has one row, as for an answer's token,
-        which would have the LoRA of experts between them read from memory as well."""
-        if max(self.counts) > 1 and len(self.counts) - self.counts.count(0) >= TOGETHER:
+        """Itself, or each of its experts alone where they are few."""
+        if len(self.counts) - self.counts.count(0) >= TOGETHER:
             return [self]
         return [Batch(self.first + number, [rows]) for number, rows in enumerate(self.counts) if rows]
 
@@ -80,6 +79,10 @@ class Batch:
 
 def batches(group: Mapping[int, int]) -> list[Batch]:
     """The experts of a group (expert -> rows) in turn, those in one that share a product."""
+    if (
+        max(group.values()) == 1
+    ):  # an answer's token, for which LoRA of experts in between would be read from memory in vain
+        return [Batch(expert, [1]) for expert in group]
     runs: list[Batch] = []
     most = rows = 0
     for expert, own in group.items():

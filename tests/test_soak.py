@@ -5,8 +5,10 @@ LLAMAFACTORY_KT_SOAK_TURNS sets the length (CONTRIBUTING says more). What is mea
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -50,6 +52,14 @@ def chat_model(model, adapter, **keys):
         {"model_name_or_path": str(model), "adapter_name_or_path": str(adapter), "template": "deepseek", "use_kt": True,
          "kt_backend": ENGINE, "do_sample": False, **keys}
     )  # fmt: skip
+
+
+def leave(chat) -> None:
+    """End LLaMA-Factory's threads, which have no other end: a call that one of them has just finished still holds the model."""
+    asyncio.run_coroutine_threadsafe(chat._loop.shutdown_default_executor(), chat._loop).result()
+    chat._loop.call_soon_threadsafe(chat._loop.stop)
+    chat._thread.join()
+    chat._loop.close()
 
 
 @torch.inference_mode()
@@ -103,12 +113,29 @@ def test_loads_and_switches(tmp_path):
             switch_adapter(chat.engine.model, adapter)
             said.append(chat.chat([{"role": "user", "content": "one"}], max_new_tokens=8)[0].response_text)
         answers.add(tuple(said))
-        chat._loop.call_soon_threadsafe(chat._loop.stop)  # LLaMA-Factory's thread, which has no other end
+        leave(chat)
 
     grown = slope(cycle, max(8, TURNS // 100))
     assert len(answers) == 1 and len(set(*answers)) == 4, "the same four answers every time"
     (experts,) = sizes
     assert experts > 48 * 2**20 and grown < experts / 4, "a quarter of what a load would leak"
+
+
+@pytest.mark.parametrize("keys", [{}, {"kt_merge_adapter": True}])
+def test_a_model_is_freed_when_the_last_reference_goes(demo, keys):
+    """Not with some later collection of cycles: another load may need its memory."""
+    gc.collect()
+    gc.disable()
+    try:
+        chat = chat_model(demo / "model", demo / "adapter", **keys)
+        assert chat.chat([{"role": "user", "content": "one"}], max_new_tokens=2)
+        model = chat.engine.model
+        freed = [weakref.ref(part) for part in (model, *(wrapper.engine for wrapper in model._kt_wrappers))]
+        leave(chat)
+        del chat, model
+        assert [part() for part in freed] == [None] * len(freed)
+    finally:
+        gc.enable()
 
 
 if __name__ == "__main__":

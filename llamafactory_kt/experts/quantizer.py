@@ -163,17 +163,17 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def _engine(self, module: ExpertsModule, checkpoint: ExpertsCheckpoint, adapters: AdapterSet) -> Engine:
-        config, method = self.quantization_config, self._plan.method
+        config, method, merged = self.quantization_config, self._plan.method, self._merged
         spec = EngineSpec(
             module.layer, module.shape, module.num_experts_per_tok,
-            lora_rank=0 if self._merged is not None else adapters.rank(module.layer) or config.lora_rank,
+            lora_rank=0 if merged is not None else adapters.rank(module.layer) or config.lora_rank,
             lora_scaling=adapters.scaling(module.layer),
         )  # fmt: skip
 
-        def read(dtype: torch.dtype | None) -> Iterator[ExpertWeights]:
+        def read(dtype: torch.dtype | None) -> Iterator[ExpertWeights]:  # without self: a cycle outlives its model
             if (following := checkpoint.after(module)) is not None:
                 checkpoint.layer(following.name).read_ahead()  # the disk works while this layer is packed
-            lora = self._merged.read_layer(module.layer, module.shape) if self._merged is not None else None
+            lora = merged.read_layer(module.layer, module.shape) if merged is not None else None
             return checkpoint.layer(module.name).experts(dtype, lora)
 
         if method is None:

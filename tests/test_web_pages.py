@@ -41,6 +41,16 @@ from llamafactory.cli import main
 main()
 """
 """llamafactory-cli whose layers take as long as those of real models, so that a browser sees what happens meanwhile"""
+COUNT_QUESTIONS = """
+asking = 0
+asked = Date.now()
+const ask = window.fetch
+window.fetch = async (...question) => {
+    asking += 1
+    try { return await ask(...question) } finally { asking -= 1; asked = Date.now() }
+}
+"""
+"""lets a test see whether the page waits for the server"""
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +116,7 @@ def board(browser, tmp_path_factory) -> Iterator[str]:
 def open_page(browser: Any, address: str) -> Any:
     page = browser.new_page(viewport={"width": 1280, "height": 1400})
     page.set_default_timeout(40_000)  # a server that was just started still imports
+    page.add_init_script(COUNT_QUESTIONS)
     page.goto(address)
     page.wait_for_function("document.querySelectorAll('[data-testid=block-info]')[0]?.innerText.match(/Language|语言/)")
     return page
@@ -119,9 +130,15 @@ def field(page: Any, label: str | re.Pattern) -> Any:
 
 def choose(page: Any, label: str, value: str) -> None:
     field(page, label).click()
-    page.wait_for_timeout(300)  # the list of checkpoints is read, and the field emptied, when it gets the focus
+    settle(page)  # a list of checkpoints is read, and its field emptied, when it gets the focus
     field(page, label).fill(value)
     field(page, label).press("Enter")
+    settle(page)  # a model's path and template are looked up, and its checkpoints
+
+
+def settle(page: Any) -> None:
+    """Wait until the page has its answers and asks nothing more: what is typed before they come is overwritten."""
+    page.wait_for_function("asking == 0 && Date.now() - asked > 300")
 
 
 def press(page: Any, button: str) -> None:
@@ -130,9 +147,11 @@ def press(page: Any, button: str) -> None:
 
 def status(page: Any, text: str) -> str:
     """Wait until the status line has a text; returns all of it."""
-    found = page.wait_for_function(
-        "text => [...document.querySelectorAll('textarea')].map(e => e.value).find(value => value.includes(text))", arg=text
-    )  # fmt: skip
+    values = "[...document.querySelectorAll('textarea')].map(e => e.value)"
+    try:
+        found = page.wait_for_function(f"text => {values}.find(value => value.includes(text))", arg=text)
+    except Exception as error:
+        raise AssertionError(f"no {text!r} in the page's fields: {page.evaluate(values)}") from error
     return str(found.json_value())
 
 
@@ -199,7 +218,6 @@ def test_board(browser, board, demo, shots):
     page = open_page(browser, board)
     page.get_by_role("tab", name="Chat").click()
     choose(page, "Model name", "Custom")
-    page.wait_for_timeout(500)  # the page looks up the model's path and template
     field(page, "Model path").fill(str(demo / "model"))
     choose(page, "Chat template", "deepseek")
     page.get_by_text("KTransformers (MoE experts on the CPU)").click()
@@ -263,7 +281,6 @@ def test_board_left_while_it_loads(browser, board, demo):
         page.get_by_role("tab", name="Chat").click()
         choose_language(page, "zh", "加载模型")
         choose(page, "模型名称", "Custom")
-        page.wait_for_timeout(500)  # the page looks up the model's path and template
         field(page, "模型路径").fill(str(demo / "model"))
         choose(page, "对话模板", "deepseek")
         field(page, "额外参数").fill(json.dumps({"use_kt": True, "kt_backend": "torch"}))

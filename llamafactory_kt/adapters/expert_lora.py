@@ -62,12 +62,14 @@ class ExpertLora:
             squares += ((b.transpose(1, 2) @ b) * (a @ a.transpose(1, 2))).sum((1, 2))
         return squares.clamp_(min=0).sqrt_()
 
-    def folded(self, projection: str, common: float) -> torch.Tensor:
-        """B of a projection with its scaling relative to ``common`` multiplied in, [E, out, r], float32.
+    def folded(self, projection: str, common: float, out: torch.Tensor | None = None) -> torch.Tensor:
+        """B of a projection with its scaling relative to ``common`` multiplied in, [E, out, r], float32; in ``out`` if given.
 
         A power of two is exact in every floating-point type; any other factor is rounded once, to float32.
         """
-        return self.b[projection].float() * (self.scaling[projection] / common).to(torch.float32)[:, None]
+        b = self.b[projection]
+        out = torch.empty_like(b, dtype=torch.float32) if out is None else out
+        return out.copy_(b).mul_((self.scaling[projection] / common).to(torch.float32)[:, None])
 
 
 def mantissa(scaling: float) -> float:

@@ -117,19 +117,18 @@ class GroupedLora:
         experts, rank, hidden = lora.a["gate"].shape
         size = lora.a["down"].shape[2]
 
-        def zeros(*shape: int) -> torch.Tensor:
-            return in_large_pages(torch.zeros(experts, *shape))
+        def empty(*shape: int) -> torch.Tensor:
+            return in_large_pages(torch.empty(experts, *shape, dtype=torch.float32, device="cpu"))
 
         # In float32, whose products of this size take a third of the time of bfloat16's. The zeros beside the diagonal are
         # read faster than a second product is called.
-        a, b = zeros(2 * rank, hidden), zeros(2 * rank, 2 * size)
+        a, b = empty(2 * rank, hidden), empty(2 * rank, 2 * size).zero_()
         for half, projection in enumerate(("gate", "up")):
             rows = slice(half * rank, (half + 1) * rank)
             a[:, rows] = lora.a[projection]
-            b[:, rows, half * size : (half + 1) * size] = lora.folded(projection, 1.0).transpose(1, 2)
-        down_a, down_b = zeros(rank, size), zeros(rank, hidden)
-        down_a.copy_(lora.a["down"])
-        down_b.copy_(lora.folded("down", 1.0).transpose(1, 2))
+            lora.folded(projection, 1.0, b[:, rows, half * size : (half + 1) * size].transpose(1, 2))
+        down_a, down_b = empty(rank, size).copy_(lora.a["down"]), empty(rank, hidden)
+        lora.folded("down", 1.0, down_b.transpose(1, 2))
         self.gate_up = Factors(a.transpose(1, 2), b)
         """A of both side by side [E, H, 2r], B on a diagonal [E, 2r, 2I], with the scaling in it"""
         self.down = Factors(down_a.transpose(1, 2), down_b)

@@ -13,6 +13,9 @@ from tiny import make_adapter, make_model, merged_float32, per_token, rel
 from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTExpertsConfig, apply_adapter, get_router_stats, prepare_for_inference, switch_adapter
+from llamafactory_kt.adapters import open_adapters
+from llamafactory_kt.bench.sizes import Sizes
+from llamafactory_kt.bench.stock import merge_into
 from llamafactory_kt.experts.inference_lora import InferenceLora
 
 pytestmark = pytest.mark.skipif(
@@ -192,6 +195,23 @@ def test_llamafactory_puts_everything_but_the_experts_on_it(files):
     assert torch.cuda.memory_allocated() - before < held + 2**20, "no byte of a routed expert may be on the GPU"
     assert per_token(answer(model), answer(merged_float32(path, adapter))) < 0.1
     assert len("".join(chat.stream_chat([{"role": "user", "content": "hello"}], max_new_tokens=8))) > 0
+
+
+@torch.no_grad()
+def test_stock_that_it_does_not_hold(tmp_path):
+    """The bench's rival on the machines that KT experts are for: accelerate copies layers to the GPU for each call."""
+    path = make_model(tmp_path / "model", "qwen3_moe")
+    adapter = make_adapter(tmp_path / "adapter", path)
+    places = {"model.embed_tokens": 0, "model.layers": "cpu", "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
+    stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map=places)
+    base, size = answer(stock), Sizes.of(stock).weights
+    merged = merge_into(stock, open_adapters([adapter]))
+    whole = answer(merged)
+    wanted = answer(merged_float32(path, None)), answer(merged_float32(path, adapter))
+    assert per_token(whole, wanted[1]) < 0.1
+    assert torch.cosine_similarity((whole - base).flatten(), (wanted[1] - wanted[0]).flatten(), dim=0) > 0.99
+    assert Sizes.of(merged).weights == size > 0
+    assert {p.is_meta for p in merged.model.layers.parameters()} == {True}
 
 
 def test_attention_makes_no_plans(files):

@@ -70,6 +70,7 @@ def _load(row: Row, prompt_tokens: Sequence[int]) -> tuple[Any, Loaded, Prepare]
     from llamafactory.chat import ChatModel
 
     from ..hooks.configuration import open_configured, parse
+    from .sizes import Sizes
     from .stock import BestExperts, merge_into
 
     args = parse(row.config) if row.stock else None
@@ -91,8 +92,7 @@ def _load(row: Row, prompt_tokens: Sequence[int]) -> tuple[Any, Loaded, Prepare]
         engine = str(model._kt_summary["plan"])
     else:
         engine = f"transformers: {_threads()}"
-    sizes = _sizes(model)
-    return model, Loaded(engine, load, before, resident, peak, *sizes, push=push), prepare
+    return model, Loaded(engine, load, before, resident, peak, *Sizes.of(model), push=push), prepare
 
 
 def _threads() -> str:
@@ -112,28 +112,6 @@ def _push_again(model: Any) -> float | None:
     started = time.perf_counter()
     load_moe_lora_from_adapter(model, adapters)
     return (time.perf_counter() - started) / len(adapters.layers)
-
-
-def _sizes(model: Any) -> tuple[int, int, int]:
-    """(bytes of all weights on the CPU, of the expert weights that a token reads there, of the others that it reads)."""
-    from ..experts.contract import find_experts
-    from ..peft_part import non_expert_nbytes
-
-    others = non_expert_nbytes(model).get("cpu", 0)
-    if hasattr(model, "_kt_wrappers"):
-        experts = [(w.engine.nbytes, w.info) for w in model._kt_wrappers]
-        lora = sum(w.engine.lora_nbytes for w in model._kt_wrappers)
-    else:
-        lora, experts = 0, []
-        for info in find_experts(model):
-            weights = [p for p in model.get_submodule(info.name).parameters() if p.device.type == "cpu"]
-            experts.append((sum(p.nbytes for p in weights), info))
-        others -= sum(size for size, _ in experts)
-    per_token = sum(size * info.num_experts_per_tok // info.shape.num_experts for size, info in experts)
-    embedding = model.get_input_embeddings().weight
-    tied = embedding is getattr(model.get_output_embeddings(), "weight", None)
-    unread = embedding.nbytes if embedding.device.type == "cpu" and not tied else 0
-    return sum(size for size, _ in experts) + lora + others, per_token, others - unread
 
 
 def measure(model: Any, length: int, new_tokens: int, prepare: Prepare) -> tuple[float, float]:

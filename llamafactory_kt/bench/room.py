@@ -53,22 +53,25 @@ def stored_weights(model: str) -> Weights | None:
     return Weights.of({name: info.nbytes for name, info in SafetensorsStore(files[0], files).infos.items()})
 
 
-def need(row: Row, weights: Weights, on_gpu: bool) -> int:
-    """Bytes of the CPU's memory that a row's weights take."""
-    others = 0 if on_gpu else weights.others
+def need(row: Row, weights: Weights, gpu_memory: int) -> int:
+    """Bytes of the CPU's memory that a row's weights take. What does not fit on the GPUs is there for stock, too."""
     if row.stock or not row.config.get("use_kt"):
-        return 0 if on_gpu else weights.experts + others
+        return max(0, weights.total - gpu_memory)
+    others = 0 if gpu_memory else weights.others
     method = METHODS.get(canonical_backend(row.config.get("kt_backend", "auto")))
     return weights.experts * (method.bits if method else 16) // 16 + others
 
 
-def check_room(rows: Sequence[Row], weights: Weights, on_gpu: bool) -> dict[str, int]:
+def check_room(rows: Sequence[Row], weights: Weights, gpu_memory: int) -> dict[str, int]:
     """name -> bytes of each row, which are all in memory together.
+
+    Args:
+        gpu_memory: bytes of all GPUs, 0 without any.
 
     Raises:
         KTMemoryError: They are more than is free.
     """
-    needs = {row.name: need(row, weights, on_gpu) for row in rows}
+    needs = {row.name: need(row, weights, gpu_memory) for row in rows}
     beside = SIZE + weights.layer + PROCESS * (len(rows) + 1)
     if (total := sum(needs.values()) + beside) > (free := available_memory()):
         each = ", ".join(f"{name} {gib(size)}" for name, size in needs.items())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,9 +32,36 @@ def merge_into(model: Any, adapters: AdapterSet, scope: str = "all") -> Any:
 
     Raises:
         KTAdapterError: An adapter does not fit the model.
+        KTModelError: accelerate keeps a part of the model on disk.
     """
     if not adapters.adapters:
         return model
+    with _where_they_lie(model):
+        return _merge(model, adapters, scope)
+
+
+@contextmanager
+def _where_they_lie(model: Any) -> Iterator[None]:
+    """Where GPUs are too small, accelerate copies weights to them for each call, and its hooks hide where they lie meanwhile;
+    the hooks are taken off and put back."""
+    from accelerate import dispatch_model
+    from accelerate.hooks import remove_hook_from_submodules
+
+    places = getattr(model, "hf_device_map", {})
+    if "disk" in places.values():
+        raise KTModelError(
+            "stock LLaMA-Factory does not find room for this model on the GPUs and in memory, and leaves a part of it on disk, "
+            "which is not measured. Measure without --against stock, or a smaller model."
+        )
+    if len(set(places.values())) < 2:
+        yield
+        return
+    remove_hook_from_submodules(model)
+    yield
+    dispatch_model(model, places, skip_keys=model._skip_keys_device_placement)
+
+
+def _merge(model: Any, adapters: AdapterSet, scope: str) -> Any:
     modules = find_experts(model)
     adapters.check_fits({module.layer: module.shape for module in modules})
     parts = [(adapter, check_peft_part(model, adapter, scope)) for adapter in adapters.adapters]

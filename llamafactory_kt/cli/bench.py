@@ -146,7 +146,9 @@ def _check_room(chosen: list[Row], weights: Weights | None = None) -> dict[str, 
     from ..bench.room import check_room, stored_weights
 
     weights = weights or stored_weights(str(chosen[0].config.get("model_name_or_path")))
-    return check_room(chosen, weights, torch.cuda.is_available()) if weights else {}
+    gpus = range(torch.cuda.device_count())
+    gpu_memory = sum(torch.cuda.get_device_properties(number).total_memory for number in gpus)
+    return check_room(chosen, weights, gpu_memory) if weights else {}
 
 
 def _write(path: Path | None, content: dict[str, Any]) -> None:

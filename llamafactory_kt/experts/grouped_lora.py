@@ -79,9 +79,8 @@ class Batch:
 
 def batches(group: Mapping[int, int]) -> list[Batch]:
     """The experts of a group (expert -> rows) in turn, those in one that share a product."""
-    if (
-        max(group.values()) == 1
-    ):  # an answer's token, for which LoRA of experts in between would be read from memory in vain
+    # For an answer's token, LoRA of experts in between would be read from memory in vain.
+    if max(group.values()) == 1:
         return [Batch(expert, [1]) for expert in group]
     runs: list[Batch] = []
     most = rows = 0

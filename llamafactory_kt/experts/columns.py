@@ -4,14 +4,16 @@ Torch's own product with one row goes along each row of a weight in turn. FBGEMM
 (``torch.embedding_bag``: the sum of some rows of a table, each times its own factor, in float32), fetch memory ahead and
 took up to a quarter less time. So a weight [out, in] is kept as a table of ``in`` rows for each :data:`WIDTH` outputs, and a product is
 the sum of a table's rows times the numbers of x.
+
+The products are also compiled by TorchScript (:mod:`.scripted_expert`), which knows no globals but as defaults of parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 WIDTH = 64
 """outputs side by side: two lines of the CPU's cache; with more, FBGEMM runs out of registers, with fewer, reading its
@@ -51,65 +53,65 @@ def restore(columns: torch.Tensor) -> torch.Tensor:
     return columns.transpose(1, 2).flatten(0, 1)
 
 
-def linear(x: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None, wide: bool) -> torch.Tensor:
-    """[..., in] -> [..., out], of the dtype of x, computed in float32 (wide) or in bfloat16 with sums in float32."""
+def linear(x: Tensor, columns: Tensor, bias: Tensor | None, wide: bool, numbers: Tensor, threads: int) -> Tensor:
+    """[..., in] -> [..., out], of the dtype of x, computed in float32 (wide) or in bfloat16 with sums in float32.
+
+    Args:
+        numbers: as :func:`counted` has them for these columns.
+        threads: that compute.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    found = more_rows(rows.float(), columns) if wide else few_rows(rows.to(torch.bfloat16), columns)
+    if wide:
+        found = more_rows(rows.float(), columns, threads)
+    else:
+        found = few_rows(rows.to(torch.bfloat16), columns, numbers)
     if bias is not None:
         found.add_(bias)
-    return found.to(x.dtype).view(*x.shape[:-1], found.shape[-1])
+    return found.to(x.dtype).view(x.shape[:-1] + found.shape[-1:])
 
 
-def few_rows(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def few_rows(x: Tensor, columns: Tensor, numbers: Tensor, at_once: int = ROWS_AT_ONCE) -> Tensor:
     """x [n, in] in bfloat16 -> [n, out] in bfloat16, summed in float32. The weight is read once, and the numbers of its rows
     n times."""
-    (rows, width), tables = x.shape, len(columns)
-    at_once = max(1, ROWS_AT_ONCE // (width * max(1, rows)))
-    if tables > at_once:
-        return torch.cat([few_rows(x, part) for part in columns.split(at_once)], dim=1)
-    numbers, offsets = _numbers(tables, width, rows)
-    factors = x.expand(tables, rows, width).reshape(-1)
-    found = torch.embedding_bag(columns.view(-1, WIDTH), numbers, offsets, False, 0, False, factors)[0]
-    if rows == 1:
-        return found.view(1, -1)
-    return found.view(tables, rows, WIDTH).transpose(0, 1).reshape(rows, tables * WIDTH)
+    rows, width = x.shape
+    found: list[Tensor] = []
+    for part in columns.split(max(1, at_once // (width * max(1, rows)))):
+        tables = part.shape[0]
+        summed = numbers[: tables * width]
+        if rows != 1:
+            summed = summed.view(tables, 1, width).expand(-1, rows, -1).reshape(-1)
+        starts = torch.arange(0, summed.shape[0], width, dtype=torch.int32, device=x.device)
+        factors = x.expand(tables, rows, width).reshape(-1)
+        sums = torch.embedding_bag(part.flatten(0, 1), summed, starts, False, 0, False, factors)[0]
+        found.append(sums.view(tables, rows, -1).transpose(0, 1).reshape(rows, tables * part.shape[2]))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
-def more_rows(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def more_rows(x: Tensor, columns: Tensor, threads: int, block: int = BLOCK, many: int = MANY_ROWS) -> Tensor:
     """x [n, in] in float32 -> [n, out] in float32, with some tables at a time converted to float32."""
-    tables, width, _ = columns.shape
-    at_once = min(tables, max(torch.get_num_threads(), BLOCK // (width * WIDTH)))
-    out = x.new_empty(len(x), tables, WIDTH)
-    memory = x.new_empty(at_once * width * WIDTH)
+    tables, width, side = columns.shape
+    at_once = min(tables, max(threads, block // (width * side)))
+    out = x.new_empty([x.shape[0], tables, side])
+    memory = x.new_empty([at_once * width * side])
     for start in range(0, tables, at_once):
         part = columns[start : start + at_once]
         wide = memory[: part.numel()]
-        if len(x) < MANY_ROWS:
-            found = x.expand(len(part), -1, -1).bmm(wide.view_as(part).copy_(part)).transpose(0, 1)
+        if x.shape[0] < many:
+            found = x.expand(part.shape[0], -1, -1).bmm(wide.view_as(part).copy_(part)).transpose(0, 1)
         else:
-            side_by_side = wide.view(width, len(part), WIDTH).copy_(part.transpose(0, 1))
-            found = x.mm(side_by_side.flatten(1)).unflatten(1, (-1, WIDTH))
-        out[:, start : start + len(part)] = found
+            side_by_side = wide.view(width, part.shape[0], side).copy_(part.transpose(0, 1))
+            found = x.mm(side_by_side.flatten(1)).view(-1, part.shape[0], side)
+        out[:, start : start + at_once] = found
     return out.flatten(1)
 
 
-_counted = torch.empty(0, dtype=torch.int32)
+NONE = torch.empty(0, dtype=torch.int32)
+_counted = NONE
 
 
-def _numbers(tables: int, width: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which rows of the tables are in each sum, [tables * rows * width], and where those of a sum begin, [tables * rows]."""
-    numbers, offsets = _kept_numbers(tables, width)
-    if rows == 1:
-        return numbers, offsets
-    numbers = numbers.view(tables, 1, width).expand(-1, rows, -1).reshape(-1)
-    return numbers, torch.arange(0, len(numbers), width, dtype=torch.int32)
-
-
-@lru_cache(256)
-def _kept_numbers(tables: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For one row. All of them share their memory."""
+def counted(columns: Tensor) -> Tensor:
+    """The numbers of all rows of a weight's tables, and perhaps more; all weights share the memory."""
     global _counted
-    if len(_counted) < tables * width:
-        _counted = torch.arange(tables * width, dtype=torch.int32)
-        _kept_numbers.cache_clear()
-    return _counted[: tables * width], torch.arange(0, tables * width, width, dtype=torch.int32)
+    if len(_counted) < len(columns) * columns.shape[1]:
+        _counted = torch.arange(len(columns) * columns.shape[1], dtype=torch.int32)
+    return _counted

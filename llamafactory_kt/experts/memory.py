@@ -9,7 +9,7 @@ from torch import nn
 
 from ..adapters import AdapterSet
 from .contract import ExpertsModule
-from .grouped_lora import lora_size
+from .held_lora import lora_size
 from .methods import METHODS, PackedShape
 from .onednn_engine import sampled
 

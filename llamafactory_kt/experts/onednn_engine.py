@@ -6,20 +6,22 @@ the attention on them too, torch's own threads are faster. Packed or not, the me
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain, islice
 
 import torch
-from torch.nn import functional as F
 
 from ..adapters import ExpertLora, ExpertsShape
 from .engine import Engine, Undo
-from .grouped_lora import GroupedLora, add_lora, batches
+from .held_lora import HeldLora
 from .layer_tensors import ExpertWeights
 from .packing import Size, faster_packed, placing
-from .products import computed_in, linear
+from .products import computed_in, numbers
+from .scripted_expert import scripted_expert
+from .side_by_side import Part, compute, parts, together
 
-ROWS_PER_THREAD = 64
-"""that are computed together: the 1 MiB of cache of a thread's core holds them at each step"""
+RESULTS = 2**26
+"""bytes, at most, of experts' results that are kept until they are added up"""
 
 
 def sampled(shape: ExpertsShape) -> int:
@@ -32,7 +34,7 @@ class OneDNNEngine(Engine):
 
     name = "oneDNN"
 
-    _lora: GroupedLora | None = None
+    _lora: HeldLora | None = None
 
     def load(self) -> None:
         shape = self.spec.shape
@@ -50,10 +52,11 @@ class OneDNNEngine(Engine):
             (gate_up_place(number, gate, up), down_place(number, down))
             for number, (gate, up, down) in enumerate(chain(first, experts))
         ]
+        self._numbers = max(map(numbers, self._weights[0]), key=len)
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:
         before = self._lora, self.lora_rank
-        self._lora = GroupedLora(lora) if lora else None
+        self._lora = HeldLora(lora) if lora else None
         self.lora_rank = lora.rank if lora else 0
 
         def undo() -> None:
@@ -62,34 +65,32 @@ class OneDNNEngine(Engine):
         return undo
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        # Each expert's tokens side by side: one product for all of them.
         experts = index.reshape(-1)
-        order = experts.argsort(stable=True)
-        groups = _groups(torch.bincount(experts, minlength=len(self._weights)).tolist())
-        sizes = [sum(group.values()) for group in groups]
-        tokens = (order // index.shape[1]).split(sizes)
-        scores = weights.reshape(-1)[order].float()[:, None].split(sizes)
-        x, out = hidden.to(torch.bfloat16), torch.zeros(hidden.shape, dtype=torch.float32)
-        for group, token, score in zip(groups, tokens, scores, strict=True):
-            out.index_add_(0, token, self._compute(group, x[token]) * score)
-        return out.to(hidden.dtype)
+        order = experts.argsort(stable=True)  # each expert's rows side by side
+        tokens, scores = order // index.shape[1], weights.reshape(-1)[order].float()[:, None]
+        x, sums = hidden.to(torch.bfloat16), torch.zeros(hidden.shape, dtype=torch.float32)
+        counts, threads = torch.bincount(experts).tolist(), torch.get_num_threads()
+        for some in together(parts(counts, threads), RESULTS // sums[:1].nbytes):
+            rows = slice(some[0].start, some[-1].stop)
+            found = torch.empty(rows.stop - rows.start, sums.shape[1], dtype=torch.float32)
+            compute(some, threads, self._expert(x, tokens[rows], scores[rows], found, rows.start))
+            sums.index_add_(0, tokens[rows], found)
+        return sums.to(hidden.dtype)
 
-    def _compute(self, group: dict[int, int], x: torch.Tensor) -> torch.Tensor:
-        """x [n, H] bf16, the rows of each expert of the group in turn -> [n, H] float32, or without LoRA what the products
-        are computed in."""
-        x = x.to(computed_in(max(group.values())))
-        gate_up = self._products(0, group, x)
-        if self._lora is None:
-            return self._products(1, group, _gated(gate_up))
-        together = batches(group)
-        inner = _gated(add_lora(self._lora.gate_up, together, x.float(), gate_up.float()))
-        return add_lora(self._lora.down, together, inner, self._products(1, group, inner.to(x.dtype)).float())
+    def _expert(
+        self, x: torch.Tensor, tokens: torch.Tensor, scores: torch.Tensor, found: torch.Tensor, first: int
+    ) -> Callable[[Part, int], None]:
+        """What computes a part, with so many threads; the tensors' rows begin with the first of all parts."""
+        expert, held = scripted_expert(), self._lora
 
-    def _products(self, which: int, group: dict[int, int], x: torch.Tensor) -> torch.Tensor:
-        """Each expert's rows of x with its own weight: gate and up (0), or down (1)."""
-        parts = x.split(list(group.values()))
-        results = [linear(part, self._weights[expert][which]) for expert, part in zip(group, parts, strict=True)]
-        return torch.cat(results) if len(results) > 1 else results[0]
+        def one(part: Part, threads: int) -> None:
+            rows = slice(part.start - first, part.stop - first)
+            gate_up, down = self._weights[part.expert]
+            lora = held.each[part.expert] if held else None
+            wide = computed_in(part.stop - part.start) == torch.float32
+            expert(x, tokens[rows], scores[rows], gate_up, down, lora, wide, self._numbers, threads, found[rows])
+
+        return one
 
     @property
     def nbytes(self) -> int:
@@ -99,29 +100,3 @@ class OneDNNEngine(Engine):
     @property
     def lora_nbytes(self) -> int:
         return self._lora.nbytes if self._lora else 0
-
-
-def _groups(counts: list[int]) -> list[dict[int, int]]:
-    """The experts that have rows, in turn, with how many; several in one group where they have few.
-
-    Each step takes a group at a time: with fewer rows in it, calling it is what it costs; with more, its results leave
-    the CPU's cache before the next step reads them.
-    """
-    groups: list[dict[int, int]] = []
-    together, most = 0, ROWS_PER_THREAD * torch.get_num_threads()
-    for expert, rows in enumerate(counts):
-        if not rows:
-            continue
-        together += rows
-        if groups and together <= most:
-            groups[-1][expert] = rows
-        else:
-            groups.append({expert: rows})
-            together = rows
-    return groups
-
-
-def _gated(gate_up: torch.Tensor) -> torch.Tensor:
-    """[n, 2I] -> [n, I]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)

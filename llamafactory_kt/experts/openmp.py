@@ -3,7 +3,7 @@
 They spin, so that the next product finds them awake, unless libgomp manages more threads than there are CPUs; then it
 puts them to sleep almost at once (``gomp_throttled_spin_count_var`` in its ``team.c``), and each product pays for
 waking them. Every thread that ever computed owns a team: the one that loaded the model, and in LLaMA-Factory's chats
-each thread that generates. Two teams are already too many.
+each thread that generates. Two teams are already too many. So whoever wants threads of Python's borrows those of the team.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ import ctypes
 import os
 import re
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import torch
+
+_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _HARD = 2
 """omp_pause_hard (OpenMP 5.0, section 3.2.44)"""
 
@@ -44,6 +48,34 @@ def release_team() -> None:
             library.omp_pause_resource_all(_HARD)
 
 
+def in_team(work: Callable[[], None], threads: int) -> None:
+    """Call ``work`` in so many threads of the calling thread's team, itself among them, and wait for all.
+
+    Torch's products inside it are computed by the thread that calls them, as in any parallel region of OpenMP.
+
+    Raises:
+        BaseException: What the first of them raised.
+    """
+    raised: list[BaseException] = []
+
+    @_REGION
+    def region(_: int | None) -> None:
+        try:
+            with torch.inference_mode():
+                work()
+        except BaseException as error:  # which would end in C
+            raised.append(error)
+
+    try:
+        parallel = _torchs().GOMP_parallel
+    except AttributeError:  # a torch with another OpenMP
+        region(None)
+    else:
+        parallel(region, None, threads, 0)
+    if raised:
+        raise raised[0]
+
+
 @cache
 def throttle() -> None:
     """Let torch's threads wait without spinning, so that idle-class workers get the cores while torch waits for them.
@@ -62,6 +94,12 @@ def throttle() -> None:
 
     threading.Thread(target=team, name="openmp-throttle", daemon=True).start()
     done.wait(5)
+
+
+@cache
+def _torchs() -> ctypes.CDLL:
+    """Torch's library of products, through which the libgomp is found that it is linked with."""
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
 
 @cache

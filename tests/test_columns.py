@@ -33,33 +33,30 @@ def test_stored_bit_by_bit(weight, block, divided, monkeypatch):
 
 @pytest.mark.parametrize("at_once", [1, 3 * IN, 2**22])
 @pytest.mark.parametrize("rows", [0, 1, 2, 7])
-def test_few_rows(weight, rows, at_once, monkeypatch):
+def test_few_rows(weight, rows, at_once):
     """Of more tables than one call takes, and of fewer; rounded once."""
-    monkeypatch.setattr(columns, "ROWS_AT_ONCE", at_once)
-    columns._kept_numbers.cache_clear()
-    x = torch.randn(rows, IN).to(torch.bfloat16)
-    found = columns.few_rows(x, stored(weight))
+    x, held = torch.randn(rows, IN).to(torch.bfloat16), stored(weight)
+    found = columns.few_rows(x, held, columns.counted(held), at_once)
     assert found.dtype == torch.bfloat16 and found.shape == (rows, OUT)
     torch.testing.assert_close(found.double(), x.double() @ weight.double().T, rtol=2**-8, atol=1e-5)
 
 
-def test_numbers_grow(weight):
+def test_numbers_grow(weight, monkeypatch):
     """A larger weight after a smaller one, and the smaller one again."""
-    columns._kept_numbers.cache_clear()
+    monkeypatch.setattr(columns, "_counted", columns.NONE)
     large, x = torch.randn(512, IN).to(torch.bfloat16), torch.randn(1, IN).to(torch.bfloat16)
     for one in (weight, large, weight):
-        found = columns.few_rows(x, stored(one))
+        found = columns.few_rows(x, stored(one), columns.counted(stored(one)))
         torch.testing.assert_close(found.double(), x.double() @ one.double().T, rtol=2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", [1, 2 * WIDTH * IN, 2**20])
 @pytest.mark.parametrize("rows", [0, 1, 8, 11])
 @pytest.mark.parametrize("many", [9, 512])
-def test_more_rows(weight, rows, many, block, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_more_rows(weight, rows, many, block, threads):
     """In one wide product, or one for each table; of all tables at once, or of some."""
-    monkeypatch.setattr(columns, "BLOCK", block)
-    monkeypatch.setattr(columns, "MANY_ROWS", many)
     x = torch.randn(rows, IN)
-    found = columns.more_rows(x, stored(weight))
+    found = columns.more_rows(x, stored(weight), threads, block, many)
     assert found.dtype == torch.float32 and found.shape == (rows, OUT)
     torch.testing.assert_close(found.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)

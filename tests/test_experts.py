@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTAdapterError, KTExpertsConfig, apply_adapter, load_moe_lora_from_adapter, machine
 from llamafactory_kt.adapters import ExpertLora, ExpertsShape
-from llamafactory_kt.experts import columns, onednn_engine, products
+from llamafactory_kt.experts import columns, onednn_engine, products, side_by_side
 from llamafactory_kt.experts.engine import EngineSpec
 from llamafactory_kt.experts.kt_engine import KTEngine
 from llamafactory_kt.experts.layer_tensors import ExpertWeights, LayerWeights
@@ -103,15 +103,12 @@ def test_onednn_with_weights_that_are_not_packed(monkeypatch, packed):
 
 
 @needs_onednn
-@pytest.mark.parametrize("grouped", [1, 128])
 @pytest.mark.parametrize("packed", [set(), {(32, 48)}, {(48, 16)}], ids=str)
-def test_onednn_without_bfloat16_kernels(monkeypatch, grouped, packed):
-    """Experts with few rows, and with many, apart and together, plain or in columns; their weights do not divide into blocks."""
+def test_onednn_without_bfloat16_kernels(monkeypatch, packed):
+    """Experts with few rows, and with many, plain or in columns."""
     pretend_no_bfloat16_kernels(monkeypatch)
     monkeypatch.setattr(onednn_engine, "faster_packed", lambda sizes, sample: packed & set(sizes))
     monkeypatch.setattr(columns, "WIDTH", 16)
-    monkeypatch.setattr(products, "BLOCK", 5 * 48)
-    monkeypatch.setattr(onednn_engine, "ROWS_PER_THREAD", grouped)
     shape = ExpertsShape(7, 48, 16)
     weights, lora, (x, index, scores) = layer(shape), lora_for(shape, rank=5, scaling=3.2), batch(shape, 37)
     index[index == 6] = 2
@@ -142,11 +139,17 @@ def test_onednn_without_bfloat16_kernels_rounds_nothing_between_products(monkeyp
 
 
 @needs_onednn
-@pytest.mark.parametrize("rows", [1, 11, 30, 10**6])
-def test_onednn_computes_experts_in_groups(monkeypatch, rows):
-    """Each alone, some together with others beside them that have more rows than a group, and all in one."""
-    monkeypatch.setattr(onednn_engine, "ROWS_PER_THREAD", rows)
+@pytest.mark.parametrize("kernels", [pytest.param(True, marks=needs_bfloat16_kernels), False])
+@pytest.mark.parametrize("kept", [1, 30, 10**6])
+@pytest.mark.parametrize("alone", [True, False])
+def test_onednn_computes_experts_side_by_side(monkeypatch, alone, kept, kernels):
+    """By threads of their own or all together; their results added up expert by expert, some at a time, and all at once."""
+    if not kernels:
+        pretend_no_bfloat16_kernels(monkeypatch)
     shape = ExpertsShape(7, 33, 8)
+    monkeypatch.setattr(onednn_engine, "RESULTS", kept * 4 * shape.hidden_size)
+    monkeypatch.setattr(side_by_side, "FEWEST_ROWS", 7)
+    monkeypatch.setattr(side_by_side, "_BUSY", 0.0 if alone else 2.0)
     weights, lora, (x, index, scores) = layer(shape), lora_for(shape, rank=5, scaling=3.2), batch(shape, 37)
     index[:30, 0] = 3  # most tokens choose this expert (some of them twice), and none the last one
     index[index == 6] = 2
@@ -154,13 +157,6 @@ def test_onednn_computes_experts_in_groups(monkeypatch, rows):
     assert rel(engine.forward(x, index, scores), reference(weights, None, x, index, scores)) < 0.01
     engine.set_lora(lora)
     assert rel(engine.forward(x, index, scores), reference(weights, lora, x, index, scores)) < 0.01
-
-
-def test_groups(monkeypatch):
-    """Experts without rows are in none; a group takes no more rows than are computed together, but for one expert's own."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    groups = onednn_engine._groups([0, 100, 28, 1, 0, 127, 300, 5, 0])
-    assert groups == [{1: 100, 2: 28}, {3: 1, 5: 127}, {6: 300}, {7: 5}] and onednn_engine.ROWS_PER_THREAD == 64
 
 
 @pytest.fixture(autouse=True, scope="module")

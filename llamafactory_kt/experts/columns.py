@@ -61,10 +61,7 @@ def linear(x: Tensor, columns: Tensor, bias: Tensor | None, wide: bool, numbers:
         threads: that compute.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if wide:
-        found = more_rows(rows.float(), columns, threads)
-    else:
-        found = few_rows(rows.to(torch.bfloat16), columns, numbers)
+    found = more_rows(rows.float(), columns, threads) if wide else few_rows(rows.to(torch.bfloat16), columns, numbers)
     if bias is not None:
         found.add_(bias)
     return found.to(x.dtype).view(x.shape[:-1] + found.shape[-1:])
@@ -76,14 +73,14 @@ def few_rows(x: Tensor, columns: Tensor, numbers: Tensor, at_once: int = ROWS_AT
     rows, width = x.shape
     found: list[Tensor] = []
     for part in columns.split(max(1, at_once // (width * max(1, rows)))):
-        tables = part.shape[0]
+        tables, side = part.shape[0], part.shape[2]
         summed = numbers[: tables * width]
         if rows != 1:
             summed = summed.view(tables, 1, width).expand(-1, rows, -1).reshape(-1)
         starts = torch.arange(0, summed.shape[0], width, dtype=torch.int32, device=x.device)
         factors = x.expand(tables, rows, width).reshape(-1)
         sums = torch.embedding_bag(part.flatten(0, 1), summed, starts, False, 0, False, factors)[0]
-        found.append(sums.view(tables, rows, -1).transpose(0, 1).reshape(rows, tables * part.shape[2]))
+        found.append(sums.view(tables, rows, side).transpose(0, 1).reshape(rows, tables * side))
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 

@@ -70,7 +70,7 @@ class OneDNNEngine(Engine):
         tokens, scores = order // index.shape[1], weights.reshape(-1)[order].float()[:, None]
         x, sums = hidden.to(torch.bfloat16), torch.zeros(hidden.shape, dtype=torch.float32)
         counts, threads = torch.bincount(experts).tolist(), torch.get_num_threads()
-        for some in together(parts(counts, threads), RESULTS // sums[:1].nbytes):
+        for some in together(parts(counts, threads), RESULTS // (4 * sums.shape[1])):
             rows = slice(some[0].start, some[-1].stop)
             found = torch.empty(rows.stop - rows.start, sums.shape[1], dtype=torch.float32)
             compute(some, threads, self._expert(x, tokens[rows], scores[rows], found, rows.start))

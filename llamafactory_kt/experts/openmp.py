@@ -58,7 +58,6 @@ def in_team(work: Callable[[], None], threads: int) -> None:
     """
     raised: list[BaseException] = []
 
-    @_REGION
     def region(_: int | None) -> None:
         try:
             with torch.inference_mode():
@@ -71,7 +70,7 @@ def in_team(work: Callable[[], None], threads: int) -> None:
     except AttributeError:  # a torch with another OpenMP
         region(None)
     else:
-        parallel(region, None, threads, 0)
+        parallel(_REGION(region), None, threads, 0)
     if raised:
         raise raised[0]
 

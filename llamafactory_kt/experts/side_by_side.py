@@ -35,7 +35,8 @@ def parts(counts: Sequence[int], threads: int) -> list[Part]:
         counts: rows of each expert; they lie one after the other.
     """
     aim = max(FEWEST_ROWS, min(MOST_ROWS, sum(counts) // (_PARTS * threads)))
-    found, start = [], 0
+    found: list[Part] = []
+    start = 0
     for expert, rows in enumerate(counts):
         number = max(min(rows, 1), round(rows / aim))
         ends = [start + rows * part // number for part in range(number + 1)] if number else []

@@ -46,11 +46,13 @@ def test_few_experts_are_computed_by_all_threads(monkeypatch, number, threads, a
 
     monkeypatch.setattr(side_by_side, "in_team", team)
     some, computed = [Part(expert, expert, 2 * expert + 1) for expert in range(number)], []
+    monkeypatch.setattr(side_by_side, "_ROWS", 1)
     compute(some, threads, lambda *given: computed.append(given))
     assert teams == [threads] * alone
-    assert sorted(computed) == [(part, 1 if alone else threads) for part in some]
     if alone:
-        assert computed[0][0] == some[-1], "the longest first"
+        assert computed == [([part], 1) for part in reversed(some)], "the longest first"
+    else:
+        assert computed == [(few, threads) for few in together(some, threads)]
 
 
 @needs_threads

@@ -6,7 +6,7 @@ the attention on them too, torch's own threads are faster. Packed or not, the me
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
 
 import torch
@@ -17,7 +17,7 @@ from .held_lora import HeldLora
 from .layer_tensors import ExpertWeights
 from .packing import Size, faster_packed, placing
 from .products import computed_in, numbers
-from .scripted_expert import scripted_expert
+from .scripted_experts import scripted_experts
 from .side_by_side import Part, compute, parts, together
 
 RESULTS = 2**26
@@ -73,24 +73,38 @@ class OneDNNEngine(Engine):
         for some in together(parts(counts, threads), RESULTS // (4 * sums.shape[1])):
             rows = slice(some[0].start, some[-1].stop)
             found = torch.empty(rows.stop - rows.start, sums.shape[1], dtype=torch.float32)
-            compute(some, threads, self._expert(x, tokens[rows], scores[rows], found, rows.start))
+            compute(some, threads, self._experts(x, tokens[rows], scores[rows], found, rows.start))
             sums.index_add_(0, tokens[rows], found)
         return sums.to(hidden.dtype)
 
-    def _expert(
+    def _experts(
         self, x: torch.Tensor, tokens: torch.Tensor, scores: torch.Tensor, found: torch.Tensor, first: int
-    ) -> Callable[[Part, int], None]:
-        """What computes a part, with so many threads; the tensors' rows begin with the first of all parts."""
-        expert, held = scripted_expert(), self._lora
+    ) -> Callable[[Sequence[Part], int], None]:
+        """What computes parts, with so many threads; the tensors' rows begin with the first of all parts."""
+        experts, each = scripted_experts(), self._lora.each if self._lora else None
 
-        def one(part: Part, threads: int) -> None:
-            rows = slice(part.start - first, part.stop - first)
-            gate_up, down = self._weights[part.expert]
-            lora = held.each[part.expert] if held else None
-            wide = computed_in(part.stop - part.start) == torch.float32
-            expert(x, tokens[rows], scores[rows], gate_up, down, lora, wide, self._numbers, threads, found[rows])
+        def call(some: Sequence[Part], threads: int) -> None:
+            rows = slice(some[0].start - first, some[-1].stop - first)
+            sizes = [part.stop - part.start for part in some]
+            gate_up, down = zip(*(self._weights[part.expert] for part in some), strict=True)
+            lora = [each[part.expert] for part in some] if each else []
+            wide = computed_in(max(sizes)) == torch.float32
+            given = (
+                x,
+                tokens[rows],
+                scores[rows],
+                sizes,
+                gate_up,
+                down,
+                lora,
+                wide,
+                self._numbers,
+                threads,
+                found[rows],
+            )
+            experts(*given)
 
-        return one
+        return call
 
     @property
     def nbytes(self) -> int:

@@ -16,8 +16,10 @@ FEWEST_ROWS, MOST_ROWS = 64, 256
 """of a part. With fewer, reading the weights is what it costs; with more, a thread may be left with the last ones"""
 _PARTS = 4
 """for each thread, where there are rows enough, so that those with the last parts are not waited for long"""
-_BUSY = 0.75
+_BUSY = 0.7
 """share of the threads' time that is used, at least, if they compute by themselves"""
+_ROWS = 64
+"""for each thread, that all of them compute together: the 1 MiB of cache of its core holds them at each step"""
 
 
 class Part(NamedTuple):
@@ -57,16 +59,17 @@ def together(every: Sequence[Part], most: int) -> Iterator[list[Part]]:
         yield some
 
 
-def compute(some: Sequence[Part], threads: int, one: Callable[[Part, int], None]) -> None:
-    """Call ``one(part, threads that compute it)`` for each part: in all threads side by side, or in turn."""
+def compute(some: Sequence[Part], threads: int, call: Callable[[Sequence[Part], int], None]) -> None:
+    """Call ``call(parts, threads that compute them)``: in all threads side by side with a part each, until none is left, or
+    with several in turn."""
     if threads == 1 or len(some) < _BUSY * threads * -(-len(some) // threads):
-        for part in some:
-            one(part, threads)
+        for few in together(some, _ROWS * threads):
+            call(few, threads)
         return
     left = iter(sorted(some, key=lambda part: part.start - part.stop))  # those with most rows first
 
     def work() -> None:
         for part in left:
-            one(part, 1)
+            call([part], 1)
 
     in_team(work, threads)

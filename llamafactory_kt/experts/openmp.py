@@ -97,7 +97,11 @@ def throttle() -> None:
 
 @cache
 def _torchs() -> ctypes.CDLL:
-    """Torch's library of products, through which the libgomp is found that it is linked with."""
+    """The OpenMP that torch computes with, found as the dynamic linker does: what the whole process shares (``LD_PRELOAD`` may
+    bring Intel's, which knows GNU's calls) comes before what torch's library of products is linked with."""
+    process = ctypes.CDLL(None)
+    if hasattr(process, "GOMP_parallel"):
+        return process
     return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
 

@@ -20,6 +20,7 @@ from llamafactory_kt.experts.kt_engine import KTEngine
 from llamafactory_kt.experts.layer_tensors import ExpertWeights, LayerWeights
 from llamafactory_kt.experts.methods import METHODS
 from llamafactory_kt.experts.onednn_engine import OneDNNEngine
+from llamafactory_kt.experts.openmp import in_team
 from llamafactory_kt.experts.packing import is_packed, unpack
 from llamafactory_kt.experts.torch_engine import TorchEngine
 
@@ -138,11 +139,20 @@ def test_onednn_without_bfloat16_kernels_rounds_nothing_between_products(monkeyp
         assert rel(engine.forward(x.float(), index, scores), reference(weights, one, x, index, scores)) < 1e-5
 
 
+@pytest.fixture
+def two_threads():
+    """Tests beside each other have one each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @needs_onednn
 @pytest.mark.parametrize("kernels", [pytest.param(True, marks=needs_bfloat16_kernels), False])
 @pytest.mark.parametrize("kept", [1, 30, 10**6])
 @pytest.mark.parametrize("alone", [True, False])
-def test_onednn_computes_experts_side_by_side(monkeypatch, alone, kept, kernels):
+def test_onednn_computes_experts_side_by_side(monkeypatch, two_threads, alone, kept, kernels):
     """By threads of their own or all together; their results added up expert by expert, some at a time, and all at once."""
     if not kernels:
         pretend_no_bfloat16_kernels(monkeypatch)
@@ -153,10 +163,13 @@ def test_onednn_computes_experts_side_by_side(monkeypatch, alone, kept, kernels)
     weights, lora, (x, index, scores) = layer(shape), lora_for(shape, rank=5, scaling=3.2), batch(shape, 37)
     index[:30, 0] = 3  # most tokens choose this expert (some of them twice), and none the last one
     index[index == 6] = 2
+    teams = []
+    monkeypatch.setattr(side_by_side, "in_team", lambda *given: teams.append(given) or in_team(*given))
     engine = make_engine("oneDNN", shape, weights)
     assert rel(engine.forward(x, index, scores), reference(weights, None, x, index, scores)) < 0.01
     engine.set_lora(lora)
     assert rel(engine.forward(x, index, scores), reference(weights, lora, x, index, scores)) < 0.01
+    assert bool(teams) == alone
 
 
 @pytest.fixture(autouse=True, scope="module")

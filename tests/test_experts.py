@@ -124,6 +124,14 @@ def test_onednn_without_bfloat16_kernels(monkeypatch, packed):
 
 
 @needs_onednn
+@pytest.mark.parametrize("block", [1, 5 * 48, 2**20])
+def test_blocks_that_do_not_divide_a_weight(block):
+    x, weight, bias = torch.randn(2, 9, 48), torch.randn(32, 48).bfloat16(), torch.randn(32).bfloat16()
+    found = products._in_blocks(x, weight, bias, block)
+    torch.testing.assert_close(found.double(), x.double() @ weight.double().T + bias.double(), rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
 @pytest.mark.parametrize("packed", [True, False])
 def test_onednn_without_bfloat16_kernels_rounds_nothing_between_products(monkeypatch, packed):
     """Where every expert has many rows, and the caller takes float32."""

@@ -5,7 +5,7 @@ Torch's own product with one row goes along each row of a weight in turn. FBGEMM
 took up to a quarter less time. So a weight [out, in] is kept as a table of ``in`` rows for each :data:`WIDTH` outputs, and a product is
 the sum of a table's rows times the numbers of x.
 
-The products are also compiled by TorchScript (:mod:`.scripted_expert`), which knows no globals but as defaults of parameters.
+The products are also compiled by TorchScript (:mod:`.scripted_experts`), which knows no globals but as defaults of parameters.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def more_rows(x: Tensor, columns: Tensor, threads: int, block: int = BLOCK, many
 
 
 NONE = torch.empty(0, dtype=torch.int32)
+"""what weights that are in no columns have"""
 _counted = NONE
 
 

@@ -89,20 +89,8 @@ class OneDNNEngine(Engine):
             gate_up, down = zip(*(self._weights[part.expert] for part in some), strict=True)
             lora = [each[part.expert] for part in some] if each else []
             wide = computed_in(max(sizes)) == torch.float32
-            given = (
-                x,
-                tokens[rows],
-                scores[rows],
-                sizes,
-                gate_up,
-                down,
-                lora,
-                wide,
-                self._numbers,
-                threads,
-                found[rows],
-            )
-            experts(*given)
+            given = x, tokens[rows], scores[rows], sizes
+            experts(*given, gate_up, down, lora, wide, self._numbers, threads, found[rows])
 
         return call
 

@@ -1,4 +1,4 @@
-"""Where bfloat16 weights are read fastest: packed, or plain in large pages.
+"""Where bfloat16 weights are read fastest: packed or plain, in large pages.
 
 Packed are weights in oneDNN's layout where it has bfloat16 kernels, and in columns (:mod:`.columns`) where it has none.
 Its layout saves oneDNN from reading plain weights row by row. With AVX-512 it was faster for every size that was tried;
@@ -17,6 +17,7 @@ import torch
 
 from ..used_memory import in_large_pages
 from . import columns
+from .onednn_layout import OneDNNPlaces
 from .products import has_bfloat16_kernels, linear
 from .remembered import Remembered
 
@@ -59,19 +60,16 @@ def placing(size: Size, count: int, packed: bool) -> Callable[..., torch.Tensor]
     """Where weights of a size go for good.
 
     Args:
-        count: how many there will be; those that oneDNN does not lay out share one block of memory.
+        count: how many there will be; they share one block of memory.
 
     Returns:
         A call (number of the weight, its rows in one tensor or several, [..., in] each) -> the weight in its place.
     """
 
-    def empty(*shape: int) -> torch.Tensor:
-        return in_large_pages(torch.empty(shape, dtype=torch.bfloat16, device="cpu"))
-
     if packed and has_bfloat16_kernels():
-        whole, pack = empty(*size), torch.ops.mkldnn._reorder_linear_weight
-        return lambda _, *rows: pack(torch.cat(rows, out=whole) if len(rows) > 1 else rows[0], 1)
-    block = empty(count, *(columns.layout(size) if packed else size))
+        return OneDNNPlaces(size, count)
+    shape = columns.layout(size) if packed else size
+    block = in_large_pages(torch.empty(count, *shape, dtype=torch.bfloat16, device="cpu"))
     if packed:
         return lambda number, *rows: columns.store(block[number], rows)
     return lambda number, *rows: torch.cat(rows, out=block[number])
@@ -111,7 +109,7 @@ def forget_measured() -> None:
 
 def _memory() -> Remembered:
     # by their layout, which ONEDNN_MAX_CPU_ISA may have otherwise the next time
-    layout = "oneDNN's" if has_bfloat16_kernels() else "columns"
+    layout = "oneDNN's in large pages" if has_bfloat16_kernels() else "columns"
     return Remembered({"packed over plain": "threads, out, in, ratio of times", "layout": layout})
 
 

@@ -19,6 +19,7 @@ from ..used_memory import forget_pages, give_back_memory
 from .crossing import SHARED_EXPERTS
 from .inference_lora import take_over
 from .module import KTExperts
+from .onednn_layout import as_parameter
 from .openmp import release_team
 from .packing import SMALLEST, Size, faster_packed, is_packed, placing, size_of, unpack
 from .products import PreparedLinear, onednn_problem
@@ -61,7 +62,7 @@ def _place_weights(model: nn.Module) -> None:
         place = placing(size, len(same), size in packed)
         for number, layer in enumerate(same):
             plain = layer.weight.detach()
-            layer.weight = nn.Parameter(place(number, plain), requires_grad=False)
+            layer.weight = as_parameter(place(number, plain))
             layer.__class__ = PreparedLinear  # PEFT and hooks hold the object
             vars(layer)[_PREPARED] = True
             forget_pages(plain)
@@ -79,7 +80,7 @@ def changing_layers(model: nn.Module, weights_are_read: bool) -> Iterator[None]:
     prepared: list[nn.Linear] = [module for module in model.modules() if isinstance(module, PreparedLinear)]
     for layer in prepared if weights_are_read else ():
         if is_packed(layer.weight):
-            layer.weight = nn.Parameter(unpack(layer.weight.detach()), requires_grad=False)
+            layer.weight = as_parameter(unpack(layer.weight.detach()))
             layer.__class__ = nn.Linear
             del vars(layer)[_PREPARED]
     try:

@@ -2,6 +2,7 @@
 
 import gc
 import mmap
+import weakref
 
 import pytest
 import torch
@@ -45,9 +46,16 @@ def test_without_torchs_interface(weights, monkeypatch):
         assert torch.equal(place(number, weight).to_dense(), weight)
 
 
-def test_a_parameter_keeps_the_memory():
-    size = 2048, 2048  # memory of this size goes back to the system at once, so reading it afterwards would be a crash
+def test_memory_stays_with_a_parameter_and_goes_with_it():
+    size = 2048, 2048
     weight = torch.randn(size).bfloat16()
-    parameter = as_parameter(OneDNNPlaces(size, 2)(1, weight))
+    placed = OneDNNPlaces(size, 2)(1, weight)
+    memory = weakref.ref(vars(placed)[onednn_layout._MEMORY])
+    parameter = as_parameter(placed)
+    del placed
     gc.collect()
+    assert memory() is not None
     assert torch.equal(parameter.detach().to_dense(), weight)
+    del parameter
+    gc.collect()
+    assert memory() is None

@@ -82,7 +82,9 @@ def _adopt(place: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("torch could not make a tensor of a packed weight")
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    found: torch.Tensor = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(capsule(handle, None, None))
+    # Its sibling for a single tensor leaves another reference behind, and so never frees one.
+    found: torch.Tensor
+    (found,) = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([capsule(handle, None, None)])
     vars(found)[_MEMORY] = place
     return found
 

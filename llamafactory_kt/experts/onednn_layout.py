@@ -10,14 +10,17 @@ from __future__ import annotations
 import ctypes
 import mmap
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from ..used_memory import in_large_pages
+from .libtorch import libtorch
 
 _MEMORY = "_kt_memory"
 """set on a tensor: the block that its numbers lie in"""
+_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
 
 
 class OneDNNPlaces:
@@ -72,7 +75,7 @@ def _adopt(place: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     """A tensor like a packed one, whose numbers are those in place."""
     layout = torch.ops.mkldnn._get_mkldnn_serialized_md(packed)
     rows, columns = packed.shape
-    pair, handle, torchs = ctypes.c_int64 * 2, ctypes.c_void_p(), _torchs()
+    pair, handle, torchs = ctypes.c_int64 * 2, ctypes.c_void_p(), libtorch()
     failed = torchs.aoti_torch_create_tensor_from_blob_v2(
         ctypes.c_void_p(place.data_ptr()), ctypes.c_int64(2), pair(rows, columns), pair(columns, 1), ctypes.c_int64(0),
         torchs.aoti_torch_dtype_bfloat16(), torchs.aoti_torch_device_type_cpu(), 0, ctypes.byref(handle),
@@ -80,27 +83,20 @@ def _adopt(place: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     )  # fmt: skip
     if failed:
         raise RuntimeError("torch could not make a tensor of a packed weight")
-    capsule = ctypes.pythonapi.PyCapsule_New
-    capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     # Its sibling for a single tensor leaves another reference behind, and so never frees one.
     found: torch.Tensor
-    (found,) = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([capsule(handle, None, None)])
+    (found,) = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule(handle, None, None)])
     vars(found)[_MEMORY] = place
     return found
 
 
 @cache
-def _torchs() -> ctypes.CDLL:
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-
-
-@cache
 def _can_adopt() -> bool:
     """Whether this torch has all that is needed; where not, weights stay where it packs them."""
+    names = ("create_tensor_from_blob_v2", "dtype_bfloat16", "device_type_cpu", "layout__mkldnn")
     try:
-        names = ("create_tensor_from_blob_v2", "dtype_bfloat16", "device_type_cpu", "layout__mkldnn")
-        all_there = all(hasattr(_torchs(), f"aoti_torch_{name}") for name in names)
-        operators = ("_nbytes", "data_ptr", "_get_mkldnn_serialized_md")
-        return all_there and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+        all_there = all(hasattr(libtorch(), f"aoti_torch_{name}") for name in names)
     except OSError:
         return False
+    operators = ("_nbytes", "data_ptr", "_get_mkldnn_serialized_md")
+    return all_there and all(hasattr(torch.ops.mkldnn, name) for name in operators)

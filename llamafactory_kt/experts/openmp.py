@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from .libtorch import libtorch
+
 _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _HARD = 2
 """omp_pause_hard (OpenMP 5.0, section 3.2.44)"""
@@ -102,7 +104,7 @@ def _torchs() -> ctypes.CDLL:
     process = ctypes.CDLL(None)
     if hasattr(process, "GOMP_parallel"):
         return process
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    return libtorch()
 
 
 @cache

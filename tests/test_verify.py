@@ -12,6 +12,7 @@ import torch
 import yaml
 from conftest import ENGINES
 from tiny import make_adapter, make_model, merged_float32, moe_layers, rel
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from llamafactory_kt.adapters import open_adapters
@@ -20,6 +21,7 @@ from llamafactory_kt.errors import KTConfigError
 from llamafactory_kt.hooks.configuration import load_chat, prompt_ids
 from llamafactory_kt.lora import kt_wrappers
 from llamafactory_kt.verify import record_inputs, verify_layers
+from llamafactory_kt.verify.bounds import bounds_for, compare
 from llamafactory_kt.verify.reference import Reference
 
 
@@ -156,3 +158,32 @@ def test_the_reference_is_stock_transformers_arithmetic(tmp_path, architecture, 
                 wanted = merged.get_submodule(name)(x, index, weights)
             found = reference.compute(layer, x, index, weights)
             assert rel(found[place], wanted) < 1e-5 < rel(found[1 - place], wanted)
+
+
+def in_four_bits(weight: torch.Tensor) -> torch.Tensor:
+    scale = weight.abs().amax(1, keepdim=True) / 7
+    return (weight / scale).round() * scale
+
+
+def test_four_bits_pass_with_rows_as_long_as_real_ones():
+    """What rounding each row to 15 steps makes of experts of DeepSeek-V2-Lite's size, in float32 and by no kernel."""
+    torch.manual_seed(0)
+    sizes, bounds = ((1408, 2048), (1408, 2048), (2048, 1408)), bounds_for("AMXINT4")
+
+    def computed(weights, factor=1.0):
+        both = weights, [weight + factor * delta for weight, delta in zip(weights, deltas, strict=True)]
+        return tuple((F.silu(x @ gate.T) * (x @ up.T)) @ down.T for gate, up, down in both)
+
+    for _ in range(8):
+        x = torch.randn(32, 2048)
+        weights = [0.02 * torch.randn(size) for size in sizes]
+        deltas = [0.004 * torch.randn(rows, 8) @ torch.randn(8, columns) for rows, columns in sizes]
+        wanted, rounded = computed(weights), [in_four_bits(weight) for weight in weights]
+        every = [computed(rounded, factor) for factor in (1.0, 0.0, 0.5, 2.0)]
+        for row in range(32):  # alone, as verify gives an expert one
+            found, *wrong = (
+                compare(*(tuple(part[row : row + 1] for part in pair) for pair in (outputs, wanted)), bounds)
+                for outputs in every
+            )
+            assert not found.problem and found.base > 0.2 and found.effect > 0.5, found
+            assert all(comparison.problem for comparison in wrong)

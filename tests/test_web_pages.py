@@ -138,7 +138,8 @@ def choose(page: Any, label: str, value: str) -> None:
 
 def settle(page: Any) -> None:
     """Wait until the page has its answers and asks nothing more: what is typed before they come is overwritten."""
-    page.wait_for_function("asking == 0 && Date.now() - asked > 300")
+    page.evaluate("asked = Date.now()")  # what was just done may not have been asked about yet
+    page.wait_for_function("asking == 0 && Date.now() - asked > 600")
 
 
 def press(page: Any, button: str) -> None:

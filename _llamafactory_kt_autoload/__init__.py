@@ -8,7 +8,7 @@ def autoload() -> None:
 
         if os.environ.get("LLAMAFACTORY_KT_DISABLE", "") not in ("", "0"):
             return
-        from llamafactory_kt.bootstrap import activate
+        from llamafactory_kt.integration.bootstrap import activate
 
         activate()
     except BaseException as error:  # an exception here would make `import torch` fail for everyone

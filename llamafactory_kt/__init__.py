@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .bootstrap import activate
-    from .errors import (
+    from .apply import LoadReport, apply_adapter, load_moe_lora_from_adapter, switch_adapter
+    from .decoding.optimize import prepare_for_inference
+    from .ground.errors import (
         KTAdapterError,
         KTConfigError,
         KTDataError,
@@ -23,11 +24,10 @@ if TYPE_CHECKING:
         KTPathError,
         KTServerError,
     )
-    from .experts import KTExpertsConfig
-    from .inference import prepare_for_inference
-    from .lab.generating import Answer, generate
-    from .lab.router_stats import LayerStats, get_router_stats, print_router_stats, reset_router_stats
-    from .lora import LoadReport, apply_adapter, load_moe_lora_from_adapter, switch_adapter
+    from .integration.bootstrap import activate
+    from .model import KTExpertsConfig
+    from .router_stats.stats import LayerStats, get_router_stats, print_router_stats, reset_router_stats
+    from .tools.experiments.generating import Answer, generate
 
 __all__ = [
     "Answer",
@@ -57,20 +57,21 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Answer": "lab.generating",
-    "KTExpertsConfig": "experts",
-    "LayerStats": "lab.router_stats",
-    "LoadReport": "lora",
-    "activate": "bootstrap",
-    "apply_adapter": "lora",
-    "generate": "lab.generating",
-    "get_router_stats": "lab.router_stats",
-    "load_moe_lora_from_adapter": "lora",
-    "prepare_for_inference": "inference",
-    "print_router_stats": "lab.router_stats",
-    "reset_router_stats": "lab.router_stats",
-    "switch_adapter": "lora",
+    "Answer": "tools.experiments.generating",
+    "KTExpertsConfig": "model",
+    "LayerStats": "router_stats.stats",
+    "LoadReport": "apply",
+    "activate": "integration.bootstrap",
+    "apply_adapter": "apply",
+    "generate": "tools.experiments.generating",
+    "get_router_stats": "router_stats.stats",
+    "load_moe_lora_from_adapter": "apply",
+    "prepare_for_inference": "decoding.optimize",
+    "print_router_stats": "router_stats.stats",
+    "reset_router_stats": "router_stats.stats",
+    "switch_adapter": "apply",
 }
+"""where each public name is; those that are not here are exceptions"""
 
 
 def __getattr__(name: str) -> Any:
@@ -78,4 +79,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)
+    return getattr(import_module(f".{_HOMES.get(name, 'ground.errors')}", __name__), name)

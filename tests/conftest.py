@@ -10,9 +10,9 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 
-from llamafactory_kt.experts import columns, packing, products
-from llamafactory_kt.experts.kt_runtime import kernel_problem
-from llamafactory_kt.experts.products import has_bfloat16_kernels, onednn_problem
+from llamafactory_kt.engines.ktkernel.runtime import kernel_problem
+from llamafactory_kt.matmul.linear import has_bfloat16_kernels, onednn_problem
+from llamafactory_kt.model import columns, packing, products
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, a shell has it ignored
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ..errors import KTAdapterError, name_some
+from ..ground.errors import KTAdapterError, name_some
+from ..ground.tensor_files import TensorStore, all_finite
 from .config import LoraSettings
 from .expert_lora import ExpertLora
-from .store import TensorStore, all_finite
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import KTAdapterError, name_some
+from ..ground.errors import KTAdapterError, name_some
 from .adapter import Adapter, ExpertsShape
 from .expert_lora import ExpertLora
 from .opening import open_adapter

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import KTAdapterError
+from ..ground.errors import KTAdapterError
 
 CONFIG = "adapter_config.json"
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..errors import KTAdapterError
+from ..ground.errors import KTAdapterError
+from ..ground.tensor_files import all_finite
 from .adapter import Adapter, ExpertsShape
 from .keys import split_module
-from .store import all_finite
 
 GROUPS = ("attention", "shared experts", "dense MLP", "router", "routed experts", "other")
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import KTPathError
+from ..ground.errors import KTPathError
 
 _FILES = ["adapter_config.json", "adapter_model*", "*.safetensors", "*.json", "moe_lora.pt"]
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")

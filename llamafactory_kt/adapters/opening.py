@@ -6,12 +6,12 @@ import logging
 from collections import Counter
 from pathlib import Path
 
-from ..errors import KTAdapterError, KTPathError
+from ..ground.errors import KTAdapterError, KTPathError
+from ..ground.tensor_files import PickledStore, SafetensorsStore, has_store, open_store
 from .adapter import Adapter
 from .config import CONFIG, LoraSettings
 from .per_expert import PerExpertAdapter
 from .stacked import BUNDLE, MOE_LORA, is_stacked, open_bundle, open_moe_lora, open_stacked
-from .store import PickledStore, SafetensorsStore, has_store, open_store
 from .target_parameters import TargetParametersAdapter, is_target_parameters
 
 logger = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from ..errors import KTAdapterError, name_some
+from ..ground.errors import KTAdapterError, name_some
+from ..ground.tensor_files import TensorStore
 from .adapter import Adapter, ExpertsShape
 from .config import LoraSettings
 from .expert_lora import ExpertLora
 from .keys import PROJECTIONS, ExpertKey, belongs_to_experts, expert_module, parse_expert_key
-from .store import TensorStore
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,19 @@ from typing import Any
 
 import torch
 
-from ..errors import KTAdapterError, name_some
+from ..ground.errors import KTAdapterError, name_some
+from ..ground.tensor_files import (
+    CombinedStore,
+    NestedPickledStore,
+    SafetensorsStore,
+    TensorStore,
+    has_store,
+    open_store,
+)
 from .adapter import Adapter, ExpertsShape
 from .config import LoraSettings
 from .expert_lora import ExpertLora
 from .keys import PROJECTIONS, belongs_to_experts
-from .store import CombinedStore, NestedPickledStore, SafetensorsStore, TensorStore, has_store, open_store
 
 logger = logging.getLogger(__name__)
 

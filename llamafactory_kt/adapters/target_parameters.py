@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import torch
 
-from ..errors import KTAdapterError, name_some
+from ..ground.errors import KTAdapterError, name_some
+from ..ground.tensor_files import TensorStore
 from .adapter import Adapter, ExpertsShape
 from .config import LoraSettings
 from .expert_lora import ExpertLora
 from .keys import PEFT_PREFIX, belongs_to_experts
-from .store import TensorStore
 
 _NAME = re.compile(
     r"^(?P<module>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?experts)(?P<wrap>(?:\.base_layer)*)"

@@ -11,11 +11,11 @@ import torch
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from ..errors import KTAdapterError
-from ..used_memory import give_back_memory
+from ..ground.errors import KTAdapterError
+from ..ground.paging import give_back_memory
+from ..ground.tensor_files import all_finite
 from .adapter import Adapter, ExpertsShape
 from .keys import PROJECTIONS
-from .store import all_finite
 
 logger = logging.getLogger(__name__)
 

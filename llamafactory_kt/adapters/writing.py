@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from ..errors import KTAdapterError, name_some
+from ..ground.atomic_output import replacing
+from ..ground.errors import KTAdapterError, name_some
+from ..ground.tensor_files import SAFETENSORS
+from ..ground.tensor_writer import write_moe_lora_file, write_safetensors
 from .adapter import Adapter
 from .config import CONFIG
 from .keys import PEFT_PREFIX, PROJECTIONS, split_module
-from .replacing import replacing
 from .stacked import BUNDLE, MANIFEST
-from .store import SAFETENSORS
-from .streaming import write_moe_lora_file, write_safetensors
 from .uniform import Uniform, narrowed
 
 EXPERT_TARGETS = ["gate_proj", "up_proj", "down_proj"]

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from .._version import __version__
-from ..errors import KTError, traceback_wanted
+from ..ground.errors import KTError, traceback_wanted
 from .bench import bench
 from .cache import app as cache
 from .compare import compare

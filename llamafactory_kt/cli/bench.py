@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..bench.endpoint import Level
-    from ..bench.figures import Report
-    from ..bench.room import Weights
-    from ..bench.rows import Row
+    from ..tools.bench.endpoint import Level
+    from ..tools.bench.figures import Report
+    from ..tools.bench.room import Weights
+    from ..tools.bench.rows import Row
 
 PROMPT = "Explain in a few sentences what a mixture-of-experts language model is."
 _ENDPOINT, _CONFIG = "Endpoint", "Configuration"
@@ -82,7 +82,7 @@ def bench(
         if str(json_file) != "-":
             from rich.console import Console
 
-            from ..bench.tables import show
+            from ..tools.bench.tables import show
 
             show(found, Console())
         return
@@ -90,7 +90,7 @@ def bench(
 
     from tqdm import tqdm
 
-    from ..bench.endpoint import Endpoint
+    from ..tools.bench.endpoint import Endpoint
 
     levels = _levels(concurrency, "--concurrency")
     server = Endpoint(endpoint, model, api_key)
@@ -109,10 +109,10 @@ def _measure(
 ) -> Report:  # fmt: skip
     from tqdm import tqdm
 
-    from ..bench.room import warm_page_cache
-    from ..bench.rounds import bench as measure
-    from ..bench.rows import rows
-    from ..hooks.configuration import read_yaml
+    from ..integration.chat_config import read_yaml
+    from ..tools.bench.room import warm_page_cache
+    from ..tools.bench.rounds import bench as measure
+    from ..tools.bench.rows import rows
 
     if synthetic is not None:
         chosen = _make(synthetic, words, against, base)
@@ -126,10 +126,10 @@ def _measure(
 
 def _make(synthetic: str, words: list[str], against: list[str], base: bool) -> list[Row]:
     """Make the synthetic model, if it is not there yet, and say what it takes."""
-    from ..bench.rows import overrides, rows
-    from ..bench.shapes import parse_shape
-    from ..bench.synthetic import Synthetic
-    from ..machine import gib
+    from ..ground.machine import gib
+    from ..tools.bench.rows import overrides, rows
+    from ..tools.bench.shapes import parse_shape
+    from ..tools.bench.synthetic import Synthetic
 
     made = Synthetic.of(parse_shape(synthetic))
     chosen = rows({**made.values, **overrides(words)}, against, base=base)
@@ -143,7 +143,7 @@ def _make(synthetic: str, words: list[str], against: list[str], base: bool) -> l
 def _check_room(chosen: list[Row], weights: Weights | None = None) -> dict[str, int]:
     import torch
 
-    from ..bench.room import check_room, stored_weights
+    from ..tools.bench.room import check_room, stored_weights
 
     weights = weights or stored_weights(str(chosen[0].config.get("model_name_or_path")))
     gpus = range(torch.cuda.device_count())

@@ -12,7 +12,7 @@ app = typer.Typer(help="Adapters that were prepared for SGLang: list them, remov
 @app.command("list")
 def list_entries() -> None:
     """Show what is there, where it came from and how large it is."""
-    from ..machine import cache_directory, gib
+    from ..ground.machine import cache_directory, gib
     from ..serving.adapter_cache import entries
 
     found = entries()
@@ -29,7 +29,7 @@ def clean_entries(
     gone: bool = typer.Option(False, "--gone", help="Only those whose adapter is no longer there."),
 ) -> None:
     """Remove prepared adapters. A server that runs has read its own already; the next start prepares it again."""
-    from ..machine import gib
+    from ..ground.machine import gib
     from ..serving.adapter_cache import clean
 
     removed = clean((lambda entry: entry.source_exists) if gone else (lambda entry: False))

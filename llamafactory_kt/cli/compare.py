@@ -24,13 +24,13 @@ def compare(
     seed: int = typer.Option(0, help="Seed of sampling."),
 ) -> None:
     """Compare answers, distributions, perplexity, speed and memory; writes report.html and comparison.json."""
-    from ..adapters.replacing import check_free, replacing
-    from ..errors import KTConfigError
-    from ..lab.comparing import compare as run
-    from ..lab.measuring import Options
-    from ..lab.plan import plan_variants
-    from ..lab.prompts import read_prompts
-    from ..lab.report_html import shown_columns, write_report
+    from ..ground.atomic_output import check_free, replacing
+    from ..ground.errors import KTConfigError
+    from ..integration.prompts import read_prompts
+    from ..tools.experiments.comparing import compare as run
+    from ..tools.experiments.measuring import Options
+    from ..tools.experiments.plan import plan_variants
+    from ..tools.experiments.report_html import shown_columns, write_report
 
     if batch_size < 1 or kl_tokens < 1:
         raise KTConfigError("--batch-size and --kl-tokens must be at least 1.")

@@ -34,6 +34,6 @@ def convert(
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, format="%(levelname)s:%(name)s:%(message)s", force=True
     )
-    from ..convert_moe_lora import convert_peft_to_kt_format
+    from ..tools.convert import convert_peft_to_kt_format
 
     convert_peft_to_kt_format(input, output, lora_alpha, config, format.value if format else None)

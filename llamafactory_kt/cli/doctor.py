@@ -25,7 +25,7 @@ def doctor(
 ) -> None:
     """Check packages, hooks, CPU, memory, GPU and environment variables; with a YAML also model, adapter and their fit."""
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")  # the findings say it all
-    from ..doctor import Status, diagnose
+    from ..tools.doctor import Status, diagnose
 
     with contextlib.redirect_stdout(sys.stderr):  # LLaMA-Factory logs to stdout
         findings = diagnose(config, overrides or ())

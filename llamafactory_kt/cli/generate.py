@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..lab.answers import AnswerFile
-    from ..lab.prompts import Prompt
+    from ..integration.prompts import Prompt
+    from ..tools.experiments.answers import AnswerFile
 
 
 def generate(
@@ -22,10 +22,10 @@ def generate(
     overwrite: bool = typer.Option(False, "--overwrite", help="Answer everything anew."),
 ) -> None:
     """Answer prompts with the YAML's model, adapter, template and sampling keys; a run that was stopped is continued."""
-    from ..errors import KTConfigError
-    from ..hooks.configuration import read_yaml
-    from ..lab.answers import AnswerFile
-    from ..lab.prompts import read_prompts
+    from ..ground.errors import KTConfigError
+    from ..integration.chat_config import read_yaml
+    from ..integration.prompts import read_prompts
+    from ..tools.experiments.answers import AnswerFile
 
     if batch_size < 1:
         raise KTConfigError(f"--batch-size must be at least 1, found {batch_size}.")
@@ -49,8 +49,8 @@ def _run(keys: dict[str, Any], todo: list[Prompt], answers: AnswerFile, batch_si
     """Answer what is missing, with a progress bar; returns how many failed."""
     from tqdm import tqdm
 
-    from ..lab.chat import Chat
-    from ..lab.generating import answer_all
+    from ..integration.chat import Chat
+    from ..tools.experiments.generating import answer_all
 
     failed = tokens = 0
     chat = Chat.load(keys)

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import KTError, name_some
-from ..machine import gib
+from ..ground.errors import KTError, name_some
+from ..ground.machine import gib
 
 if TYPE_CHECKING:
     from ..adapters.inspection import Inspection
@@ -56,9 +56,9 @@ def inspect(
 
 def _check_model(name: str, adapter: Any) -> tuple[Any, str]:
     """(the model's experts per layer, why the adapter does not fit or ``""``)."""
-    from ..experts.contract import find_experts
-    from ..experts.empty import empty_model
-    from ..peft_part import check_peft_part
+    from ..checkpoint.discovery import find_experts
+    from ..checkpoint.meta_model import empty_model
+    from ..peft_side.split import check_peft_part
 
     model = empty_model(name, quantised=True)
     shapes = {module.layer: module.shape for module in find_experts(model)}
@@ -114,6 +114,6 @@ def _show(result: Inspection, model: str | None, fits: str | None, verbose: bool
 def _draw(result: Inspection, path: Path) -> None:
     if not result.norms:
         raise typer.BadParameter("there is no expert LoRA to draw, or its sizes are unknown without --model")
-    from ..lab.plots import heat_map, save
+    from ..router_stats.plots import heat_map, save
 
     save(heat_map(result.norms, f"‖ΔW‖ of {Path(result.path).name}"), path)

@@ -13,7 +13,7 @@ def merge(
     output: Path = typer.Option(..., help="Directory to write; must not exist or be empty."),
 ) -> None:
     """Merge attention, dense, shared-expert, router and routed-expert LoRA; stock transformers loads the result."""
-    from ..merge import merge_adapter
+    from ..tools.merge import merge_adapter
 
     report = merge_adapter(model, adapter, output)
     typer.echo(

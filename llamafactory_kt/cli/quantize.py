@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from ..machine import gib
+from ..ground.machine import gib
 
 
 def quantize(
@@ -22,7 +22,7 @@ def quantize(
     threads: int = typer.Option(None, min=1, help="Worker threads; default: the physical cores.", show_default=False),
 ) -> None:
     """Pack the routed experts with kt-kernel, layer by layer, for kt_weight_path; continues an interrupted run."""
-    from ..quantize import quantize_model
+    from ..tools.quantize import quantize_model
 
     report = quantize_model(model, output, method, pools=threadpool_count, threads=threads)
     kept = f", {report.kept} were there already" if report.kept else ""

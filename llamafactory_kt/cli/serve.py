@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from ..errors import KTConfigError, KTError, KTServerError
+from ..ground.errors import KTConfigError, KTError, KTServerError
 
 
 def serve(
@@ -50,8 +50,8 @@ def model_arguments(path: Path) -> Any:
         KTPathError: There is no such file.
         KTConfigError: The file is not a configuration, or a key in it is wrong.
     """
-    from ..bootstrap import activate
-    from ..hooks.configuration import parse, read_yaml
+    from ..integration.bootstrap import activate
+    from ..integration.chat_config import parse, read_yaml
 
     keys = read_yaml(path)
     if keys.get("use_kt") is not True:

@@ -18,11 +18,11 @@ def stats(
     """Count what the routers choose over a set of prompts and their answers: JSON, CSV, heat maps, SGLang's placement."""
     from tqdm import tqdm
 
-    from ..adapters.replacing import check_free
-    from ..hooks.configuration import read_yaml
-    from ..lab.prompts import read_prompts
-    from ..lab.router_stats import router_table
-    from ..lab.usage import count_usage, write_usage
+    from ..ground.atomic_output import check_free
+    from ..integration.chat_config import read_yaml
+    from ..integration.prompts import read_prompts
+    from ..router_stats.stats import router_table
+    from ..tools.experiments.usage import count_usage, write_usage
 
     keys, rows = read_yaml(config, overrides or []), read_prompts(prompts)
     check_free(output)

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import KTConfigError, name_some
+from ..ground.errors import KTConfigError, name_some
 
 if TYPE_CHECKING:
-    from ..verify import LayerResult
+    from ..tools.verify import LayerResult
 
 PROMPT = (
     "Explain in a few sentences what a mixture of experts is, and give one example. 请用中文再说一遍，并举一个例子。 "
@@ -58,10 +58,10 @@ def _verify(
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     from tqdm import tqdm
 
-    from .. import bootstrap
-    from ..hooks.configuration import load_chat, prompt_ids
-    from ..verify import record_inputs, verify_layers
-    from ..verify.reference import Reference
+    from ..integration import bootstrap
+    from ..integration.chat_config import load_chat, prompt_ids
+    from ..tools.verify import record_inputs, verify_layers
+    from ..tools.verify.reference import Reference
 
     bootstrap.activate()
     chat = load_chat(config, overrides)

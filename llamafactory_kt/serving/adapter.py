@@ -12,10 +12,10 @@ from ..adapters import Adapter, ExpertsShape, open_adapter
 from ..adapters.keys import split_module
 from ..adapters.uniform import Uniform
 from ..adapters.writing import write_moe_lora, write_sglang, write_sglang_merged, write_sglang_rest
-from ..arguments import adapter_directories, threadpool_count
-from ..errors import KTAdapterError, KTConfigError, KTServerError, name_some
-from ..machine import gib
-from ..serving_arguments import KERNELS, SFT_METHODS, method
+from ..ground.errors import KTAdapterError, KTConfigError, KTServerError, name_some
+from ..ground.machine import gib
+from ..settings.keys import adapter_directories, threadpool_count
+from ..settings.sglang_keys import KERNELS, SFT_METHODS, method
 from .adapter_cache import prepared
 from .options import INSTALL, Dialect, ServerOptions
 
@@ -161,9 +161,9 @@ def _check_joined(adapter: Adapter, mla: bool) -> None:
 
 def _check_against_model(args: Any, adapter: Adapter) -> dict[int, ExpertsShape]:
     """The model's experts, all layers that have any: the server wants tensors for each of them."""
-    from ..experts.contract import find_experts
-    from ..experts.empty import empty_model
-    from ..peft_part import check_peft_part
+    from ..checkpoint.discovery import find_experts
+    from ..checkpoint.meta_model import empty_model
+    from ..peft_side.split import check_peft_part
 
     kind = method(args)
     _check_kernel(args, kind)
@@ -177,7 +177,7 @@ def _check_against_model(args: Any, adapter: Adapter) -> dict[int, ExpertsShape]
 
 def _check_sizes(args: Any, kind: str, shape: ExpertsShape) -> None:
     """The kernel must take the experts' sizes as they are: SGLang pads nothing."""
-    from ..experts.methods import METHODS
+    from ..engines.ktkernel.methods import METHODS
 
     kernel = next((METHODS[backend] for backend, name in KERNELS.items() if name == kind), None)
     if kernel is None:  # not one that we have measured

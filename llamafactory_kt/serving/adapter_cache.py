@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..adapters import Adapter, ExpertsShape
-from ..adapters.replacing import replacing
-from ..errors import KTPathError
-from ..machine import cache_directory
+from ..ground.atomic_output import replacing
+from ..ground.errors import KTPathError
+from ..ground.machine import cache_directory
 
 ENTRY = "entry.json"
 VERSION = 1

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..arguments import threadpool_count
-from ..errors import KTConfigError, KTModelError, KTPathError
-from ..machine import usable_cores
-from ..serving_arguments import method
-from ..sub_pools import divided_among
+from ..engines.ktkernel.sub_pools import divided_among
+from ..ground.errors import KTConfigError, KTModelError, KTPathError
+from ..ground.machine import usable_cores
+from ..settings.keys import threadpool_count
+from ..settings.sglang_keys import method
 from .adapter import ServedAdapter, serve_adapter
 from .options import Dialect, ServerOptions
 
@@ -69,7 +69,7 @@ def server_command(args: Any, options: ServerOptions, extra: Sequence[str] = ())
     """Build the command, after checking everything that can be known before the server runs; prepares the adapter.
 
     Args:
-        args: LLaMA-Factory's ModelArguments with our fields, checked by :func:`~llamafactory_kt.argument_checks.check_for_inference`.
+        args: LLaMA-Factory's ModelArguments with our fields, checked by :func:`~llamafactory_kt.settings.check.check_for_inference`.
         options: the installed server.
         extra: more of the server's own options; they come last, so they win.
 

@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import KTConfigError, KTServerError
+from ..ground.errors import KTConfigError, KTServerError
 from . import probe
 
 INSTALL = (

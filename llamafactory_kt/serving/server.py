@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from ..errors import KTServerError
+from ..ground.errors import KTServerError
 from .command import ServerCommand
 
 logger = logging.getLogger(__name__)

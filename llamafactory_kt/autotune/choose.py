@@ -1,0 +1,117 @@
+"""Choosing a plan by measuring each on a layer of the model's own shape, once per machine and shape."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..adapters import ExpertsShape
+from ..ground.machine import available_memory
+from ..ground.measurements import Remembered
+from .plan import Plan
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_LAYER = 64 * 2**20
+"""bytes; for smaller layers the choice matters less than the seconds that measuring takes"""
+SAMPLE = 256 * 2**20
+"""bytes of experts to measure with: far more than caches hold"""
+PROCESS = 2**29
+"""bytes that a measuring process takes beside the experts"""
+AROUND = 512 * 2**20
+"""bytes, at most, of the weights around the experts, which all processes share"""
+PROMPT, ANSWER = 512, 256
+"""tokens of the chat for which the whole time is to be least"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds for one layer, with products as large as those around the experts between the calls."""
+
+    decode: float
+    """per token"""
+    prefill: float
+    """for 128 tokens"""
+
+    @property
+    def chat(self) -> float:
+        """Seconds of one layer in a typical chat."""
+        return self.decode * ANSWER + self.prefill * PROMPT / 128
+
+    def __str__(self) -> str:
+        return f"{self.decode * 1e3:.1f} ms a token, {self.prefill * 1e3:.0f} ms for 128"
+
+
+def choose(
+    plans: Sequence[Plan],
+    shape: ExpertsShape,
+    num_experts_per_tok: int,
+    pools: int,
+    max_chunk: int,
+    around: int,
+    recalibrate: bool = False,
+) -> tuple[Plan, str]:
+    """The fastest of the plans and why, measured now or before; the first where nothing can or need be measured.
+
+    Args:
+        around: bytes of other weights that torch reads on the CPU for each layer of experts; 0 where a GPU has them, so that
+            the experts have the CPU for themselves.
+        recalibrate: measure again.
+    """
+    expert = 3 * shape.hidden_size * shape.intermediate_size * 2
+    if len(plans) == 1:
+        return plans[0], ""
+    if shape.num_experts * expert < SMALLEST_LAYER:
+        return plans[0], "small layers, not measured"
+    experts = min(shape.num_experts, max(num_experts_per_tok, SAMPLE // expert))
+    product = 2 * shape.hidden_size**2
+    products = max(1, round(min(around, AROUND) / product)) if around else 0
+    if available_memory() < len(plans) * (PROCESS + 2 * experts * expert) + products * product:
+        return plans[0], "too little memory to measure"
+    memory = Remembered(
+        {
+            "layer": [shape.num_experts, shape.hidden_size, shape.intermediate_size, num_experts_per_tok, pools, max_chunk],
+            "products": products,
+            "plans": [asdict(plan) for plan in plans],
+        }
+    )  # fmt: skip
+    if recalibrate:
+        memory.forget()
+    measured = _checked(memory.recall(), len(plans))
+    if measured is None:
+        logger.info("Measuring engines and threads on a layer of this model's shape, once for this machine ...")
+        try:
+            measured = _measure(memory.facts, experts)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            logger.warning("Measuring engines and threads failed (%s); using %s.", error, plans[0])
+            return plans[0], "measuring failed"
+        memory.keep([asdict(one) for one in measured])
+    best = min(range(len(plans)), key=lambda number: measured[number].chat)
+    others = "; ".join(f"{plan} {measured[number]}" for number, plan in enumerate(plans) if number != best)
+    return plans[best], f"measured {measured[best]} per layer; {others}"
+
+
+def _checked(measured: Any, count: int) -> list[Measured] | None:
+    """What was kept, where it makes sense."""
+    try:
+        found = [Measured(float(one["decode"]), float(one["prefill"])) for one in measured]
+    except (TypeError, ValueError, KeyError):
+        return None
+    sensible = len(found) == count and all(0 < one.decode < 1e3 and 0 < one.prefill < 1e3 for one in found)
+    return found if sensible else None
+
+
+def _measure(facts: dict[str, Any], experts: int) -> list[Measured]:
+    done = subprocess.run(
+        [sys.executable, "-m", "llamafactory_kt.autotune.worker"], input=json.dumps({**facts, "experts": experts}),
+        text=True, capture_output=True, timeout=180, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ValueError(f"the measuring process ended with {done.returncode}: {last}")
+    return [Measured(**result) for result in json.loads(done.stdout.strip().splitlines()[-1])]

@@ -1,0 +1,179 @@
+"""The process that measures plans for :mod:`.calibration`: a task on standard input, times on standard output, in JSON.
+
+Each plan has a process of its own below this one, since kt-kernel's number of workers cannot change within one, nor
+OpenMP's threads be woken once they sleep while they wait. They are measured in turn, as a machine may be busy for a moment.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import repeat
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from ..adapters import ExpertLora, ExpertsShape
+from ..adapters.keys import PROJECTIONS
+from ..checkpoint.reader import ExpertWeights
+from ..engines.base import Engine, EngineSpec
+from ..engines.ktkernel.cpuinfer import settle_pool
+from ..engines.ktkernel.engine import KTEngine
+from ..engines.ktkernel.methods import METHODS
+from ..engines.onednn.engine import OneDNNEngine
+from ..ground.paging import in_large_pages
+from ..ground.process import die_with_parent
+from ..matmul.linear import linear
+from .apply import arrange
+from .choose import Measured
+from .plan import Plan
+
+RANK = 8
+_NEAR = 1.5, 1.15
+"""Who takes no longer than this, in times of the fastest, has a second turn, and a third one."""
+_TOKENS = 0.3
+"""seconds to compute tokens for: until the scheduler has found a core for each thread, one takes up to half as long again"""
+_PROMPTS_PART = 8
+"""of the weights around the experts, prompts are multiplied with one in so many, and the time of that is scaled"""
+_SETTLE = 0.1
+"""seconds until this process's threads sleep, so that they do not disturb the next one's turn"""
+
+
+def main() -> None:
+    """Measure what standard input asks for."""
+    task = json.load(sys.stdin)
+    around = _weights_around(task)
+    context = multiprocessing.get_context("fork")  # imports take longer than measuring; no thread has been started yet
+    pipes: list[Connection] = []
+    try:
+        for plan in task["plans"]:
+            pipe, theirs = context.Pipe()
+            context.Process(target=_serve, args=(theirs, Plan(**plan), task, around), daemon=True).start()
+            theirs.close()  # so that a process that ends is noticed
+            pipe.recv()  # it has loaded; one after the other, as oneDNN's measures how its weights are read fastest
+            pipes.append(pipe)
+        measured = in_turn([partial(_ask, pipe) for pipe in pipes])
+    except (EOFError, OSError):
+        sys.exit(1)  # the process that ended has said why
+    print(json.dumps([asdict(one) for one in measured]), flush=True)
+
+
+def in_turn(measure: Sequence[Callable[[], Measured]]) -> list[Measured]:
+    """The best turn of each. All have one, and those that may still be the fastest have more."""
+    turns = [[call()] for call in measure]
+    for limit in _NEAR:
+        chats = [min(one.chat for one in times) for times in turns]
+        near = [number for number, chat in enumerate(chats) if chat <= limit * min(chats)]
+        if len(near) == 1:
+            break
+        for number in near:
+            turns[number].append(measure[number]())
+    return [min(times, key=lambda one: one.chat) for times in turns]
+
+
+def _ask(pipe: Connection) -> Measured:
+    pipe.send("your turn")
+    return Measured(*pipe.recv())
+
+
+def _serve(pipe: Connection, plan: Plan, task: dict[str, Any], around: torch.Tensor) -> None:
+    """Answer each message with (seconds of a token, seconds of a prompt of 128)."""
+    die_with_parent()
+    with torch.inference_mode():
+        if plan.workers:
+            settle_pool(plan.workers, task["layer"][4])
+        layer = _layer(_engine(plan, task), task["experts"])
+        arrange(plan)
+        # Fewer experts than the model's get fewer tokens, so that each gets as many as it would there.
+        prompt = max(1, 128 * task["experts"] // task["layer"][0])
+        some = -(-len(around) // _PROMPTS_PART)
+        for tokens in (1, prompt):
+            layer(tokens, around[:some])  # what only the first calls do
+        time.sleep(_SETTLE)
+        pipe.send("ready")
+        while pipe.recv():
+            token = _token(lambda: sum(layer(1, around)))
+            products, experts = layer(prompt, around[:some])
+            time.sleep(_SETTLE)
+            pipe.send((token, (products * len(around) / max(1, some) + experts) * 128 / prompt))
+
+
+def _engine(plan: Plan, task: dict[str, Any]) -> Engine:
+    """One layer with random weights and a LoRA."""
+    _, hidden, intermediate, top_k, pools, max_chunk = task["layer"]
+    shape = ExpertsShape(task["experts"], hidden, intermediate)
+
+    def read(dtype: torch.dtype | None) -> Iterator[ExpertWeights]:
+        one = torch.randn(intermediate, hidden).mul_(hidden**-0.5).to(torch.bfloat16)
+        return repeat(ExpertWeights(one, one, one.T), shape.num_experts)
+
+    spec = EngineSpec(0, shape, top_k, RANK)
+    # AMXINT8 takes files only; for sharing the cores, its kernel is like the other integers'.
+    method = METHODS["AMXINT4"] if plan.backend == "AMXINT8" else plan.method
+    engine: Engine = (
+        KTEngine(spec, read, method, max_chunk=max_chunk, pools=pools, verbose=False)
+        if method
+        else OneDNNEngine(spec, read)
+    )
+    engine.load()
+    if method is not None and not method.lora:
+        return engine
+    sizes = {projection: shape.projection(projection) for projection in PROJECTIONS}
+    engine.set_lora(
+        ExpertLora(
+            0,
+            {p: torch.full((shape.num_experts, RANK, size), 0.01) for p, (_, size) in sizes.items()},
+            {p: torch.full((shape.num_experts, out, RANK), 0.01) for p, (out, _) in sizes.items()},
+            {p: torch.ones(shape.num_experts, RANK, dtype=torch.float64) for p in PROJECTIONS},
+        )
+    )
+    return engine
+
+
+def _weights_around(task: dict[str, Any]) -> torch.Tensor:
+    """What torch multiplies with between two layers of experts. All processes read the same memory."""
+    hidden, threads = task["layer"][1], torch.get_num_threads()
+    torch.set_num_threads(1)  # so that none is started, which no process below this one would have
+    around = in_large_pages(torch.empty(task["products"], hidden, hidden, dtype=torch.bfloat16))
+    around.copy_(torch.randn(hidden, hidden) * hidden**-0.5)
+    torch.set_num_threads(threads)
+    return around
+
+
+def _layer(engine: Engine, experts: int) -> Callable[[int, torch.Tensor], tuple[float, float]]:
+    """What computes one layer for a number of tokens, and returns the seconds that products with the weights around it took,
+    and the experts."""
+    hidden, top_k = engine.spec.shape.hidden_size, engine.spec.num_experts_per_tok
+    torch.manual_seed(0)
+
+    def layer(tokens: int, around: torch.Tensor) -> tuple[float, float]:
+        x = torch.randn(tokens, hidden).to(torch.bfloat16)
+        index = torch.rand(tokens, experts).topk(top_k).indices
+        start = time.perf_counter()
+        for weight in around:
+            x = linear(x, weight)
+        between = time.perf_counter()
+        engine.forward(x, index, torch.full((tokens, top_k), 1 / top_k))
+        return between - start, time.perf_counter() - between
+
+    return layer
+
+
+def _token(seconds: Callable[[], float]) -> float:
+    """The median of as many calls as :data:`_TOKENS` has time for."""
+    every: list[float] = []
+    end = time.perf_counter() + _TOKENS
+    while not every or time.perf_counter() < end:
+        every.append(seconds())
+    return statistics.median(every)
+
+
+if __name__ == "__main__":
+    main()

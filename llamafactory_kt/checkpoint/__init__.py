@@ -1,0 +1,1 @@
+"""Checkpoints: which tensors a model's experts are, whether they fit, and reading them."""

@@ -1,0 +1,1 @@
+"""kt-kernel's engines. The only code that knows kt-kernel."""

@@ -1,0 +1,81 @@
+"""kt-kernel's one pool of worker threads in this process, on which NUMA nodes and CPUs it is.
+
+kt-kernel keeps one CPUInfer (the worker threads) per process, so the first load decides the number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from ...ground.machine import numa_nodes
+
+logger = logging.getLogger(__name__)
+
+
+_settled: tuple[int, int] | None = None
+
+
+def settle_pool(threads: int, pools: int) -> tuple[int, int]:
+    """Settle the process's worker threads and sub-pools.
+
+    Returns:
+        Those in force: the first load's, since kt-kernel cannot change them.
+    """
+    global _settled
+    if _settled is None:
+        _settled = threads, pools
+    elif _settled != (threads, pools):
+        logger.warning(
+            "kt-kernel already runs with %d threads in %d sub-pool(s) in this process and keeps them "
+            "(asked for: %d in %d); start a new process to change that.",
+            *_settled, threads, pools,
+        )  # fmt: skip
+    return _settled
+
+
+def settled_pool() -> tuple[int, int]:
+    """Worker threads and sub-pools; one of each where nothing was settled."""
+    return _settled or (1, 1)
+
+
+def worker_pool(threads: int | None = None, pools: int | None = None) -> Any:
+    """kt-kernel's one pool of workers, made when it is first asked for: a sub-pool on each of as many NUMA nodes that this
+    process may use, and every worker within the process's CPU affinity.
+
+    kt-kernel itself counts nodes and cores from 0, also where ``taskset``, ``numactl`` or a container allow others.
+
+    Args:
+        threads: where it is not :func:`settle_pool` that settled it; likewise ``pools``, which may be more than there are nodes.
+    """
+    from kt_kernel.sft.amx import AMXSFTMoEWrapper
+
+    settled = settled_pool()
+    threads, pools = threads or settled[0], pools or settled[1]
+    nodes, made = numa_nodes(), AMXSFTMoEWrapper._cpu_infer_instance is None
+    infer = AMXSFTMoEWrapper._get_cpu_infer(threads, pools, list(islice(cycle(nodes), pools)))
+    if made:
+        _confine(nodes)
+    return infer
+
+
+def worker_threads() -> Iterator[tuple[int, int]]:
+    """(thread id, NUMA node) of every worker; some of them may have ended."""
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            if found := re.match(r"numa_(\d+)_", (task / "comm").read_text()):
+                yield int(task.name), int(found[1])
+
+
+def _confine(nodes: dict[int, set[int]]) -> None:
+    allowed = os.sched_getaffinity(0)
+    for thread, node in worker_threads():
+        with contextlib.suppress(OSError):
+            if not os.sched_getaffinity(thread) <= allowed:
+                os.sched_setaffinity(thread, nodes.get(node) or allowed)

@@ -1,0 +1,1 @@
+"""Experts in PyTorch's own kernels (oneDNN)."""

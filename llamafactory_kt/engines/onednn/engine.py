@@ -1,0 +1,104 @@
+"""Experts in torch's own kernels (oneDNN), their bfloat16 weights where those read them fastest.
+
+kt-kernel's workers spin between layers and take the cores from torch's threads; where cores are few and torch computes
+the attention on them too, torch's own threads are faster. Packed or not, the memory is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain, islice
+
+import torch
+
+from ...adapters import ExpertLora, ExpertsShape
+from ...checkpoint.reader import ExpertWeights
+from ...matmul.layouts import Size, faster_packed, placing
+from ...matmul.linear import computed_in, numbers
+from ..base import Engine, Undo
+from .lora import HeldLora
+from .schedule import Part, compute, parts, together
+from .script import scripted_experts
+
+RESULTS = 2**26
+"""bytes, at most, of experts' results that are kept until they are added up"""
+
+
+def sampled(shape: ExpertsShape) -> int:
+    """Experts whose products are timed: so many that caches do not hold them."""
+    return max(1, min(8, shape.num_experts, 2**28 // (3 * shape.hidden_size * shape.intermediate_size * 2)))
+
+
+class OneDNNEngine(Engine):
+    """The checkpoint's weights in bfloat16, gate and up side by side; sums in float32 inside each product."""
+
+    name = "oneDNN"
+
+    _lora: HeldLora | None = None
+
+    def load(self) -> None:
+        shape = self.spec.shape
+        sizes = (2 * shape.intermediate_size, shape.hidden_size), (shape.hidden_size, shape.intermediate_size)
+        experts = iter(self._read_experts(torch.bfloat16))
+        first: list[ExpertWeights] = []
+
+        def sample() -> dict[Size, list[torch.Tensor]]:
+            first.extend(ExpertWeights(*map(torch.clone, expert)) for expert in islice(experts, sampled(shape)))
+            return {sizes[0]: [torch.cat((gate, up)) for gate, up, _ in first], sizes[1]: [e.down for e in first]}
+
+        packed = faster_packed(sizes, sample)
+        gate_up_place, down_place = (placing(size, shape.num_experts, size in packed) for size in sizes)
+        self._weights = [
+            (gate_up_place(number, gate, up), down_place(number, down))
+            for number, (gate, up, down) in enumerate(chain(first, experts))
+        ]
+        self._numbers = max(map(numbers, self._weights[0]), key=len)
+
+    def set_lora(self, lora: ExpertLora | None) -> Undo:
+        before = self._lora, self.lora_rank
+        self._lora = HeldLora(lora) if lora else None
+        self.lora_rank = lora.rank if lora else 0
+
+        def undo() -> None:
+            self._lora, self.lora_rank = before
+
+        return undo
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        experts = index.reshape(-1)
+        order = experts.argsort(stable=True)  # each expert's rows side by side
+        tokens, scores = order // index.shape[1], weights.reshape(-1)[order].float()[:, None]
+        x, sums = hidden.to(torch.bfloat16), torch.zeros(hidden.shape, dtype=torch.float32)
+        counts, threads = torch.bincount(experts).tolist(), torch.get_num_threads()
+        for some in together(parts(counts, threads), RESULTS // (4 * sums.shape[1])):
+            rows = slice(some[0].start, some[-1].stop)
+            found = torch.empty(rows.stop - rows.start, sums.shape[1], dtype=torch.float32)
+            compute(some, threads, self._experts(x, tokens[rows], scores[rows], found, rows.start))
+            sums.index_add_(0, tokens[rows], found)
+        return sums.to(hidden.dtype)
+
+    def _experts(
+        self, x: torch.Tensor, tokens: torch.Tensor, scores: torch.Tensor, found: torch.Tensor, first: int
+    ) -> Callable[[Sequence[Part], int], None]:
+        """What computes parts, with so many threads; the tensors' rows begin with the first of all parts."""
+        experts, each = scripted_experts(), self._lora.each if self._lora else None
+
+        def call(some: Sequence[Part], threads: int) -> None:
+            rows = slice(some[0].start - first, some[-1].stop - first)
+            sizes = [part.stop - part.start for part in some]
+            gate_up, down = zip(*(self._weights[part.expert] for part in some), strict=True)
+            lora = [each[part.expert] for part in some] if each else []
+            wide = computed_in(max(sizes)) == torch.float32
+            given = x, tokens[rows], scores[rows], sizes
+            experts(*given, gate_up, down, lora, wide, self._numbers, threads, found[rows])
+
+        return call
+
+    @property
+    def nbytes(self) -> int:
+        shape = self.spec.shape
+        return 3 * shape.num_experts * shape.hidden_size * shape.intermediate_size * 2
+
+    @property
+    def lora_nbytes(self) -> int:
+        return self._lora.nbytes if self._lora else 0

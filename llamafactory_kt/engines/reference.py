@@ -1,0 +1,58 @@
+"""Experts in plain torch with float32 accumulation: the oracle, and the fallback on CPUs without a kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from ..adapters import ExpertLora
+from ..checkpoint.reader import ExpertWeights
+from .base import Engine, Undo
+
+
+class TorchEngine(Engine):
+    """Keeps the weights as the checkpoint has them and computes each expert that was hit in float32."""
+
+    name = "torch"
+
+    _lora: ExpertLora | None = None
+
+    def load(self) -> None:
+        self._weights = [
+            ExpertWeights(*(matrix.clone(memory_format=torch.contiguous_format) for matrix in expert))
+            for expert in self._read_experts(None)
+        ]
+
+    def set_lora(self, lora: ExpertLora | None) -> Undo:
+        before = self._lora
+        self._put(lora)
+        return lambda: self._put(before)
+
+    def _put(self, lora: ExpertLora | None) -> None:
+        self._lora, self.lora_rank = lora, lora.rank if lora else 0
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        x, scores = hidden.float(), weights.float()
+        out = torch.zeros_like(x)
+        for expert in index.unique().tolist():
+            token, slot = torch.where(index == expert)
+            rows = x[token]
+            gate, up = self._linear("gate", expert, rows), self._linear("up", expert, rows)
+            down = self._linear("down", expert, F.silu(gate) * up)
+            out.index_add_(0, token, down * scores[token, slot, None])
+        return out.to(hidden.dtype)
+
+    def _linear(self, projection: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        out = F.linear(x, getattr(self._weights[expert], projection).float())
+        if self._lora is not None:
+            a, b = self._lora.a[projection][expert].float(), self._lora.b[projection][expert].float()
+            out += F.linear(F.linear(x, a) * self._lora.scaling[projection][expert].float(), b)
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        return sum(matrix.nbytes for expert in self._weights for matrix in expert)
+
+    @property
+    def lora_nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self._lora.a.values(), *self._lora.b.values())) if self._lora else 0

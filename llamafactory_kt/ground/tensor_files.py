@@ -1,0 +1,205 @@
+"""Tensor files of an adapter, opened by their headers; values are read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import KTAdapterError, name_some
+
+SAFETENSORS, INDEX, PICKLED = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"
+
+
+DTYPES = {
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""safetensors' names"""
+
+_KEEP_MAPPED = 256 * 2**20
+
+
+def _bits(dtype: str) -> int:
+    """``BF16`` has 16 bits, ``F8_E4M3`` 8."""
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 8  # BOOL
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """in safetensors' names: ``BF16``, ``F32`` ..."""
+    nbytes: int
+    file: Path
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf. A sum keeps both and is forty times faster; if it only overflowed, each
+    value decides."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+class TensorStore(Protocol):
+    """Named tensors on disk."""
+
+    path: Path
+    """The file to name in messages."""
+
+    infos: dict[str, TensorInfo]
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+class SafetensorsStore:
+    """One or several safetensors files.
+
+    Raises:
+        KTAdapterError: A file is truncated, or is not safetensors at all.
+    """
+
+    def __init__(self, path: Path, files: list[Path] | None = None):
+        self.path = path
+        self.infos: dict[str, TensorInfo] = {}
+        self._handles: dict[Path, Any] = {}
+        self._read = 0
+        for file in files or [path]:
+            self._open(file)
+
+    def _open(self, file: Path) -> None:
+        try:
+            handle = safe_open(file, framework="pt", device="cpu")
+            names = list(handle.keys())
+        except (SafetensorError, OSError) as error:
+            raise KTAdapterError(
+                f"{file} cannot be read as safetensors ({error}). It is damaged, incomplete, or another format under "
+                "this name (torch.save writes .pt or .bin): copy or save it again."
+            ) from error
+        for name in names:
+            if name in self.infos:
+                raise KTAdapterError(f"The tensor {name} stands both in {self.infos[name].file} and in {file}.")
+            piece = handle.get_slice(name)
+            shape, dtype = tuple(piece.get_shape()), str(piece.get_dtype())
+            self.infos[name] = TensorInfo(shape, dtype, prod(shape) * _bits(dtype) // 8, file)
+        self._handles[file] = handle
+
+    def metadata(self) -> dict[str, str]:
+        """The file's own metadata (the first file's)."""
+        return dict(next(iter(self._handles.values())).metadata() or {})
+
+    def read(self, name: str) -> torch.Tensor:
+        info = self.infos[name]
+        self._read += info.nbytes
+        if self._read > _KEEP_MAPPED:  # what was read stays mapped, and counts as memory, while its file is open
+            self._handles = {file: safe_open(file, framework="pt", device="cpu") for file in self._handles}
+            self._read = info.nbytes
+        tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
+        return tensor
+
+
+class PickledStore:
+    """A ``.bin`` file of torch.save, read with ``weights_only=True``: no code in it is executed.
+
+    Raises:
+        KTAdapterError: The file is damaged, or holds anything but named tensors.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise KTAdapterError(
+                f"{path} cannot be read safely ({reason}). Pickled files may hold code, so only plain tensors are "
+                "accepted: save the adapter as safetensors with PEFT's save_pretrained."
+            ) from error
+        tensors = self._named(content)
+        if tensors is None or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise KTAdapterError(f"{path} must hold named tensors and nothing else; it has another structure.")
+        self._tensors = tensors
+        self.infos = {
+            name: TensorInfo(tuple(t.shape), DTYPES.get(t.dtype, str(t.dtype)), t.nbytes, path)
+            for name, t in self._tensors.items()
+        }
+
+    def _named(self, content: Any) -> dict[str, torch.Tensor] | None:
+        return content if isinstance(content, dict) else None
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+class NestedPickledStore(PickledStore):
+    """``{"metadata": {...}, group: {name: tensor}}``, as converters for SGLang write it; tensors are ``group.name``.
+
+    Raises:
+        KTAdapterError: The file is damaged, or of another structure.
+    """
+
+    metadata: dict[str, Any]
+
+    def _named(self, content: Any) -> dict[str, torch.Tensor] | None:
+        if not isinstance(content, dict) or not isinstance(content.get("metadata"), dict):
+            return None
+        self.metadata = content["metadata"]
+        groups = {key: value for key, value in content.items() if key != "metadata"}
+        if not all(isinstance(group, dict) for group in groups.values()):
+            return None
+        return {f"{key}.{name}": tensor for key, group in groups.items() for name, tensor in group.items()}
+
+
+class CombinedStore:
+    """Several stores as one; messages name the first one's file."""
+
+    def __init__(self, *stores: TensorStore):
+        self.path = stores[0].path
+        self._stores = {name: store for store in stores for name in store.infos}
+        self.infos = {name: store.infos[name] for name, store in self._stores.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._stores[name].read(name)
+
+
+def has_store(directory: Path) -> bool:
+    """Whether an adapter directory holds a file :func:`open_store` would open."""
+    return any((directory / name).is_file() for name in (SAFETENSORS, INDEX, PICKLED))
+
+
+def open_store(directory: Path) -> TensorStore:
+    """Open the tensors of an adapter directory: single or sharded safetensors, else ``adapter_model.bin``.
+
+    Raises:
+        KTAdapterError: No tensor file is there, a shard is missing, or a file is damaged.
+    """
+    if (directory / SAFETENSORS).is_file():
+        return SafetensorsStore(directory / SAFETENSORS)
+    if (directory / INDEX).is_file():
+        return SafetensorsStore(directory / INDEX, list(_shards(directory)))
+    if (directory / PICKLED).is_file():
+        return PickledStore(directory / PICKLED)
+    found = name_some(sorted(p.name for p in directory.iterdir())) or "nothing"
+    raise KTAdapterError(f"{directory} holds no {SAFETENSORS} (nor {INDEX}, {PICKLED}); it holds {found}.")
+
+
+def _shards(directory: Path) -> Iterator[Path]:
+    try:
+        names = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise KTAdapterError(f"{directory / INDEX} is not a safetensors index: {error!r}.") from error
+    for name in sorted(names):
+        if Path(name).name != name or not (directory / name).is_file():
+            raise KTAdapterError(f"{directory / INDEX} names the shard {name!r}, which is not a file beside it.")
+        yield directory / name

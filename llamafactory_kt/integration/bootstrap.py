@@ -1,0 +1,86 @@
+"""Import hooks: patch LLaMA-Factory's modules when they are imported, and nothing before.
+
+Runs at the end of ``import torch``, so it imports nothing but the standard library's import machinery.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader, SourcelessFileLoader
+from types import ModuleType
+from typing import Any
+
+# module of LLaMA-Factory -> our module whose patch(module) is called once it has been executed
+TARGETS = {
+    "llamafactory.hparams.model_args": "llamafactory_kt.integration.hparams_model_args",
+    "llamafactory.hparams.parser": "llamafactory_kt.integration.hparams_parser",
+    "llamafactory.model.loader": "llamafactory_kt.integration.model_loader",
+    "llamafactory.chat.hf_engine": "llamafactory_kt.integration.hf_engine",
+    "llamafactory.chat.chat_model": "llamafactory_kt.integration.chat_model",
+    "llamafactory.api.app": "llamafactory_kt.integration.api.requests",
+    "llamafactory.webui.components.chatbot": "llamafactory_kt.integration.webui.chatbot",
+    "llamafactory.webui.components.infer": "llamafactory_kt.integration.webui.infer",
+    "llamafactory.webui.chatter": "llamafactory_kt.integration.webui.chatter",
+    "llamafactory.chat.sglang_engine": "llamafactory_kt.integration.sglang_engine",
+    "llamafactory.v1.config.arg_parser": "llamafactory_kt.integration.v1_arg_parser",
+}
+
+failures: dict[str, BaseException] = {}
+"""hooks that could not be applied, by module; the module itself was left alone"""
+
+
+def activate() -> None:
+    """Register the hooks; modules that are already imported are patched now. Calling it again does nothing."""
+    if is_active():
+        return
+    sys.meta_path.insert(0, _Finder())
+    for name in TARGETS:
+        module = sys.modules.get(name)
+        # While a module is being executed, its loader is already running: too late for the finder, too early to patch.
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            _patch(module)
+
+
+def is_active() -> bool:
+    """Whether the hooks are registered in this process."""
+    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
+
+
+def _patch(module: ModuleType) -> None:
+    """Apply the module's hook; never raises into the import that caused it."""
+    from importlib import import_module
+
+    try:
+        import_module(TARGETS[module.__name__]).patch(module)
+    except Exception as error:
+        failures[module.__name__] = error
+
+
+class _Finder(MetaPathFinder):
+    """Finds the target modules as usual, but with a loader that patches after executing."""
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in TARGETS:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        # Only the interpreter's own loaders are wrapped: others may be proxies that look themselves up again.
+        if spec is not None and type(spec.loader) in (SourceFileLoader, SourcelessFileLoader):
+            spec.loader = _PatchingLoader(spec.loader)
+        return spec
+
+
+class _PatchingLoader(Loader):
+    def __init__(self, loader: Any):
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:  # inspect, pkgutil and tracebacks ask the loader for the source
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _patch(module)

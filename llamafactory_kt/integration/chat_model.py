@@ -1,0 +1,124 @@
+"""``llamafactory.chat.chat_model``: the chat in the terminal, where ``use_kt`` is asked for.
+
+Ctrl-C stops the answer and keeps the session, ``/stats`` shows figures after each answer, ``/experts`` the router
+statistics, and Ctrl-D leaves. Without
+``use_kt`` it is LLaMA-Factory's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from ..ground.errors import KTModelError
+from .patching import asks_for, expect, is_patched, replace
+
+
+def patch(module: ModuleType) -> None:
+    """Replace ``run_chat``, which the command line looks up when it is called."""
+    if is_patched(module):
+        return
+    stock = expect(module, "run_chat", ())
+
+    @functools.wraps(stock)
+    def run_chat() -> None:
+        if asks_for("use_kt"):
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 (history and editing for input())
+            _converse(module.ChatModel())
+        else:
+            stock()
+
+    replace(module, run_chat=run_chat)
+
+
+def _converse(chat_model: Any) -> None:
+    from llamafactory.extras.misc import torch_gc
+
+    messages: list[dict[str, str]] = []
+    model = getattr(chat_model.engine, "model", None)  # a server has it elsewhere
+    show_stats = bool(getattr(model or chat_model.engine, "_kt_show_stats", False))
+    print(
+        "Welcome to the CLI application, use `clear` to remove the history, use `exit` to exit the application.\n"
+        "Ctrl-C stops an answer, `/stats` shows its speed, `/experts` which experts it used."
+    )
+    while True:
+        try:
+            query = input("\nUser: ")
+        except UnicodeDecodeError:
+            print("Detected decoding error at the inputs, please set the terminal encoding to utf-8.")
+            continue
+        except KeyboardInterrupt:
+            print("\nUse `exit` or Ctrl-D to leave.")
+            continue
+        except EOFError:
+            print()
+            return
+        command = query.strip()
+        if command == "exit":
+            return
+        if command == "clear":
+            messages.clear()
+            torch_gc()
+            print("History has been removed.")
+        elif command == "/stats":
+            show_stats = not show_stats
+            print(f"Figures after each answer: {'on' if show_stats else 'off'}.")
+        elif command == "/experts":
+            print(_experts(model))
+        else:
+            _answer(chat_model, messages, query, show_stats)
+
+
+def _experts(model: Any) -> str:
+    """The table of router statistics, or why there is none."""
+    from ..router_stats.stats import get_router_stats, router_table
+
+    if model is None:
+        return "The experts are in the server; router statistics need infer_backend: huggingface."
+    try:
+        return router_table(get_router_stats(model))
+    except KTModelError as error:
+        return str(error)
+
+
+def _answer(chat_model: Any, messages: list[dict[str, str]], query: str, show_stats: bool) -> None:
+    """Print the answer as it comes. The history gets question and answer, or neither if there was not a word of it."""
+    from .generation import Generation
+
+    generation, response = Generation(), ""
+    question = {"role": "user", "content": query}
+    print("Assistant: ", end="", flush=True)
+    with _stopped_by_interrupt(generation):
+        for text in chat_model.stream_chat([*messages, question], kt_generation=generation):
+            print(text, end="", flush=True)
+            response += text
+            if generation.interrupted:
+                break
+    interrupted = generation.interrupted
+    print(" [stopped]" if interrupted else "")
+    if response or not interrupted:
+        messages += [question, {"role": "assistant", "content": response}]
+    if show_stats:
+        print(f"[{generation}]")
+
+
+@contextlib.contextmanager
+def _stopped_by_interrupt(generation: Any) -> Iterator[None]:
+    """Ctrl-C ends the answer after its current token; a second one, while that is awaited, ends the program."""
+
+    def stop(number: int, frame: Any) -> None:
+        if generation.interrupted:
+            raise KeyboardInterrupt
+        generation.interrupted = True
+        generation.stop()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

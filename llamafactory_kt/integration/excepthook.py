@@ -1,0 +1,31 @@
+"""How ``llamafactory-cli chat|api|webchat`` ends on one of our errors."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from types import TracebackType
+
+from ..ground.errors import KTError, traceback_wanted
+
+_MARK = "__llamafactory_kt__"
+
+
+def end_in_one_paragraph(debug: bool = False) -> None:
+    """From now on an uncaught KTError is one paragraph on stderr; with debugging, and for all others, as before.
+
+    The exit status is Python's 1 in any case.
+    """
+    before = sys.excepthook
+    if debug or traceback_wanted() or hasattr(before, _MARK):
+        return
+
+    @functools.wraps(before)
+    def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if isinstance(error, KTError):
+            print(f"Error: {error}", file=sys.stderr)
+        else:
+            before(kind, error, traceback)
+
+    setattr(show, _MARK, True)
+    sys.excepthook = show

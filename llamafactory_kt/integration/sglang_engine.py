@@ -1,0 +1,204 @@
+"""``llamafactory.chat.sglang_engine``: with use_kt the server is ours, and so is the way to talk to it.
+
+The stock engine splits its command on blanks, runs PATH's python3, names the adapter in a field that SGLang does not have
+(``lora_request``; the request is then answered without the adapter), and blocks the event loop while an answer streams.
+Without use_kt it stays as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from types import ModuleType
+from typing import Any
+
+import httpx
+
+from ..ground.errors import KTConfigError, KTServerError
+from .patching import expect, is_patched, replace
+
+logger = logging.getLogger("llamafactory_kt")
+
+_ARGUMENTS = ("model_args", "data_args", "finetuning_args", "generating_args")
+_UNUSABLE = ("--stream-output", "--skip-tokenizer-init", "--api-key", "--ssl-certfile")
+"""options that change how a server is talked to"""
+
+
+def patch(module: ModuleType) -> None:
+    """Let ``SGLangEngine(...)`` build ours where use_kt is asked for."""
+    if is_patched(module):
+        return
+    stock = expect(module, "SGLangEngine", _ARGUMENTS)
+    expect(module, "load_tokenizer", ("model_args",))
+    expect(module, "get_template_and_fix_tokenizer", ("tokenizer", "data_args"))
+    ours: Any = type("KTSGLangEngine", (KTSGLangEngine, stock), {"__doc__": KTSGLangEngine.__doc__, "_stock": module})
+
+    @functools.wraps(stock, updated=())
+    def sglang_engine(model_args: Any, data_args: Any, finetuning_args: Any, generating_args: Any) -> Any:
+        engine = ours if getattr(model_args, "kt_inference", False) else stock
+        return engine(model_args, data_args, finetuning_args, generating_args)
+
+    replace(module, SGLangEngine=sglang_engine)
+
+
+class KTSGLangEngine:
+    """LLaMA-Factory's engine for one SGLang server with KT; many requests at once."""
+
+    _stock: Any
+    """the hooked module"""
+
+    def __init__(self, model_args: Any, data_args: Any, finetuning_args: Any, generating_args: Any):
+        from ..serving.command import server_command
+        from ..serving.options import discover
+        from ..serving.server import start_server
+
+        self.name = self._stock.EngineName.SGLANG
+        self.can_generate = finetuning_args.stage == "sft"
+        loaded = self._stock.load_tokenizer(model_args)
+        self.tokenizer, self.processor = loaded["tokenizer"], loaded["processor"]
+        self.tokenizer.padding_side = "left"
+        self.template = self._stock.get_template_and_fix_tokenizer(self.tokenizer, data_args)
+        self.generating_args = generating_args.to_dict()
+        self._kt_show_stats = model_args.kt_stats
+
+        options = discover(model_args.kt_sglang_python)
+        logger.info("SGLang is %s, run by %s", options.version, options.python)
+        command = server_command(model_args, options, ["--log-level", "info" if model_args.kt_debug else "error"])
+        if unusable := [flag for flag in _UNUSABLE if options.value(command.parsed, flag)]:
+            raise KTConfigError(
+                f"sglang_config: {', '.join(unusable)} cannot be set in a chat, which talks to a server of its own; "
+                "llamafactory-kt serve can have it."
+            )
+        for notice in command.notices:
+            logger.warning("%s", notice)
+        self._lora = command.adapter.name
+        self.context_length: int = command.parsed.context_length
+        logger.info("SGLang's command:\n%s", command)
+        self._server = start_server(command, model_args.kt_sglang_timeout)
+        logger.info("SGLang is ready")
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        timeout = httpx.Timeout(None, connect=30)
+        self._client = httpx.AsyncClient(base_url=self._server.url, timeout=timeout, limits=limits, trust_env=False)
+
+    async def chat(self, messages: Sequence[dict[str, str]], *args: Any, **kwargs: Any) -> list[Any]:
+        """The whole answers, as many as ``num_return_sequences``, as LLaMA-Factory's ``Response``."""
+        wanted = kwargs.pop("num_return_sequences", None) or 1
+        return await asyncio.gather(*(self._answer(messages, *args, **kwargs) for _ in range(wanted)))
+
+    async def _answer(self, *args: Any, **kwargs: Any) -> Any:
+        last: dict[str, Any] = {}
+        async for chunk in self._generate(*args, **kwargs):
+            last = chunk
+        if not last:
+            raise KTServerError("SGLang ended the answer without a word.")
+        meta = last["meta_info"]
+        return self._stock.Response(
+            response_text=last["text"],
+            response_length=meta["completion_tokens"],
+            prompt_length=meta["prompt_tokens"],
+            finish_reason=_finish_reason(meta),
+        )
+
+    async def stream_chat(
+        self, messages: Sequence[dict[str, str]], *args: Any, kt_generation: Any = None, **kwargs: Any
+    ) -> AsyncGenerator[str, None]:
+        """The answer piece by piece; the server stops generating when the reader goes.
+
+        Args:
+            messages: the conversation.
+            args: and ``kwargs``, LLaMA-Factory's.
+            kt_generation: a :class:`~llamafactory_kt.integration.generation.Generation` that gets the figures and can stop the answer.
+        """
+        from .generation import Generation
+
+        generation, shown = kt_generation or Generation(), 0
+        generation.begin(self.tokenizer, 0, ())
+        async with aclosing(self._generate(messages, *args, **kwargs)) as chunks:
+            async for chunk in chunks:
+                meta = chunk["meta_info"]
+                generation.prompt_tokens = meta["prompt_tokens"]
+                generation.count(meta["completion_tokens"])
+                generation.finish_reason = _finish_reason(meta)
+                yield chunk["text"][shown:]
+                shown = len(chunk["text"])
+                if generation.stopped:
+                    generation.finish_reason = "stop"
+                    return
+
+    async def _generate(
+        self,
+        messages: Sequence[dict[str, str]],
+        system: str | None = None,
+        tools: str | None = None,
+        images: Any = None,
+        videos: Any = None,
+        audios: Any = None,
+        **asked: Any,
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """SGLang's answers, each with the whole text so far."""
+        if images or videos or audios:
+            raise NotImplementedError("Images, videos and audios do not work with infer_backend: sglang and use_kt.")
+        paired = [*messages, {"role": "assistant", "content": ""}]
+        prompt, _ = self.template.encode_oneturn(self.tokenizer, paired, system, tools)
+        request: dict[str, Any] = {
+            "input_ids": prompt,
+            "sampling_params": self._sampling(len(prompt), asked),
+            "stream": True,
+        }
+        if self._lora:
+            request["lora_path"] = self._lora
+        try:
+            async with self._client.stream("POST", "/generate", json=request) as response:
+                if response.status_code != 200:
+                    text = (await response.aread()).decode(errors="replace")
+                    raise KTServerError(f"SGLang refused the request ({response.status_code}): {text}")
+                async for line in response.aiter_lines():
+                    if not line.startswith("data:") or (data := line[5:].strip()) == "[DONE]":
+                        continue
+                    chunk: dict[str, Any] = json.loads(data)
+                    if "error" in chunk:
+                        raise KTServerError(f"SGLang broke the answer off: {chunk['error']}")
+                    yield chunk
+        except httpx.HTTPError as error:
+            await asyncio.to_thread(self._server.check)
+            raise KTServerError(f"SGLang at {self._server.url} did not answer: {error!r}.") from error
+
+    def _sampling(self, prompt_length: int, asked: dict[str, Any]) -> dict[str, Any]:
+        """SGLang's sampling parameters: what the request asks for, else the configuration."""
+        defaults = self.generating_args
+
+        def choose(name: str) -> Any:
+            return asked[name] if asked.get(name) is not None else defaults.get(name)
+
+        greedy = choose("do_sample") is False and asked.get("temperature") is None
+        return {
+            "temperature": 0.0 if greedy else choose("temperature"),
+            "top_p": choose("top_p") or 1.0,  # SGLang wants more than 0
+            "top_k": choose("top_k") or -1,
+            "repetition_penalty": choose("repetition_penalty") or 1.0,
+            "max_new_tokens": _max_new_tokens(asked, prompt_length) or _max_new_tokens(defaults, prompt_length),
+            "stop": asked.get("stop"),
+            "stop_token_ids": self.template.get_stop_token_ids(self.tokenizer),
+            "skip_special_tokens": choose("skip_special_tokens"),
+        }
+
+    def _cleanup_server(self) -> None:
+        """Called by the stock class when the engine goes."""
+        if server := getattr(self, "_server", None):
+            server.close()
+
+
+def _max_new_tokens(source: dict[str, Any], prompt_length: int) -> int | None:
+    if source.get("max_new_tokens"):
+        return int(source["max_new_tokens"])
+    return max(1, source["max_length"] - prompt_length) if source.get("max_length") else None
+
+
+def _finish_reason(meta: dict[str, Any]) -> str:
+    """``stop`` or ``length``. SGLang says ``{"type": "stop", ...}``, older ones a word."""
+    reason = meta.get("finish_reason")
+    return "stop" if (reason.get("type") if isinstance(reason, dict) else reason) == "stop" else "length"

@@ -1,0 +1,1 @@
+"""LLaMA-Factory's pages, ``webchat`` and LlamaBoard (``webui``)."""

@@ -1,0 +1,62 @@
+"""``llamafactory.webui.components.chatbot``: a heat map of the experts beside the conversation, on both pages."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+from ..hf_engine import has_kt_experts
+from ..patching import expect, is_patched, replace
+
+
+def patch(module: ModuleType) -> None:
+    """Add the heat map; it is hidden unless a model is loaded whose routers are counted."""
+    if is_patched(module):
+        return
+    stock = expect(module, "create_chat_box", ("engine", "visible"))
+
+    @functools.wraps(stock)
+    def create_chat_box(engine: Any, visible: bool = False) -> Any:
+        import gradio
+
+        if has_kt_experts(getattr(engine.chatter.engine, "model", None)):
+            # webchat: "en" to begin with is no change of language, and without one the page's elements get no labels
+            engine.manager.get_elem_by_id("top.lang").value = None
+        with gradio.Row():
+            with gradio.Column(scale=3):
+                chatbot, messages, elements = stock(engine, visible)
+            with gradio.Column(scale=2, visible=False) as heat_map:
+                plot = gradio.Plot(show_label=False)
+
+        def draw() -> list[Any]:
+            return draw_experts(engine)
+
+        # Every piece of an answer changes the conversation. One drawing waits for the end of the answer, and of those
+        # that are asked for meanwhile the last one is done.
+        for triggers in (None, chatbot.change):  # None: when a page is opened
+            gradio.on(
+                triggers, draw, inputs=[], outputs=[heat_map, plot],
+                trigger_mode="always_last", show_progress="hidden", show_api=False,
+            )  # fmt: skip
+        return chatbot, messages, elements | {"kt_heat_map": heat_map, "kt_plot": plot}
+
+    replace(module, create_chat_box=create_chat_box)
+
+
+def draw_experts(engine: Any) -> list[Any]:
+    """What the heat map's column and its plot are to show now."""
+    import gradio
+
+    model: Any = getattr(engine.chatter.engine, "model", None)
+    if not any(wrapper.router_counts for wrapper in getattr(model, "_kt_wrappers", ())):
+        return [gradio.Column(visible=False), None]
+    from ...router_stats.plots import router_heat_map
+    from ...router_stats.stats import get_router_stats
+
+    model._kt_gate.wait_until_idle()
+    stats = get_router_stats(model)
+    first = next(iter(stats.values()))
+    answers = first.tokens - first.prompt_tokens
+    figure = router_heat_map(stats, f"{first.tokens} tokens, {answers} of them in answers")
+    return [gradio.Column(visible=True), figure]

@@ -1,0 +1,157 @@
+"""``llamafactory.webui.components.infer``: LlamaBoard's Chat tab gets a section for KTransformers and the load table."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import fields
+from types import ModuleType
+from typing import Any
+
+from ...engines.ktkernel.sub_pools import sub_pools
+from ...engines.registry import BACKENDS
+from ...ground.errors import KTHookError
+from ...settings.keys import SCOPES, KTArguments
+from .. import bootstrap
+from ..hf_engine import has_kt_experts
+from ..patching import expect, is_patched, replace, versions
+from .chatbot import draw_experts
+from .texts import add_components
+
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(KTArguments)}
+
+_SHOWN: dict[str, Any] = {"kt_num_threads": "auto", "kt_threadpool_count": sub_pools(), "kt_weight_path": ""}
+"""how the page shows a key that is not set; an empty field means the same"""
+
+_KEYS = (
+    "use_kt", "kt_backend", "kt_num_threads", "kt_threadpool_count", "kt_weight_path", "kt_lora_scope",
+    "kt_router_stats", "kt_debug",
+)  # fmt: skip
+
+
+def patch(module: ModuleType) -> None:
+    """Replace ``create_infer_tab``, which the page looks up in its package; and add our texts to LLaMA-Factory's."""
+    if is_patched(module):
+        return
+    from llamafactory.webui import chatter, locales
+
+    stock = expect(module, "create_infer_tab", ("engine",))
+    if not is_patched(chatter):  # nobody would read the section
+        raise KTHookError(
+            f"{module.__name__} gets no section for KTransformers, as {chatter.__name__} could not be hooked: "
+            f"{bootstrap.failures.get(chatter.__name__)}"
+        )
+    languages = _languages(locales)
+
+    @functools.wraps(stock)
+    def create_infer_tab(engine: Any) -> dict[str, Any]:
+        section = _create_section()
+        with _more_inputs(engine.manager, {section[key] for key in _KEYS}):
+            elements: dict[str, Any] = stock(engine)
+        _move(section["kt_section"], before=elements["load_btn"].parent)
+        return elements | section | _create_report(engine, elements, locales)
+
+    add_components(locales.LOCALES, languages)
+    replace(module, create_infer_tab=create_infer_tab)
+
+
+def section_values(manager: Any, data: dict[Any, Any]) -> dict[str, Any]:
+    """The keys that the section sets, if it asks for ``use_kt``: those that are not as a configuration has them anyway.
+
+    Args:
+        data: the page's components with their values.
+    """
+    try:
+        values = {key: data[manager.get_elem_by_id(f"infer.{key}")] for key in _KEYS}
+    except KeyError:  # webchat, or a page whose hook was not applied
+        return {}
+    if not values["use_kt"]:
+        return {}
+    values = {key: value.strip() if isinstance(value, str) else value for key, value in values.items()}
+    return {k: v for k, v in values.items() if v not in (None, "", _SHOWN.get(k, _DEFAULTS[k]))}
+
+
+def _languages(locales: Any) -> list[str]:
+    """The languages of LLaMA-Factory's pages.
+
+    Raises:
+        KTHookError: Its table of texts has another form.
+    """
+    try:
+        languages = list(locales.LOCALES["infer_backend"])
+        wanted = {"en", "zh"} <= set(languages) and all(
+            language in texts for texts in (locales.ALERTS["info_loading"], locales.LOCALES["info_box"]) for language in languages
+        )  # fmt: skip
+    except (AttributeError, KeyError, TypeError):
+        wanted = False
+    if not wanted:
+        raise KTHookError(f"{locales.__name__}.LOCALES is not a table of texts by name and language. {versions()}")
+    return languages
+
+
+def _create_section() -> dict[str, Any]:
+    import gradio as gr
+
+    with gr.Accordion(open=False) as section:
+        elements: dict[str, Any] = {"kt_section": section}
+        with gr.Row():
+            elements["use_kt"] = gr.Checkbox(value=False)
+            elements["kt_backend"] = gr.Dropdown(choices=list(BACKENDS), value=_DEFAULTS["kt_backend"])
+            elements["kt_num_threads"] = gr.Textbox(value=_SHOWN["kt_num_threads"])
+            elements["kt_threadpool_count"] = gr.Number(value=_SHOWN["kt_threadpool_count"], precision=0, minimum=1)
+        with gr.Row():
+            elements["kt_weight_path"] = gr.Textbox(value=_SHOWN["kt_weight_path"])
+            elements["kt_lora_scope"] = gr.Dropdown(choices=list(SCOPES), value=_DEFAULTS["kt_lora_scope"])
+            elements["kt_router_stats"] = gr.Checkbox(value=False)
+            elements["kt_debug"] = gr.Checkbox(value=False)
+    return elements
+
+
+@contextlib.contextmanager
+def _more_inputs(manager: Any, elements: set[Any]) -> Iterator[None]:
+    """Let the tab's buttons send these elements' values, too."""
+    stock = manager.get_base_elems
+    manager.get_base_elems = lambda: stock() | elements
+    try:
+        yield
+    finally:
+        del manager.get_base_elems  # the class's own again
+
+
+def _move(element: Any, before: Any = None, after: Any = None) -> None:
+    """Put an element of the tab, created last, before or after another."""
+    siblings = element.parent.children
+    siblings.remove(element)
+    siblings.insert(siblings.index(before) if before else siblings.index(after) + 1, element)
+
+
+def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[str, Any]:
+    """The load table below the status line, and the heat map beside the chat; they follow what the status line says."""
+    import gradio as gr
+
+    from ...load_report import load_markdown
+
+    def refresh(lang: str, status: str) -> list[Any]:
+        model: Any = getattr(engine.chatter.engine, "model", None)
+        loaded = has_kt_experts(model)
+        # Changing the language sets the status line to "unloaded", whatever there is.
+        unloaded = status == locales.LOCALES["info_box"][lang]["value"]
+        return [
+            locales.ALERTS["info_loaded"][lang] if loaded and unloaded else gr.skip(),
+            gr.Accordion(visible=loaded),
+            load_markdown(model._kt_load_rows) if loaded else "",
+            *(draw_experts(engine) if experts else ()),
+        ]
+
+    box, lang = elements["info_box"], engine.manager.get_elem_by_id("top.lang")
+    box.lines = 2  # from two lines on, a text field grows with its text
+    with gr.Accordion(open=True, visible=False) as report:
+        table = gr.Markdown()
+    _move(report, after=box)
+    experts = [elements[name] for name in ("kt_heat_map", "kt_plot") if name in elements]
+    box.change(
+        refresh, [lang, box], [box, report, table, *experts],
+        trigger_mode="always_last", show_progress="hidden", show_api=False,
+    )  # fmt: skip
+    return {"kt_report": report}

@@ -1,0 +1,129 @@
+"""The load table: what was loaded where. And the structure dump that kt_debug prints."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from .apply import LoadReport, kt_wrappers
+from .ground.machine import gib
+from .peft_side.split import count_lora, non_expert_nbytes
+
+TITLE = "KTransformers experts"
+
+Rows = list[tuple[str, str]]
+"""the load table: what each row is about, and what it says"""
+
+
+def load_rows(model: nn.Module, report: LoadReport | None) -> Rows:
+    """What was loaded where; ``report`` is of the adapter that the model has, None without one."""
+    wrappers = kt_wrappers(model)
+    summary: dict[str, Any] = model._kt_summary  # type: ignore[assignment]
+    experts_bytes = sum(w.engine.nbytes for w in wrappers)
+    lora_bytes = sum(w.engine.lora_nbytes for w in wrappers)
+    torch_bytes = non_expert_nbytes(model)
+    experts_params = sum(3 * w.num_experts * w.hidden_dim * w.intermediate_dim for w in wrappers)
+    torch_params = sum(p.numel() for p in model.parameters())
+    peft_params = count_lora(model)[1]
+
+    rows = [("Layers wrapped", f"{len(wrappers)} ({_ranges([w.layer_idx for w in wrappers])})")]
+    if kinds := layer_kinds(model):
+        rows.append(("Layer kinds", kinds))
+    engine, plan = summary["engine"], summary["plan"]
+    rows.append(("Engine", f"{engine} on {summary['variant']}" if plan.method else engine))
+    idle = ", in the idle class" if plan.idle_workers else ""
+    workers = f"kt-kernel {plan.workers} in {summary['pools']} sub-pool(s){idle}; " if plan.workers else ""
+    rows.append(("Threads", f"{workers}torch {torch.get_num_threads()}"))
+    if summary["reason"]:
+        rows.append(("Chosen because", summary["reason"]))
+    cpu = experts_bytes + lora_bytes + torch_bytes.get("cpu", 0)
+    lora = f"their LoRA {gib(lora_bytes)}, " if lora_bytes else ""
+    parts = f"experts {gib(experts_bytes)}, {lora}other {gib(torch_bytes.get('cpu', 0))}"
+    rows.append(("Memory on CPU", f"{gib(cpu)} ({parts})"))
+    rows.append(("Memory on GPU", gib(torch_bytes["cuda"]) if "cuda" in torch_bytes else "none"))
+    rows.append(("LoRA tensors", str(report) if report else "no adapter"))
+    if report:
+        merged = ", merged into the weights" if report.merged else ""
+        rows.append(("LoRA layers", f"{len(report.layers)} with expert LoRA, rank up to {report.max_rank}{merged}"))
+    rows.append(("Parameters", f"torch {torch_params - peft_params:,}, KT experts {experts_params:,}"))
+    if report and not report.merged:
+        rows.append(("LoRA parameters", f"PEFT {peft_params:,}, KT experts {report.expert_params:,}"))
+    return rows
+
+
+def load_table(rows: Rows) -> str:
+    """One table of plain text, ready for a log line of its own."""
+    table = Table(title=TITLE, show_header=False, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=io.StringIO(), width=110, color_system=None)
+    console.print(table)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text.rstrip()
+
+
+def load_markdown(rows: Rows) -> str:
+    """The same for a page.
+
+    >>> print(load_markdown([("Layers wrapped", "3 (1-3)")]))
+    | KTransformers experts | |
+    |---|---|
+    | Layers wrapped | 3 (1-3) |
+    """
+    return "\n".join([f"| {TITLE} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def layer_kinds(model: Any) -> str:
+    """``MoE 1-3, dense MLP 0 (first_k_dense_replace: 1)``, with the keys of config.json that decide it; empty where all
+    layers are MoE layers."""
+    config = model.config.get_text_config()
+    moe = [wrapper.layer_idx for wrapper in kt_wrappers(model)]
+    dense = [layer for layer in range(config.num_hidden_layers) if layer not in moe]
+    if not dense:
+        return ""
+    neutral = {"first_k_dense_replace": 0, "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_layer_freq": 1}
+    values = {name: getattr(config, name, None) for name in neutral}
+    deciding = ", ".join(f"{name}: {value}" for name, value in values.items() if value not in (None, neutral[name]))
+    return f"MoE {_ranges(moe)}, dense MLP {_ranges(dense)}" + (f" ({deciding})" if deciding else "")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``1-26`` for a run of numbers, ``1, 3-5`` for several.
+
+    >>> _ranges([1, 3, 4, 5])
+    '1, 3-5'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def debug_structure(model: nn.Module) -> str:
+    """The block that early KTransformers chats printed after loading, line by line."""
+    wrappers = kt_wrappers(model)
+    lora = [(n, p) for n, p in model.named_parameters() if "lora_" in n]
+    line = "=" * 60
+    lines = [
+        line,
+        "DEBUG: Model structure after loading",
+        line,
+        f"KT wrappers count: {len(wrappers)}",
+        f"KT MoE LoRA layers: {[w.layer_idx for w in wrappers if w.engine.lora_rank]}",
+        "",
+        f"LoRA parameters count: {len(lora)}",
+        "LoRA parameters:",
+        *(f"  {name}: {parameter.shape}" for name, parameter in lora),
+        "",
+        f"PEFT config: {getattr(model, 'peft_config', {})}",
+        line,
+    ]
+    return "\n".join(lines)

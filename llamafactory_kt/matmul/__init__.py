@@ -1,0 +1,1 @@
+"""Products with bfloat16 weights on the CPU: layouts, and the libraries that compute them."""

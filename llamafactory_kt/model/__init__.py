@@ -1,0 +1,25 @@
+"""Routed experts on the CPU: finding them in a model, reading them, computing them.
+
+Knows transformers' experts contract and kt-kernel, never LLaMA-Factory. The public names below are resolved on first use,
+which registers :class:`KTExpertsConfig` with transformers: importing that takes longer than the process that measures engines
+runs, which needs none of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import KTExpertsConfig
+    from .experts_module import KTExperts
+    from .quantizer import KTExpertsQuantizer
+
+__all__ = ["KTExperts", "KTExpertsConfig", "KTExpertsQuantizer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import quantizer
+
+    return getattr(quantizer, name)

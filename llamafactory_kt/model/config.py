@@ -1,0 +1,94 @@
+"""``KTExpertsConfig``: what ``from_pretrained(..., quantization_config=...)`` takes to put the experts into an engine."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..engines.ktkernel.sub_pools import sub_pools
+
+QUANT_METHOD = "kt_experts"
+DEFAULT_MAX_CHUNK = 512
+DEFAULT_LORA_RANK = 16
+
+
+@register_quantization_config(QUANT_METHOD)
+@dataclass
+class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Routed experts on the CPU. This is transformers' extension point for replacing modules; only the AMXINT
+    backends quantise.
+
+    Args:
+        backend: ``AMXBF16``, ``AMXINT8``, ``AMXINT4`` or ``AVX2BF16`` (kt-kernel), ``oneDNN`` (torch's own kernels), ``torch`` (float32
+            arithmetic, slow), or ``auto``: whichever of ``AMXBF16`` and ``oneDNN`` is measured to be faster; where
+            ``AMXBF16`` does not run, ``oneDNN``, or with ``merge_adapter`` the faster of ``AVX2BF16`` and ``oneDNN``.
+        num_threads: worker threads of kt-kernel; None measures what is fastest.
+        threadpool_count: NUMA sub-pools the workers are divided into; None for what :func:`~llamafactory_kt.engines.ktkernel.sub_pools.sub_pools` says.
+        weight_path: directory of packed weights that ``llamafactory-kt quantize`` made; ``AMXINT8`` needs it, ``AMXINT4``
+            packs the checkpoint's weights while loading without it.
+        idle_workers: whether kt-kernel's workers run in the idle scheduling class, beside torch's threads on all cores; None
+            measures what is faster. Only where torch computes on the CPU too.
+        recalibrate: measure engines and threads again, although this machine's times are known.
+        max_chunk: tokens per kernel call; longer inputs are split.
+        adapter: directory of the LoRA adapter to come, or several. They are checked against the model before weights
+            are read, and the kernels get room for their ranks. They are not applied: that is ``apply_adapter``'s part.
+        moe_lora: a ``moe_lora.pt`` with the experts' part of the LoRA to come, alone or beside ``adapter``.
+        lora_rank: room for LoRA in layers where ``adapter`` says nothing.
+        merge_adapter: add the LoRA of ``adapter`` to the experts' weights while they are read, in float32, before they are
+            packed. ``apply_adapter`` then merges the rest. ``AVX2BF16``, which computes no LoRA, always does that.
+        router_stats: count what the routers choose; ``get_router_stats`` reads the counts.
+        debug: let the kernel write to stdout, log where each step's time goes, and stop at NaN and Inf.
+        debug_dir: with ``debug``, directory for a trace of the chosen experts and torch.profiler's of the first steps.
+
+        checkpoint: the checkpoint's own ``quantization_config``, which loading fills in.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM                          # doctest: +SKIP
+        >>> model = AutoModelForCausalLM.from_pretrained(path, quantization_config=KTExpertsConfig())  # doctest: +SKIP
+    """
+
+    backend: str = "auto"
+    num_threads: int | None = None
+    threadpool_count: int | None = None
+    weight_path: str | None = None
+    idle_workers: bool | None = None
+    recalibrate: bool = False
+    max_chunk: int = DEFAULT_MAX_CHUNK
+    adapter: str | list[str] | None = None
+    moe_lora: str | None = None
+    lora_rank: int = DEFAULT_LORA_RANK
+    merge_adapter: bool = False
+    router_stats: bool = False
+    debug: bool = False
+    debug_dir: str | None = None
+    checkpoint: dict[str, Any] | None = None
+    quant_method: str = QUANT_METHOD
+
+    @property
+    def pools(self) -> int:
+        """NUMA sub-pools."""
+        return self.threadpool_count or sub_pools(self.weight_path, self.num_threads)
+
+
+def _compose() -> None:
+    """Let ``from_pretrained`` take a :class:`KTExpertsConfig` for a checkpoint that is quantised itself.
+
+    transformers has one quantizer for a model and refuses two; ours reads the checkpoint's format too.
+    """
+    stock = AutoHfQuantizer.merge_quantization_configs
+
+    @functools.wraps(stock)
+    def merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        if not isinstance(quantization_config_from_args, KTExpertsConfig):
+            return stock(quantization_config, quantization_config_from_args)
+        own = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+        return replace(quantization_config_from_args, checkpoint=own)
+
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge)
+
+
+_compose()

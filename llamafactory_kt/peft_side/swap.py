@@ -1,0 +1,181 @@
+"""What PEFT and the routers hold of an adapter: exchanged as a whole, and put back as it was where that fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters import Adapter
+from ..adapters.keys import PEFT_PREFIX, split_module
+from ..ground.errors import KTAdapterError, name_some
+from .split import PeftPart, router_delta, submodule
+
+logger = logging.getLogger(__name__)
+
+Parts = Sequence[tuple[Adapter, PeftPart]]
+
+
+def exchange_peft_layers(model: Any, parts: Parts) -> tuple[Any, Callable[[], None]]:
+    """Put the adapters' non-expert tensors in place of what the model has of earlier ones.
+
+    Only these tensors are read. Each adapter's ranks, alphas, patterns, rsLoRA, DoRA and modules_to_save stay in force;
+    several adapters are active together and add up.
+
+    Args:
+        model: the plain model; PEFT changes it in place.
+
+    Returns:
+        The model in PEFT's wrapper (the model itself where PEFT has no part), and a call that puts the old state back.
+
+    Raises:
+        KTAdapterError: PEFT cannot wrap a module, wants a tensor the file does not have, or leaves one of ours unused.
+            The model is as it was.
+    """
+    undo = _remember(model, {router for _, part in parts for router in part.routers})
+    try:
+        _detach(model)
+        _set_routers(model, parts)
+        return _wrap(model, [(adapter, part) for adapter, part in parts if part.modules]), undo
+    except BaseException:
+        undo()
+        raise
+
+
+def merge_peft_layers(wrapped: Any) -> Any:
+    """Let PEFT merge what it has wrapped, for good. Returns the plain model."""
+    if not hasattr(wrapped, "merge_and_unload"):  # there was nothing to wrap
+        return wrapped
+    plain = wrapped.merge_and_unload()
+    vars(plain).pop("peft_config", None)
+    return plain
+
+
+def _wrap(model: Any, parts: Parts) -> Any:
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+    from peft.functional import cast_adapter_dtype
+    from peft.utils import set_peft_model_state_dict
+
+    wrapped, names = model, []
+    for number, (adapter, part) in enumerate(parts, start=1):
+        config, name = _config(adapter, part), f"adapter_{number}" if number > 1 else "default"
+        state = {
+            f"{PEFT_PREFIX}{module}.{split_module(tensor)[1]}": adapter.read(tensor)
+            for module, tensors in part.modules.items()
+            for tensor in tensors
+        }
+        try:
+            if number == 1:
+                wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+                wrapped = wrap(model, config, adapter_name=name)
+            else:
+                wrapped.add_adapter(name, config)
+                cast_adapter_dtype(wrapped, name)  # to float32, as PEFT does with the first
+            result = set_peft_model_state_dict(wrapped, state, adapter_name=name)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise KTAdapterError(f"{adapter.store.path}: PEFT cannot apply the non-expert part: {error}") from error
+        missing = [key for key in result.missing_keys if ".lora_" in key and f".{name}." in f"{key}."]
+        if missing or result.unexpected_keys:
+            raise KTAdapterError(
+                f"{adapter.store.path}: PEFT found no tensor for {name_some(missing, 3) or 'nothing'} and no place for "
+                f"{name_some(result.unexpected_keys, 3) or 'nothing'}."
+            )
+        names.append(name)
+    if len(names) > 1:
+        wrapped.base_model.set_adapter(names, inference_mode=True)
+    return wrapped.eval()
+
+
+def peft_reads_weights(adapter: Adapter) -> bool:
+    """Whether PEFT reads or copies weights of the model when it gets this adapter, as LoRA itself does not."""
+    settings = adapter.settings.raw
+    start = settings.get("init_lora_weights", True)
+    return bool(settings.get("use_dora") or settings.get("modules_to_save") or start not in (True, False, "gaussian"))
+
+
+def _config(adapter: Adapter, part: PeftPart) -> Any:
+    from peft import LoraConfig
+
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    saved = adapter.settings.raw.get("modules_to_save") or []
+    return LoraConfig(
+        **{key: value for key, value in adapter.settings.raw.items() if key in fields}
+        | {
+            # Exact names replace every other way of choosing layers.
+            "target_modules": [t for t in part.targets if t.rpartition(".")[2] not in saved] or None,
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "target_parameters": None,
+            "inference_mode": True,
+        }
+    )
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules PEFT has put around the model's own, outermost first."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not any(
+            name.startswith(f"{outer}.") for outer in found
+        ):
+            found[name] = module
+    return found
+
+
+def _detach(model: Any) -> None:
+    _put(model, {name: submodule(model, name) for name in _layers(model)})
+    vars(model).pop("peft_config", None)
+
+
+def _put(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, module)
+
+
+def _remember(model: Any, routers: Iterable[str]) -> Callable[[], None]:
+    layers, config = _layers(model), vars(model).get("peft_config")
+    pristine: dict[str, torch.Tensor] = vars(model).setdefault("_kt_router_base", {})
+    weights = {name: _weight(model, name).clone() for name in {*pristine, *routers}}
+
+    @torch.no_grad()
+    def undo() -> None:
+        _detach(model)
+        _put(model, layers)
+        if config is not None:
+            model.peft_config = config
+        for name, weight in weights.items():
+            _weight(model, name).copy_(weight)
+
+    return undo
+
+
+def _weight(model: nn.Module, router: str) -> torch.Tensor:
+    return submodule(model, router).weight.data  # type: ignore[return-value, union-attr]
+
+
+def _set_routers(model: Any, parts: Parts) -> None:
+    """Each router's own weight with the sum of the adapters' LoRA, rounded once to its dtype."""
+    pristine: dict[str, torch.Tensor] = model._kt_router_base
+    deltas: dict[str, torch.Tensor] = {}
+    for adapter, part in parts:
+        for name, tensors in part.routers.items():
+            delta = router_delta(model, adapter, name, tensors)
+            deltas[name] = deltas[name] + delta if name in deltas else delta
+    for name in {*pristine, *deltas}:
+        weight = _weight(model, name)
+        own = pristine.setdefault(name, weight.clone())
+        weight.copy_((own.float() + deltas[name].to(own.device)).to(own.dtype) if name in deltas else own)
+    if deltas:
+        logger.info(
+            "Added the LoRA of %d routers to their weights (PEFT cannot wrap them), rounded to %s",
+            len(deltas), str(weight.dtype).removeprefix("torch."),
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""What the routers of a running model have chosen: tables and pictures."""

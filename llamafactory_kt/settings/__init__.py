@@ -1,0 +1,1 @@
+"""The ``kt_*`` keys: defaults, types, and every rule about them."""

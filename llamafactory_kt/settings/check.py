@@ -1,0 +1,201 @@
+"""Every rule about the ``kt_*`` keys of a configuration for chatting, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import MISSING, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ..engines.registry import PACKED, canonical_backend
+from ..ground.errors import KTConfigError, KTError, KTKernelError, KTPathError
+from .keys import CHAT_ONLY_KEYS, SCOPES, TRAINING_KEYS, KTArguments, threadpool_count
+from .sglang_keys import SERVING_KEYS, check_serving_combinations, check_serving_values, serves
+
+logger = logging.getLogger(__name__)
+
+
+def check_for_inference(args: Any) -> None:
+    """Check the kt_* keys of a configuration for chatting, with all else that is known before anything is loaded.
+
+    ``args`` is LLaMA-Factory's ModelArguments extended by :class:`KTArguments`. Its fields are brought into one form:
+    ``kt_backend`` as in :data:`~llamafactory_kt.engines.registry.BACKENDS`, ``kt_num_threads`` an int or None, ``kt_config`` merged into the others.
+
+    Raises:
+        KTConfigError: With all mistakes at once.
+        KTPathError: Nothing is wrong but paths that do not exist.
+        KTKernelError: Nothing is wrong but the kernel that this CPU cannot run.
+    """
+    problems = _merge_kt_config(args) + _check_values(args) + _check_combinations(args)
+    if not problems and not serves(args):
+        problems += _check_machine(args)
+    missing = _check_paths(args)
+    if problems:
+        if len(problems) == 1 and not missing and isinstance(problems[0], KTError):
+            raise problems[0]
+        lines = "\n".join(f"- {problem}" for problem in [*problems, *missing])
+        raise KTConfigError(f"Invalid KTransformers configuration:\n{lines}")
+    if missing:
+        raise KTPathError("\n".join(missing))
+    for name in TRAINING_KEYS:
+        if getattr(args, name, None) is not None:
+            logger.warning("%s is a key for training and does nothing in a chat.", name)
+    useless = CHAT_ONLY_KEYS if serves(args) else SERVING_KEYS
+    for name in useless:
+        if getattr(args, name) != KTArguments.__dataclass_fields__[name].default:
+            logger.warning("%s does nothing with infer_backend: %s.", name, "sglang" if serves(args) else "huggingface")
+
+
+def _merge_kt_config(args: Any) -> list[str]:
+    nested = args.kt_config
+    if nested is None:
+        return []
+    if isinstance(nested, str):
+        try:
+            nested = json.loads(nested)
+        except ValueError as error:
+            return [f"kt_config is not valid JSON: {error}."]
+    if not isinstance(nested, dict):
+        return [f"kt_config must be a dictionary of kt_* keys, found {type(nested).__name__}."]
+    own = {f.name: f for f in fields(KTArguments) if f.name not in ("use_kt", "kt_config")}
+    problems = []
+    for key, value in nested.items():
+        if key in TRAINING_KEYS:
+            logger.warning("kt_config: %s is a key for training and does nothing in a chat.", key)
+            continue
+        if key not in own:
+            close = get_close_matches(str(key), own, n=1)
+            problems.append(f"kt_config: unknown key {key!r}{f'; did you mean {close[0]}?' if close else '.'}")
+            continue
+        default = own[key].default
+        assert default is not MISSING
+        current = getattr(args, key)
+        if current not in (default, value) and str(current).lower() != str(value).lower():
+            problems.append(f"{key} is {current!r}, but kt_config says {value!r}; keep one.")
+        setattr(args, key, value)
+    args.kt_config = None
+    return problems
+
+
+def _check_values(args: Any) -> list[str]:
+    problems = []
+    try:
+        args.kt_backend = canonical_backend(args.kt_backend)
+    except KTConfigError as error:
+        problems.append(str(error))
+    threads = args.kt_num_threads
+    if threads is not None and str(threads).lower() != "auto":
+        if isinstance(threads, bool) or not str(threads).isdecimal() or int(threads) < 1:
+            problems.append(f"kt_num_threads must be a positive whole number or auto, found {threads!r}.")
+        else:
+            args.kt_num_threads = int(threads)
+    else:
+        args.kt_num_threads = None
+    for name, optional in (("kt_threadpool_count", True), ("kt_max_chunk", False)):
+        value = getattr(args, name)
+        if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            problems.append(f"{name} must be a positive whole number, found {value!r}.")
+    for name in (
+        "use_kt",
+        "kt_tp_enabled",
+        "kt_idle_workers",
+        "kt_recalibrate",
+        "kt_merge_adapter",
+        "kt_router_stats",
+        "kt_debug",
+        "kt_stats",
+    ):
+        value = getattr(args, name)
+        if not isinstance(value, bool) and not (name in ("kt_tp_enabled", "kt_idle_workers") and value is None):
+            problems.append(f"{name} must be true or false, found {value!r}.")
+    if not isinstance(args.kt_lora_scope, str) or args.kt_lora_scope.lower() not in SCOPES:
+        problems.append(f"kt_lora_scope: unknown value {args.kt_lora_scope!r}, expected {' or '.join(SCOPES)}.")
+    else:
+        args.kt_lora_scope = args.kt_lora_scope.lower()
+    for name in ("kt_weight_path", "kt_moe_lora_path", "kt_debug_dir"):
+        if not isinstance(getattr(args, name), str | None):
+            problems.append(f"{name} must be a path, found {getattr(args, name)!r}.")
+    return problems + (check_serving_values(args) if serves(args) else [])
+
+
+def _check_combinations(args: Any) -> list[str]:
+    problems = []
+    pools = args.kt_threadpool_count
+    if isinstance(pools, int):
+        if args.kt_tp_enabled is False and pools > 1:
+            problems.append(f"kt_tp_enabled: false means one sub-pool, but kt_threadpool_count is {pools}.")
+        if isinstance(args.kt_num_threads, int) and args.kt_num_threads < pools:
+            problems.append(f"kt_num_threads: {args.kt_num_threads} is fewer than kt_threadpool_count: {pools}.")
+    if args.kt_weight_path and args.kt_backend not in PACKED and not serves(args):
+        problems.append(
+            f"kt_weight_path is for kt_backend: {' and '.join(PACKED)}; with {args.kt_backend} the experts are read from the "
+            "checkpoint. Remove it."
+        )
+    if args.kt_backend == "AMXINT8" and not args.kt_weight_path and not serves(args):
+        problems.append(
+            "kt_backend: AMXINT8 needs kt_weight_path; llamafactory-kt quantize --model MODEL --output DIR makes it. AMXINT4 "
+            "also packs while loading."
+        )
+    if args.kt_merge_adapter and args.kt_weight_path and not serves(args):
+        problems.append(
+            "kt_merge_adapter: true cannot change the packed weights of kt_weight_path. Merge the adapter into the checkpoint "
+            "(llamafactory-kt merge) and quantise that, or remove kt_merge_adapter."
+        )
+    backend = getattr(args, "infer_backend", "huggingface")
+    backend = getattr(backend, "value", backend)
+    if backend not in ("huggingface", "sglang"):
+        problems.append(
+            f"infer_backend: {backend} does not work with use_kt; use infer_backend: huggingface, or sglang for many users."
+        )
+    for name in ("quantization_bit", "mixture_of_depths"):
+        if getattr(args, name, None) is not None:
+            problems.append(f"{name}: {getattr(args, name)} cannot be combined with use_kt; remove it.")
+    if getattr(args, "export_dir", None):
+        problems.append(
+            "export_dir: a model with KT experts cannot be exported. llamafactory-kt merge --model M --adapter A --output DIR "
+            "writes the checkpoint with the whole adapter merged."
+        )
+    if args.kt_debug_dir and not args.kt_debug:
+        problems.append("kt_debug_dir needs kt_debug: true.")
+    if getattr(args, "use_unsloth", False):
+        problems.append("use_unsloth: true cannot be combined with use_kt; remove it.")
+    adapters = getattr(args, "adapter_name_or_path", None)
+    if isinstance(adapters, list) and len(adapters) > 1 and args.kt_moe_lora_path:
+        problems.append(
+            f"kt_moe_lora_path goes with one adapter, but adapter_name_or_path names {len(adapters)}: {', '.join(adapters)}."
+        )
+    return problems + (check_serving_combinations(args) if serves(args) else [])
+
+
+def _check_paths(args: Any) -> list[str]:
+    from ..adapters import adapter_looks_local, looks_local
+
+    missing = []
+    model = args.model_name_or_path
+    if looks_local(model) and not Path(model).expanduser().is_dir():
+        missing.append(f"model_name_or_path: {model} does not exist or is not a directory.")
+    for adapter in args.adapter_name_or_path or []:
+        if adapter_looks_local(adapter) and not Path(adapter).expanduser().exists():
+            missing.append(f"adapter_name_or_path: {adapter} does not exist.")
+    if isinstance(args.kt_weight_path, str) and not Path(args.kt_weight_path).expanduser().is_dir():
+        missing.append(f"kt_weight_path: {args.kt_weight_path} does not exist or is not a directory.")
+    if isinstance(args.kt_moe_lora_path, str) and not Path(args.kt_moe_lora_path).expanduser().is_file():
+        missing.append(f"kt_moe_lora_path: {args.kt_moe_lora_path} does not exist or is not a file.")
+    return missing
+
+
+def _check_machine(args: Any) -> list[Any]:
+    from ..autotune.plan import candidates
+    from ..model import KTExpertsConfig
+
+    problems: list[Any] = []
+    try:
+        config = KTExpertsConfig(
+            backend=args.kt_backend, threadpool_count=threadpool_count(args), weight_path=args.kt_weight_path
+        )
+        candidates(config, on_gpu=False)
+    except (KTConfigError, KTKernelError) as error:
+        problems.append(error)
+    return problems

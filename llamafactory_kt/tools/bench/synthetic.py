@@ -1,0 +1,190 @@
+"""Random models of published sizes with a random adapter, so that anyone can measure without a download.
+
+Names and files are those of a published checkpoint (transformers' own conversions, backwards), one file a layer. The
+values are normally distributed with the variance that keeps activations in range, so routers spread their tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ...ground.atomic_output import replacing
+from ...ground.errors import KTModelError
+from ...ground.machine import cache_directory, gib
+from ...ground.tensor_writer import write_safetensors
+from .room import Weights
+from .shapes import Shape
+
+RANK, ALPHA = 8, 16
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_POOL = 2**24
+"""random values that all tensors are cut from, each at another place"""
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """A model and an adapter that are, or will be, below one directory."""
+
+    directory: Path
+    config: Any
+    """transformers' configuration"""
+    tensors: dict[str, tuple[int, ...]]
+    """of the checkpoint, with their shapes"""
+    lora: dict[str, tuple[int, ...]]
+    """of the adapter"""
+
+    @classmethod
+    def of(cls, shape: Shape) -> Synthetic:
+        """Sizes alone, on transformers' empty model; nothing is written."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.core_model_loading import revert_weight_conversion
+
+        config = AutoConfig.for_model(
+            shape.model_type, **shape.values, bos_token_id=0, eos_token_id=1, pad_token_id=1, dtype="bfloat16"
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        config.architectures = [type(model).__name__]
+        tensors = {n: tuple(t.shape) for n, t in revert_weight_conversion(model, model.state_dict()).items()}
+        linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not n.endswith(".gate")}
+        lora: dict[str, tuple[int, ...]] = {}
+        for name, size in tensors.items():
+            module = name.removesuffix(".weight")
+            if (module in linear and module != "lm_head") or ".experts." in name:
+                lora[f"base_model.model.{module}.lora_A.weight"] = (RANK, size[1])
+                lora[f"base_model.model.{module}.lora_B.weight"] = (size[0], RANK)
+        return cls(cache_directory() / "synthetic" / shape.name, config, tensors, lora)
+
+    @property
+    def model(self) -> Path:
+        return self.directory / "model"
+
+    @property
+    def adapter(self) -> Path:
+        return self.directory / "adapter"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The configuration for chatting."""
+        return {
+            "model_name_or_path": str(self.model),
+            "adapter_name_or_path": str(self.adapter),
+            "template": "empty",
+            "infer_backend": "huggingface",
+            "use_kt": True,
+        }
+
+    @property
+    def weights(self) -> Weights:
+        """The model's bytes."""
+        return Weights.of({name: 2 * prod(size) for name, size in self.tensors.items()})
+
+    def build(self) -> Path:
+        """Write what is not there yet, each part under a temporary name that is renamed at the end.
+
+        Returns:
+            A YAML for ``llamafactory-cli chat``.
+
+        Raises:
+            KTModelError: The disk is too small.
+        """
+        import yaml
+
+        parts: dict[Path, tuple[dict[str, tuple[int, ...]], Callable[[Path, Any], None]]] = {
+            self.model: (self.tensors, self._write_model),
+            self.adapter: (self.lora, self._write_adapter),
+        }
+        missing = {path: part for path, part in parts.items() if not path.is_dir()}
+        self.directory.mkdir(parents=True, exist_ok=True)
+        total = sum(2 * prod(size) for tensors, _ in missing.values() for size in tensors.values())
+        if total > (free := shutil.disk_usage(self.directory).free):
+            raise KTModelError(
+                f"{self.directory}: the synthetic model takes {gib(total)}, and {gib(free)} are free on this disk. Free some, "
+                "put the cache elsewhere with XDG_CACHE_HOME, or take fewer layers (--synthetic NAME:LAYERS)."
+            )
+        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Writing", disable=not total) as bar:
+            for path, (_, write) in missing.items():
+                with replacing(path) as temporary:
+                    temporary.mkdir()
+                    write(temporary, bar)
+        chat = self.directory / "chat.yaml"
+        with replacing(chat) as temporary:
+            temporary.write_text(yaml.safe_dump(self.values, sort_keys=False), encoding="utf-8")
+        return chat
+
+    def _write_model(self, directory: Path, bar: Any) -> None:
+        files: dict[str, list[str]] = {}
+        for name in self.tensors:
+            layer = _LAYER.search(name)
+            files.setdefault(f"layer-{int(layer[1]):03}" if layer else "others", []).append(name)
+        random = _Random()
+        for file, names in files.items():
+            made = ((name, random.weight(name, self.tensors[name])) for name in names)
+            write_safetensors(directory / f"{file}.safetensors", names, _counted(made, bar), {"format": "pt"})
+        weight_map = {name: f"{file}.safetensors" for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": self.weights.total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        self.config.save_pretrained(directory)
+        _byte_tokenizer().save_pretrained(directory)
+
+    def _write_adapter(self, directory: Path, bar: Any) -> None:
+        random = _Random()
+        made = ((name, random.weight(name, size)) for name, size in self.lora.items())
+        write_safetensors(directory / "adapter_model.safetensors", self.lora, _counted(made, bar), {"format": "pt"})
+        targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in self.lora})
+        config = {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(self.model), "bias": "none",
+            "inference_mode": True, "r": RANK, "lora_alpha": ALPHA, "target_modules": targets,
+        }  # fmt: skip
+        (directory / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+class _Random:
+    """Tensors of random values, the same in each run."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._pool = torch.randn(_POOL, generator=generator).to(torch.bfloat16).repeat(2)
+        self._start = 0
+
+    def weight(self, name: str, size: tuple[int, ...]) -> torch.Tensor:
+        """bfloat16 [*size]: norms are ones, biases and B of LoRA small, embeddings of variance 1, so that a token's own stays
+        what its router sees most of; the rest keeps the variance of what it multiplies."""
+        if name.endswith("norm.weight"):
+            return torch.ones(size, dtype=torch.bfloat16)
+        scale = 0.1 if len(size) == 1 or ".lora_B." in name else size[-1] ** -0.5
+        if name.endswith("embed_tokens.weight"):
+            scale = 1.0
+        self._start = (self._start + 506_371) % _POOL
+        count = prod(size)
+        piece = self._pool[self._start : self._start + min(count, _POOL)] * scale
+        return piece.repeat(-(-count // _POOL))[:count].reshape(size)
+
+
+def _counted(tensors: Iterator[tuple[str, torch.Tensor]], bar: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        yield name, tensor
+        bar.update(tensor.nbytes)
+
+
+def _byte_tokenizer() -> Any:
+    """One token a byte; the ids above are never written, but may be read."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")

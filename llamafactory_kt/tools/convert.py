@@ -1,0 +1,139 @@
+"""Converting adapters: the Python names and the command of the SGLang converter, on all layouts that are understood.
+
+python -m llamafactory_kt.tools.convert --input adapter_model.safetensors --config adapter_config.json --output moe_lora.pt
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from ..adapters import Adapter, PerExpertAdapter, open_adapter, open_files
+from ..adapters.keys import parse_expert_key
+from ..adapters.uniform import Uniform
+from ..adapters.writing import WRITERS, write_moe_lora, write_stacked
+from ..ground.errors import KTConfigError, KTPathError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_ALPHA = 32.0
+
+
+def parse_moe_key(key: str) -> tuple[int, int, Literal["gate", "up", "down"], Literal["a", "b"]] | None:
+    """The place of a routed expert's LoRA tensor: (layer, expert, projection, side), or None for any other tensor.
+
+    >>> parse_moe_key("base_model.model.model.layers.1.mlp.original_moe.experts.5.gate_proj.lora_A.weight")
+    (1, 5, 'gate', 'a')
+    """
+    found = parse_expert_key(key)
+    return tuple(found) if found is not None else None  # type: ignore[return-value]
+
+
+def convert_peft_to_kt_format(
+    input_path: str | Path,
+    output_path: str | Path,
+    lora_alpha: float | None = None,
+    config_path: str | Path | None = None,
+    format: str | None = None,
+) -> dict[str, Any]:
+    """Convert an adapter's routed-expert LoRA.
+
+    Args:
+        input_path: an adapter directory, or its tensor file.
+        output_path: ``.pt`` for ``moe_lora.pt``; ``.safetensors`` for the same tensors in one safetensors file; any
+            other name is a directory of the given ``format``.
+        lora_alpha: alpha where no configuration gives one (default 32). A configuration that says otherwise wins.
+        config_path: ``adapter_config.json``; by default the one beside the input.
+        format: for a directory: ``peft``, ``kt-bundle``, ``sglang`` or ``sglang-merged``.
+
+    Returns:
+        ``status`` (``success``, or ``skipped`` where there is no expert LoRA), ``num_layers``, ``num_experts``,
+        ``lora_rank``, ``lora_alpha`` and ``total_keys``.
+
+    Raises:
+        KTPathError: The input does not exist.
+        KTAdapterError: The adapter is broken, or the target cannot hold it. No output is left behind.
+        KTConfigError: The output's name and the format do not go together.
+    """
+    output = Path(output_path)
+    write = _writer(output, format)
+    logger.info("Loading adapter from: %s", input_path)
+    adapter = _open(Path(input_path), config_path, lora_alpha)
+    result: dict[str, Any] = {
+        "status": "skipped", "num_layers": 0, "num_experts": 0, "lora_rank": adapter.settings.r,
+        "lora_alpha": float(adapter.settings.lora_alpha), "total_keys": 0,
+    }  # fmt: skip
+    if not adapter.layers:
+        logger.warning("No MoE expert LoRA keys found in %s; nothing to convert", adapter.store.path)
+        return result
+    logger.info("Found %d MoE expert LoRA keys", len(adapter.expert_names))
+    uniform = Uniform.of(adapter)
+    logger.info("Saving to: %s", output)
+    started = time.perf_counter()
+    write(uniform, output)
+    logger.debug("Wrote %s in %.1f s", output, time.perf_counter() - started)
+    result |= {
+        "status": "success",
+        "num_layers": uniform.num_layers,
+        "num_experts": uniform.num_experts,
+        "lora_rank": uniform.lora_rank,
+        "lora_alpha": uniform.lora_alpha,
+        "total_keys": len(adapter.expert_names),
+    }
+    logger.info("Conversion complete: %s", result)
+    return result
+
+
+def _writer(output: Path, format: str | None) -> Any:
+    by_name = {".pt": write_moe_lora, ".safetensors": write_stacked}.get(output.suffix)
+    if by_name is not None:
+        if format is not None:
+            raise KTConfigError(f"--format {format} writes a directory, but the output {output} is a file's name.")
+        return by_name
+    if format not in WRITERS:
+        raise KTConfigError(
+            f"The output {output} is a directory; --format must be one of {', '.join(WRITERS)}, found {format!r}. For a file, "
+            "end its name in .pt or .safetensors."
+        )
+    return WRITERS[format]
+
+
+def _open(path: Path, config_path: str | Path | None, lora_alpha: float | None) -> Adapter:
+    config = Path(config_path) if config_path is not None else None
+    if config is not None and (path.is_dir() or path.suffix == ".pt"):
+        own = "has an adapter_config.json of its own" if path.is_dir() else "carries rank and alpha itself"
+        raise KTConfigError(f"--config goes with a tensor file; {path} {own}.")
+    if path.is_dir():
+        adapter = open_adapter(path)
+    else:
+        for needed in (path, config):
+            if needed is not None and not needed.is_file():
+                raise KTPathError(f"{needed} does not exist or is not a file.")
+        adapter = open_files(path, config, DEFAULT_ALPHA if lora_alpha is None else lora_alpha)
+        if adapter.settings.path == path and isinstance(adapter, PerExpertAdapter):
+            source = "the default" if lora_alpha is None else "the command line"
+            logger.warning(
+                "No adapter_config.json: lora_alpha %g is taken from %s", adapter.settings.lora_alpha, source
+            )
+    configured = adapter.settings.lora_alpha
+    if lora_alpha is not None and lora_alpha != configured:
+        logger.warning(
+            "lora_alpha %g from %s is used, not %g from the command line", configured, adapter.settings.path, lora_alpha
+        )
+    return adapter
+
+
+def main() -> None:
+    """``python -m llamafactory_kt.tools.convert``: the same as ``llamafactory-kt convert``."""
+    import sys
+
+    from ..cli import main as run
+
+    sys.argv[:1] = ["llamafactory-kt", "convert"]
+    run()
+
+
+if __name__ == "__main__":
+    main()

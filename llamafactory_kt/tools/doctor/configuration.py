@@ -1,0 +1,166 @@
+"""A YAML: does it parse, is everything there, does it fit together, and what would be loaded where."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...ground.errors import KTError, name_some
+from ...ground.machine import available_memory, gib
+from .finding import Findings, error, ok, one_line, warning
+
+
+def check(config: Path, overrides: Sequence[str] = ()) -> Findings:
+    """Everything that a load checks before it reads weights, and what the load would take."""
+    from ...integration.chat_config import parse, read_yaml
+
+    heard = _Heard()
+    logger = logging.getLogger("llamafactory_kt")
+    logger.addHandler(heard)
+    try:
+        args = parse(read_yaml(config, overrides))
+    except Exception as problem:
+        yield error(
+            "configuration", f"{config}: {one_line(problem)}", "Correct the file; docs/chat-guide.md lists all keys."
+        )
+        return
+    finally:
+        logger.removeHandler(heard)
+    for text in heard.texts:
+        yield warning("configuration", text, "Remove the key for chats.")
+    if not args.use_kt:
+        yield warning(
+            "configuration", f"{config} does not ask for use_kt", "use_kt: true puts the experts into kt-kernel."
+        )
+        return
+    yield ok("configuration", f"{config} parses; kt_backend: {args.kt_backend}")
+    yield from _model(args)
+
+
+class _Heard(logging.Handler):
+    """Collects warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def _model(args: Any) -> Findings:
+    from ...checkpoint.discovery import find_experts
+    from ...checkpoint.meta_model import empty_model
+
+    name = args.model_name_or_path
+    try:
+        model = empty_model(Path(name).expanduser() if Path(name).expanduser().is_dir() else name, fp8=True)
+        experts = find_experts(model)
+    except KTError as problem:
+        yield error("model", one_line(problem), "docs/architectures.md says which models are accepted.")
+        return
+    shape = experts[0].shape
+    yield ok(
+        "model",
+        f"{type(model).__name__}: {len(experts)} layers of {shape.num_experts} routed experts "
+        f"({shape.hidden_size} x {shape.intermediate_size}), {experts[0].num_experts_per_tok} per token",
+    )
+    itemsize = yield from _checkpoint(args, model, experts)
+    adapters = yield from _adapters(args, model, experts)
+    yield from _placement(args, model, experts, adapters, itemsize)
+
+
+def _checkpoint(args: Any, model: Any, experts: Any) -> Any:
+    """Checks the headers; its value is the bytes of one of its expert weights."""
+    from ...checkpoint.layout import ExpertsCheckpoint, weight_files
+
+    directory = Path(args.model_name_or_path).expanduser()
+    if not directory.is_dir():
+        yield warning(
+            "checkpoint", f"{args.model_name_or_path} is a name on the hub; its files were not looked at",
+            "Download it first, to have them checked and the first start be quick.",
+        )  # fmt: skip
+        return 2
+    files = weight_files(directory)
+    if not files:
+        yield error("checkpoint", f"{directory} holds no safetensors files", "Download or convert the checkpoint.")
+        return 2
+    try:
+        checkpoint = ExpertsCheckpoint(model, experts, files)
+    except KTError as problem:
+        yield error("checkpoint", one_line(problem), "docs/troubleshooting.md has a row for each of these messages.")
+        return 2
+    size = sum(file.stat().st_size for file in files)
+    yield ok("checkpoint", f"{len(files)} file(s), {gib(size)}, experts in {', '.join(sorted(checkpoint.dtypes()))}")
+    return max(checkpoint.layer(module.name).dtype.itemsize for module in experts)
+
+
+def _adapters(args: Any, model: Any, experts: Any) -> Any:
+    """Checks headers and fit; its value is the adapters that can be applied."""
+    from ...adapters import AdapterSet
+    from ...integration.chat_config import open_configured
+    from ...peft_side.split import check_peft_part
+
+    if not args.adapter_name_or_path and not args.kt_moe_lora_path:
+        yield ok("adapter", "none")
+        return AdapterSet()
+    try:
+        adapters = open_configured(args)
+        adapters.check_fits({module.layer: module.shape for module in experts})
+        parts = [check_peft_part(model, adapter, args.kt_lora_scope) for adapter in adapters.adapters]
+    except KTError as problem:
+        yield error("adapter", one_line(problem), "llamafactory-kt inspect shows what the adapter holds.")
+        return AdapterSet()
+    for adapter, part in zip(adapters.adapters, parts, strict=True):
+        consumed = f"{len(part.tensors)} tensors to PEFT, {len(adapter.expert_names)} to the experts"
+        text = f"{adapter.directory}: {adapter.format}; {consumed}; expert LoRA in {len(adapter.layers)} layers"
+        if part.left_out:
+            yield warning(
+                "adapter", f"{text}; {len(part.left_out)} left out", "kt_lora_scope: all applies the whole adapter."
+            )
+        elif not adapter.layers:
+            yield warning("adapter", text, "It changes no routed expert. If it should, it was trained without them.")
+        else:
+            yield ok("adapter", text)
+    return adapters
+
+
+def _placement(args: Any, model: Any, experts: Any, adapters: Any, itemsize: int) -> Findings:
+    import torch
+
+    from ...adapters import AdapterSet
+    from ...autotune.plan import candidates
+    from ...integration.chat_config import experts_config
+    from ...model.memory import memory_need
+
+    config, gpus = experts_config(args), torch.cuda.device_count()
+    plans = candidates(config, on_gpu=gpus > 0)
+    if config.merge_adapter or ((method := plans[0].method) is not None and not method.lora):
+        adapters = AdapterSet()  # merged into the weights
+    need = memory_need(
+        model, experts, adapters, backend=plans[0].backend, pools=config.pools, itemsize=itemsize,
+        stored=config.weight_path is not None,
+    )  # fmt: skip
+    layers = name_some([module.layer for module in experts], 4)
+    how = f"{plans[0]}" if len(plans) == 1 else f"the fastest of {'; '.join(str(plan) for plan in plans)}"
+    yield ok("experts", f"layers {layers} on the CPU; {how}")
+    free, needed = available_memory(), need.on_cpu(others_on_gpu=gpus > 0)
+    lora = f"their LoRA {gib(need.lora)}, " if need.lora else ""
+    text = (
+        f"about {gib(needed)} while loading (experts {gib(need.experts)}, {lora}in use only "
+        f"while they are read {gib(need.loading)}{'' if gpus else f', everything else {gib(need.others)}'}); {gib(free)} free"
+    )
+    if needed > free:
+        yield error("CPU memory", text, "Free memory, use a machine with more, or a smaller model.")
+    else:
+        yield ok("CPU memory", text)
+    if not gpus:
+        return
+    room = sum(torch.cuda.mem_get_info(number)[0] for number in range(gpus))
+    text = f"about {gib(need.others)} for everything but routed experts, and the cache of a chat; {gib(room)} free on {gpus}"
+    if need.others > room:
+        yield error("GPU memory", text, "Free the GPU, give it more devices, or hide it (CUDA_VISIBLE_DEVICES=).")
+    else:
+        yield ok("GPU memory", text)

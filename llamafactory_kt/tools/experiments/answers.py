@@ -1,0 +1,96 @@
+"""A file of answers that a killed run leaves usable: a line an answer, a batch at a time, continued by the next run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...ground.atomic_output import replacing
+from ...ground.errors import KTDataError
+from ...integration.prompts import Prompt
+from .generating import Answer
+
+
+class AnswerFile:
+    """JSON lines ``{"index", "key", "prompt", "answer", ...}``; ``key`` tells whether an answer is to this prompt, by
+    this configuration.
+
+    Raises:
+        KTDataError: The file has answers to other prompts or by another configuration, or is no file of answers.
+    """
+
+    def __init__(self, path: Path, prompts: list[Prompt], config: Mapping[str, Any], overwrite: bool = False):
+        self.path = path
+        self._prompts = {prompt.index: prompt for prompt in prompts}
+        self._keys = {prompt.index: _key(prompt, config) for prompt in prompts}
+        self.lines: dict[int, dict[str, Any]] = {} if overwrite else self._read()
+        """answers that are there, by index; errors are tried again"""
+        self._write_all()
+
+    def _read(self) -> dict[int, dict[str, Any]]:
+        if not self.path.is_file():
+            return {}
+        text = self.path.read_text(encoding="utf-8")
+        kept = {}
+        for number, line in enumerate(text.split("\n")[:-1], start=1):  # what has no end of line was being written
+            try:
+                entry = json.loads(line)
+                index, key = entry["index"], entry["key"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise KTDataError(
+                    f"{self.path}, line {number} is no answer of an earlier run ({error!r}); choose another --output, or "
+                    "--overwrite."
+                ) from error
+            if self._keys.get(index) != key:
+                raise KTDataError(
+                    f"{self.path}, line {number} answers another prompt, or was made by another configuration; choose "
+                    "another --output, or --overwrite."
+                )
+            if "answer" in entry:
+                kept[index] = entry
+        return kept
+
+    def add(self, answers: list[Answer]) -> None:
+        """Append a batch; when this returns it is on the disk."""
+        with self.path.open("a", encoding="utf-8") as file:
+            for answer in answers:
+                self.lines[answer.index] = self._line(answer)
+                file.write(_dump(self.lines[answer.index]))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def sort(self) -> None:
+        """At the end: put the lines into the order of the prompts."""
+        self._write_all()
+
+    def _line(self, answer: Answer) -> dict[str, Any]:
+        prompt = self._prompts[answer.index]
+        line: dict[str, Any] = {"index": answer.index, "key": self._keys[answer.index]}
+        if "id" in prompt.row:
+            line["id"] = prompt.row["id"]
+        if answer.error:
+            return {**line, "error": answer.error}
+        line |= {"prompt": prompt.text, "answer": answer.text}
+        if prompt.reference:
+            line["reference"] = prompt.reference
+        return line | {
+            "prompt_tokens": answer.prompt_tokens, "answer_tokens": answer.answer_tokens,
+            "ms_per_token": round(answer.ms_per_token, 3), "finish_reason": answer.finish_reason,
+        }  # fmt: skip
+
+    def _write_all(self) -> None:
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(_dump(self.lines[index]) for index in sorted(self.lines)), encoding="utf-8")
+
+
+def _dump(line: dict[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _key(prompt: Prompt, config: Mapping[str, Any]) -> str:
+    text = json.dumps([dict(prompt.row), dict(config)], sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

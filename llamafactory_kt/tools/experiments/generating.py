@@ -1,0 +1,154 @@
+"""Answering many prompts: in batches of similar length, padded on the left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...ground.errors import KTConfigError
+from ...integration.chat import Chat
+from ...integration.chat_config import read_yaml
+from ...integration.prompts import Prompt, make_prompts
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one prompt, or why there is none."""
+
+    index: int
+    text: str = ""
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    """tokens generated, the end token included"""
+    ms_per_token: float = 0.0
+    """time of the batch, prompt included, over its steps: what one waits for a token, however large the batch is"""
+    finish_reason: str = ""
+    """``stop``, or ``length`` if max_new_tokens cut it"""
+    error: str = ""
+    """why there is no answer; empty otherwise"""
+    token_ids: list[int] = field(default_factory=list, repr=False)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    prompt: Prompt
+    ids: list[int]
+    config: Any
+
+
+def generate(
+    chat: Mapping[str, Any] | str | Path | Any,
+    prompts: Iterable[Any],
+    *,
+    batch_size: int = 8,
+    seed: int | None = None,
+    **generating: Any,
+) -> list[Answer]:
+    """Answer prompts with LLaMA-Factory's template and generating arguments, in batches.
+
+    Args:
+        chat: a configuration (dictionary, or the path of a YAML file), or a LLaMA-Factory ``ChatModel``.
+        prompts: texts, lists of messages (``role`` and ``content``), or rows in alpaca, sharegpt or openai form.
+        batch_size: prompts that are computed together.
+        seed: of sampling; None leaves torch's generator as it is.
+        generating: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``, ``top_k`` and the other arguments that
+            ``ChatModel.chat`` takes, in place of the configuration's.
+
+    Returns:
+        One :class:`Answer` a prompt, in their order. One whose generation failed has ``error``.
+
+    Raises:
+        KTDataError: A prompt is malformed.
+        KTConfigError: A key is wrong, or batch_size.
+
+    Example:
+        >>> from llamafactory_kt import generate
+        >>> [answer] = generate("chat.yaml", ["Hello, who are you?"], do_sample=False)  # doctest: +SKIP
+        >>> print(answer.text, f"{answer.ms_per_token:.1f} ms/token")                   # doctest: +SKIP
+    """
+    made = make_prompts(prompts)
+    if isinstance(chat, str | Path):
+        chat = read_yaml(chat)
+    loaded = Chat.load(chat) if isinstance(chat, Mapping) else Chat.of(chat)
+    batches = answer_all(loaded, made, batch_size=batch_size, seed=seed, **generating)
+    return sorted((answer for batch in batches for answer in batch), key=lambda answer: answer.index)
+
+
+def answer_all(
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int = 8,
+    seed: int | None = None,
+    **generating: Any,
+) -> Iterator[list[Answer]]:
+    """Batches of answers as they are done, the longest prompts first, so that what does not fit fails at once.
+
+    Prompts that cannot be used come first, as errors.
+    """
+    if batch_size < 1:
+        raise KTConfigError(f"batch_size must be at least 1, found {batch_size}.")
+    if seed is not None:
+        torch.manual_seed(seed)
+    encoded, failed = [], []
+    for prompt in prompts:
+        try:
+            if prompt.problem:
+                raise ValueError(prompt.problem)
+            encoded.append(_Encoded(prompt, *chat.encode(prompt, **generating)))
+        except Exception as error:  # whatever a template makes of a row
+            failed.append(Answer(prompt.index, error=str(error)))
+    if failed:
+        yield failed
+    if encoded and encoded[0].config.max_new_tokens is None:
+        raise KTConfigError("max_length counts the padding of a batch; set max_new_tokens instead.")
+    encoded.sort(key=lambda item: -len(item.ids))
+    for start in range(0, len(encoded), batch_size):
+        yield _answer_safely(chat, encoded[start : start + batch_size])
+
+
+def _answer_safely(chat: Chat, batch: list[_Encoded]) -> list[Answer]:
+    """A batch that fails is taken apart, so that only the prompts that fail by themselves have no answer."""
+    try:
+        return _answer(chat, batch)
+    except Exception as error:
+        if len(batch) == 1:
+            return [Answer(batch[0].prompt.index, error=f"{type(error).__name__}: {error}")]
+    return [answer for item in batch for answer in _answer_safely(chat, [item])]
+
+
+@torch.inference_mode()
+def _answer(chat: Chat, batch: list[_Encoded]) -> list[Answer]:
+    config, tokenizer = batch[0].config, chat.tokenizer
+    width = max(len(item.ids) for item in batch)
+    ids = torch.full((len(batch), width), config.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, item in enumerate(batch):
+        ids[row, width - len(item.ids) :] = torch.tensor(item.ids)
+        mask[row, width - len(item.ids) :] = 1
+    device = chat.model.device
+    started = time.perf_counter()
+    output = chat.model.generate(inputs=ids.to(device), attention_mask=mask.to(device), generation_config=config)[
+        :, width:
+    ].cpu()
+    seconds = time.perf_counter() - started
+    ends = set(config.eos_token_id)
+    answers = []
+    for item, new in zip(batch, output.tolist(), strict=True):
+        end = next((place for place, token in enumerate(new) if token in ends), None)
+        kept = new if end is None else new[: end + 1]
+        text = tokenizer.decode(
+            kept, skip_special_tokens=getattr(config, "skip_special_tokens", True), clean_up_tokenization_spaces=True
+        )
+        answers.append(
+            Answer(
+                item.prompt.index, text, len(item.ids), len(kept), 1000 * seconds / max(1, output.shape[1]),
+                "length" if end is None else "stop", token_ids=kept,
+            )
+        )  # fmt: skip
+    return answers

@@ -1,0 +1,182 @@
+"""Merging a whole adapter into a checkpoint, one tensor at a time, so that stock transformers loads it without us."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..adapters import Adapter, ExpertLora, open_adapter
+from ..adapters.keys import split_module
+from ..checkpoint.discovery import find_experts
+from ..checkpoint.layout import ExpertsCheckpoint, weight_files
+from ..checkpoint.meta_model import empty_model
+from ..ground.atomic_output import replacing
+from ..ground.errors import KTAdapterError, KTModelError, KTPathError, name_some
+from ..ground.tensor_files import SafetensorsStore
+from ..ground.tensor_writer import write_safetensors
+from ..peft_side.split import PeftPart, check_peft_part, plan_peft_part
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written."""
+
+    output: str
+    files: int
+    tensors: int
+    merged: int
+    """tensors of the checkpoint that changed"""
+    adapter_tensors: int
+    """tensors of the adapter, all of them merged"""
+
+
+def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str | Path) -> MergeReport:
+    """Write the checkpoint with attention, dense, shared-expert, router and routed-expert LoRA merged.
+
+    Each weight becomes ``(W + scaling * B @ A)``, computed in float32 and rounded once to the dtype it is stored in.
+    Shards, names and all other files stay as they are.
+
+    Args:
+        model_path: a local checkpoint directory in safetensors.
+        adapter_path: a local adapter directory of any layout.
+        output: a directory that does not exist or is empty.
+
+    Raises:
+        KTPathError: A directory does not exist.
+        KTModelError: The checkpoint is not in safetensors, or its experts do not follow the contract.
+        KTAdapterError: The adapter does not fit, or holds what a sum cannot merge (DoRA, biases). Nothing is left behind.
+    """
+    source = Path(model_path)
+    files = weight_files(source)
+    if not files:
+        raise KTPathError(f"{source} is not a directory with safetensors files.")
+    adapter = open_adapter(adapter_path)
+    model = empty_model(source)
+    plan = _Plan(model, adapter, files)
+    with replacing(Path(output)) as temporary:
+        temporary.mkdir()
+        total = sum(info.nbytes for store in plan.stores for info in store.infos.values())
+        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Merging", delay=1.0) as bar:
+            for store in plan.stores:
+                with safe_open(store.path, framework="pt") as handle:
+                    metadata = handle.metadata()
+                write_safetensors(temporary / store.path.name, store.infos.keys(), plan.tensors(store, bar), metadata)
+        for file in source.iterdir():
+            if file.is_file() and file.suffix not in _WEIGHTS:
+                shutil.copy2(file, temporary / file.name)
+        plan.check_all_done()
+    count = sum(len(store.infos) for store in plan.stores)
+    return MergeReport(str(output), len(files), count, plan.merged, len(adapter.store.infos))
+
+
+class _Plan:
+    """Which tensor of the checkpoint gets which part of the adapter."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter, files: list[Path]):
+        self.adapter = adapter
+        self.merged = 0
+        self.stores = [SafetensorsStore(file) for file in files]
+        modules = find_experts(model)
+        self._shapes = {module.layer: module.shape for module in modules}
+        adapter.check_fits(self._shapes)
+        check_peft_part(model, adapter)
+        adapter.check_finite()
+        part = plan_peft_part(model, adapter, "all")
+        self._others = self._plan_others(part)
+        names = {module.name: module.layer for module in modules}
+        self._experts = {
+            tensor: (names[module], piece)
+            for module, pieces in ExpertsCheckpoint(model, modules, [str(file) for file in files]).names().items()
+            for tensor, piece in pieces.items()
+            if names[module] in adapter.layers
+        }
+        self._targets = _parameter_names(model, [name for store in self.stores for name in store.infos])
+        self._lora: ExpertLora | None = None
+        known = set(self._targets.values())
+        if absent := [name for name in self._others if name not in known]:
+            raise KTModelError(f"The checkpoint has no tensor for {name_some(absent, 3)}, which the adapter changes.")
+        self._todo = set(self._others) | set(self._experts)
+
+    def _plan_others(self, part: PeftPart) -> dict[str, dict[str, str]]:
+        """parameter -> {``lora_A.weight``: tensor, ``lora_B.weight``: tensor} or {``weight``: a saved module's tensor}"""
+        planned: dict[str, dict[str, str]] = {}
+        for module, tensors in {**part.modules, **part.routers}.items():
+            for tensor in tensors:
+                kind = split_module(tensor)[1]
+                if kind in ("lora_A.weight", "lora_B.weight"):
+                    planned.setdefault(f"{module}.weight", {})[kind] = tensor
+                elif kind in ("weight", "bias"):
+                    planned[f"{module}.{kind}"] = {"weight": tensor}
+                else:
+                    raise KTAdapterError(
+                        f"{self.adapter.store.path}: {tensor} cannot be merged by a sum (DoRA, bias or embedding)."
+                    )
+        for name, halves in planned.items():
+            if "weight" not in halves and len(halves) != 2:
+                raise KTAdapterError(f"{self.adapter.store.path}: {name} has only {name_some(halves.values())}.")
+        return planned
+
+    def tensors(self, store: SafetensorsStore, bar: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, info in store.infos.items():
+            value = store.read(name)
+            target = self._targets[name]
+            if name in self._experts:
+                value = (value.float() + self._expert_delta(*self._experts[name], value)).to(value.dtype)
+                self._done(name)
+            elif target in self._others:
+                value = self._merge_other(target, value)
+                self._done(target)
+            bar.update(info.nbytes)
+            yield name, value
+
+    def _done(self, name: str) -> None:
+        self._todo.discard(name)
+        self.merged += 1
+
+    def _merge_other(self, target: str, value: torch.Tensor) -> torch.Tensor:
+        halves = self._others[target]
+        if "weight" in halves:
+            return self.adapter.read(halves["weight"]).to(value.dtype).reshape(value.shape)
+        a, b = (self.adapter.read(halves[f"lora_{side}.weight"]).float() for side in "AB")
+        scaling = self.adapter.settings.scaling(target.removesuffix(".weight"), a.shape[0])
+        return (value.float() + scaling * (b @ a)).to(value.dtype)
+
+    def _expert_delta(self, layer: int, piece: tuple[str, int | None], value: torch.Tensor) -> torch.Tensor:
+        """ΔW of one expert's projection, or of a whole fused weight, in the checkpoint's orientation, float32."""
+        if self._lora is None or self._lora.layer != layer:
+            self._lora = self.adapter.read_layer(layer, self._shapes[layer])
+        lora, (kind, expert) = self._lora, piece
+        if expert is not None:
+            return lora.delta(kind, expert)
+        projections = ["down"] if kind == "down_proj" else ["gate", "up"]
+        fused = torch.cat([lora.delta(projection, slice(None)) for projection in projections], 1)
+        return fused if fused.shape == value.shape else fused.transpose(1, 2)
+
+    def check_all_done(self) -> None:
+        if self._todo:
+            raise KTAdapterError(
+                f"{len(self._todo)} weights were not met while merging, first {name_some(sorted(self._todo), 3)}."
+            )
+
+
+def _parameter_names(model: Any, names: list[str]) -> dict[str, str]:
+    """checkpoint tensor -> the model's parameter, by transformers' renamings (conversions concern experts only here)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    state = model.state_dict()
+    return {name: rename_source_key(name, rules, [], model.base_model_prefix, state)[0] for name in names}

@@ -1,0 +1,208 @@
+"""FP8 checkpoints: block-quantised attention and experts, against stock transformers on weights that a plain loop dequantised."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import needs_kernel, needs_onednn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import make_adapter, make_model, merged_float32, per_token, rel
+from transformers import AutoModelForCausalLM
+
+from llamafactory_kt import KTExpertsConfig, KTModelError, apply_adapter
+from llamafactory_kt.tools.merge import merge_adapter
+from llamafactory_kt.tools.quantize import quantize_model
+
+ENGINES = [
+    "torch",
+    pytest.param("AMXBF16", marks=needs_kernel),
+    pytest.param("AMXINT4", marks=needs_kernel),
+    pytest.param("oneDNN", marks=needs_onednn),
+]
+# deepseek_v3 has the official blocks, of which its sizes are no multiples; mixtral has blocks that are not square.
+MODELS = {
+    "deepseek_v3": ([128, 128], {"hidden_size": 192, "moe_intermediate_size": 160, "kv_lora_rank": 136}),
+    "mixtral": ([32, 48], {}),
+}
+
+
+def quantised(name: str) -> bool:
+    """What DeepSeek quantises: every linear layer but the head and the routers."""
+    plain = ("embed", "lm_head", "norm", ".gate.weight")
+    return name.endswith(".weight") and not any(part in name for part in plain)
+
+
+def blocks(weight: torch.Tensor, block: list[int]):
+    rows, columns = block
+    for i in range(0, weight.shape[0], rows):
+        for j in range(0, weight.shape[1], columns):
+            yield i // rows, j // columns, (slice(i, i + rows), slice(j, j + columns))
+
+
+def make_fp8(directory, source, block):
+    """Quantise a float32 checkpoint as DeepSeek's are, and dequantise that again by a plain loop: (FP8, float32)."""
+    fp8, plain = {}, {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        fp8[name] = plain[name] = weight
+        if not quantised(name):
+            continue
+        stored = torch.zeros(weight.shape, dtype=torch.float8_e4m3fn)
+        scale = torch.zeros(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))
+        plain[name] = torch.zeros(weight.shape)
+        for i, j, place in blocks(weight, block):
+            scale[i, j] = weight[place].abs().max() / 448
+            stored[place] = (weight[place] / scale[i, j]).to(torch.float8_e4m3fn)
+            plain[name][place] = stored[place].float() * scale[i, j]
+        fp8[name], fp8[f"{name}_scale_inv"] = stored, scale
+    config = json.loads((source / "config.json").read_text())
+    for kind, tensors in (("fp8", fp8), ("plain", plain)):
+        shutil.copytree(source, directory / kind, ignore=shutil.ignore_patterns("*.safetensors"))
+        save_file(tensors, directory / kind / "model.safetensors", metadata={"format": "pt"})
+    config |= {
+        "dtype": "bfloat16",
+        "quantization_config": {
+            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": block,
+        },
+    }  # fmt: skip
+    (directory / "fp8" / "config.json").write_text(json.dumps(config))
+    return directory / "fp8", directory / "plain"
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def files(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp(request.param)
+    block, sizes = MODELS[request.param]
+    source = make_model(root / "source", request.param, dtype=torch.float32, **sizes)
+    fp8, plain = make_fp8(root, source, block)
+    naming = "mixtral" if request.param == "mixtral" else "B"
+    return fp8, plain, make_adapter(root / "adapter", plain, rank=5, naming=naming)
+
+
+def load(path, **keys):
+    dtype = keys.pop("dtype", torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=KTExpertsConfig(**keys))
+
+
+@torch.inference_mode()
+def answer(model):
+    return model(input_ids=torch.arange(2, 40)[None]).logits.float()
+
+
+def base_and_whole(path, adapter, backend):
+    model = load(path, backend=backend, adapter=str(adapter), dtype=torch.float32)
+    base = answer(model)
+    return base, answer(apply_adapter(model, adapter)[0])
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_logits_against_stock_in_float32(files, backend):
+    """Base, whole, and the effect of the adapter. In float32 only the experts are rounded, and the bounds are close, but for
+    4 bits over three layers; those are compared with the same engine on the dequantised weights."""
+    fp8, plain, adapter = files
+    base, whole = base_and_whole(fp8, adapter, backend)
+    wanted = answer(merged_float32(plain, None)), answer(merged_float32(plain, adapter))
+    bound = {"torch": 0.005, "AMXINT4": 0.4}.get(backend, 0.02)
+    assert per_token(base, wanted[0]) < bound
+    assert per_token(whole, wanted[1]) < bound
+    effects = (whole - base).flatten(), (wanted[1] - wanted[0]).flatten()
+    assert torch.cosine_similarity(*effects, dim=0) > (0.9 if backend == "AMXINT4" else 0.99)
+    assert rel(wanted[1], wanted[0]) > 0.3
+    if backend == "AMXINT4":
+        same = base_and_whole(plain, adapter, backend)
+        assert rel(base, same[0]) < 1e-3 and rel(whole, same[1]) < 1e-3
+
+
+def test_everything_but_the_experts_is_the_dequantised_weight_rounded_once(files):
+    fp8, plain, _ = files
+    weights = dict(load(fp8, backend="torch").named_parameters())
+    wanted = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).named_parameters()
+    compared = 0
+    for name, value in wanted:
+        if ".experts." not in name:
+            assert weights[name].dtype == torch.bfloat16 and torch.equal(weights[name], value.bfloat16()), name
+            compared += 1
+    assert compared == len(weights)
+
+
+def test_chat_verify_and_doctor(files):
+    """LLaMA-Factory's way, in bfloat16, with the whole adapter; and what the two commands make of such a checkpoint."""
+    from llamafactory.chat import ChatModel
+    from typer.testing import CliRunner
+
+    from llamafactory_kt.cli import app
+
+    fp8, plain, adapter = files
+    keys = {
+        "model_name_or_path": str(fp8), "adapter_name_or_path": str(adapter), "template": "deepseek", "use_kt": True,
+        "kt_backend": "torch",
+    }  # fmt: skip
+    model = ChatModel(keys).engine.model
+    assert {p.dtype for n, p in model.named_parameters() if "lora" not in n} == {torch.bfloat16}
+    assert per_token(answer(model), answer(merged_float32(plain, adapter))) < 0.1
+    config = fp8.parent / "chat.yaml"
+    config.write_text(json.dumps(keys))
+    result = CliRunner().invoke(app, ["verify", str(config)])
+    assert result.exit_code == 0 and "layers are right" in result.output
+    result = CliRunner().invoke(app, ["doctor", str(config), "--json"])
+    found = {finding["subject"]: finding for finding in json.loads(result.stdout)["findings"]}
+    assert "experts in F8_E4M3" in found["checkpoint"]["text"]
+    assert found["CPU memory"]["status"] == "ok" and not found["CPU memory"]["text"].startswith("about 0")
+
+
+@needs_kernel
+def test_quantised_from_fp8(files, tmp_path):
+    """The files hold the dequantised weights, and are those of this checkpoint only."""
+    fp8, plain, _ = files
+    quantize_model(fp8, tmp_path / "int8")
+    model = load(fp8, backend="AMXINT8", weight_path=str(tmp_path / "int8"))
+    assert per_token(answer(model), answer(merged_float32(plain, None))) < 0.1
+    with pytest.raises(KTModelError, match="made from other weights"):
+        load(plain, backend="AMXINT8", weight_path=str(tmp_path / "int8"))
+
+
+def edited(directory, source, change=None, **quantization):
+    """A copy whose tensors or whose quantization_config are others."""
+    shutil.copytree(source, directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] |= quantization
+    (directory / "config.json").write_text(json.dumps(config))
+    if change is not None:
+        tensors = load_file(directory / "model.safetensors")
+        change(tensors)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def test_what_is_wrong_is_said_before_weights_are_read(files, tmp_path):
+    fp8, _, adapter = files
+    with safe_open(fp8 / "model.safetensors", framework="pt") as handle:
+        expert = next(n for n in handle.keys() if ".experts.3." in n and n.endswith("scale_inv"))  # noqa: SIM118
+        attention = next(n for n in handle.keys() if "o_proj.weight_scale_inv" in n)  # noqa: SIM118
+
+    def drop(tensors):
+        del tensors[expert], tensors[attention]
+
+    def cut(tensors):
+        tensors[attention] = tensors[attention][:1, :1].contiguous()
+
+    for number, (change, keys, message) in enumerate([
+        (drop, {}, "2 weights without the scales"),
+        (cut, {}, r"o_proj.weight_scale_inv is F32 \(1, 1\), wanted F32"),
+        (None, {"weight_block_size": None}, "weight_block_size: None"),
+        (None, {"fmt": "e5m2"}, "fmt: e5m2"),
+        (None, {"quant_method": "gptq", "bits": 4}, "quantised checkpoint .quant_method: gptq"),
+    ]):  # fmt: skip
+        with pytest.raises(KTModelError, match=message):
+            load(edited(tmp_path / str(number), fp8, change, **keys), backend="torch")
+    with pytest.raises(KTModelError, match="is an FP8 checkpoint"):
+        merge_adapter(fp8, adapter, tmp_path / "merged")
+    without = edited(tmp_path / "without", fp8)
+    config = json.loads((without / "config.json").read_text())
+    del config["quantization_config"]
+    (without / "config.json").write_text(json.dumps(config))
+    with pytest.raises(KTModelError, match="is F8_E4M3; experts must be stored"):
+        load(without, backend="torch")

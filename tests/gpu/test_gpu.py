@@ -1,0 +1,221 @@
+"""With a GPU: everything but the experts is on it, and tokens cross to the CPU and back. Skipped where there is none."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+from conftest import ENGINES, needs_kernel
+from test_fp8 import make_fp8
+from tiny import make_adapter, make_model, merged_float32, per_token, rel
+from transformers import AutoModelForCausalLM
+
+from llamafactory_kt import KTExpertsConfig, apply_adapter, get_router_stats, prepare_for_inference, switch_adapter
+from llamafactory_kt.adapters import open_adapters
+from llamafactory_kt.decoding.lora_linear import InferenceLora
+from llamafactory_kt.tools.bench.sizes import Sizes
+from llamafactory_kt.tools.bench.stock import merge_into
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU on this machine, or hidden as by make test"
+)
+IDS = torch.arange(2, 40)[None]
+
+
+@pytest.fixture(scope="module", params=["deepseek_v2", "qwen3_moe"])
+def files(request, tmp_path_factory):
+    """A model with shared experts, and one without; adapters of rank 5 and, on fewer layers, 3."""
+    root = tmp_path_factory.mktemp(request.param)
+    model = make_model(root / "model", request.param)
+    return model, make_adapter(root / "one", model, rank=5), make_adapter(root / "two", model, rank=3, skip_layers=(1,), seed=2)  # fmt: skip
+
+
+def load(path, **keys):
+    device_map, config = keys.pop("device_map", {"": 0}), KTExpertsConfig(**keys)
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, quantization_config=config, device_map=device_map
+    )
+
+
+@torch.inference_mode()
+def answer(model):
+    return model(input_ids=IDS.to(model.device)).logits.float().cpu()
+
+
+@pytest.mark.parametrize("way", ["unmerged", "prepared", "merged"])
+@pytest.mark.parametrize("backend", ENGINES)
+def test_logits_against_float32(files, backend, way):
+    """Whole, and the effect of the adapter."""
+    path, adapter, _ = files
+    base = answer(load(path, backend=backend))
+    model = apply_adapter(load(path, backend=backend, adapter=str(adapter), merge_adapter=way == "merged"), adapter)[0]
+    if way == "prepared":
+        prepare_for_inference(model)
+        assert any(type(module) is InferenceLora for module in model.modules())
+    whole = answer(model)
+    wanted = answer(merged_float32(path, None)), answer(merged_float32(path, adapter))
+    assert per_token(whole, wanted[1]) < 0.1
+    effects = (whole - base).flatten(), (wanted[1] - wanted[0]).flatten()
+    assert torch.cosine_similarity(*effects, dim=0) > 0.99
+    assert rel(wanted[1], wanted[0]) > 0.3
+
+
+@needs_kernel
+def test_four_bits_are_rounded_as_without_a_gpu(files):
+    path, adapter, _ = files
+    config = {"backend": "AMXINT4", "adapter": str(adapter)}
+    there = answer(apply_adapter(load(path, **config), adapter)[0])
+    here = answer(apply_adapter(load(path, **config, device_map={"": "cpu"}), adapter)[0])
+    assert per_token(there, here) < 0.1
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("router_stats", [False, True], ids=["", "router_stats"])
+def test_a_layer_waits_once_at_most(files, backend, router_stats):
+    """The result is the CPU engine's own; torch sees no wait, and CUDA one for what crosses, where kt-kernel has none itself."""
+    experts = load(files[0], backend=backend, router_stats=router_stats)._kt_wrappers[0]
+    hidden = torch.randn(7, experts.hidden_dim, device="cuda", dtype=torch.bfloat16)
+    index = torch.rand(7, experts.num_experts, device="cuda").topk(experts.info.num_experts_per_tok).indices
+    weights = torch.rand(index.shape, device="cuda")
+    with torch.inference_mode():
+        wanted = experts.engine.forward(hidden.cpu(), index.cpu(), weights.cpu())
+        experts(hidden, index, weights)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.profiler.profile() as profile:
+                out = experts(hidden, index, weights)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(out.cpu(), wanted)
+    waits = [event.name for event in profile.events() if "Synchronize" in event.name]
+    queued = backend == "AMXBF16" and not router_stats
+    assert waits.count("cudaEventSynchronize") == (0 if queued else 1) and waits.count("cudaStreamSynchronize") == 0
+    # the profiler waits for the device when it ends
+    assert waits.count("cudaDeviceSynchronize") <= 1
+
+
+def test_shared_experts_are_queued_before_the_wait(tmp_path):
+    model = load(make_model(tmp_path / "model", "deepseek_v2"), backend="torch")
+    answer(model)
+    with torch.inference_mode(), torch.profiler.profile() as profile:
+        model(input_ids=IDS[:, :1].cuda())
+    order = [
+        "wait" if event.name == "cudaEventSynchronize" else "silu"
+        for event in sorted(profile.events(), key=lambda event: event.time_range.start)
+        if event.name in ("cudaEventSynchronize", "aten::silu")
+    ]
+    # a dense layer, then of each other: the shared experts, the wait for the tokens, the routed experts on the CPU
+    names = [event.name for event in profile.events()]
+    assert order[:3] == ["silu", "silu", "wait"], names
+    assert order.count("wait") == len(model._kt_wrappers)
+
+
+def test_a_cuda_graph_is_declined_and_a_static_cache_is_not(files):
+    model = load(files[0])
+    experts = model._kt_wrappers[0]
+    hidden = torch.randn(1, experts.hidden_dim, device="cuda", dtype=torch.bfloat16)
+    index = torch.zeros(1, experts.info.num_experts_per_tok, device="cuda", dtype=torch.long)
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        experts(hidden, index, torch.ones(index.shape, device="cuda"))
+    given = {"input_ids": IDS.cuda(), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(**given), model.generate(**given, cache_implementation="static"))
+
+
+def test_chats_at_once(files):
+    """Threads that share the buffers answer as they do alone; router statistics count the same."""
+    model = load(files[0], router_stats=True)
+    prompts = [IDS[:, start:].cuda() for start in range(4)]
+
+    def generate(ids):
+        return model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
+
+    alone, together = [generate(ids) for ids in prompts], [None] * 4
+    once = {layer: counts.counts.copy() for layer, counts in get_router_stats(model).items()}
+
+    def work(number):
+        together[number] = generate(prompts[number])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert all(torch.equal(*pair) for pair in zip(alone, together, strict=True))
+    assert all((counts.counts == 2 * once[layer]).all() for layer, counts in get_router_stats(model).items())
+
+
+def test_exchanging_adapters_and_unloading(files):
+    path, one, two = files
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    before = torch.cuda.memory_allocated()
+    model = apply_adapter(load(path, adapter=str(one)), one)[0]
+    prepare_for_inference(model)
+    first = answer(model)
+    wanted = {adapter: answer(merged_float32(path, adapter)) for adapter in (one, two)}
+    assert rel(wanted[one], wanted[two]) > 0.3
+    assert per_token(first, wanted[one]) < 0.1
+    for adapter in (two, one):
+        switch_adapter(model, adapter)
+        assert per_token(answer(model), wanted[adapter]) < 0.1
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    model.to("cpu")
+    assert per_token(answer(model), wanted[one]) < 0.1
+    del model
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # which torch keeps for each thread
+    assert torch.cuda.memory_allocated() <= before
+
+
+def test_fp8_checkpoint(tmp_path):
+    sizes = {"hidden_size": 192, "moe_intermediate_size": 160, "kv_lora_rank": 136}
+    source = make_model(tmp_path / "source", "deepseek_v3", dtype=torch.float32, **sizes)
+    fp8, plain = make_fp8(tmp_path, source, [128, 128])
+    model = load(fp8)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert per_token(answer(model), answer(merged_float32(plain, None))) < 0.1
+
+
+def test_llamafactory_puts_everything_but_the_experts_on_it(files):
+    from llamafactory.chat import ChatModel
+
+    path, adapter, _ = files
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    arguments = {"model_name_or_path": str(path), "template": "deepseek", "use_kt": True}
+    chat = ChatModel({**arguments, "adapter_name_or_path": str(adapter)})
+    model = chat.engine.model
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert torch.cuda.memory_allocated() - before < held + 2**20, "no byte of a routed expert may be on the GPU"
+    assert per_token(answer(model), answer(merged_float32(path, adapter))) < 0.1
+    assert len("".join(chat.stream_chat([{"role": "user", "content": "hello"}], max_new_tokens=8))) > 0
+
+
+@torch.no_grad()
+def test_stock_that_it_does_not_hold(tmp_path):
+    """The bench's rival on the machines that KT experts are for: accelerate copies layers to the GPU for each call."""
+    path = make_model(tmp_path / "model", "qwen3_moe")
+    adapter = make_adapter(tmp_path / "adapter", path)
+    places = {"model.embed_tokens": 0, "model.layers": "cpu", "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
+    stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map=places)
+    base, size = answer(stock), Sizes.of(stock).weights
+    merged = merge_into(stock, open_adapters([adapter]))
+    whole = answer(merged)
+    wanted = answer(merged_float32(path, None)), answer(merged_float32(path, adapter))
+    assert per_token(whole, wanted[1]) < 0.1
+    assert torch.cosine_similarity((whole - base).flatten(), (wanted[1] - wanted[0]).flatten(), dim=0) > 0.99
+    assert Sizes.of(merged).weights == size > 0
+    assert {p.is_meta for p in merged.model.layers.parameters()} == {True}
+
+
+def test_attention_makes_no_plans(files):
+    """cuDNN's would be made for every length anew; other tests' loads have switched it off, so it is switched on first."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load(files[0], backend="torch")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

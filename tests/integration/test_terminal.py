@@ -1,0 +1,154 @@
+"""``llamafactory-cli chat`` as a person has it: in a terminal (a pty), with Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+
+import pexpect
+import pytest
+from test_chat import CLI, EXPECTED, PROMPTS, config
+from tiny import make_model
+
+from llamafactory_kt.integration.generation import Generation
+
+STATS = re.compile(r"\[prompt (\d+) tokens, first token after [\d.]+ s, answer (\d+) tokens at [\d.]+ tokens/s\]")
+
+
+@pytest.fixture(scope="module")
+def rambling(tmp_path_factory):
+    """A random model, which goes on and on."""
+    return make_model(tmp_path_factory.mktemp("model"), "deepseek_v2", max_position_embeddings=100_000)
+
+
+def start(path, *arguments: str) -> pexpect.spawn:
+    env = {**os.environ, "LLAMAFACTORY_VERBOSITY": "WARN", "TERM": "dumb"}
+    command = [str(path), *arguments]
+    chat = pexpect.spawn(str(CLI), ["chat", *command], env=env, encoding="utf-8", codec_errors="replace", timeout=120)
+    chat.expect("User: ")
+    return chat
+
+
+def test_interrupted_answers(tmp_path, demo, rambling):
+    path = config(tmp_path, demo, model_name_or_path=str(rambling), kt_backend="torch", kt_num_threads=None)
+    chat = start(path, "max_new_tokens=20000", "kt_stats=true")
+    asked = []
+    for question in ("one", "two"):
+        chat.sendline(question)
+        chat.expect("Assistant: .")
+        chat.sendintr()
+        chat.expect_exact("[stopped]")
+        chat.expect(STATS)
+        asked.append(int(chat.match[1]))
+        assert 0 < int(chat.match[2]) < 20000
+        chat.expect("User: ")
+    assert asked[1] > asked[0], "the first question and what was answered are in the history"
+    chat.sendline("/stats")
+    chat.expect_exact("Figures after each answer: off.")
+    chat.expect("User: ")
+    chat.sendintr()
+    chat.expect_exact("Use `exit` or Ctrl-D to leave.")
+    chat.sendline("clear")
+    chat.expect_exact("History has been removed.")
+    chat.expect("User: ")
+    chat.sendeof()
+    chat.expect(pexpect.EOF)
+    chat.close()
+    assert chat.exitstatus == 0 and "Traceback" not in chat.before
+
+
+def test_whole_answers_and_figures(tmp_path, demo):
+    adapter = str(demo / "adapter")
+    chat = start(config(tmp_path, demo, kt_backend="torch", kt_num_threads=None, adapter_name_or_path=adapter))
+    for line, shown in (
+        (PROMPTS[2], EXPECTED[PROMPTS[2]]["adapter"]),
+        ("/stats", "Figures after each answer: on."),
+        (PROMPTS[3], "Assistant: "),
+    ):
+        chat.sendline(line)
+        chat.expect_exact(shown)
+    chat.expect(STATS)
+    assert int(chat.match[1]) > 20 and int(chat.match[2]) > 5
+    chat.sendline("exit")
+    chat.expect(pexpect.EOF)
+    chat.close()
+    assert chat.exitstatus == 0
+
+
+@pytest.fixture(scope="module")
+def model(rambling):
+    from llamafactory.chat import ChatModel
+
+    return ChatModel(
+        {"model_name_or_path": str(rambling), "template": "deepseek", "use_kt": True, "kt_backend": "torch",
+         "do_sample": False, "max_new_tokens": 20000}
+    )  # fmt: skip
+
+
+def generating() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if "(generate)" in thread.name]
+
+
+def test_a_reader_that_goes_away_ends_the_generation(model):
+    generation = Generation()
+    texts = model.stream_chat([{"role": "user", "content": "one"}], kt_generation=generation)
+    assert next(texts) is not None and len(generating()) == 1
+    thread = generating()[0]
+    texts.close()
+    del texts
+    thread.join(120)
+    assert not thread.is_alive() and 0 < generation.tokens < 20000
+    assert model.engine.semaphore.locked() is False
+
+
+def test_an_error_while_generating_reaches_the_reader(model, monkeypatch):
+    wrapper = model.engine.model._kt_wrappers[0]
+
+    def broken(*args):
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(wrapper.engine, "forward", broken)
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        list(model.stream_chat([{"role": "user", "content": "one"}]))
+    monkeypatch.undo()
+    assert model.chat([{"role": "user", "content": "one"}], max_new_tokens=3)[0].response_length == 3
+
+
+def test_history_after_an_interrupt(model, capsys):
+    from llamafactory_kt.integration.chat_model import _answer
+
+    class Impatient:
+        """Ctrl-C at once: before there was a word, or after the first."""
+
+        def __init__(self, words):
+            self.words = words
+
+        def stream_chat(self, messages, **keys):
+            yield from self.words
+            os.kill(os.getpid(), signal.SIGINT)
+
+    messages: list[dict[str, str]] = []
+    _answer(Impatient([]), messages, "one", True)
+    assert messages == [] and "[stopped]" in capsys.readouterr().out
+    _answer(Impatient(["a word"]), messages, "two", False)
+    assert [m["content"] for m in messages] == ["two", "a word"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_stop_strings(model, streamed):
+    def ask(**keys):
+        messages = [{"role": "user", "content": "one"}]
+        if streamed:
+            return "".join(model.stream_chat(messages, max_new_tokens=60, **keys))
+        return model.chat(messages, max_new_tokens=60, **keys)[0].response_text
+
+    whole = ask()
+    middle = next(i for i in range(len(whole) // 2, len(whole)) if whole[i : i + 2].isascii())
+    stop = whole[middle : middle + 2]
+    generation = Generation()
+    cut = ask(stop=["never in there", stop], kt_generation=generation)
+    assert cut == whole[: whole.index(stop)] and generation.tokens < 60 and generation.finish_reason == "stop"
+    assert ask(stop="never in there") == whole

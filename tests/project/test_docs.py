@@ -1,0 +1,215 @@
+"""The documentation: its links, its two languages, and its examples, which are executed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import typer.main
+import yaml
+from conftest import KERNEL_PROBLEM
+
+import llamafactory_kt
+from llamafactory_kt.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "README_zh.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ENGLISH = [page for page in PAGES if not page.stem.endswith("_zh") and page.stem != "CONTRIBUTING"]
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+
+
+def chinese(page: Path) -> Path:
+    return page.with_stem(f"{page.stem}_zh")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for found, text in _FENCE.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+def prose(page: Path) -> str:
+    return _FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def headings(page: Path) -> list[tuple[int, str]]:
+    return [(len(marks), title) for marks, title in re.findall(r"^(#+) (.+)$", prose(page), re.M)]
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them: lower case, punctuation away, blanks to hyphens."""
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for _, title in headings(page)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    assert targets
+    for target in targets:
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists() and (ROOT in file.parents or file == ROOT), f"{page.name}: {target} leads nowhere"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name}: {target}: {sorted(anchors(file))}"
+
+
+@pytest.mark.parametrize("page", ENGLISH, ids=lambda page: page.name)
+def test_both_languages(page):
+    """The same headings, and the same examples but for their comments."""
+    other = chinese(page)
+    assert [level for level, _ in headings(page)] == [level for level, _ in headings(other)]
+
+    def code(of: Path) -> list[str]:
+        text = "\n".join(block for language in ("bash", "python", "yaml") for block in blocks(of, language))
+        text = re.sub(r'"[^"\n]*"', '""', text)  # people ask in their own language
+        return [bare for line in text.splitlines() if (bare := re.sub(r"(^|\s)#.*$", "", line).rstrip())]
+
+    assert code(page) == code(other)
+
+
+def test_every_page_can_be_found():
+    """From both READMEs."""
+    for readme in (ROOT / "README.md", ROOT / "README_zh.md"):
+        linked = set(re.findall(r"\]\(docs/([\w-]+)\.md", readme.read_text(encoding="utf-8")))
+        pages = ENGLISH if readme.stem == "README" else [chinese(page) for page in ENGLISH]
+        assert {page.stem for page in pages if page.parent.name == "docs"} <= linked
+
+
+def commands() -> list[str]:
+    """Each command line of ours in the documentation, continued lines joined."""
+    found = {
+        line.strip().removeprefix("$ ")
+        for page in ENGLISH
+        for language in ("bash", "")
+        for block in blocks(page, language)
+        for line in block.replace("\\\n", " ").splitlines()
+        if re.match(r"(\$ )?llamafactory-kt ", line.strip())
+    }
+    return sorted(found)
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands(line):
+    """Every command, option and number of arguments is one that the command line has."""
+    words = shlex.split(line, comments=True)
+    for end in ("&&", "||", ">", "|"):
+        words = words[: words.index(end)] if end in words else words
+    command: click.Command = typer.main.get_command(app)
+    context = click.Context(command, info_name=words.pop(0))
+    while isinstance(command, click.Group):
+        name = words.pop(0)
+        found = command.get_command(context, name)
+        assert found is not None, f"no command {name}"
+        command, context = found, click.Context(found, info_name=name, parent=context)
+    command.make_context(context.info_name, words)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory) -> Path:
+    """The directory of somebody who has followed the pages: the examples, a configuration, prompts."""
+    directory = tmp_path_factory.mktemp("reader")
+    shutil.copytree(ROOT / "examples", directory / "examples")
+    for name, target in (("my_adapter", "adapter"), ("my_model", "model"), ("DeepSeek-V2-Lite-Chat", "model"), ("Kllama_deepseekV2", "adapter")):  # fmt: skip
+        (directory / name).symlink_to(ROOT / "examples" / "demo" / target)
+    (directory / "dsv2-lite-int8").mkdir()
+    keys = {"model_name_or_path": "examples/demo/model", "template": "deepseek", "use_kt": True, "kt_backend": "torch"}
+    (directory / "chat.yaml").write_text(yaml.safe_dump(keys))
+    return directory
+
+
+def localised(text: str, directory: Path) -> str:
+    """Places that a page invents, as places that are there."""
+    text = text.replace("deepseek-ai/DeepSeek-V2-Lite-Chat", f"{directory}/my_model")
+    text = text.replace("/opt/sglang/bin/python", sys.executable)
+    return re.sub(r"/(models|saves)/", f"{directory}/", text)
+
+
+YAMLS = [(page, number) for page in ENGLISH for number, _ in enumerate(blocks(page, "yaml"))]
+
+
+@pytest.mark.parametrize(("page", "number"), YAMLS, ids=[f"{page.name}-{number}" for page, number in YAMLS])
+def test_yaml(reader, page, number, monkeypatch):
+    """Through LLaMA-Factory's parser and our checks. What this CPU can do is not the page's affair."""
+    from llamafactory_kt.integration.chat_config import parse
+
+    monkeypatch.setattr("llamafactory_kt.settings.check._check_machine", lambda args: [])
+    monkeypatch.chdir(reader)
+    values = yaml.safe_load(localised(blocks(page, "yaml")[number], reader))
+    sweep = values.pop("sweep", {})
+    values = {"model_name_or_path": "my_model", "template": "deepseek", "use_kt": True, **values}
+    args = parse({**values, **{key: choices[-1] for key, choices in sweep.items()}})
+    assert args.use_kt and args.kt_inference
+
+
+EXAMPLES = sorted((ROOT / "examples" / "ktransformers").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_configurations(path, reader, monkeypatch):
+    from llamafactory_kt.integration.chat_config import parse, read_yaml
+
+    monkeypatch.setattr("llamafactory_kt.settings.check._check_machine", lambda args: [])
+    values = read_yaml(path)
+    if "adapter_name_or_path" in values:
+        values["adapter_name_or_path"] = str(reader / "my_adapter")
+    assert parse({**values, "model_name_or_path": str(reader / "my_model")}).use_kt
+
+
+def test_make_targets():
+    """Those that the pages and the workflows call are in the Makefile, each with a line for `make help`."""
+    targets = set(re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.M))
+    workflows = [*(ROOT / ".github" / "workflows").glob("*.yml")]
+    steps = [
+        step for file in workflows for job in yaml.safe_load(file.read_text())["jobs"].values() for step in job["steps"]
+    ]
+    called = [step["run"].split()[1] for step in steps if "run" in step]
+    assert {"setup", "lint", "types", "docs", "test", "soak"} == set(called)
+    for page in PAGES:
+        called += re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(encoding="utf-8"), re.M)
+    assert set(called) <= targets
+
+
+def test_names_of_tests():
+    """Those that the pages name as proof are there."""
+    known = {
+        name for file in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    for page in PAGES:
+        assert set(re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))) <= known, page.name
+
+
+PYTHON = [page for page in ENGLISH if blocks(page, "python")]
+
+
+@pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
+def test_python(page, reader, monkeypatch, capsys):
+    """A page's blocks one after the other, in one namespace. Where a comment behind print() says what comes, that comes."""
+    monkeypatch.chdir(reader)
+    names: dict[str, object] = {"__name__": "example"}
+    if page.stem == "experiments":  # which speaks of a model that counts
+        from transformers import AutoModelForCausalLM
+
+        config = llamafactory_kt.KTExpertsConfig(backend="torch", router_stats=True)
+        names["model"] = AutoModelForCausalLM.from_pretrained("my_model", quantization_config=config)
+    if page.stem == "quantize" and KERNEL_PROBLEM:
+        pytest.skip(KERNEL_PROBLEM)
+    text = "\n".join(blocks(page, "python"))
+    shutil.rmtree("merged", ignore_errors=True)
+    exec(compile(localised(text, reader), page.name, "exec"), names)
+    said = capsys.readouterr().out
+    for wanted in re.findall(r"^print\(.*\)  # (.+)$", text, re.M):
+        assert wanted in said
+
+
+@pytest.mark.parametrize("page", [ROOT / "docs" / "python.md", ROOT / "docs" / "python_zh.md"], ids=lambda p: p.name)
+def test_exported_names(page):
+    """The page has a row for each, and for nothing else."""
+    rows = re.findall(r"^\| `(\w+)(?:\(.*?\))?` \|", page.read_text(encoding="utf-8"), re.M)
+    assert sorted(rows) == sorted(set(llamafactory_kt.__all__))
+    for name in rows:
+        assert getattr(llamafactory_kt, name) is not None

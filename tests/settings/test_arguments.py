@@ -1,0 +1,206 @@
+"""The kt_* keys: every way of writing them means the same, and all mistakes come at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import yaml
+from llamafactory.hparams import ModelArguments
+from llamafactory.hparams.parser import _parse_infer_args
+
+from llamafactory_kt import KTConfigError, KTPathError, machine
+from llamafactory_kt.model import kt_runtime, quantizer
+from llamafactory_kt.settings.check import check_for_inference
+from llamafactory_kt.settings.keys import KTArguments, threadpool_count
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "ktransformers" / "inference").glob("*.yaml"))
+MODEL = {"model_name_or_path": "somewhere/model", "template": "deepseek"}
+
+
+@pytest.fixture(autouse=True)
+def any_cpu(monkeypatch):
+    for module in (kt_runtime, quantizer):
+        monkeypatch.setattr(module, "kernel_problem", lambda method="AMXBF16": None)
+
+
+def checked(args):
+    if args.use_kt:
+        check_for_inference(args)
+    return args
+
+
+def parse(keys):
+    return checked(_parse_infer_args({**MODEL, **keys})[0])
+
+
+def test_modelarguments_keeps_its_name_and_its_copy():
+    args = checked(ModelArguments(model_name_or_path="m/m", use_kt=True, kt_backend="amxbf16", kt_num_threads="3"))
+    assert type(args).__name__ == "ModelArguments" and type(args).__module__ == "llamafactory.hparams.model_args"
+    copied = ModelArguments.copyfrom(args, model_name_or_path="other")
+    assert (copied.kt_backend, copied.kt_num_threads, copied.model_name_or_path) == ("AMXBF16", 3, "other")
+    assert ModelArguments.copyfrom(copied).to_dict()["kt_num_threads"] == 3
+
+
+def test_yaml_words_and_flags_alike(tmp_path, monkeypatch):
+    yaml = tmp_path / "c.yaml"
+    yaml.write_text(
+        "model_name_or_path: m/m\nuse_kt: true\nkt_backend: AMXBF16\nkt_num_threads: 4\nkt_tp_enabled: false\n"
+    )
+    flags = ["--model_name_or_path", "m/m", "--use_kt", "true", "--kt_backend", "AMXBF16", "--kt_num_threads", "4"]
+    nested = {"model_name_or_path": "m/m", "use_kt": True, "kt_config": {"kt_backend": "AMXBF16", "kt_num_threads": 4}}
+    found = []
+    monkeypatch.setattr("sys.argv", ["cli", str(yaml)])
+    found.append(_parse_infer_args()[0])
+    monkeypatch.setattr("sys.argv", ["cli", str(yaml), "kt_num_threads=4", "kt_backend=amxbf16_sft"])
+    found.append(_parse_infer_args()[0])
+    monkeypatch.setattr("sys.argv", ["cli", *flags])
+    found.append(_parse_infer_args()[0])
+    found.append(_parse_infer_args(nested)[0])
+    found.append(_parse_infer_args([*flags[:4], "--kt_config", '{"kt_backend": "AMXBF16", "kt_num_threads": 4}'])[0])
+    for args in map(checked, found):
+        assert (args.use_kt, args.kt_backend, args.kt_num_threads, args.kt_config) == (True, "AMXBF16", 4, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        ("amxbf16", "AMXBF16"),
+        ("AMXBF16_SFT", "AMXBF16"),
+        ("AmxBf16_sft", "AMXBF16"),
+        ("Torch", "torch"),
+        ("AUTO", "auto"),
+    ],
+)
+def test_spellings_of_the_backend(value, wanted):
+    assert parse({"use_kt": True, "kt_backend": value}).kt_backend == wanted
+
+
+def test_packed_weights_go_with_the_backends_that_read_them(tmp_path):
+    assert parse({"use_kt": True, "kt_backend": "AMXINT4_SFT"}).kt_weight_path is None
+    keys = {"use_kt": True, "kt_backend": "AMXInt8", "kt_weight_path": str(tmp_path)}
+    assert parse(keys).kt_backend == "AMXINT8"
+    with pytest.raises(KTConfigError, match="kt_weight_path is for kt_backend: AMXINT8 and AMXINT4; with AMXBF16"):
+        parse({**keys, "kt_backend": "AMXBF16"})
+    with pytest.raises(KTConfigError, match="AMXINT8 needs kt_weight_path; llamafactory-kt quantize"):
+        parse({"use_kt": True, "kt_backend": "AMXINT8"})
+    with pytest.raises(KTPathError, match=r"kt_weight_path: .*/none does not exist"):
+        parse({**keys, "kt_weight_path": str(tmp_path / "none")})
+
+
+def test_all_mistakes_at_once():
+    with pytest.raises(KTConfigError) as error:
+        parse(
+            {"use_kt": True, "kt_backend": "AMXBF61", "kt_num_threads": "many", "kt_max_chunk": 0, "kt_tp_enabled": "no",
+             "kt_lora_scope": "experts", "kt_debug": 1, "kt_threadpool_count": -1, "quantization_bit": 4,
+             "kt_config": {"kt_thread": 3}, "adapter_name_or_path": "a,b", "kt_moe_lora_path": "c.pt",
+             "use_unsloth": True}
+        )  # fmt: skip
+    text = str(error.value)
+    for part in (
+        "kt_config: unknown key 'kt_thread'", "kt_backend: unknown value 'AMXBF61'", "did you mean AMXBF16?",
+        "kt_num_threads must be a positive whole number or auto, found 'many'", "kt_max_chunk must be a positive",
+        "kt_tp_enabled must be true or false", "kt_lora_scope: unknown value 'experts'", "kt_debug must be true or false",
+        "kt_threadpool_count must be a positive", "quantization_bit: 4 cannot be combined", "use_unsloth: true cannot",
+        "kt_moe_lora_path goes with one adapter, but adapter_name_or_path names 2: a, b",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"kt_tp_enabled": False, "kt_threadpool_count": 2}, "kt_tp_enabled: false means one sub-pool"),
+        ({"kt_num_threads": 1, "kt_threadpool_count": 2}, "kt_num_threads: 1 is fewer than kt_threadpool_count: 2"),
+        ({"kt_backend": "torch", "kt_config": {"kt_backend": "AMXBF16"}}, "kt_backend is 'torch', but kt_config says"),
+        ({"kt_config": "{"}, "kt_config is not valid JSON"),
+        ({"kt_config": [1]}, "kt_config must be a dictionary"),
+    ],
+)
+def test_combinations(keys, message):
+    with pytest.raises(KTConfigError) as error:
+        parse({"use_kt": True, **keys})
+    assert message in str(error.value)
+
+
+def test_training_keys_are_taken_along_with_a_word(kt_log):
+    nested = {"kt_backend": "AMXBF16", "kt_share_backward_bb": True, "kt_lora_rank": 8, "kt_num_gpu_experts": 0}
+    assert parse({"use_kt": True, "kt_config": nested, "kt_use_lora_experts": True}).kt_backend == "AMXBF16"
+    for key in ("kt_config: kt_share_backward_bb", "kt_config: kt_lora_rank", "kt_use_lora_experts"):
+        assert f"{key} is a key for training and does nothing in a chat" in kt_log.text
+
+
+def test_training_configurations_are_left_alone():
+    """use_kt in a training YAML is upstream's affair: nothing of ours runs until a chat is asked for."""
+    keys = {"use_kt": True, "kt_backend": "nonsense", "adapter_name_or_path": "a,b"}
+    assert _parse_infer_args({**MODEL, **keys})[0].kt_backend == "nonsense"
+
+
+def test_nothing_is_checked_without_use_kt():
+    assert parse({"kt_backend": "nonsense", "kt_num_threads": -3}).kt_backend == "nonsense"
+
+
+def test_sub_pools(monkeypatch, tmp_path):
+    def made(**keys):
+        return threadpool_count(KTArguments(**keys))
+
+    for part in range(2):
+        (tmp_path / "_layer_1" / f"_numa_{part}").mkdir(parents=True)
+    packed = str(tmp_path)
+    monkeypatch.setattr("llamafactory_kt.engines.ktkernel.sub_pools.usable_cores", lambda: 8)
+    for nodes in (1, 2, 3):
+        monkeypatch.setattr(
+            "llamafactory_kt.engines.ktkernel.sub_pools.numa_nodes",
+            lambda count=nodes: {node: {0} for node in range(count)},
+        )
+        assert made() == made(kt_tp_enabled=True, kt_weight_path=packed) == nodes
+        assert made(kt_tp_enabled=False) == made(kt_num_threads=1) == 1
+        assert made(kt_weight_path=packed) == min(nodes, 2), "as its files are divided, if there are nodes for them"
+        assert made(kt_threadpool_count=3) == 3
+    monkeypatch.setattr("llamafactory_kt.engines.ktkernel.sub_pools.usable_cores", lambda: 3)
+    assert made() == made(kt_tp_enabled=True) == 1, "a worker for each, and as many cores for torch"
+
+
+def test_numa_nodes_that_this_process_may_use(monkeypatch, tmp_path):
+    for node, cpus in enumerate(("0-3,8-11\n", "4-7,12-15\n", "\n")):
+        (tmp_path / f"node{node}").mkdir()
+        (tmp_path / f"node{node}" / "cpulist").write_text(cpus)
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path)
+    for allowed, wanted in (
+        (set(range(16)), {0: {0, 1, 2, 3, 8, 9, 10, 11}, 1: {4, 5, 6, 7, 12, 13, 14, 15}}),
+        ({5, 12}, {1: {5, 12}}),
+        ({99}, {0: {99}}),
+    ):
+        monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _, cpus=allowed: cpus)
+        assert machine.numa_nodes() == wanted
+
+
+def test_sub_pools_the_machine_does_not_have(demo):
+    from llamafactory.hparams import get_infer_args
+
+    with pytest.raises(KTConfigError, match="kt_threadpool_count: 99 sub-pools asked for, this process may use"):
+        get_infer_args(
+            {
+                "model_name_or_path": str(demo / "model"),
+                "template": "deepseek",
+                "use_kt": True,
+                "kt_threadpool_count": 99,
+            }
+        )
+
+
+def test_help_shows_the_keys():
+    cli = Path(sysconfig.get_path("scripts")) / "llamafactory-cli"
+    text = subprocess.run([cli, "chat", "-h"], capture_output=True, text=True).stdout
+    for name in KTArguments.__dataclass_fields__:
+        assert f"--{name}" in text
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+def test_example_configurations_are_understood(example, monkeypatch):
+    monkeypatch.setattr("llamafactory_kt.settings.check._check_paths", lambda args: [])  # /models and /saves are yours
+    args = parse(yaml.safe_load(example.read_text(encoding="utf-8")))
+    assert args.use_kt and args.kt_backend == "auto"
+    assert ("lora" in example.stem) == bool(args.adapter_name_or_path)

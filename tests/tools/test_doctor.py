@@ -1,0 +1,168 @@
+"""``llamafactory-kt doctor`` on this environment, and on broken ones: a scratch directory first on PYTHONPATH shadows a
+package or its metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import edit_adapter, make_adapter, make_model
+
+from llamafactory_kt.ground.machine import missing_cpu_flags
+from llamafactory_kt.tools.doctor import Status, diagnose
+from llamafactory_kt.tools.doctor.environment import variables
+
+ROOT = Path(__file__).parents[1]
+DISTURBING = ("TORCH_DEVICE_BACKEND_AUTOLOAD", "LLAMAFACTORY_KT_DISABLE", "USE_V1", "KT_KERNEL_CPU_VARIANT")
+
+
+def doctor(*arguments, first: Path | None = None, **environment: str) -> tuple[int, dict[str, dict]]:
+    """Exit status, and subject -> finding."""
+    path = os.pathsep.join(map(str, [*([first] if first else []), ROOT]))
+    env = {k: v for k, v in os.environ.items() if k not in DISTURBING and not k.startswith(("KMP_", "OMP_"))}
+    result = subprocess.run(
+        [sys.executable, "-m", "llamafactory_kt", "doctor", *map(str, arguments), "--json"],
+        capture_output=True, text=True, env={**env, "PYTHONPATH": path, **environment}, timeout=300,
+    )  # fmt: skip
+    content = json.loads(result.stdout)
+    assert content["error"] == sum(f["status"] == "error" for f in content["findings"])
+    return result.returncode, {finding["subject"]: finding for finding in content["findings"]}
+
+
+def shadow(directory: Path, distribution: str, version: str, *files: str) -> None:
+    """Metadata of a distribution that says it has installed these files, which Python 3.12 believes where they exist."""
+    info = directory / f"{distribution.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+    (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    for file in map(directory.joinpath, files):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+
+
+def write(path: Path, **keys) -> Path:
+    path.write_text(yaml.safe_dump({"template": "deepseek", "use_kt": True, "kt_backend": "torch", **keys}))
+    return path
+
+
+def test_a_healthy_environment(tmp_path, demo):
+    config = write(
+        tmp_path / "c.yaml", model_name_or_path=str(demo / "model"), adapter_name_or_path=str(demo / "adapter")
+    )
+    status, found = doctor(config)
+    assert status == 0, [f for f in found.values() if f["status"] == "error"]
+    assert found["llamafactory"]["text"] == "0.9.5 (<0.9.6,>=0.9.5)" and found["import kt_kernel"]["status"] == "ok"
+    assert "3 layers of 8 routed experts (128 x 96), 2 per token" in found["model"]["text"]
+    assert "56 tensors to PEFT, 144 to the experts; expert LoRA in 3 layers" in found["adapter"]["text"]
+    assert found["experts"]["text"].startswith("layers 1, 2, 3 on the CPU; torch with ")
+    assert "experts 1.7 MiB, their LoRA 0.2 MiB" in found["CPU memory"]["text"]
+    assert found["hooks"]["status"] == "ok"
+
+
+def test_kernel_absent_fork_over_stock_and_wrong_torchaudio(tmp_path):
+    (tmp_path / "kt_kernel.py").write_text("raise ModuleNotFoundError(\"No module named 'kt_kernel'\")")
+    shadow(tmp_path, "transformers-kt", "5.6.0", "transformers/fork.py")  # no __init__.py: the real one is imported
+    (tmp_path / "torchaudio").mkdir()
+    (tmp_path / "torchaudio" / "__init__.py").write_text("raise OSError('_torchaudio.so:\\n undefined symbol: aoti')")
+    shadow(tmp_path, "torchaudio", "2.11.0", "torchaudio/__init__.py")
+    status, found = doctor(first=tmp_path, KMP_AFFINITY="compact", KT_KERNEL_CPU_VARIANT="avx2")
+    assert status == 1
+    assert "No module named 'kt_kernel'" in found["import kt_kernel"]["text"]
+    assert found["import kt_kernel"]["advice"].endswith('"kt-kernel<0.8,>=0.7.2"')
+    assert found["engines"]["status"] == "warning"
+    because = "this CPU lacks" if missing_cpu_flags() else "kt-kernel is not"
+    assert f"torch; no AMXBF16: {because}" in found["engines"]["text"]
+    assert found["package transformers"]["status"] == "error"
+    assert "installed by transformers-kt" in found["package transformers"]["text"]
+    assert "pip uninstall -y transformers-kt" in found["package transformers"]["advice"]
+    assert found["torchaudio"]["text"].startswith("2.11.0 is outside of <2.10,>=2.9.1")
+    assert found["import torchaudio"]["text"] == "OSError: _torchaudio.so: undefined symbol: aoti"
+    assert found["KMP_AFFINITY"]["status"] == found["KT_KERNEL_CPU_VARIANT"]["status"] == "warning"
+    assert found["import torch"]["status"] == "ok"
+    assert "_torchaudio.so" in found["hooks"]["text"], "LLaMA-Factory's chat imports torchaudio"
+
+
+def test_without_torch(tmp_path, demo):
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cpu.so: cannot open shared object file')")
+    status, found = doctor(write(tmp_path / "c.yaml", model_name_or_path=str(demo / "model")), first=tmp_path)
+    assert status == 1 and found["import torch"]["text"].startswith("ImportError: libtorch_cpu.so")
+    assert found["CPU"]["text"] and found["memory"]["text"] and "hooks" not in found
+    assert "was not looked at" in found["configuration"]["text"]
+
+
+def test_a_kernel_that_ends_the_process(tmp_path, demo):
+    """What a build for another CPU does. The other libraries are still looked at."""
+    (tmp_path / "kt_kernel.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)")
+    config = write(tmp_path / "c.yaml", model_name_or_path=str(demo / "model"))
+    status, found = doctor(config, first=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert status == 1 and found["import kt_kernel"]["text"] == "ends the process (SIGILL)"
+    assert found["import llamafactory"]["status"] == "ok" and found["configuration"]["status"] == "error"
+    assert found["hooks"]["text"] == "not registered at `import torch`"
+    assert found["TORCH_DEVICE_BACKEND_AUTOLOAD"]["status"] == "error"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), "deepseek_v2")
+
+
+@pytest.fixture
+def look(tmp_path, monkeypatch):
+    """Findings about a YAML, in this process; imports are taken for sound, as the tests' own are."""
+    from llamafactory_kt.tools.doctor import packages
+
+    monkeypatch.setattr(packages, "try_imports", lambda: packages.Imports({}, frozenset()))
+
+    def findings(*overrides, **keys) -> dict[str, object]:
+        return {f.subject: f for f in diagnose(write(tmp_path / "c.yaml", **keys), overrides)}
+
+    return findings
+
+
+def test_configurations_with_mistakes(look, tmp_path, model, monkeypatch):
+    found = look(model_name_or_path=str(model), kt_bakend="torch")["configuration"]
+    assert found.status is Status.ERROR and "kt_bakend" in found.text and "\n" not in found.text
+    found = look("kt_num_threads=0", model_name_or_path=str(tmp_path / "none"))["configuration"]
+    assert "kt_num_threads must be" in found.text and "model_name_or_path" in found.text
+    found = look(model_name_or_path=str(model), use_kt=False)["configuration"]
+    assert found.status is Status.WARNING and "use_kt" in found.text
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    assert "is not valid YAML" in {f.subject: f for f in diagnose(tmp_path / "bad.yaml")}["configuration"].text
+
+
+def test_models_and_adapters_that_do_not_fit(look, tmp_path, model, monkeypatch):
+    other = make_model(tmp_path / "other", "deepseek_v2", n_routed_experts=5)
+    adapter = make_adapter(tmp_path / "adapter", model)
+    found = look(model_name_or_path=str(other), adapter_name_or_path=str(adapter))["adapter"]
+    assert found.status is Status.ERROR and "the model has 5 experts" in found.text
+    edit_adapter(adapter, lambda t: {n.replace("q_proj", "x_proj"): v for n, v in t.items()})
+    found = look(model_name_or_path=str(model), adapter_name_or_path=str(adapter))["adapter"]
+    assert "belong to no module" in found.text
+    without = make_adapter(tmp_path / "without", model, skip_layers=(0, 1, 2))
+    found = look(model_name_or_path=str(model), adapter_name_or_path=str(without))["adapter"]
+    assert found.status is Status.WARNING and "0 to the experts" in found.text
+    (other / "model.safetensors").write_bytes(b"x" * 100)
+    assert "cannot be read as safetensors" in look(model_name_or_path=str(other))["checkpoint"].text
+    monkeypatch.setattr("llamafactory_kt.tools.doctor.configuration.available_memory", lambda: 1000)
+    found = look(model_name_or_path=str(model))["CPU memory"]
+    assert found.status is Status.ERROR and "1000" not in found.text and "1.0 KiB free" in found.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "status"),
+    [
+        ("USE_V1", "1", "error"), ("LLAMAFACTORY_KT_DISABLE", "1", "error"), ("OMP_PROC_BIND", "true", "warning"),
+        ("OMP_PROC_BIND", "false", None), ("OMP_NUM_THREADS", "100000", "warning"), ("OMP_NUM_THREADS", "1", "ok"),
+        ("GOMP_SPINCOUNT", "infinite", "warning"), ("OMP_WAIT_POLICY", "PASSIVE", "ok"), ("KMP_BLOCKTIME", "0", "warning"),
+    ],
+)  # fmt: skip
+def test_environment_variables(monkeypatch, name, value, status):
+    for other in [n for n in os.environ if n.startswith(("OMP_", "GOMP_", "KMP_")) or n in DISTURBING]:
+        monkeypatch.delenv(other)
+    monkeypatch.setenv(name, value)
+    assert {f.subject: f.status.value for f in variables()}.get(name) == status

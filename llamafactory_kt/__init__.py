@@ -11,7 +11,8 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .apply import LoadReport, apply_adapter, load_moe_lora_from_adapter, switch_adapter
-    from .decoding.optimize import prepare_for_inference
+    from .decoding.optimize import optimize_for_inference, prepare_for_inference
+    from .decoding.process import configure_process
     from .ground.errors import (
         KTAdapterError,
         KTConfigError,
@@ -47,9 +48,11 @@ __all__ = [
     "__version__",
     "activate",
     "apply_adapter",
+    "configure_process",
     "generate",
     "get_router_stats",
     "load_moe_lora_from_adapter",
+    "optimize_for_inference",
     "prepare_for_inference",
     "print_router_stats",
     "reset_router_stats",
@@ -63,9 +66,11 @@ _HOMES = {
     "LoadReport": "apply",
     "activate": "integration.bootstrap",
     "apply_adapter": "apply",
+    "configure_process": "decoding.process",
     "generate": "tools.experiments.generating",
     "get_router_stats": "router_stats.stats",
     "load_moe_lora_from_adapter": "apply",
+    "optimize_for_inference": "decoding.optimize",
     "prepare_for_inference": "decoding.optimize",
     "print_router_stats": "router_stats.stats",
     "reset_router_stats": "router_stats.stats",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,66 +16,21 @@ from typing import Any
 from torch import nn
 
 from .adapters import Adapter, AdapterSet, open_adapters
+from .checkpoint.opening import fit_adapters
 from .decoding.prepare import changing_layers
-from .engines.ktkernel.methods import METHODS
 from .ground.errors import KTMemoryError, KTModelError
 from .ground.machine import available_memory, gib
-from .peft_side.split import PeftPart, check_peft_part
+from .model.state import KTState, LoadReport, kt_state, plain_model
+from .peft_side.split import PeftPart
 from .peft_side.swap import exchange_peft_layers, merge_peft_layers, peft_reads_weights
+
+__all__ = ["LoadReport", "apply_adapter", "load_moe_lora_from_adapter", "switch_adapter"]
 
 logger = logging.getLogger(__name__)
 
 Adapters = AdapterSet | Adapter | str | Path | Sequence[str | Path | Adapter] | None
 """a local adapter directory, several, or opened ones"""
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of the tensors of one adapter, or of several together."""
-
-    adapter: str
-    format: str
-    total: int
-    """tensors in the files"""
-    experts: int
-    """tensors consumed by the experts"""
-    peft: int
-    """tensors consumed by PEFT"""
-    left_out: int
-    """tensors a narrow ``kt_lora_scope`` left out"""
-    layers: tuple[int, ...]
-    """layers whose experts got LoRA"""
-    max_rank: int
-    expert_params: int
-    """LoRA parameters of the experts, as the files have them"""
-    merged: bool = False
-    """whether they were added to the weights for good"""
-
-    def __str__(self) -> str:
-        text = f"consumed {self.experts + self.peft} of {self.total} (PEFT {self.peft}, KT experts {self.experts})"
-        if self.left_out:
-            text += f", {self.left_out} left out by kt_lora_scope"
-        rest = self.total - self.experts - self.peft - self.left_out
-        return f"{text}, {rest} are not the experts'" if rest else text
-
-
-def kt_wrappers(model: Any) -> list[Any]:
-    """The model's :class:`KTExperts` in order; PEFT-wrapped models included.
-
-    Raises:
-        KTModelError: The model was not loaded with KTExpertsConfig.
-    """
-    wrappers: list[Any] | None = getattr(model, "_kt_wrappers", None)
-    if wrappers is None:
-        raise KTModelError(
-            f"{type(model).__name__} has no KT experts; load it with quantization_config=KTExpertsConfig() or use_kt: true."
-        )
-    return wrappers
-
-
-def plain_model(model: Any) -> Any:
-    """Without PEFT's wrapper around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+Parts = list[tuple[Adapter, PeftPart]]
 
 
 def load_moe_lora_from_adapter(model: nn.Module, adapter_path: Adapters) -> LoadReport:
@@ -93,15 +48,17 @@ def load_moe_lora_from_adapter(model: nn.Module, adapter_path: Adapters) -> Load
         KTMemoryError: Its rank needs larger kernels than there is memory for; likewise.
         KTModelError: The model has no KT experts, or has its adapter merged.
     """
-    wrappers = kt_wrappers(model)
-    _check_apart(model)
+    state = kt_state(model)
+    _check_exchangeable(state)
     adapters = open_adapters(adapter_path)
-    _check_experts(wrappers, adapters)
+    _check_experts(state, adapters)
     for adapter in adapters.adapters:
         adapter.check_finite(adapter.expert_names)
-    with plain_model(model)._kt_gate.exchange():
-        _exchange_experts(wrappers, adapters)
-    return _report(adapters)
+    report = _report(adapters)
+    with state.lock.exchange():
+        _exchange_experts(state, adapters)
+        state.expert_adapters, state.report = adapters, _with_experts_of(state.report, report)
+    return report
 
 
 def apply_adapter(model: nn.Module, adapter_path: Adapters, scope: str = "all") -> tuple[nn.Module, LoadReport]:
@@ -123,17 +80,16 @@ def apply_adapter(model: nn.Module, adapter_path: Adapters, scope: str = "all") 
         KTMemoryError: A rank needs larger kernels than there is memory for; likewise.
         KTModelError: The model already carries an adapter, or its experts had another one merged.
     """
-    kt_wrappers(model)
-    adapters, merged = open_adapters(adapter_path), plain_model(model)._kt_merged
-    if merged is not None and _files(adapters) == _files(merged) and not getattr(model, "_kt_adapter_applied", False):
-        return _merge(model, adapters, scope)
-    _check_apart(model)
-    if hasattr(model, "peft_config") or getattr(model, "_kt_adapter_applied", False):
+    state, adapters = kt_state(model), open_adapters(adapter_path)
+    if state.merged is not None and _files(adapters) == _files(state.merged) and not state.adapters.adapters:
+        return _merge(model, state, adapters, scope)
+    _check_exchangeable(state)
+    if hasattr(model, "peft_config") or state.adapters.adapters:
         raise KTModelError(
             f"{type(model).__name__} already carries an adapter. switch_adapter puts another in its place; to change the "
             "experts' part alone, call load_moe_lora_from_adapter."
         )
-    return _exchange(model, adapters, scope)
+    return _exchange(model, state, adapters, scope)
 
 
 def switch_adapter(model: nn.Module, adapter_path: Adapters, scope: str = "all") -> LoadReport:
@@ -153,19 +109,19 @@ def switch_adapter(model: nn.Module, adapter_path: Adapters, scope: str = "all")
         KTModelError: The model has no KT experts, or has its adapter merged.
         RuntimeError: The calling thread is generating with this model.
     """
-    _check_apart(model)
-    return _exchange(model, open_adapters(adapter_path), scope)[1]
+    state = kt_state(model)
+    _check_exchangeable(state)
+    return _exchange(model, state, open_adapters(adapter_path), scope)[1]
 
 
-def _check_apart(model: Any) -> None:
+def _check_exchangeable(state: KTState) -> None:
     """Raise KTModelError if the experts' LoRA is in their weights, where it can be neither exchanged nor taken away."""
-    wrappers, merged = kt_wrappers(model), plain_model(model)._kt_merged
-    if merged is None:
+    if state.merged is None:
         return
-    adapters = ", ".join(str(adapter.directory or adapter.expert_file) for adapter in merged.adapters) or "no adapter"
-    engine = wrappers[0].engine.name
-    always = engine in METHODS and not METHODS[engine].lora
-    reason = f"{engine} computes no LoRA" if always else "kt_merge_adapter: true"
+    adapters = (
+        ", ".join(str(adapter.directory or adapter.expert_file) for adapter in state.merged.adapters) or "no adapter"
+    )
+    reason = "kt_merge_adapter: true" if state.engine.computes_lora else f"{state.engine.name} computes no LoRA"
     raise KTModelError(
         f"The experts were loaded with {adapters} merged into their weights ({reason}), so that no LoRA can be exchanged, added or "
         "taken away any more. Load the model again with the other adapter, or with an engine that keeps LoRA apart and "
@@ -177,45 +133,47 @@ def _files(adapters: AdapterSet) -> list[tuple[Path, Path]]:
     return [(Path(a.store.path).resolve(), Path(a.expert_file).resolve()) for a in adapters.adapters]
 
 
-def _plan(base: Any, adapters: AdapterSet, scope: str) -> list[tuple[Adapter, PeftPart]]:
-    parts = [(adapter, check_peft_part(base, adapter, scope)) for adapter in adapters.adapters]
-    adapters.check_finite()
-    for adapter, part in parts:
-        _log_split(adapter, part)
-    return parts
-
-
-def _merge(model: Any, adapters: AdapterSet, scope: str) -> tuple[nn.Module, LoadReport]:
-    parts = _plan(model, adapters, scope)
-    with model._kt_gate.exchange():
-        wrapped, _ = exchange_peft_layers(model, parts)
+def _merge(model: Any, state: KTState, adapters: AdapterSet, scope: str) -> tuple[nn.Module, LoadReport]:
+    parts = _fit(model, state, adapters, scope)
+    with state.lock.exchange():
+        wrapped, _ = exchange_peft_layers(model, parts, state.router_weights)
         plain = merge_peft_layers(wrapped)
-    model._kt_adapter_applied = True
+        report = replace(_report(adapters, parts), merged=True)
+        state.adapters, state.expert_adapters, state.report = adapters, adapters, report
     logger.info("Merged the adapter into the weights: it costs nothing now, and cannot be exchanged or taken away.")
-    return plain, _report(adapters, parts, merged=True)
+    return plain, report
 
 
-def _exchange(model: Any, adapters: AdapterSet, scope: str) -> tuple[nn.Module, LoadReport]:
-    wrappers, base = kt_wrappers(model), plain_model(model)
-    _check_experts(wrappers, adapters)
-    parts = _plan(base, adapters, scope)
+def _exchange(model: Any, state: KTState, adapters: AdapterSet, scope: str) -> tuple[nn.Module, LoadReport]:
+    base = plain_model(model)
+    _check_experts(state, adapters)
+    parts = _fit(base, state, adapters, scope)
     weights_read = any(peft_reads_weights(adapter) for adapter in adapters.adapters)
-    with base._kt_gate.exchange(), changing_layers(base, weights_read):
-        wrapped, undo = exchange_peft_layers(base, parts)
+    with state.lock.exchange(), changing_layers(base, weights_read):
+        wrapped, undo = exchange_peft_layers(base, parts, state.router_weights)
         try:
-            _exchange_experts(wrappers, adapters)
+            _exchange_experts(state, adapters)
         except BaseException:
             undo()
             raise
         if model is not base and wrapped is not base:
             model.base_model = wrapped.base_model  # PEFT's wrapper that the caller holds
-        base._kt_adapter_applied = bool(adapters.adapters)
-    return wrapped, _report(adapters, parts)
+        report = _report(adapters, parts)
+        state.adapters, state.expert_adapters = adapters, adapters
+        state.report = report if adapters.adapters else None
+    return wrapped, report
 
 
-def _check_experts(wrappers: Sequence[Any], adapters: AdapterSet) -> None:
-    adapters.check_fits({wrapper.layer_idx: wrapper.info.shape for wrapper in wrappers})
-    needed = sum(wrapper.engine.nbytes_for_rank(adapters.rank(wrapper.layer_idx)) for wrapper in wrappers)
+def _fit(base: Any, state: KTState, adapters: AdapterSet, scope: str) -> Parts:
+    parts = fit_adapters(base, state.shapes, adapters, scope, finite=True)
+    for adapter, part in parts:
+        _log_split(adapter, part)
+    return parts
+
+
+def _check_experts(state: KTState, adapters: AdapterSet) -> None:
+    adapters.check_fits(state.shapes)
+    needed = sum(wrapper.engine.nbytes_for_rank(adapters.rank(wrapper.layer_idx)) for wrapper in state.wrappers)
     if needed and needed > (free := available_memory()):
         raise KTMemoryError(
             f"The adapter's rank is larger than the kernels were built for; larger ones need {gib(needed)} and {gib(free)} "
@@ -223,13 +181,13 @@ def _check_experts(wrappers: Sequence[Any], adapters: AdapterSet) -> None:
         )
 
 
-def _exchange_experts(wrappers: Sequence[Any], adapters: AdapterSet) -> None:
+def _exchange_experts(state: KTState, adapters: AdapterSet) -> None:
     for adapter in adapters.adapters:
         if adapter.layers:
             logger.info("Loading MoE LoRA from %s", adapter.expert_file)
     undo: list[Callable[[], None]] = []
     try:
-        for wrapper in wrappers:
+        for wrapper in state.wrappers:
             undo.append(wrapper.engine.set_lora(adapters.read_layer(wrapper.layer_idx, wrapper.info.shape)))
     except BaseException:
         for back in reversed(undo):
@@ -240,7 +198,7 @@ def _exchange_experts(wrappers: Sequence[Any], adapters: AdapterSet) -> None:
             logger.info("Loaded MoE LoRA into %d KT wrappers from %s", len(adapter.layers), adapter.directory)
 
 
-def _report(adapters: AdapterSet, parts: Sequence[tuple[Adapter, PeftPart]] = (), merged: bool = False) -> LoadReport:
+def _report(adapters: AdapterSet, parts: Sequence[tuple[Adapter, PeftPart]] = ()) -> LoadReport:
     every = adapters.adapters
     return LoadReport(
         adapter=", ".join(str(adapter.directory) for adapter in every),
@@ -252,16 +210,34 @@ def _report(adapters: AdapterSet, parts: Sequence[tuple[Adapter, PeftPart]] = ()
         layers=tuple(adapters.layers),
         max_rank=max((adapters.rank(layer) for layer in adapters.layers), default=0),
         expert_params=sum(prod(a.store.infos[name].shape) for a in every for name in a.expert_names),
-        merged=merged,
     )
+
+
+def _with_experts_of(before: LoadReport | None, experts: LoadReport) -> LoadReport | None:
+    """What a model has whose experts' part alone was exchanged."""
+    if before is None:
+        return experts if experts.experts else None
+    names = (
+        before.adapter
+        if experts.adapter == before.adapter
+        else f"{before.adapter}, experts of {experts.adapter or 'none'}"
+    )
+    return replace(
+        before, adapter=names, total=before.total - before.experts + experts.experts, experts=experts.experts,
+        layers=experts.layers, max_rank=experts.max_rank, expert_params=experts.expert_params,
+    )  # fmt: skip
 
 
 def _log_split(adapter: Adapter, part: PeftPart) -> None:
-    original = adapter.settings.target_modules
     more = f" ({len(part.exact)} other modules added by exact name)" if part.exact else ""
-    logger.info(
-        "KT mode: Loading only Attention LoRA. Original targets: %s, Filtered: %s%s", original, part.filtered, more
+    experts = len(adapter.expert_names)
+    rest = (
+        f"; the {experts} tensors of routed experts go to the KT experts" if experts else "; no LoRA on routed experts"
     )
+    logger.info(
+        "KT mode: Loading only Attention LoRA. Original targets: %s, Filtered: %s%s%s",
+        adapter.settings.target_modules, part.filtered, more, rest,
+    )  # fmt: skip
     if part.left_out:
         logger.warning(
             "kt_lora_scope: attention leaves out %d of the adapter's %d tensors (shared experts and dense MLP layers); "

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .apply import LoadReport, kt_wrappers
 from .ground.machine import gib
+from .model.state import kt_state
 from .peft_side.split import count_lora, non_expert_nbytes
 
 TITLE = "KTransformers experts"
@@ -20,27 +20,25 @@ Rows = list[tuple[str, str]]
 """the load table: what each row is about, and what it says"""
 
 
-def load_rows(model: nn.Module, report: LoadReport | None) -> Rows:
-    """What was loaded where; ``report`` is of the adapter that the model has, None without one."""
-    wrappers = kt_wrappers(model)
-    summary: dict[str, Any] = model._kt_summary  # type: ignore[assignment]
+def load_rows(model: nn.Module) -> Rows:
+    """What was loaded where, as it is now."""
+    state = kt_state(model)
+    wrappers, engine, report = state.wrappers, state.engine, state.report
     experts_bytes = sum(w.engine.nbytes for w in wrappers)
     lora_bytes = sum(w.engine.lora_nbytes for w in wrappers)
     torch_bytes = non_expert_nbytes(model)
-    experts_params = sum(3 * w.num_experts * w.hidden_dim * w.intermediate_dim for w in wrappers)
     torch_params = sum(p.numel() for p in model.parameters())
     peft_params = count_lora(model)[1]
 
     rows = [("Layers wrapped", f"{len(wrappers)} ({_ranges([w.layer_idx for w in wrappers])})")]
     if kinds := layer_kinds(model):
         rows.append(("Layer kinds", kinds))
-    engine, plan = summary["engine"], summary["plan"]
-    rows.append(("Engine", f"{engine} on {summary['variant']}" if plan.method else engine))
-    idle = ", in the idle class" if plan.idle_workers else ""
-    workers = f"kt-kernel {plan.workers} in {summary['pools']} sub-pool(s){idle}; " if plan.workers else ""
-    rows.append(("Threads", f"{workers}torch {torch.get_num_threads()}"))
-    if summary["reason"]:
-        rows.append(("Chosen because", summary["reason"]))
+    build = engine.build()
+    rows.append(("Engine", f"{engine.name} on {build}" if build else engine.name))
+    workers = engine.describe_workers(state.plan, state.options)
+    rows.append(("Threads", f"{workers}{'; ' if workers else ''}torch {torch.get_num_threads()}"))
+    if state.reason:
+        rows.append(("Chosen because", state.reason))
     cpu = experts_bytes + lora_bytes + torch_bytes.get("cpu", 0)
     lora = f"their LoRA {gib(lora_bytes)}, " if lora_bytes else ""
     parts = f"experts {gib(experts_bytes)}, {lora}other {gib(torch_bytes.get('cpu', 0))}"
@@ -50,6 +48,7 @@ def load_rows(model: nn.Module, report: LoadReport | None) -> Rows:
     if report:
         merged = ", merged into the weights" if report.merged else ""
         rows.append(("LoRA layers", f"{len(report.layers)} with expert LoRA, rank up to {report.max_rank}{merged}"))
+    experts_params = sum(w.info.shape.num_weights for w in wrappers)
     rows.append(("Parameters", f"torch {torch_params - peft_params:,}, KT experts {experts_params:,}"))
     if report and not report.merged:
         rows.append(("LoRA parameters", f"PEFT {peft_params:,}, KT experts {report.expert_params:,}"))
@@ -82,7 +81,7 @@ def layer_kinds(model: Any) -> str:
     """``MoE 1-3, dense MLP 0 (first_k_dense_replace: 1)``, with the keys of config.json that decide it; empty where all
     layers are MoE layers."""
     config = model.config.get_text_config()
-    moe = [wrapper.layer_idx for wrapper in kt_wrappers(model)]
+    moe = [wrapper.layer_idx for wrapper in kt_state(model).wrappers]
     dense = [layer for layer in range(config.num_hidden_layers) if layer not in moe]
     if not dense:
         return ""
@@ -109,7 +108,7 @@ def _ranges(numbers: list[int]) -> str:
 
 def debug_structure(model: nn.Module) -> str:
     """The block that early KTransformers chats printed after loading, line by line."""
-    wrappers = kt_wrappers(model)
+    wrappers = kt_state(model).wrappers
     lora = [(n, p) for n, p in model.named_parameters() if "lora_" in n]
     line = "=" * 60
     lines = [

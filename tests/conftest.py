@@ -10,40 +10,12 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 
-from llamafactory_kt.engines.ktkernel.runtime import kernel_problem
-from llamafactory_kt.matmul.linear import has_bfloat16_kernels, onednn_problem
-from llamafactory_kt.model import columns, packing, products
+from helpers.places import DEMO
+from helpers.sglang import SGLANG_CONTRACT, configuration, interpreter
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, a shell has it ignored
 
-collect_ignore = ["standin"]  # packages that tests put before a server's interpreter; importing them runs a server
-
-KERNEL_PROBLEM = kernel_problem()
-needs_kernel = pytest.mark.skipif(KERNEL_PROBLEM is not None, reason=str(KERNEL_PROBLEM))
-BASE_PROBLEM = kernel_problem("AVX2BF16")
-needs_base_kernel = pytest.mark.skipif(BASE_PROBLEM is not None, reason=str(BASE_PROBLEM))
-needs_onednn = pytest.mark.skipif(onednn_problem() is not None, reason=str(onednn_problem()))
-needs_bfloat16_kernels = pytest.mark.skipif(
-    not has_bfloat16_kernels(), reason="only kernels for AVX-512 read weights in oneDNN's layout"
-)
-PACKED = [pytest.param("oneDNN's layout", marks=needs_bfloat16_kernels), "columns"]
-
-
-def pack_as(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Weights that are packed are so in one of ``PACKED``; for columns, small sizes will do."""
-    if kind == "columns":
-        pretend_no_bfloat16_kernels(monkeypatch)
-        monkeypatch.setattr(columns, "WIDTH", 8)
-
-
-def pretend_no_bfloat16_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute as CPUs without AVX-512 do."""
-    for module in (products, packing):
-        monkeypatch.setattr(module, "has_bfloat16_kernels", lambda: False)
-
-
-SGLANG_CONTRACT = "SGLang's contract was tested with"
-ENGINES = [pytest.param("AMXBF16", marks=needs_kernel), pytest.param("oneDNN", marks=needs_onednn), "torch"]
+collect_ignore = ["helpers/standin"]  # packages for a server's interpreter; importing them runs a server
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -56,7 +28,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def demo() -> Path:
-    return Path(__file__).parents[1] / "examples" / "demo"
+    return DEMO
 
 
 @pytest.fixture
@@ -71,3 +43,31 @@ def kt_log(caplog: pytest.LogCaptureFixture):
     logger.removeHandler(caplog.handler)
     logger.setLevel(level)
     logger.propagate = propagate
+
+
+@pytest.fixture(scope="module")
+def worker_threads() -> None:
+    """One worker of kt-kernel's, whatever this machine has."""
+    from llamafactory_kt.engines.ktkernel.cpuinfer import settle_pool
+
+    settle_pool(1, 1)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache directory and temporary files of the test's own; the directory for prepared adapters in the cache."""
+    monkeypatch.setenv("LLAMAFACTORY_KT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path / "cache" / "adapters"
+
+
+@pytest.fixture
+def standin(tmp_path: Path, demo: Path, cache: Path):
+    """Makes a configuration for the stand-in server in a mode; also gives the file that the server will keep notes in."""
+
+    def standin(fail: str = "", **keys):
+        python = interpreter(tmp_path, STANDIN_FAIL=fail, STANDIN_NOTES=str(tmp_path / "notes"))
+        return configuration(tmp_path, python, demo / "model", **keys), tmp_path / "notes"
+
+    return standin

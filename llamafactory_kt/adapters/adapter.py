@@ -23,6 +23,11 @@ class ExpertsShape:
     hidden_size: int
     intermediate_size: int
 
+    @property
+    def num_weights(self) -> int:
+        """Numbers in gate, up and down of all experts."""
+        return 3 * self.num_experts * self.hidden_size * self.intermediate_size
+
     def projection(self, name: str) -> tuple[int, int]:
         """(out, in) features of ``gate``, ``up`` or ``down``."""
         hidden, intermediate = self.hidden_size, self.intermediate_size

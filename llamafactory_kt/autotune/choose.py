@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..adapters import ExpertsShape
+from ..engines.base import EngineOptions
+from ..engines.plan import Plan
 from ..ground.machine import available_memory
 from ..ground.measurements import Remembered
-from .plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,7 @@ def choose(
     plans: Sequence[Plan],
     shape: ExpertsShape,
     num_experts_per_tok: int,
-    pools: int,
-    max_chunk: int,
+    options: EngineOptions,
     around: int,
     recalibrate: bool = False,
 ) -> tuple[Plan, str]:
@@ -75,7 +75,8 @@ def choose(
         return plans[0], "too little memory to measure"
     memory = Remembered(
         {
-            "layer": [shape.num_experts, shape.hidden_size, shape.intermediate_size, num_experts_per_tok, pools, max_chunk],
+            "layer": [shape.num_experts, shape.hidden_size, shape.intermediate_size, num_experts_per_tok],
+            "options": [options.pools, options.max_chunk],
             "products": products,
             "plans": [asdict(plan) for plan in plans],
         }

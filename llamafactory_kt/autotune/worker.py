@@ -23,17 +23,13 @@ import torch
 from ..adapters import ExpertLora, ExpertsShape
 from ..adapters.keys import PROJECTIONS
 from ..checkpoint.reader import ExpertWeights
-from ..engines.base import Engine, EngineSpec
-from ..engines.ktkernel.cpuinfer import settle_pool
-from ..engines.ktkernel.engine import KTEngine
-from ..engines.ktkernel.methods import METHODS
-from ..engines.onednn.engine import OneDNNEngine
+from ..engines.base import Engine, EngineOptions, EngineSpec
+from ..engines.plan import Plan
+from ..engines.registry import get_engine
 from ..ground.paging import in_large_pages
 from ..ground.process import die_with_parent
 from ..matmul.linear import linear
-from .apply import arrange
 from .choose import Measured
-from .plan import Plan
 
 RANK = 8
 _NEAR = 1.5, 1.15
@@ -87,10 +83,9 @@ def _serve(pipe: Connection, plan: Plan, task: dict[str, Any], around: torch.Ten
     """Answer each message with (seconds of a token, seconds of a prompt of 128)."""
     die_with_parent()
     with torch.inference_mode():
-        if plan.workers:
-            settle_pool(plan.workers, task["layer"][4])
-        layer = _layer(_engine(plan, task), task["experts"])
-        arrange(plan)
+        engine = _engine(plan, task)
+        layer = _layer(engine, task["experts"])
+        engine.arrange_process(plan)
         # Fewer experts than the model's get fewer tokens, so that each gets as many as it would there.
         prompt = max(1, 128 * task["experts"] // task["layer"][0])
         some = -(-len(around) // _PROMPTS_PART)
@@ -106,34 +101,28 @@ def _serve(pipe: Connection, plan: Plan, task: dict[str, Any], around: torch.Ten
 
 
 def _engine(plan: Plan, task: dict[str, Any]) -> Engine:
-    """One layer with random weights and a LoRA."""
-    _, hidden, intermediate, top_k, pools, max_chunk = task["layer"]
+    """One layer with random weights and, where the engine computes it, a LoRA."""
+    _, hidden, intermediate, top_k = task["layer"]
     shape = ExpertsShape(task["experts"], hidden, intermediate)
 
     def read(dtype: torch.dtype | None) -> Iterator[ExpertWeights]:
         one = torch.randn(intermediate, hidden).mul_(hidden**-0.5).to(torch.bfloat16)
         return repeat(ExpertWeights(one, one, one.T), shape.num_experts)
 
-    spec = EngineSpec(0, shape, top_k, RANK)
-    # AMXINT8 takes files only; for sharing the cores, its kernel is like the other integers'.
-    method = METHODS["AMXINT4"] if plan.backend == "AMXINT8" else plan.method
-    engine: Engine = (
-        KTEngine(spec, read, method, max_chunk=max_chunk, pools=pools, verbose=False)
-        if method
-        else OneDNNEngine(spec, read)
-    )
+    kind = get_engine(plan.backend).measured_as()
+    _, options = kind.start(plan, EngineOptions(*task["options"]))
+    engine = kind(EngineSpec(0, shape, top_k, RANK if kind.computes_lora else 0), read, options)
     engine.load()
-    if method is not None and not method.lora:
-        return engine
-    sizes = {projection: shape.projection(projection) for projection in PROJECTIONS}
-    engine.set_lora(
-        ExpertLora(
-            0,
-            {p: torch.full((shape.num_experts, RANK, size), 0.01) for p, (_, size) in sizes.items()},
-            {p: torch.full((shape.num_experts, out, RANK), 0.01) for p, (out, _) in sizes.items()},
-            {p: torch.ones(shape.num_experts, RANK, dtype=torch.float64) for p in PROJECTIONS},
+    if kind.computes_lora:
+        sizes = {projection: shape.projection(projection) for projection in PROJECTIONS}
+        engine.set_lora(
+            ExpertLora(
+                0,
+                {p: torch.full((shape.num_experts, RANK, size), 0.01) for p, (_, size) in sizes.items()},
+                {p: torch.full((shape.num_experts, out, RANK), 0.01) for p, (out, _) in sizes.items()},
+                {p: torch.ones(shape.num_experts, RANK, dtype=torch.float64) for p in PROJECTIONS},
+            )
         )
-    )
     return engine
 
 

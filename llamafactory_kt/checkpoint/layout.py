@@ -7,7 +7,6 @@ can load is understood: one tensor per expert (``experts.5.gate_proj.weight``, M
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,15 +24,7 @@ _NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 _FUSED = ("gate_up_proj", "down_proj")
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """A checkpoint's safetensors files: those its index names, else all of them; none where there is no such directory."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
-
-
-class ExpertsCheckpoint:
+class CheckpointLayout:
     """The expert tensors of a checkpoint, located by headers only.
 
     Args:

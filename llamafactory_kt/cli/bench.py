@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from ..tools.bench.endpoint import Level
+    from ..tools.bench.endpoint import Latency
     from ..tools.bench.figures import Report
     from ..tools.bench.room import Weights
     from ..tools.bench.rows import Row
@@ -56,10 +57,7 @@ def bench(
     api_key: str = typer.Option(
         None, envvar="OPENAI_API_KEY", help="Bearer token.", show_default=False, rich_help_panel=_ENDPOINT
     ),
-    concurrency: str = typer.Option(
-        "1", help="Requests at once; several levels with commas: 1,4,16.", rich_help_panel=_ENDPOINT
-    ),
-    requests: int = typer.Option(10, min=1, help="Requests at each level.", rich_help_panel=_ENDPOINT),
+    requests: int = typer.Option(10, min=1, help="Requests, one after the other.", rich_help_panel=_ENDPOINT),
     warm_up: int = typer.Option(3, min=0, help="Requests before, not counted.", rich_help_panel=_ENDPOINT),
     max_tokens: int = typer.Option(128, min=1, help="Tokens of an answer, at most.", rich_help_panel=_ENDPOINT),
     prompt: str = typer.Option(PROMPT, help="What to ask; a number is put before it.", rich_help_panel=_ENDPOINT),
@@ -76,8 +74,8 @@ def bench(
     if sum((synthetic is not None, bool(words) and synthetic is None, endpoint is not None)) != 1:
         raise typer.BadParameter("give a configuration, or --synthetic, or the server's URL with --endpoint")
     if endpoint is None:
-        levels = _levels(prompt_tokens, "--prompt-tokens")
-        found = _measure(words or [], synthetic, against or [], base, levels, new_tokens, rounds, loads)
+        lengths = _lengths(prompt_tokens)
+        found = _measure(words or [], synthetic, against or [], base, lengths, new_tokens, rounds, loads)
         _write(json_file, found.to_dict())
         if str(json_file) != "-":
             from rich.console import Console
@@ -86,21 +84,12 @@ def bench(
 
             show(found, Console())
         return
-    import asyncio
+    from ..tools.bench.endpoint import measure
 
-    from tqdm import tqdm
-
-    from ..tools.bench.endpoint import Endpoint
-
-    levels = _levels(concurrency, "--concurrency")
-    server = Endpoint(endpoint, model, api_key)
-    with tqdm(total=warm_up + requests * len(levels), unit="request", delay=1.0) as bar:
-        reached = asyncio.run(server.measure(prompt, max_tokens, requests, warm_up, levels, bar.update))
-    _write(json_file, {"endpoint": server.url, "model": server.model, "levels": [x.to_dict() for x in reached]})
+    latency = measure(endpoint, model, api_key, prompt, max_tokens, requests, warm_up)
+    _write(json_file, asdict(latency))
     if str(json_file) != "-":
-        _show(server.url, server.model or "", reached)
-    if any(level.failed for level in reached):
-        raise typer.Exit(1)
+        _show(latency)
 
 
 def _measure(
@@ -163,34 +152,20 @@ def _write(path: Path | None, content: dict[str, Any]) -> None:
         path.write_text(text + "\n", encoding="utf-8")
 
 
-def _levels(text: str, option: str) -> list[int]:
+def _lengths(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"whole numbers above 0 with commas, found {text!r}", param_hint=option)
+        raise typer.BadParameter(f"whole numbers above 0 with commas, found {text!r}", param_hint="--prompt-tokens")
     return [int(part) for part in parts]
 
 
-def _show(url: str, model: str, levels: list[Level]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+def _show(found: Latency) -> None:
+    def ms(seconds: float) -> str:
+        return f"{1000 * seconds:.1f} ms"
 
-    table = Table(
-        "at once", "mean", "p50", "p90", "p99", "first", "first p90", "tok/s", "all tok/s",
-        title=escape(f"{model} at {url}"), title_justify="left", caption_justify="left",
-        caption=f"{levels[0].requests} requests at each level. Latency and time to the first token in ms; tokens a second "
-        "of one answer, and of all together.",
-    )  # fmt: skip
-    for level in levels:
-        seconds = (level.mean, level.p50, level.p90, level.p99, level.first_token_mean, level.first_token_p90)
-        figures = [*(1000 * value for value in seconds), level.per_request_rate, level.total_rate]
-        table.add_row(str(level.concurrency), *(f"{x:.1f}" if x < 100 else f"{x:.0f}" for x in figures))
-    console = Console()
-    console.print(table)
-    if not all(level.counted for level in levels):
-        console.print("The endpoint does not say how many tokens it made: pieces of its stream were counted instead.")
-    for level in levels:
-        if level.first_error:
-            console.print(
-                f"At {level.concurrency} at once, {level.failed} failed, the first: {level.first_error}", markup=False
-            )
+    typer.echo(f"{found.model} at {found.endpoint}, {found.requests} requests one after the other")
+    typer.echo(f"latency: mean {ms(found.mean)}, p50 {ms(found.p50)}, p90 {ms(found.p90)}, p99 {ms(found.p99)}")
+    typer.echo(f"first token: mean {ms(found.first_token_mean)}")
+    if found.per_request_rate is not None:
+        pieces = "" if found.counted else " (pieces of the stream; the endpoint does not say how many tokens it made)"
+        typer.echo(f"tokens/s after the first: mean {found.per_request_rate:.1f}{pieces}")

@@ -49,11 +49,11 @@ def _run(keys: dict[str, Any], todo: list[Prompt], answers: AnswerFile, batch_si
     """Answer what is missing, with a progress bar; returns how many failed."""
     from tqdm import tqdm
 
-    from ..integration.chat import Chat
+    from ..integration.chat import LoadedChat
     from ..tools.experiments.generating import answer_all
 
     failed = tokens = 0
-    chat = Chat.load(keys)
+    chat = LoadedChat.load(keys)
     with tqdm(total=len(todo), unit="prompt", desc="Generating") as bar:
         for batch in answer_all(chat, todo, batch_size=batch_size, seed=seed):
             answers.add(batch)

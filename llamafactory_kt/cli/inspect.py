@@ -56,18 +56,15 @@ def inspect(
 
 def _check_model(name: str, adapter: Any) -> tuple[Any, str]:
     """(the model's experts per layer, why the adapter does not fit or ``""``)."""
-    from ..checkpoint.discovery import find_experts
-    from ..checkpoint.meta_model import empty_model
-    from ..peft_side.split import check_peft_part
+    from ..adapters import AdapterSet
+    from ..checkpoint.opening import MoEModel, empty_model
 
-    model = empty_model(name, quantised=True)
-    shapes = {module.layer: module.shape for module in find_experts(model)}
+    moe = MoEModel(empty_model(name, quantised=True))
     try:
-        adapter.check_fits(shapes)
-        check_peft_part(model, adapter)
+        moe.fit(AdapterSet((adapter,)))
     except KTError as error:
-        return shapes, str(error)
-    return shapes, ""
+        return moe.shapes, str(error)
+    return moe.shapes, ""
 
 
 def _show(result: Inspection, model: str | None, fits: str | None, verbose: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from ..ground.errors import KTConfigError, KTError, KTServerError
+from ..ground.errors import KTConfigError, KTServerError
 
 
 def serve(
@@ -51,18 +51,13 @@ def model_arguments(path: Path) -> Any:
         KTConfigError: The file is not a configuration, or a key in it is wrong.
     """
     from ..integration.bootstrap import activate
-    from ..integration.chat_config import parse, read_yaml
+    from ..integration.chat_config import parse_from, read_yaml
 
     keys = read_yaml(path)
     if keys.get("use_kt") is not True:
         raise KTConfigError(f"{path} must be a LLaMA-Factory configuration with use_kt: true.")
     activate()
-    try:
-        return parse({**keys, "infer_backend": "sglang"})
-    except KTError:
-        raise
-    except (ValueError, TypeError) as error:  # LLaMA-Factory's: unknown keys, wrong types
-        raise KTConfigError(f"{path}: {error}") from error
+    return parse_from(path, {**keys, "infer_backend": "sglang"})
 
 
 def _check_port(host: str, port: int) -> None:

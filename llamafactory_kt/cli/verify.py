@@ -58,20 +58,21 @@ def _verify(
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     from tqdm import tqdm
 
-    from ..integration import bootstrap
-    from ..integration.chat_config import load_chat, prompt_ids
+    from ..integration.chat import LoadedChat
+    from ..integration.prompts import Prompt
+    from ..model.state import kt_state
     from ..tools.verify import record_inputs, verify_layers
     from ..tools.verify.reference import Reference
 
-    bootstrap.activate()
-    chat = load_chat(config, overrides)
+    chat = LoadedChat.load_yaml(config, overrides)
     reference = Reference(chat.checkpoint, chat.adapters)
     wanted = _numbers(layers, list(reference.modules))
-    inputs = record_inputs(chat.model, prompt_ids(chat, prompt))
+    ids, _ = chat.encode(Prompt(0, messages=[{"role": "user", "content": prompt}]))
+    inputs = record_inputs(chat.model, ids)
     chosen = {layer: inputs[layer] for layer in wanted}
     steps = verify_layers(chat.model, chosen, reference)
     results = list(tqdm(steps, total=len(chosen), desc="Verifying layers", delay=1.0))
-    merged = chat.model._kt_merged is not None and bool(chat.adapters.adapters)
+    merged = kt_state(chat.model).merged is not None and bool(chat.adapters.adapters)
     return results, len(chosen) < len(inputs), merged
 
 

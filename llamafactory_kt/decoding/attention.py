@@ -1,6 +1,6 @@
-"""How torch computes the attention.
+"""Attention on the CPU.
 
-On the CPU, torch's fused kernel wants keys and values of the same size (``check_head_dim_size_cpp`` in torch 2.9's
+PyTorch's fused kernel wants keys and values of the same size (``check_head_dim_size_cpp`` in torch 2.9's
 sdp_utils_cpp.cpp); for models with smaller values, DeepSeek's and those built like them, it otherwise multiplies step by
 step through the whole matrix of scores. With zeros at the end of each value it is taken, and the result ends with zeros:
 for keys of 192 and values of 128 dimensions, that is ten times as fast.
@@ -17,16 +17,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "kt_sdpa"
-
-
-def leave_out_cudnn() -> None:
-    """Have torch compute attention on GPUs, in the whole process, with its own kernels, not with cuDNN's.
-
-    cuDNN makes a plan for every length of the cache, in every thread anew, and an answer has another length at every token
-    and, in LLaMA-Factory's chats, a thread of its own. On an H100 that takes 10 to 15 ms a layer for every token. Torch 2.9
-    prefers cuDNN on GPUs of compute capability 9.0 and 10.0 (``check_prefer_cudnn_attention`` in its sdp_utils.cpp).
-    """
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def widen_values(model: Any) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
-from ..apply import kt_wrappers, plain_model
+from ..model.state import kt_state, plain_model
+from .attention import widen_values
+from .lm_head import straighten_last_token
 from .prepare import prepare_layers
 
 
-def prepare_for_inference(model: nn.Module) -> None:
-    """Make the layers around the experts faster where they are in bfloat16, as LLaMA-Factory's chats with ``use_kt`` do:
-    weights where the CPU reads them fastest, and PEFT's LoRA, unmerged, in fewer steps, also on a GPU.
+def optimize_for_inference(model: nn.Module) -> None:
+    """Make what is around the experts faster, as LLaMA-Factory's chats with ``use_kt`` do: the attention, the output layer of
+    prompts and, where they are in bfloat16, the linear layers. Their weights go where the CPU reads them fastest, and PEFT's LoRA,
+    unmerged, is computed in fewer steps, also on a GPU.
 
-    The answers are the same but for rounding. Weights may be packed: they keep shape and dtype, and can be
-    neither read from Python nor saved. ``apply_adapter`` and ``switch_adapter`` still work, before and afterwards; PEFT's own
-    ``merge_adapter`` does not. Waits for generations that run.
+    The answers are the same but for rounding. Weights may be packed: they keep shape and dtype, and can be neither read from
+    Python nor saved. ``apply_adapter`` and ``switch_adapter`` still work, before and afterwards; PEFT's own ``merge_adapter``
+    does not. Waits for generations that run. Calling it again does nothing more.
 
     Args:
         model: a model with KT experts, plain or wrapped by PEFT; it is changed in place.
@@ -23,7 +28,18 @@ def prepare_for_inference(model: nn.Module) -> None:
         KTModelError: The model has no KT experts.
         RuntimeError: The calling thread is generating with this model.
     """
-    kt_wrappers(model)
-    base = plain_model(model)
-    with base._kt_gate.exchange():
+    state, base = kt_state(model), plain_model(model)
+    with state.lock.exchange():
+        if not state.optimized:
+            straighten_last_token(base)
+            widen_values(base)
         prepare_layers(base)
+
+
+def prepare_for_inference(model: nn.Module) -> None:
+    """The earlier name of :func:`optimize_for_inference`."""
+    warnings.warn(
+        "prepare_for_inference is now called optimize_for_inference; the old name goes with the next version.",
+        DeprecationWarning, stacklevel=2,
+    )  # fmt: skip
+    optimize_for_inference(model)

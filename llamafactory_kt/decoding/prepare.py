@@ -21,13 +21,12 @@ from ..matmul.linear import PreparedLinear, onednn_problem
 from ..matmul.mkldnn_blob import as_parameter
 from ..matmul.openmp import release_team
 from ..model.experts_module import KTExperts
-from ..model.gpu_transfer import SHARED_EXPERTS
+from ..model.shared_overlap import SHARED_EXPERTS
+from ..model.state import kt_state
 from .lora_linear import take_over
 
 _SAMPLES = 2
 """layers of each size whose products are timed"""
-_PREPARED = "_kt_prepared"
-"""set on a model, and on each layer whose weight is where it is to stay"""
 
 
 def prepare_layers(model: nn.Module) -> None:
@@ -48,7 +47,7 @@ def prepare_layers(model: nn.Module) -> None:
             base = module.get_base_layer()
             if _is_bfloat16(base, "cuda") or (on_cpu and _is_bfloat16(base, "cpu")):
                 take_over(module)
-    vars(model)[_PREPARED] = True
+    kt_state(model).optimized = True
     give_back_memory()
     release_team()
 
@@ -64,7 +63,6 @@ def _place_weights(model: nn.Module) -> None:
             plain = layer.weight.detach()
             layer.weight = as_parameter(place(number, plain))
             layer.__class__ = PreparedLinear  # PEFT and hooks hold the object
-            vars(layer)[_PREPARED] = True
             forget_pages(plain)
             del plain
 
@@ -82,11 +80,10 @@ def changing_layers(model: nn.Module, weights_are_read: bool) -> Iterator[None]:
         if is_packed(layer.weight):
             layer.weight = as_parameter(unpack(layer.weight.detach()))
             layer.__class__ = nn.Linear
-            del vars(layer)[_PREPARED]
     try:
         yield
     finally:
-        if _PREPARED in vars(model):
+        if kt_state(model).optimized:
             prepare_layers(model)
 
 
@@ -95,7 +92,7 @@ def _linears(model: nn.Module) -> Iterator[nn.Linear]:
     every = (p for _, p in model.named_parameters(remove_duplicate=False))
     addresses = Counter(p.data_ptr() for p in every if p.layout == torch.strided)
     for module in model.modules():
-        if _PREPARED in vars(module) or id(module) in left:
+        if id(module) in left:
             continue
         if type(module) is nn.Linear and _is_bfloat16(module, "cpu"):
             weight = module.weight

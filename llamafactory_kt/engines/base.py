@@ -1,20 +1,46 @@
-"""The interface every engine offers: it computes one layer's routed experts on the CPU."""
+"""The interface of engines. An engine is a subclass of :class:`Engine` that is registered (:mod:`.registry`).
+
+An engine says by itself all that others need to know of it: its name, whether it runs here, its plans, its memory, how exact
+it is. Nothing outside of ``engines/`` compares engine names.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
 
 import torch
 
 from ..adapters import ExpertLora, ExpertsShape
 from ..checkpoint.reader import ExpertWeights
+from .bounds import Bounds
+from .plan import Plan, PlanRequest
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What all layers of a model share."""
+
+    pools: int = 1
+    """NUMA sub-pools that the weights are divided among"""
+    max_chunk: int = 512
+    """tokens per kernel call; longer inputs are split"""
+    packed_files: Path | None = None
+    """directory of packed weights (``kt_weight_path``)"""
+    verbose: bool = False
+    """let the engine write to stdout while it loads"""
+
+
+DEFAULT_OPTIONS = EngineOptions()
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What an engine is built for."""
+    """One layer."""
 
     layer: int
     shape: ExpertsShape
@@ -22,28 +48,132 @@ class EngineSpec:
     lora_rank: int
     """rank to have room for; 0 where no LoRA is to come"""
     lora_scaling: float = 1.0
-    """scaling the LoRA to come will mostly have"""
+    """scaling most of the LoRA to come will have"""
+    fingerprint: Callable[[], str] = str
+    """computes what tells the checkpoint's weights of this layer from another version's"""
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes that one layer takes."""
+
+    weights: int
+    lora: int
+    loading: int
+    """on top while the layer is loaded"""
 
 
 ReadExperts = Callable[[torch.dtype | None], Iterable[ExpertWeights]]
-"""Reads a layer's experts from its checkpoint in turn, in a dtype or, for None, in its own. Each one's weights are to be
-used, or copied, before the next is asked for."""
+"""Reads a layer's experts from its checkpoint in turn, in a dtype or, for None, in its own. Use or copy each one's weights
+before asking for the next."""
 
 Undo = Callable[[], None]
 """Puts back what was there before."""
 
 
+class Stream(Protocol):
+    """What engines use of ``torch.cuda.Stream``."""
+
+    cuda_stream: int
+    device: torch.device
+
+
 class Engine(ABC):
-    """One layer's experts. Weights and LoRA are plain tensors outside any module: ``model.to()`` never moves them."""
+    """One layer's experts. Weights and LoRA are plain tensors outside any module: ``model.to()`` never moves them.
 
-    name: str
-    """as the load table calls it"""
+    The class attributes and class methods describe the engine; their defaults fit one that computes with PyTorch's threads on the
+    checkpoint's own weights.
+    """
 
-    def __init__(self, spec: EngineSpec, read_experts: ReadExperts):
-        self.spec = spec
+    name: ClassVar[str]
+    """as ``kt_backend`` spells it"""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """other spellings; letter case never matters"""
+    bounds: ClassVar[Bounds] = Bounds()
+    """what ``verify`` accepts"""
+    computes_lora: ClassVar[bool] = True
+    """computes LoRA beside the weights; otherwise the adapter is merged into them while they are loaded"""
+    has_workers: ClassVar[bool] = False
+    """computes in worker threads of its own, whose number ``kt_num_threads`` sets"""
+    weights_dtype: ClassVar[torch.dtype | None] = None
+    """floating-point dtype that all weights are converted to; None keeps the checkpoint's, or packs integers"""
+    bits: ClassVar[int | None] = None
+    """of a weight in memory; None for the checkpoint's own"""
+    reads_packed_files: ClassVar[bool] = False
+    """can read ``kt_weight_path``"""
+    needs_packed_files: ClassVar[bool] = False
+    """cannot do without"""
+    fallback: ClassVar[bool] = False
+    """``auto`` takes it only where no other engine runs"""
+
+    def __init__(self, spec: EngineSpec, read_experts: ReadExperts, options: EngineOptions = DEFAULT_OPTIONS):
+        self.spec, self.options = spec, options
         self.lora_rank = 0
         """rank of the LoRA in place, 0 for none"""
         self._read_experts = read_experts
+
+    @classmethod
+    def problem(cls) -> str | None:
+        """Why the engine cannot run here, or None. Never raises."""
+        return None
+
+    @classmethod
+    def auto(cls, merged: bool) -> bool:
+        """Whether ``auto`` considers the engine where it runs.
+
+        Args:
+            merged: the adapter is merged into the weights, so that the engine need not compute LoRA.
+        """
+        return False
+
+    @classmethod
+    def plans(cls, request: PlanRequest) -> list[Plan]:
+        """The thread settings worth measuring; the first is used where nothing is measured.
+
+        Raises:
+            KTConfigError: The request does not fit this machine.
+        """
+        return [Plan(cls.name, 0, request.all_torch_threads)]
+
+    @classmethod
+    def memory(cls, shape: ExpertsShape, rank: int, itemsize: int, options: EngineOptions) -> LayerMemory:
+        """What a layer takes.
+
+        Args:
+            rank: of the LoRA to come, 0 for none.
+            itemsize: bytes of a weight in the checkpoint.
+        """
+        weights, sizes = shape.num_weights * itemsize, shape.hidden_size + shape.intermediate_size
+        return LayerMemory(weights, 3 * shape.num_experts * rank * sizes * 2, weights)
+
+    @classmethod
+    def build(cls) -> str:
+        """Which build of the engine runs here, for the load table; empty where there is one only."""
+        return ""
+
+    @classmethod
+    def describe_workers(cls, plan: Plan, options: EngineOptions) -> str:
+        """The engine's own threads, for the load table; empty where it has none."""
+        return ""
+
+    @classmethod
+    def measured_as(cls) -> type[Engine]:
+        """The engine that is measured in this one's place, with weights made on the spot."""
+        return cls
+
+    @classmethod
+    def start(cls, plan: Plan, options: EngineOptions) -> tuple[Plan, EngineOptions]:
+        """Start what the engine needs once in a process, before it is built for the first layer.
+
+        Returns:
+            Plan and options in force, where the process has settled them already.
+        """
+        return plan, options
+
+    @classmethod
+    def arrange_process(cls, plan: Plan) -> None:
+        """Let the threads of this process run as planned from now on."""
+        torch.set_num_threads(plan.torch_threads)
 
     @abstractmethod
     def load(self) -> None:
@@ -51,7 +181,7 @@ class Engine(ABC):
 
     @abstractmethod
     def set_lora(self, lora: ExpertLora | None) -> Undo:
-        """Replace the LoRA, of any rank; None for the base alone. The old one stays in place if this fails.
+        """Replace the LoRA, of any rank; None for the base alone. If this fails, the old one stays in place.
 
         Returns:
             A call that puts the old one back, for as long as it is kept.
@@ -70,14 +200,37 @@ class Engine(ABC):
             [T, H] in the dtype of ``hidden``.
         """
 
+    @property
+    def streams(self) -> bool:
+        """Whether a GPU's stream can wait for this engine (:meth:`on_stream`), so that no thread of Python's has to."""
+        return False
+
+    @property
+    def stream_hidden_size(self) -> int:
+        """Columns of ``x`` and ``out`` of :meth:`on_stream`: the hidden size, padded with zeros."""
+        return self.spec.shape.hidden_size
+
+    def on_stream(
+        self, stream: Stream, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor
+    ) -> AbstractContextManager[None]:
+        """Compute once the stream has come this far. What the block queues runs meanwhile; at its end the stream waits for
+        ``out``. All tensors lie on the CPU, and must stay there until the stream has passed the end.
+
+        Args:
+            x: [T, :attr:`stream_hidden_size`] bfloat16; ``out`` is like it.
+            index: [T, K] int64.
+            scores: [T, K] float32.
+        """
+        raise NotImplementedError(f"{self.name} does not work on a stream")
+
     def nbytes_for_rank(self, rank: int) -> int:
-        """Memory beyond the present that base weights with room for a LoRA of this rank take."""
+        """Memory beyond the present that a LoRA of this rank makes the base weights take."""
         return 0
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Memory of the packed base weights."""
+        """Memory of the base weights."""
 
     @property
     @abstractmethod

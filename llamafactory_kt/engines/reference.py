@@ -1,4 +1,4 @@
-"""Experts in plain torch with float32 accumulation: the oracle, and the fallback on CPUs without a kernel."""
+"""Experts in plain PyTorch with float32 accumulation: the oracle, and the fallback on CPUs without a kernel."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from ..checkpoint.reader import ExpertWeights
 from .base import Engine, Undo
 
 
-class TorchEngine(Engine):
-    """Keeps the weights as the checkpoint has them and computes each expert that was hit in float32."""
+class ReferenceEngine(Engine):
+    """Keeps the weights in the checkpoint's dtype and computes each expert that was hit in float32."""
 
     name = "torch"
+    fallback = True
 
     _lora: ExpertLora | None = None
 

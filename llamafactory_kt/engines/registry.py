@@ -1,29 +1,69 @@
-"""The names of engines, as configurations spell them."""
+"""All engines: those of this package, and those that other distributions register.
+
+A distribution registers engines as entry points of the group ``llamafactory_kt.engines``::
+
+    [project.entry-points."llamafactory_kt.engines"]
+    example = "example_package.engine:ExampleEngine"
+"""
 
 from __future__ import annotations
 
 from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import entry_points
 
 from ..ground.errors import KTConfigError
+from . import ktkernel, onednn, reference
+from .base import Engine
 
-BACKENDS = ("auto", "AMXBF16", "AMXINT8", "AMXINT4", "AVX2BF16", "oneDNN", "torch")
-PACKED = ("AMXINT8", "AMXINT4")
-"""backends that can read packed weights (``kt_weight_path``)"""
+AUTO = "auto"
+ENTRY_POINTS = "llamafactory_kt.engines"
+
+_BUILT_IN: tuple[type[Engine], ...] = (*ktkernel.ENGINES, onednn.OneDNNEngine, reference.ReferenceEngine)
 
 
-def canonical_backend(name: object) -> str:
-    """A backend in the spelling of :data:`BACKENDS`; any letter case, with or without ``_SFT``.
+@cache
+def engines() -> tuple[type[Engine], ...]:
+    """Every engine, in the order in which ``auto`` prefers them where nothing is measured."""
+    return (*_BUILT_IN, *(point.load() for point in entry_points(group=ENTRY_POINTS)))
+
+
+def backend_names() -> tuple[str, ...]:
+    """All values of ``kt_backend``."""
+    return (AUTO, *(engine.name for engine in engines()))
+
+
+def canonical_name(name: object) -> str:
+    """A backend as :func:`backend_names` spells it; any letter case, and the engines' aliases.
 
     Raises:
         KTConfigError: The name is unknown.
 
-    >>> canonical_backend("amxbf16_sft")
+    >>> canonical_name("amxbf16_sft")
     'AMXBF16'
     """
-    known = {backend.upper(): backend for backend in BACKENDS}
-    plain = str(name).upper().removesuffix("_SFT")
+    known = {alias.upper(): engine.name for engine in engines() for alias in (engine.name, *engine.aliases)}
+    known[AUTO.upper()] = AUTO
+    plain = str(name).upper()
     if plain not in known:
         close = get_close_matches(plain, known, n=1)
         hint = f"; did you mean {known[close[0]]}?" if close else "."
-        raise KTConfigError(f"kt_backend: unknown value {name!r}, expected one of {', '.join(BACKENDS)}{hint}")
+        raise KTConfigError(f"kt_backend: unknown value {name!r}, expected one of {', '.join(backend_names())}{hint}")
     return known[plain]
+
+
+def find_engine(name: object) -> type[Engine] | None:
+    """The engine of that name; None for ``auto``.
+
+    Raises:
+        KTConfigError: The name is unknown.
+    """
+    wanted = canonical_name(name)
+    return next((engine for engine in engines() if engine.name == wanted), None)
+
+
+def get_engine(name: object) -> type[Engine]:
+    """The engine of that name, which is not ``auto``."""
+    engine = find_engine(name)
+    assert engine is not None, "auto is no engine"
+    return engine

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from ..adapters import AdapterSet
 from ..ground.errors import KTConfigError
+from . import bootstrap
+from .chat_config import open_configured, parse, parse_from, read_yaml
+from .patching import expect
 from .prompts import Prompt
 
 _PROCESS_ARGS = (
@@ -16,13 +22,15 @@ _PROCESS_ARGS = (
 
 
 @dataclass
-class Chat:
+class LoadedChat:
     """What is needed to answer prompts; the engine of LLaMA-Factory's ``ChatModel`` for ``infer_backend: huggingface``."""
 
     engine: Any
+    config: Mapping[str, Any]
+    """the keys that it was loaded from; empty for a ``ChatModel`` that was loaded elsewhere"""
 
     @classmethod
-    def load(cls, config: Mapping[str, Any]) -> Chat:
+    def load(cls, config: Mapping[str, Any]) -> LoadedChat:
         """Load a configuration as ``llamafactory-cli chat`` does, with or without ``use_kt``.
 
         Raises:
@@ -31,24 +39,37 @@ class Chat:
         backend = config.get("infer_backend", "huggingface")
         if backend != "huggingface":
             raise KTConfigError(f"infer_backend: {backend} cannot be used here; use infer_backend: huggingface.")
-        from . import bootstrap
-
         bootstrap.activate()
         from llamafactory.chat import ChatModel
 
-        return cls.of(ChatModel(dict(config)))
+        return cls.of(ChatModel(dict(config)), config)
 
     @classmethod
-    def of(cls, chat_model: Any) -> Chat:
+    def load_yaml(cls, path: Path, overrides: Sequence[str] = ()) -> LoadedChat:
+        """Load a YAML that asks for ``use_kt``.
+
+        Raises:
+            KTError: Of one of our own checks.
+            KTConfigError: LLaMA-Factory refuses the configuration, or it does not ask for ``use_kt``.
+        """
+        config = read_yaml(path, overrides)
+        bootstrap.activate()
+        model_args = parse_from(path, config)
+        if not model_args.use_kt:
+            raise KTConfigError(f"{path} does not ask for use_kt, so there are no KT experts to look at.")
+        chat = cls.load(config)
+        chat.model_args = model_args
+        return chat
+
+    @classmethod
+    def of(cls, chat_model: Any, config: Mapping[str, Any] | None = None) -> LoadedChat:
         """Use a ``ChatModel`` that is loaded already."""
         from llamafactory.chat.hf_engine import HuggingfaceEngine
-
-        from .patching import expect
 
         expect(HuggingfaceEngine, "_process_args", _PROCESS_ARGS)  # type: ignore[arg-type]
         if not isinstance(chat_model.engine, HuggingfaceEngine):
             raise KTConfigError("The ChatModel has another engine; load it with infer_backend: huggingface.")
-        return cls(chat_model.engine)
+        return cls(chat_model.engine, config or {})
 
     @property
     def model(self) -> Any:
@@ -57,6 +78,33 @@ class Chat:
     @property
     def tokenizer(self) -> Any:
         return self.engine.tokenizer
+
+    @property
+    def template(self) -> Any:
+        return self.engine.template
+
+    @cached_property
+    def model_args(self) -> Any:
+        """LLaMA-Factory's model arguments, parsed from ``config``."""
+        return parse(dict(self.config))
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        """The local directory of the base model."""
+        args = self.model_args
+        path = Path(args.model_name_or_path).expanduser()
+        if path.is_dir():
+            return path
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(str(path), revision=args.model_revision, cache_dir=args.cache_dir, local_files_only=True)
+        )  # it has just been loaded from there
+
+    @cached_property
+    def adapters(self) -> AdapterSet:
+        """The adapters that ``use_kt`` applies, opened anew from their files."""
+        return open_configured(self.model_args)
 
     def encode(self, prompt: Prompt, **generating: Any) -> tuple[list[int], Any]:
         """(token ids, GenerationConfig) exactly as LLaMA-Factory's chat makes them."""
@@ -71,5 +119,5 @@ class Chat:
     def encode_reference(self, prompt: Prompt) -> list[int]:
         """Token ids of the row's own answer, with the template's end, as training has them."""
         pair = [*prompt.messages, {"role": "assistant", "content": prompt.reference}]
-        _, ids = self.engine.template.encode_oneturn(self.tokenizer, pair, prompt.system or None, prompt.tools or None)
+        _, ids = self.template.encode_oneturn(self.tokenizer, pair, prompt.system or None, prompt.tools or None)
         return list(ids)

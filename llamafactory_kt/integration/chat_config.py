@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +58,21 @@ def parse(values: dict[str, Any]) -> Any:
     return get_infer_args(dict(values))[0]
 
 
+def parse_from(path: str | Path, values: dict[str, Any]) -> Any:
+    """:func:`parse` for values of a file, which LLaMA-Factory's own errors then name.
+
+    Raises:
+        KTError: Of one of our own checks.
+        KTConfigError: LLaMA-Factory refuses the values.
+    """
+    try:
+        return parse(values)
+    except KTError:
+        raise
+    except Exception as error:  # unknown keys, wrong types, packages that a key needs
+        raise KTConfigError(f"{path}: {' '.join(str(error).split())}") from error
+
+
 def moe_lora_file(model_args: Any) -> str | None:
     """``kt_moe_lora_path`` with the home directory in place of ``~``."""
     return str(Path(model_args.kt_moe_lora_path).expanduser()) if model_args.kt_moe_lora_path else None
@@ -97,52 +111,3 @@ def open_configured(model_args: Any) -> AdapterSet:
         KTAdapterError: One cannot be read.
     """
     return open_adapters(adapter_directories(model_args), moe_lora_file(model_args))
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A model as ``llamafactory-cli chat`` has it after loading."""
-
-    model: Any
-    tokenizer: Any
-    template: Any
-    checkpoint: Path
-    """the local directory of the base model"""
-    adapters: AdapterSet
-    """opened anew from their files"""
-
-
-def load_chat(config: Path, overrides: Sequence[str] = ()) -> Chat:
-    """Load what a YAML asks for, through LLaMA-Factory.
-
-    Raises:
-        KTError: Of one of our own checks.
-        KTConfigError: LLaMA-Factory refuses the configuration, or it does not ask for ``use_kt``.
-    """
-    values = read_yaml(config, overrides)
-    try:
-        args = parse(values)
-    except KTError:
-        raise
-    except Exception as error:
-        raise KTConfigError(f"{config}: {' '.join(str(error).split())}") from error
-    if not args.use_kt:
-        raise KTConfigError(f"{config} does not ask for use_kt, so there are no KT experts to look at.")
-    from llamafactory.chat import ChatModel
-
-    engine = ChatModel(values).engine
-    name = str(Path(args.model_name_or_path).expanduser())
-    if not Path(name).is_dir():
-        from huggingface_hub import snapshot_download
-
-        name = snapshot_download(
-            name, revision=args.model_revision, cache_dir=args.cache_dir, local_files_only=True
-        )  # it has just been loaded from there
-    return Chat(engine.model, engine.tokenizer, engine.template, Path(name), open_configured(args))
-
-
-def prompt_ids(chat: Chat, text: str) -> list[int]:
-    """The token ids of a conversation's first question, through the chat's template."""
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]
-    ids, _ = chat.template.encode_oneturn(chat.tokenizer, messages)
-    return list(ids)

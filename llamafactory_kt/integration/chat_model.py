@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from ..ground.errors import KTModelError
+from ..model.state import has_kt_experts, kt_state
 from .patching import asks_for, expect, is_patched, replace
 
 
@@ -41,7 +42,9 @@ def _converse(chat_model: Any) -> None:
 
     messages: list[dict[str, str]] = []
     model = getattr(chat_model.engine, "model", None)  # a server has it elsewhere
-    show_stats = bool(getattr(model or chat_model.engine, "_kt_show_stats", False))
+    show_stats = (
+        kt_state(model).show_stats if has_kt_experts(model) else getattr(chat_model.engine, "kt_show_stats", False)
+    )
     print(
         "Welcome to the CLI application, use `clear` to remove the history, use `exit` to exit the application.\n"
         "Ctrl-C stops an answer, `/stats` shows its speed, `/experts` which experts it used."

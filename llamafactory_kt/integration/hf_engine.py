@@ -12,15 +12,11 @@ from threading import Thread
 from types import ModuleType
 from typing import Any
 
+from ..model.state import has_kt_experts
 from .patching import expect, is_patched, replace
 
 _REQUEST = ("messages", "system", "tools", "images", "videos", "audios", "input_kwargs")
 _PARTS = ("model", "tokenizer", "processor", "template", "generating_args", *_REQUEST)
-
-
-def has_kt_experts(model: Any) -> bool:
-    """Whether a model was loaded with KT experts; PEFT-wrapped ones included."""
-    return getattr(model, "_kt_gate", None) is not None
 
 
 def patch(module: ModuleType) -> None:

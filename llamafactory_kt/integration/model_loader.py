@@ -129,24 +129,28 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
 
 def _apply(model: Any, model_args: Any) -> Any:
     from ..apply import apply_adapter
-    from ..decoding.optimize import prepare_for_inference
+    from ..decoding.optimize import optimize_for_inference
+    from ..decoding.process import configure_process
     from ..load_report import debug_structure
+    from ..model.state import kt_state
 
-    report = None
-    if model._kt_adapters.adapters:
-        model, report = apply_adapter(model, model._kt_adapters, model_args.kt_lora_scope)
+    for line in configure_process(model):
+        if model_args.kt_debug:
+            logger.info("kt_debug: %s", line)
+    state = kt_state(model)
+    if state.requested.adapters:
+        model, _ = apply_adapter(model, state.requested, model_args.kt_lora_scope)
         logger.info("Loaded adapter(s): %s", ",".join(model_args.adapter_name_or_path or [model_args.kt_moe_lora_path]))
-    prepare_for_inference(model)
-    model._kt_show_stats = model_args.kt_stats
-    announce(model, report)
+    optimize_for_inference(model)
+    state.show_stats = model_args.kt_stats
+    log_load_table(model)
     if model_args.kt_debug:
         logger.info("%s", "\n" + debug_structure(model))
     return model
 
 
-def announce(model: Any, report: Any) -> None:
-    """Log the load table, and keep it with the model for pages that show it."""
+def log_load_table(model: Any) -> None:
+    """Say what a model has now."""
     from ..load_report import load_rows, load_table
 
-    model._kt_load_rows = load_rows(model, report)
-    logger.info("%s", "\n" + load_table(model._kt_load_rows))
+    logger.info("%s", "\n" + load_table(load_rows(model)))

@@ -63,7 +63,7 @@ class KTSGLangEngine:
         self.tokenizer.padding_side = "left"
         self.template = self._stock.get_template_and_fix_tokenizer(self.tokenizer, data_args)
         self.generating_args = generating_args.to_dict()
-        self._kt_show_stats = model_args.kt_stats
+        self.kt_show_stats = model_args.kt_stats
 
         options = discover(model_args.kt_sglang_python)
         logger.info("SGLang is %s, run by %s", options.version, options.python)

@@ -1,8 +1,7 @@
-"""Routed experts on the CPU: finding them in a model, reading them, computing them.
+"""Models with KT experts: loaded through transformers' quantizer, one state each.
 
-Knows transformers' experts contract and kt-kernel, never LLaMA-Factory. The public names below are resolved on first use,
-which registers :class:`KTExpertsConfig` with transformers: importing that takes longer than the process that measures engines
-runs, which needs none of it.
+The public names below are resolved on first use, which registers :class:`KTExpertsConfig` with transformers: importing
+transformers takes longer than the process that measures engines runs, which needs none of it.
 """
 
 from __future__ import annotations

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config
+from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..engines.base import EngineOptions
 from ..engines.ktkernel.sub_pools import sub_pools
+from ..engines.plan import PlanRequest
 
 QUANT_METHOD = "kt_experts"
 DEFAULT_MAX_CHUNK = 512
@@ -73,22 +75,12 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """NUMA sub-pools."""
         return self.threadpool_count or sub_pools(self.weight_path, self.num_threads)
 
+    @property
+    def options(self) -> EngineOptions:
+        """What an engine is built with."""
+        files = Path(self.weight_path) if self.weight_path else None
+        return EngineOptions(self.pools, self.max_chunk, files, verbose=self.debug)
 
-def _compose() -> None:
-    """Let ``from_pretrained`` take a :class:`KTExpertsConfig` for a checkpoint that is quantised itself.
-
-    transformers has one quantizer for a model and refuses two; ours reads the checkpoint's format too.
-    """
-    stock = AutoHfQuantizer.merge_quantization_configs
-
-    @functools.wraps(stock)
-    def merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        if not isinstance(quantization_config_from_args, KTExpertsConfig):
-            return stock(quantization_config, quantization_config_from_args)
-        own = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
-        return replace(quantization_config_from_args, checkpoint=own)
-
-    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge)
-
-
-_compose()
+    def plan_request(self, on_gpu: bool) -> PlanRequest:
+        """What a plan must fit."""
+        return PlanRequest(on_gpu, self.pools, self.num_threads, self.idle_workers)

@@ -10,17 +10,21 @@ from torch import nn
 
 from ..checkpoint.discovery import ExpertsModule
 from ..engines.base import Engine
-from ..engines.ktkernel.engine import KTEngine
 from ..ground.process import enter
 from .debug import Debugger
-from .gpu_transfer import Crossing, EarlyShared
+from .gpu_transfer import CudaStream, HostTransfer
 from .router_counts import RouterCounts
+from .shared_overlap import SharedExpertsOverlap
 
 
 class KTExperts(nn.Module):
     """Routed experts computed by an engine on the CPU; called as transformers' own experts are.
 
     It has no parameters or buffers: ``model.to()``, ``.half()`` and ``requires_grad_()`` do not reach the weights.
+
+    Args:
+        transfers: of each stream of a GPU, shared by the layers of a model.
+        overlap: the layer's shared experts, where they are computed meanwhile.
     """
 
     def __init__(
@@ -29,16 +33,15 @@ class KTExperts(nn.Module):
         engine: Engine,
         router_stats: bool = False,
         debugger: Debugger | None = None,
-        crossings: dict[torch.cuda.Stream, Crossing] | None = None,
-        early: EarlyShared | None = None,
+        transfers: dict[torch.cuda.Stream, HostTransfer] | None = None,
+        overlap: SharedExpertsOverlap | None = None,
     ):
         super().__init__()
         self.info = info
         self.engine = engine
         self.debugger = debugger
-        self.crossings = crossings if crossings is not None else {}
-        """of each stream of a GPU, shared by the layers of a model"""
-        self.early = early
+        self.transfers = transfers if transfers is not None else {}
+        self.overlap = overlap
         self.router_counts = RouterCounts(info.shape.num_experts) if router_stats else None
         self.layer_idx = info.layer
         self.num_experts = info.shape.num_experts
@@ -52,29 +55,21 @@ class KTExperts(nn.Module):
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             raise RuntimeError("KT experts are for inference; run the model under torch.no_grad().")
         enter()
+        given = hidden_states, top_k_index, top_k_weights
+        seen = self.router_counts.add if self.router_counts is not None else None
+        on_cpu = hidden_states.device.type == "cpu"
+        if seen is not None and (on_cpu or self.debugger is not None):
+            seen(top_k_index.cpu(), top_k_weights.cpu())
         if self.debugger is not None:
-            if self.router_counts is not None:
-                self.router_counts.add(top_k_index.cpu(), top_k_weights.cpu())
-            given = (hidden_states, top_k_index, top_k_weights)
             debugged: torch.Tensor = self.debugger.forward(self.layer_idx, self.engine, *given)
             return debugged
-        if hidden_states.device.type == "cpu":
-            return self._compute(hidden_states, top_k_index, top_k_weights)
+        if on_cpu:
+            return self.engine.forward(*given)
         stream = torch.cuda.current_stream(hidden_states.device)
-        if (crossing := self.crossings.get(stream)) is None:
-            crossing = self.crossings.setdefault(stream, Crossing(stream))
-        meanwhile = functools.partial(self.early.queue, hidden_states) if self.early is not None else None
-        given = (hidden_states, top_k_index, top_k_weights)
-        engine = self.engine
-        if isinstance(engine, KTEngine) and engine.queues and self.router_counts is None:  # they need the values here
-            return crossing.queue(engine, given, meanwhile)
-        return crossing.wait(self._compute, given, meanwhile)
-
-    def _compute(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """On the CPU."""
-        if self.router_counts is not None:
-            self.router_counts.add(index, weights)
-        return self.engine.forward(hidden, index, weights)
+        if (transfer := self.transfers.get(stream)) is None:
+            transfer = self.transfers.setdefault(stream, HostTransfer(CudaStream(stream)))
+        meanwhile = functools.partial(self.overlap.queue, hidden_states) if self.overlap is not None else None
+        return transfer.forward(self.engine, given, meanwhile, seen)
 
     def __deepcopy__(self, memo: dict[int, object]) -> NoReturn:
         raise TypeError("KT experts cannot be copied: the kernel holds pointers to their memory. Load the model again.")

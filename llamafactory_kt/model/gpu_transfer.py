@@ -1,149 +1,149 @@
-"""The way of a layer's tokens from the GPU to the experts on the CPU and back, and what the GPU does meanwhile."""
+"""The way of a layer's tokens from the GPU to the experts on the CPU and back."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch.nn import functional as F
 
-from ..engines.ktkernel.engine import KTEngine
-from ..engines.ktkernel.stream import Stream
-
-SHARED_EXPERTS = ("shared_experts", "shared_expert", "shared_mlp")
-"""what transformers' MoE blocks call them"""
+from ..engines.base import Engine, Stream
 
 Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""of one layer's tokens: hidden [T, H], index [T, K], weights [T, K], as :meth:`Engine.forward` takes them"""
-Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""one layer's tokens on the GPU: hidden [T, H], index [T, K], weights [T, K], as :meth:`Engine.forward` takes them"""
 Meanwhile = Callable[[], None]
-"""Queues work for the GPU that does not need the experts' result."""
+"""queues work for the GPU that does not need the experts' result"""
+Seen = Callable[[torch.Tensor, torch.Tensor], None]
+"""is given index and weights on the CPU, to keep"""
 
 
-class Event(Protocol):
-    """What is used of torch.cuda.Event."""
+class DeviceStream(Stream, Protocol):
+    """A stream of a GPU, and what a transfer does on it."""
 
-    def record(self) -> None: ...
-    def synchronize(self) -> None: ...
+    @property
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured, which cannot hold work of the CPU."""
+
+    def current(self) -> AbstractContextManager[object]:
+        """Make its GPU the current one: events and tasks are the current GPU's, copies the tensor's."""
+
+    def pinned(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """A page-locked buffer, which copies that nobody waits for need."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """Queue a copy; nothing is waited for. Returns the target."""
+
+    def record(self) -> None:
+        """Mark the point that the stream has been queued to."""
+
+    def synchronize(self) -> None:
+        """Wait until the stream has passed the mark."""
 
 
-class Crossing:
+class CudaStream:
+    """A :class:`DeviceStream` of CUDA."""
+
+    def __init__(self, stream: torch.cuda.Stream):
+        self.cuda_stream: int = stream.cuda_stream
+        self.device: torch.device = stream.device
+        self._event = torch.cuda.Event()
+
+    @property
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def current(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.device)
+
+    def pinned(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(count, dtype=dtype, device="cpu", pin_memory=True)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        return target.copy_(source, non_blocking=True)
+
+    def record(self) -> None:
+        self._event.record()
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+
+
+class HostTransfer:
     """Pinned buffers that all layers of a model use in turn on one stream of a GPU.
 
     Tokens, choices and weights cross in one go, and the sum crosses back; the stream keeps the layers' uses of the buffers
-    apart. Either the stream waits for the experts (:meth:`queue`), and Python queues the following layers meanwhile, or a
-    thread waits once a layer, for what crosses to the CPU (:meth:`wait`).
-
-    Args:
-        event: makes an event of the GPU's current stream.
-        pinned: whether buffers are page-locked, which copies that nobody waits for need.
+    apart. Either the stream waits for the experts, and Python queues the following layers meanwhile, or this thread waits once a
+    layer, for what crosses to the CPU.
     """
 
-    def __init__(self, stream: Stream, event: Callable[[], Event] = torch.cuda.Event, pinned: bool = True):
-        self._stream, self._pinned = stream, pinned
-        self._lock, self._arrived = threading.Lock(), event()
+    def __init__(self, stream: DeviceStream):
+        self._stream = stream
+        self._lock = threading.Lock()
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def queue(self, engine: KTEngine, given: Given, meanwhile: Meanwhile | None = None) -> torch.Tensor:
-        """The engine's sum [T, H], with arguments and result on the GPU. Nothing is waited for.
+    def forward(
+        self, engine: Engine, given: Given, meanwhile: Meanwhile | None = None, seen: Seen | None = None
+    ) -> torch.Tensor:
+        """The engine's sum [T, H], with arguments and result on the GPU.
+
+        Args:
+            seen: who needs the values on the CPU; then this thread waits for them.
 
         Raises:
             RuntimeError: A CUDA graph is being captured.
         """
-        hidden = given[0]
-        with self._using(hidden):
-            read = engine.as_read(*given)
-            x, chosen, scores = self._cross(read)
-            back = self._buffer("result", read[0])
-            try:
-                engine.submit(self._stream, x, chosen, scores, back)
-                if meanwhile is not None:
-                    meanwhile()
-            finally:
-                engine.join(self._stream)  # else the next layer would write what this one still reads
-            out = torch.empty_like(read[0]).copy_(back, non_blocking=True)
-        return out[:, : hidden.shape[1]].to(hidden.dtype)
-
-    def wait(self, compute: Compute, given: Given, meanwhile: Meanwhile | None = None) -> torch.Tensor:
-        """``compute(*given)`` [T, H] on the CPU, with arguments and result on the GPU.
-
-        Raises:
-            RuntimeError: A CUDA graph is being captured, which cannot hold work of the CPU.
-        """
-        hidden = given[0]
-        with self._using(hidden):
-            x, chosen, scores = self._cross(given)
-            self._arrived.record()
-            if meanwhile is not None:
-                meanwhile()
-            self._arrived.synchronize()
-            result = compute(x, chosen.clone(), scores.clone())  # router statistics keep these
-            back = self._buffer("result", result).copy_(result)
-            return torch.empty_like(hidden, memory_format=torch.contiguous_format).copy_(back, non_blocking=True)
-
-    @contextlib.contextmanager
-    def _using(self, hidden: torch.Tensor) -> Iterator[None]:
-        # events and kt-kernel's tasks are of the current GPU, copies of the tensor's
-        with torch.cuda.device(hidden.device) if hidden.is_cuda else contextlib.nullcontext(), self._lock:
-            if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+        with self._stream.current(), self._lock:
+            if self._stream.capturing:
                 raise RuntimeError(
                     "KT experts are computed on the CPU and cannot be captured in a CUDA graph; generate without torch.compile."
                 )
-            yield
+            if engine.streams and seen is None:
+                return self._queue(engine, given, meanwhile)
+            return self._wait(engine, given, meanwhile, seen)
 
-    def _cross(self, given: Given) -> list[torch.Tensor]:
-        names = ("hidden", "index", "weights")
-        return [
-            self._buffer(name, tensor).copy_(tensor, non_blocking=True)
-            for name, tensor in zip(names, given, strict=True)
-        ]
+    def _queue(self, engine: Engine, given: Given, meanwhile: Meanwhile | None) -> torch.Tensor:
+        """Nothing is waited for: the stream waits for the experts."""
+        hidden, index, weights = given
+        x = hidden.to(torch.bfloat16)
+        if padding := engine.stream_hidden_size - hidden.shape[1]:
+            x = F.pad(x, (0, padding))
+        x = x.contiguous()
+        crossed = self._to_host((x, index.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous()))
+        result = self._buffer("result", x)
+        with engine.on_stream(self._stream, *crossed, result):
+            if meanwhile is not None:
+                meanwhile()
+        return self._stream.copy(torch.empty_like(x), result)[:, : hidden.shape[1]].to(hidden.dtype)
+
+    def _wait(self, engine: Engine, given: Given, meanwhile: Meanwhile | None, seen: Seen | None) -> torch.Tensor:
+        """This thread waits for the tokens, and computes the experts."""
+        x, index, weights = self._to_host(given)
+        self._stream.record()
+        if meanwhile is not None:
+            meanwhile()
+        self._stream.synchronize()
+        if seen is not None:
+            seen(index.clone(), weights.clone())
+        computed = engine.forward(x, index, weights)
+        result = self._buffer("result", computed).copy_(computed)
+        return self._stream.copy(torch.empty_like(given[0], memory_format=torch.contiguous_format), result)
+
+    def _to_host(self, given: Given) -> Given:
+        hidden, index, weights = (
+            self._stream.copy(self._buffer(name, tensor), tensor)
+            for name, tensor in zip(("hidden", "index", "weights"), given, strict=True)
+        )
+        return hidden, index, weights
 
     def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """A buffer of ``like``'s shape and dtype. It grows, and is never given away while the stream may use it."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < like.numel() or buffer.dtype != like.dtype:
-            self._arrived.record()
-            self._arrived.synchronize()
-            with torch.inference_mode(False):  # what is made in that mode can only be written in it
-                buffer = torch.empty(like.numel(), dtype=like.dtype, device="cpu", pin_memory=self._pinned)
-            self._buffers[name] = buffer
+            self._stream.record()
+            self._stream.synchronize()
+            with torch.inference_mode(False):  # a tensor made in that mode can only be written in it
+                buffer = self._buffers[name] = self._stream.pinned(like.numel(), like.dtype)
         return buffer[: like.numel()].view(like.shape)
-
-
-class EarlyShared:
-    """Lets a layer's shared experts, which its forward calls after the routed ones, be queued before those are waited for.
-
-    Models whose forward calls them first are left as they are.
-
-    Args:
-        module: the shared experts, given the same tokens as the routed ones.
-    """
-
-    def __init__(self, module: nn.Module):
-        self._module = module
-        self._stock = module.forward
-        self._local = threading.local()
-        module.forward = self._forward
-
-    def _forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        ready = getattr(self._local, "ready", None)
-        self._local.ready = None
-        if ready is not None and not (args or kwargs) and _same(ready[0], x):
-            return ready[1].view(*x.shape[:-1], -1)
-        self._local.seen = x
-        return self._stock(x, *args, **kwargs)
-
-    def queue(self, hidden: torch.Tensor) -> None:
-        """Compute them for ``hidden`` [T, H] now, unless that was done just before."""
-        seen, self._local.seen = getattr(self._local, "seen", None), None
-        if seen is None or not _same(seen, hidden):
-            value = self._module(hidden)
-            self._local.ready, self._local.seen = (hidden, value), None
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """The same memory, seen in whatever shape. Both are alive, so it holds the same values."""
-    return one.data_ptr() == other.data_ptr() and one.numel() == other.numel() and one.shape[-1] == other.shape[-1]

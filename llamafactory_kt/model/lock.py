@@ -1,28 +1,16 @@
-"""Generations and the exchange of adapters keep out of each other's way."""
+"""The lock of a model: generations and the exchange of adapters keep out of each other's way."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import threading
-import weakref
-from collections.abc import Callable, Iterator
-from types import MethodType
-from typing import Any
-
-from torch import nn
+from collections.abc import Iterator
 
 from ..ground.process import require_own_process
 from ..matmul.openmp import release_team
-from . import router_counts
-from .debug import Debugger
-
-Observer = Callable[[dict[str, Any]], contextlib.AbstractContextManager[Any]]
-"""Given a call's arguments by name: what surrounds the call"""
 
 
-class Gate:
+class ModelLock:
     """Many generations at once, or one exchange alone. An exchange that waits goes before generations that come later.
 
     The standard library has no such lock.
@@ -91,47 +79,3 @@ class Gate:
             with self._changed:
                 self._exchanging = False
                 self._changed.notify_all()
-
-
-@contextlib.contextmanager
-def _own_team(_: dict[str, Any]) -> Iterator[None]:
-    """Torch's threads wait for the next product as long as a generation runs, and no longer."""
-    try:
-        yield
-    finally:
-        release_team()
-
-
-def guard(model: nn.Module, observe: bool = False, debugger: Debugger | None = None) -> Gate:
-    """Let the model's ``generate`` and ``forward`` pass through a gate of its own, also where PEFT wraps the model.
-
-    Args:
-        observe: note what each call is about, for the layers' :class:`RouterCounts`.
-        debugger: follows each call of ``forward``.
-    """
-    gate, reference = Gate(), weakref.ref(model)  # no cycle: a dropped model gives its memory back at once
-    observers: dict[str, list[Observer]] = {"generate": [_own_team], "forward": []}
-    if observe:
-        observers["generate"].append(lambda kwargs: router_counts.generation(reference(), kwargs))
-        observers["forward"].append(router_counts.call)
-    if debugger is not None:
-        observers["forward"].append(debugger.step)
-
-    def through(stock: Callable[..., Any], observers: list[Observer]) -> MethodType:
-        signature = inspect.signature(stock)
-
-        @functools.wraps(stock)
-        def call(_: Any, *args: Any, **kwargs: Any) -> Any:
-            with gate.generation(), contextlib.ExitStack() as notes:
-                if observers:
-                    by_name = {**signature.bind_partial(None, *args).arguments, **kwargs} if args else kwargs
-                    for observer in observers:
-                        notes.enter_context(observer(by_name))
-                return stock(reference(), *args, **kwargs)
-
-        return MethodType(call, weakref.proxy(model))  # LLaMA-Factory and transformers look into the method
-
-    for name in observers:
-        if stock := getattr(type(model), name, None):
-            setattr(model, name, through(stock, observers[name]))
-    return gate

@@ -9,9 +9,7 @@ from torch import nn
 
 from ..adapters import AdapterSet
 from ..checkpoint.discovery import ExpertsModule
-from ..engines.ktkernel.methods import METHODS, PackedShape
-from ..engines.onednn.engine import sampled
-from ..engines.onednn.lora import lora_size
+from ..engines.base import Engine, EngineOptions
 
 
 @dataclass(frozen=True)
@@ -19,59 +17,47 @@ class MemoryNeed:
     """Bytes. Work buffers, PEFT's part of an adapter and the cache of a conversation come on top."""
 
     experts: int
-    """packed base weights of all layers"""
+    """base weights of all layers"""
     lora: int
     """the experts' LoRA"""
     loading: int
     """on top of all others while loading: the layer that is being read, or what is measured meanwhile"""
     others: int
     """everything but routed experts, wherever it goes"""
+    on_gpu: bool
+    """a GPU has the others"""
 
-    def on_cpu(self, others_on_gpu: bool) -> int:
+    @property
+    def on_cpu(self) -> int:
         """The most that loading takes of the CPU's memory."""
-        return self.experts + self.loading + self.lora + (0 if others_on_gpu else self.others)
+        return self.experts + self.loading + self.lora + (0 if self.on_gpu else self.others)
 
 
 def memory_need(
     model: nn.Module,
     experts: Sequence[ExpertsModule],
     adapters: AdapterSet,
+    engine: type[Engine],
+    options: EngineOptions,
     *,
-    backend: str,
-    pools: int,
     itemsize: int,
-    stored: bool = False,
+    on_gpu: bool,
 ) -> MemoryNeed:
     """Add up a model that is still empty.
 
     Args:
-        backend: not ``auto``; ``torch`` keeps the checkpoint's weights, ``oneDNN`` has them in bfloat16.
-        pools: NUMA sub-pools, over which each expert's intermediate size is divided.
+        adapters: whose LoRA the engine is to compute.
         itemsize: bytes of a weight in the checkpoint.
-        stored: the packed weights are read from ``kt_weight_path``, and not made from the checkpoint's.
     """
-    weights = [3 * m.shape.num_experts * m.shape.hidden_size * m.shape.intermediate_size for m in experts]
-    packed = [n * (2 if backend == "oneDNN" else itemsize) for n in weights]
-    if (method := METHODS.get(backend)) is not None:
-        packed = [PackedShape.of(method, m.shape, pools).nbytes for m in experts]
+    layers = [engine.memory(m.shape, adapters.rank(m.layer), itemsize, options) for m in experts]
     others = _others(model, experts)
-    loading = 0 if stored else max(weights) * itemsize
-    ranks = [adapters.rank(module.layer) for module in experts]
-    lora = [
-        3 * m.shape.num_experts * rank * (m.shape.hidden_size + m.shape.intermediate_size) * 2
-        for m, rank in zip(experts, ranks, strict=True)
-    ]
-    if backend == "oneDNN":  # takes one expert at a time, and measures with some of them, and with a large layer
-        lora = [lora_size(module.shape, rank) for module, rank in zip(experts, ranks, strict=True)]
-        loading = max(
-            *(4 * sampled(m.shape) * size // m.shape.num_experts for m, size in zip(experts, packed, strict=True)),
-            2 * max(others),
-        )
+    optimizing = 0 if on_gpu else 2 * max(others)  # plain and packed copies of the largest layer are timed
     return MemoryNeed(
-        experts=sum(packed),
-        lora=sum(lora),
-        loading=loading,
+        experts=sum(layer.weights for layer in layers),
+        lora=sum(layer.lora for layer in layers),
+        loading=max(optimizing, *(layer.loading for layer in layers)),
         others=sum(others),
+        on_gpu=on_gpu,
     )
 
 

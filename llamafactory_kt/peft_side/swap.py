@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 Parts = Sequence[tuple[Adapter, PeftPart]]
 
 
-def exchange_peft_layers(model: Any, parts: Parts) -> tuple[Any, Callable[[], None]]:
+def exchange_peft_layers(model: Any, parts: Parts, routers: dict[str, torch.Tensor]) -> tuple[Any, Callable[[], None]]:
     """Put the adapters' non-expert tensors in place of what the model has of earlier ones.
 
     Only these tensors are read. Each adapter's ranks, alphas, patterns, rsLoRA, DoRA and modules_to_save stay in force;
@@ -28,6 +28,7 @@ def exchange_peft_layers(model: Any, parts: Parts) -> tuple[Any, Callable[[], No
 
     Args:
         model: the plain model; PEFT changes it in place.
+        routers: the own weights of the routers that earlier adapters have changed; those that these adapters change are added.
 
     Returns:
         The model in PEFT's wrapper (the model itself where PEFT has no part), and a call that puts the old state back.
@@ -36,10 +37,10 @@ def exchange_peft_layers(model: Any, parts: Parts) -> tuple[Any, Callable[[], No
         KTAdapterError: PEFT cannot wrap a module, wants a tensor the file does not have, or leaves one of ours unused.
             The model is as it was.
     """
-    undo = _remember(model, {router for _, part in parts for router in part.routers})
+    undo = _remember(model, {*routers, *(router for _, part in parts for router in part.routers)})
     try:
         _detach(model)
-        _set_routers(model, parts)
+        _set_routers(model, parts, routers)
         return _wrap(model, [(adapter, part) for adapter, part in parts if part.modules]), undo
     except BaseException:
         undo()
@@ -143,8 +144,7 @@ def _put(model: nn.Module, modules: dict[str, nn.Module]) -> None:
 
 def _remember(model: Any, routers: Iterable[str]) -> Callable[[], None]:
     layers, config = _layers(model), vars(model).get("peft_config")
-    pristine: dict[str, torch.Tensor] = vars(model).setdefault("_kt_router_base", {})
-    weights = {name: _weight(model, name).clone() for name in {*pristine, *routers}}
+    weights = {name: _weight(model, name).clone() for name in routers}
 
     @torch.no_grad()
     def undo() -> None:
@@ -162,9 +162,8 @@ def _weight(model: nn.Module, router: str) -> torch.Tensor:
     return submodule(model, router).weight.data  # type: ignore[return-value, union-attr]
 
 
-def _set_routers(model: Any, parts: Parts) -> None:
+def _set_routers(model: Any, parts: Parts, pristine: dict[str, torch.Tensor]) -> None:
     """Each router's own weight with the sum of the adapters' LoRA, rounded once to its dtype."""
-    pristine: dict[str, torch.Tensor] = model._kt_router_base
     deltas: dict[str, torch.Tensor] = {}
     for adapter, part in parts:
         for name, tensors in part.routers.items():

@@ -1,4 +1,4 @@
-"""What the routers of a running model have chosen: the counts of ``experts/``, per layer, with balance and variance."""
+"""What the routers of a running model have chosen: counts per layer, with balance and variance."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..apply import kt_wrappers
 from ..ground.errors import KTModelError, name_some
+from ..model.state import kt_state
 
 ENOUGH = 4.0
 """tokens per expert, on average, below which an uneven load may be chance and is not called high"""
@@ -155,7 +155,7 @@ def router_table(stats: dict[int, LayerStats]) -> str:
 
 
 def _counters(model: Any) -> dict[int, Any]:
-    counters = {wrapper.layer_idx: wrapper.router_counts for wrapper in kt_wrappers(model)}
+    counters = {wrapper.layer_idx: wrapper.router_counts for wrapper in kt_state(model).wrappers}
     if None in counters.values():
         raise KTModelError(
             "What the routers choose is not counted; load the model with kt_router_stats: true, or "

@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..adapters import Adapter, ExpertsShape, open_adapter
+from ..adapters import Adapter, AdapterSet, ExpertsShape, open_adapter
 from ..adapters.keys import split_module
 from ..adapters.uniform import Uniform
 from ..adapters.writing import write_moe_lora, write_sglang, write_sglang_merged, write_sglang_rest
+from ..checkpoint.opening import MoEModel, empty_model
+from ..engines.ktkernel import ENGINES
 from ..ground.errors import KTAdapterError, KTConfigError, KTServerError, name_some
 from ..ground.machine import gib
 from ..settings.keys import adapter_directories, threadpool_count
-from ..settings.sglang_keys import KERNELS, SFT_METHODS, method
+from ..settings.sglang_keys import serving_method
+from ..settings.sglang_methods import LORA_KERNELS, SGLangMethod
 from .adapter_cache import prepared
 from .options import INSTALL, Dialect, ServerOptions
 
@@ -105,7 +108,7 @@ def _serve_moe_lora(args: Any, uniform: Uniform) -> ServedAdapter:
         Dialect.MOE_LORA.value, str(entry / "moe_lora.pt"),
         "--kt-moe-lora-rank", str(uniform.lora_rank),
         "--kt-moe-lora-alpha", f"{uniform.lora_alpha:g}",
-        "--kt-moe-sft-method", SFT_METHODS[method(args)],
+        "--kt-moe-sft-method", serving_method(args).lora_kernel,
     ]  # fmt: skip
     if not adapter.other_names:
         return ServedAdapter(flags, experts=True)
@@ -161,46 +164,39 @@ def _check_joined(adapter: Adapter, mla: bool) -> None:
 
 def _check_against_model(args: Any, adapter: Adapter) -> dict[int, ExpertsShape]:
     """The model's experts, all layers that have any: the server wants tensors for each of them."""
-    from ..checkpoint.discovery import find_experts
-    from ..checkpoint.meta_model import empty_model
-    from ..peft_side.split import check_peft_part
-
-    kind = method(args)
-    _check_kernel(args, kind)
-    model = empty_model(args.model_name_or_path, quantised=kind not in ("BF16", "AMXINT8", "AMXINT4"))
-    shapes = {module.layer: module.shape for module in find_experts(model)}
-    adapter.check_fits(shapes)
-    check_peft_part(model, adapter)
-    _check_sizes(args, kind, next(iter(shapes.values())))
-    return shapes
+    method = serving_method(args)
+    _check_kernel(args, method)
+    moe = MoEModel(empty_model(args.model_name_or_path, quantised=not method.backend))
+    moe.fit(AdapterSet((adapter,)))
+    _check_sizes(args, method, moe.experts[0].shape)
+    return moe.shapes
 
 
-def _check_sizes(args: Any, kind: str, shape: ExpertsShape) -> None:
+def _check_sizes(args: Any, method: SGLangMethod, shape: ExpertsShape) -> None:
     """The kernel must take the experts' sizes as they are: SGLang pads nothing."""
-    from ..engines.ktkernel.methods import METHODS
-
-    kernel = next((METHODS[backend] for backend, name in KERNELS.items() if name == kind), None)
-    if kernel is None:  # not one that we have measured
+    packing = next((engine.method for engine in ENGINES if engine.name == method.backend), None)
+    if packing is None:  # not one that we have measured
         return
     pools = threadpool_count(args)
-    wanted = kernel.padded(shape.hidden_size), kernel.padded(shape.intermediate_size, pools)
+    wanted = packing.padded(shape.hidden_size), packing.padded(shape.intermediate_size, pools)
     if wanted != (shape.hidden_size, shape.intermediate_size):
         raise KTAdapterError(
-            f"{args.model_name_or_path}: hidden_size {shape.hidden_size} must be a multiple of {kernel.multiple}, and "
-            f"moe_intermediate_size {shape.intermediate_size} one of {kernel.multiple * pools} (kt_threadpool_count: {pools}): "
-            f"SGLang gives them to kt-kernel's {kind} kernel for expert LoRA as they are. infer_backend: huggingface pads them."
+            f"{args.model_name_or_path}: hidden_size {shape.hidden_size} must be a multiple of {packing.multiple}, and "
+            f"moe_intermediate_size {shape.intermediate_size} one of {packing.multiple * pools} (kt_threadpool_count: {pools}): "
+            f"SGLang gives them to kt-kernel's {method.name} kernel for expert LoRA as they are. infer_backend: huggingface pads them."
         )
 
 
-def _check_kernel(args: Any, kind: str) -> None:
+def _check_kernel(args: Any, method: SGLangMethod) -> None:
     """The method must have a kernel for expert LoRA, and the weights must be in the files that it reads."""
-    if kind not in SFT_METHODS:
+    if not method.lora_kernel:
         raise KTConfigError(
-            f"kt_method: {kind} has no kernel for the LoRA of routed experts; use one of {', '.join(SFT_METHODS)}."
+            f"kt_method: {method.name} has no kernel for the LoRA of routed experts; use one of "
+            f"{', '.join(LORA_KERNELS.values())}."
         )
-    if kind == "AMXINT8" and not any(Path(args.kt_weight_path).expanduser().glob("_layer_*/_numa_0/*.kt")):
+    if method.lora_reads_kt_files and not any(Path(args.kt_weight_path).expanduser().glob("_layer_*/_numa_0/*.kt")):
         raise KTConfigError(
-            f"kt_weight_path: {args.kt_weight_path} has no _layer_N/_numa_N/*.kt files. kt-kernel's AMXINT8 kernel reads only those "
+            f"kt_weight_path: {args.kt_weight_path} has no _layer_N/_numa_N/*.kt files. kt-kernel's {method.name} kernel reads only those "
             "where experts have LoRA, and not the safetensors files that serve without it. llamafactory-kt quantize "
             "--method int8 writes them."
         )

@@ -14,7 +14,7 @@ from ..engines.ktkernel.sub_pools import divided_among
 from ..ground.errors import KTConfigError, KTModelError, KTPathError
 from ..ground.machine import usable_cores
 from ..settings.keys import threadpool_count
-from ..settings.sglang_keys import method
+from ..settings.sglang_keys import serving_method
 from .adapter import ServedAdapter, serve_adapter
 from .options import Dialect, ServerOptions
 
@@ -93,7 +93,7 @@ def server_command(args: Any, options: ServerOptions, extra: Sequence[str] = ())
         "--mem-fraction-static", str(args.sglang_mem_fraction),
         "--tp-size", str(args.sglang_tp_size if args.sglang_tp_size != -1 else _gpus()),
         "--kt-weight-path", str(weights),
-        "--kt-method", method(args),
+        "--kt-method", serving_method(args).name,
         "--kt-cpuinfer", str(threads),
         "--kt-threadpool-count", str(pools),
     ]  # fmt: skip

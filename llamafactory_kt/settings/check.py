@@ -9,9 +9,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..engines.registry import PACKED, canonical_backend
+from ..autotune.plan import candidates
+from ..engines.plan import PlanRequest
+from ..engines.registry import AUTO, backend_names, canonical_name
 from ..ground.errors import KTConfigError, KTError, KTKernelError, KTPathError
 from .keys import CHAT_ONLY_KEYS, SCOPES, TRAINING_KEYS, KTArguments, threadpool_count
+from .rules import experts_problems
 from .sglang_keys import SERVING_KEYS, check_serving_combinations, check_serving_values, serves
 
 logger = logging.getLogger(__name__)
@@ -21,7 +24,7 @@ def check_for_inference(args: Any) -> None:
     """Check the kt_* keys of a configuration for chatting, with all else that is known before anything is loaded.
 
     ``args`` is LLaMA-Factory's ModelArguments extended by :class:`KTArguments`. Its fields are brought into one form:
-    ``kt_backend`` as in :data:`~llamafactory_kt.engines.registry.BACKENDS`, ``kt_num_threads`` an int or None, ``kt_config`` merged into the others.
+    ``kt_backend`` as in :func:`~llamafactory_kt.engines.registry.backend_names`, ``kt_num_threads`` an int or None, ``kt_config`` merged into the others.
 
     Raises:
         KTConfigError: With all mistakes at once.
@@ -82,7 +85,7 @@ def _merge_kt_config(args: Any) -> list[str]:
 def _check_values(args: Any) -> list[str]:
     problems = []
     try:
-        args.kt_backend = canonical_backend(args.kt_backend)
+        args.kt_backend = canonical_name(args.kt_backend)
     except KTConfigError as error:
         problems.append(str(error))
     threads = args.kt_num_threads
@@ -123,25 +126,16 @@ def _check_values(args: Any) -> list[str]:
 def _check_combinations(args: Any) -> list[str]:
     problems = []
     pools = args.kt_threadpool_count
-    if isinstance(pools, int):
-        if args.kt_tp_enabled is False and pools > 1:
-            problems.append(f"kt_tp_enabled: false means one sub-pool, but kt_threadpool_count is {pools}.")
-        if isinstance(args.kt_num_threads, int) and args.kt_num_threads < pools:
-            problems.append(f"kt_num_threads: {args.kt_num_threads} is fewer than kt_threadpool_count: {pools}.")
-    if args.kt_weight_path and args.kt_backend not in PACKED and not serves(args):
-        problems.append(
-            f"kt_weight_path is for kt_backend: {' and '.join(PACKED)}; with {args.kt_backend} the experts are read from the "
-            "checkpoint. Remove it."
-        )
-    if args.kt_backend == "AMXINT8" and not args.kt_weight_path and not serves(args):
-        problems.append(
-            "kt_backend: AMXINT8 needs kt_weight_path; llamafactory-kt quantize --model MODEL --output DIR makes it. AMXINT4 "
-            "also packs while loading."
-        )
-    if args.kt_merge_adapter and args.kt_weight_path and not serves(args):
-        problems.append(
-            "kt_merge_adapter: true cannot change the packed weights of kt_weight_path. Merge the adapter into the checkpoint "
-            "(llamafactory-kt merge) and quantise that, or remove kt_merge_adapter."
+    if args.kt_tp_enabled is False and isinstance(pools, int) and pools > 1:
+        problems.append(f"kt_tp_enabled: false means one sub-pool, but kt_threadpool_count is {pools}.")
+    if args.kt_backend in backend_names():  # else its own problem has been found
+        problems += experts_problems(
+            args.kt_backend if not serves(args) else AUTO,
+            weight_path=args.kt_weight_path if not serves(args) else None,
+            merge_adapter=args.kt_merge_adapter,
+            num_threads=args.kt_num_threads if isinstance(args.kt_num_threads, int) else None,
+            pools=pools if isinstance(pools, int) else None,
+            prefix="kt_",
         )
     backend = getattr(args, "infer_backend", "huggingface")
     backend = getattr(backend, "value", backend)
@@ -187,15 +181,9 @@ def _check_paths(args: Any) -> list[str]:
 
 
 def _check_machine(args: Any) -> list[Any]:
-    from ..autotune.plan import candidates
-    from ..model import KTExpertsConfig
-
-    problems: list[Any] = []
+    request = PlanRequest(pools=threadpool_count(args))
     try:
-        config = KTExpertsConfig(
-            backend=args.kt_backend, threadpool_count=threadpool_count(args), weight_path=args.kt_weight_path
-        )
-        candidates(config, on_gpu=False)
+        candidates(args.kt_backend, request, merged=args.kt_merge_adapter)
     except (KTConfigError, KTKernelError) as error:
-        problems.append(error)
-    return problems
+        return [error]
+    return []

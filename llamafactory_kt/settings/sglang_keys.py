@@ -7,32 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-# kt_kernel/experts.py of kt-kernel 0.7.2, INFERENCE_METHODS.
-METHODS = (
-    "BF16", "AMXINT8", "AMXINT4", "FP8", "FP8_PERCHANNEL", "RAWINT4", "GPTQ_INT4", "SYCL_GPTQ_INT4", "MXFP4", "NVFP4",
-    "MXFP8", "MOE_INT8", "MOE_INT4", "LLAMAFILE",
-)  # fmt: skip
-
-# sglang/srt/layers/moe/kt_ep_wrapper.py of sglang-kt 0.7.2, _KT_SFT_METHOD_BY_INFERENCE_METHOD.
-SFT_METHODS = {
-    "BF16": "AMXBF16_SFT", "AMXINT8": "AMXINT8_SFT", "AMXINT4": "AMXINT4_SFT", "FP8": "AMXFP8_SFT",
-    "RAWINT4": "RAWINT4_SFT", "MXFP4": "MXFP4_SFT",
-}  # fmt: skip
-"""The kernel that computes expert LoRA on weights of a method."""
-
-_ALIASES = {"AMXBF16": "BF16", "AMXFP8": "FP8", "AUTO": "BF16"}
-KERNELS = {"AMXBF16": "BF16", "AMXINT8": "AMXINT8", "AMXINT4": "AMXINT4"}
-"""kt_backend, where that is a kernel of kt-kernel -> the method"""
-
-_CONVERT = "kt-kernel's convert_cpu_weights.py writes it"
-WEIGHTS_OF_THEIR_OWN = {
-    "AMXINT8": "llamafactory-kt quantize --method int8 writes it",
-    "AMXINT4": "llamafactory-kt quantize --method int4 writes it",
-    "MOE_INT8": _CONVERT,
-    "MOE_INT4": _CONVERT,
-    "LLAMAFILE": "it holds the model's GGUF files",
-}
-"""Methods that need kt_weight_path, and where such a directory comes from; the others read the checkpoint."""
+from ..engines.registry import AUTO
+from .sglang_methods import ALIASES, BACKENDS, LORA_KERNELS, METHODS, SGLangMethod
 
 
 @dataclass
@@ -107,11 +83,11 @@ def check_serving_values(args: Any) -> list[str]:
             problems.append(
                 f"{name} must be a number of at least 0{' and at most 1' if most == 1 else ''}, found {value!r}."
             )
-    for name, known in (("kt_method", METHODS), ("kt_moe_sft_method", tuple(SFT_METHODS.values()))):
+    for name, known in (("kt_method", tuple(METHODS)), ("kt_moe_sft_method", tuple(LORA_KERNELS))):
         value = getattr(args, name)
         if value is None:
             continue
-        plain = _ALIASES.get(str(value).upper(), str(value).upper())
+        plain = ALIASES.get(str(value).upper(), str(value).upper())
         if plain not in known:
             close = get_close_matches(plain, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else "."
@@ -128,10 +104,10 @@ def check_serving_values(args: Any) -> list[str]:
 def check_serving_combinations(args: Any) -> list[str]:
     """Keys that contradict each other, and what SGLang with KT cannot do."""
     problems = []
-    if args.kt_backend not in ("auto", *KERNELS):
+    if args.kt_backend not in (AUTO, *BACKENDS):
         problems.append(
             f"kt_backend: {args.kt_backend} is an engine of infer_backend: huggingface; SGLang computes with kt-kernel. Use "
-            f"one of {', '.join(KERNELS)}, or remove it."
+            f"one of {', '.join(BACKENDS)}, or remove it."
         )
     said = _methods_said(args)
     if len(set(said.values())) > 1:
@@ -142,9 +118,9 @@ def check_serving_combinations(args: Any) -> list[str]:
             "kt_weight_path says where the experts' weights are, but not in which format: add kt_method, one of "
             f"{', '.join(METHODS)}."
         )
-    elif not args.kt_weight_path and (source := WEIGHTS_OF_THEIR_OWN.get(method(args))):
+    elif not args.kt_weight_path and (source := serving_method(args).weights_from):
         problems.append(
-            f"kt_method: {method(args)} needs kt_weight_path, the directory with the experts' weights in that format; {source}."
+            f"kt_method: {serving_method(args).name} needs kt_weight_path, the directory with the experts' weights in that format; {source}."
         )
     if args.kt_num_threads is not None and args.kt_cpuinfer not in (None, args.kt_num_threads):
         problems.append(f"kt_num_threads is {args.kt_num_threads}, but kt_cpuinfer {args.kt_cpuinfer}; keep one.")
@@ -173,13 +149,12 @@ def _methods_said(args: Any) -> dict[str, str]:
     if args.kt_method is not None:
         said["kt_method"] = args.kt_method
     if args.kt_moe_sft_method is not None:
-        plain = {sft: name for name, sft in SFT_METHODS.items()}
-        said["kt_moe_sft_method"] = plain.get(args.kt_moe_sft_method, args.kt_moe_sft_method)
-    if args.kt_backend in KERNELS:
-        said["kt_backend"] = KERNELS[args.kt_backend]
+        said["kt_moe_sft_method"] = LORA_KERNELS.get(args.kt_moe_sft_method, args.kt_moe_sft_method)
+    if args.kt_backend in BACKENDS:
+        said["kt_backend"] = BACKENDS[args.kt_backend]
     return said
 
 
-def method(args: Any) -> str:
-    """The format of the experts' weights in sglang-kt's words; BF16 if nothing was said."""
-    return next(iter(_methods_said(args).values()), "BF16")
+def serving_method(args: Any) -> SGLangMethod:
+    """The format of the experts' weights; BF16 if nothing was said."""
+    return METHODS[next(iter(_methods_said(args).values()), "BF16")]

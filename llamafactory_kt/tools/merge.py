@@ -11,19 +11,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from tqdm.auto import tqdm
 
-from ..adapters import Adapter, ExpertLora, open_adapter
+from ..adapters import Adapter, AdapterSet, ExpertLora, open_adapter
 from ..adapters.keys import split_module
-from ..checkpoint.discovery import find_experts
-from ..checkpoint.layout import ExpertsCheckpoint, weight_files
-from ..checkpoint.meta_model import empty_model
+from ..checkpoint.opening import MoEModel, open_checkpoint
 from ..ground.atomic_output import replacing
-from ..ground.errors import KTAdapterError, KTModelError, KTPathError, name_some
+from ..ground.errors import KTAdapterError, KTModelError, name_some
 from ..ground.tensor_files import SafetensorsStore
 from ..ground.tensor_writer import write_safetensors
-from ..peft_side.split import PeftPart, check_peft_part, plan_peft_part
+from ..peft_side.split import PeftPart
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +56,9 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
         KTModelError: The checkpoint is not in safetensors, or its experts do not follow the contract.
         KTAdapterError: The adapter does not fit, or holds what a sum cannot merge (DoRA, biases). Nothing is left behind.
     """
-    source = Path(model_path)
-    files = weight_files(source)
-    if not files:
-        raise KTPathError(f"{source} is not a directory with safetensors files.")
-    adapter = open_adapter(adapter_path)
-    model = empty_model(source)
-    plan = _Plan(model, adapter, files)
+    source = Path(model_path).expanduser()
+    moe, adapter = open_checkpoint(source), open_adapter(adapter_path)
+    plan = _Plan(moe, adapter)
     with replacing(Path(output)) as temporary:
         temporary.mkdir()
         total = sum(info.nbytes for store in plan.stores for info in store.infos.values())
@@ -79,31 +72,27 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
                 shutil.copy2(file, temporary / file.name)
         plan.check_all_done()
     count = sum(len(store.infos) for store in plan.stores)
-    return MergeReport(str(output), len(files), count, plan.merged, len(adapter.store.infos))
+    return MergeReport(str(output), len(moe.files), count, plan.merged, len(adapter.store.infos))
 
 
 class _Plan:
     """Which tensor of the checkpoint gets which part of the adapter."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter, files: list[Path]):
+    def __init__(self, moe: MoEModel, adapter: Adapter):
         self.adapter = adapter
         self.merged = 0
-        self.stores = [SafetensorsStore(file) for file in files]
-        modules = find_experts(model)
-        self._shapes = {module.layer: module.shape for module in modules}
-        adapter.check_fits(self._shapes)
-        check_peft_part(model, adapter)
-        adapter.check_finite()
-        part = plan_peft_part(model, adapter, "all")
+        names = moe.layout.names()
+        [(_, part)] = moe.fit(AdapterSet((adapter,)), finite=True)
+        self._shapes = moe.shapes
         self._others = self._plan_others(part)
-        names = {module.name: module.layer for module in modules}
         self._experts = {
-            tensor: (names[module], piece)
-            for module, pieces in ExpertsCheckpoint(model, modules, [str(file) for file in files]).names().items()
-            for tensor, piece in pieces.items()
-            if names[module] in adapter.layers
+            tensor: (module.layer, piece)
+            for module in moe.experts
+            if module.layer in adapter.layers
+            for tensor, piece in names[module.name].items()
         }
-        self._targets = _parameter_names(model, [name for store in self.stores for name in store.infos])
+        self.stores = [SafetensorsStore(file) for file in moe.files]
+        self._targets = _parameter_names(moe.model, [name for store in self.stores for name in store.infos])
         self._lora: ExpertLora | None = None
         known = set(self._targets.values())
         if absent := [name for name in self._others if name not in known]:

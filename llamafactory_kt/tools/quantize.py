@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..engines.ktkernel.methods import METHODS, Method, PackedShape
+from ..checkpoint.layout import CheckpointLayout
+from ..checkpoint.opening import open_checkpoint
+from ..engines.ktkernel import PACKING
+from ..engines.ktkernel.methods import Method, PackedShape
 from ..engines.ktkernel.packed_files import LayerRecord, layer_directory, missing_layers, record_for, write_record
 from ..engines.ktkernel.sub_pools import sub_pools
 from ..ground.atomic_output import replacing
-from ..ground.errors import KTConfigError, KTKernelError, KTModelError, KTPathError
+from ..ground.errors import KTConfigError, KTKernelError, KTModelError
 from ..ground.process import die_with_parent
 
 _LEAK = 2 * 2**30
@@ -70,22 +71,20 @@ def quantize_model(
             holds layers of another model or method.
         KTKernelError: kt-kernel cannot run here.
     """
-    from ..engines.ktkernel.runtime import kernel_problem
-
-    name = f"AMX{method.upper()}"
-    if name not in METHODS or METHODS[name].bits >= 16:
-        raise KTConfigError(f"--method: unknown value {method!r}, expected int8 or int4.")
-    if problem := kernel_problem(name):
+    if method not in PACKING:
+        raise KTConfigError(f"--method: unknown value {method!r}, expected {' or '.join(PACKING)}.")
+    engine = PACKING[method]
+    if problem := engine.problem():
         raise KTKernelError(f"kt-kernel cannot pack {method} weights here: {problem}. A chat with them needs the same.")
-    source, target, kind = Path(model_path), Path(output), METHODS[name]
-    checkpoint, pools = _open(source), pools or sub_pools()
+    source, target, kind = Path(model_path), Path(output), engine.method
+    layout, pools = open_checkpoint(source, fp8=True).layout, pools or sub_pools()
     records = {
-        module.layer: record_for(module.shape, kind, pools, checkpoint.layer(module.name).fingerprint())
-        for module in checkpoint.modules
+        module.layer: record_for(module.shape, kind, pools, layout.layer(module.name).fingerprint())
+        for module in layout.modules
     }
     _check_output(target, records)
     missing = list(missing_layers(target, records))
-    sizes = {module.layer: PackedShape.of(kind, module.shape, pools).nbytes for module in checkpoint.modules}
+    sizes = {module.layer: PackedShape.of(kind, module.shape, pools).nbytes for module in layout.modules}
     _check_disk(target, sum(sizes[layer] for layer in missing))
     _pack_all(source, target, kind, pools, threads, {layer: sizes[layer] for layer in missing}, records)
     total = sum(file.stat().st_size for file in target.rglob("*.kt"))
@@ -129,29 +128,20 @@ def _pack_layer(source: Path, layer: int, root: Path, method: Method, pools: int
     import torch
 
     from ..checkpoint.reader import LayerWeights
-    from ..engines.ktkernel.runtime import write_packed
+    from ..engines.ktkernel.pack import write_packed
 
-    checkpoint = _open_once(source)
-    module = next(module for module in checkpoint.modules if module.layer == layer)
+    layout = _layout(source)
+    module = next(module for module in layout.modules if module.layer == layer)
     size = method.padded(module.shape.hidden_size), method.padded(module.shape.intermediate_size, pools)
-    experts = checkpoint.layer(module.name).experts(torch.bfloat16)
+    experts = layout.layer(module.name).experts(torch.bfloat16)
     weights = LayerWeights.stacked(experts, module.shape, torch.bfloat16, size)
     write_packed(method, layer, module.num_experts_per_tok, weights, root, pools, threads)
 
 
-def _open(source: Path) -> Any:
-    from ..checkpoint.discovery import find_experts
-    from ..checkpoint.layout import ExpertsCheckpoint, weight_files
-    from ..checkpoint.meta_model import empty_model
-
-    files = weight_files(source)
-    if not files:
-        raise KTPathError(f"{source} is not a directory with safetensors files.")
-    model = empty_model(source, fp8=True)
-    return ExpertsCheckpoint(model, find_experts(model), [str(file) for file in files])
-
-
-_open_once: Callable[[Path], Any] = cache(_open)
+@cache
+def _layout(source: Path) -> CheckpointLayout:
+    """Once in a working process."""
+    return open_checkpoint(source, fp8=True).layout
 
 
 def _check_output(target: Path, records: dict[int, LayerRecord]) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.adapters import delta_of, write_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny import delta_of, write_config
 
 from llamafactory_kt import KTError
 from llamafactory_kt.adapters import ExpertsShape, open_adapter

@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
-from conftest import needs_base_kernel, needs_kernel, needs_onednn
+from helpers.adapters import edit_adapter, make_adapter, write_config
+from helpers.loading import answer, load
+from helpers.marks import needs_base_kernel, needs_kernel, needs_onednn
+from helpers.models import make_model
+from helpers.references import merged_float32, per_token, rel
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_experts import ExpertsShape, answer, batch, layer, load, make_engine, reference, worker_threads  # noqa: F401
-from tiny import edit_adapter, make_adapter, make_model, merged_float32, per_token, rel, write_config
 from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import (
@@ -164,15 +166,3 @@ def test_the_key_in_a_chat_and_verify(files, tmp_path):
         ChatModel({**keys, "kt_backend": "AMXINT8", "kt_weight_path": str(tmp_path)})
     with pytest.raises(KTConfigError, match="kt_merge_adapter must be true or false, found 'yes please'"):
         ChatModel({**keys, "kt_merge_adapter": "yes please"})
-
-
-@needs_base_kernel
-@pytest.mark.parametrize("shape", [ExpertsShape(5, 64, 96), ExpertsShape(6, 72, 40), ExpertsShape(4, 33, 7)], ids=str)
-@pytest.mark.parametrize("tokens", [1, 16, 37])
-def test_the_base_kernel_against_float64(shape, tokens):
-    """Sizes it takes and sizes it would crash on; fewer, exactly and more tokens than a chunk."""
-    weights = layer(shape)
-    engine = make_engine("AVX2BF16", shape, weights, rank=0)
-    x, index, scores = batch(shape, tokens)
-    found = engine.forward(x, index, scores)
-    assert found.shape == x.shape and rel(found, reference(weights, None, x, index, scores)) < 0.01

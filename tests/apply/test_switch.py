@@ -8,14 +8,16 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ENGINES, needs_kernel
-from test_formats import BASE, BUNDLE, TARGETS
-from tiny import DEMO, edit_adapter, make_adapter, make_model, merged_float32, per_token, rel
-from transformers import AutoModelForCausalLM
+from helpers.adapters import edit_adapter, make_adapter
+from helpers.foreign_adapters import BASE, BUNDLE, TARGETS
+from helpers.loading import load, logits
+from helpers.marks import ENGINES, needs_kernel
+from helpers.models import make_model
+from helpers.places import DEMO
+from helpers.references import merged_float32, per_token, rel
 
 from llamafactory_kt import (
     KTAdapterError,
-    KTExpertsConfig,
     KTMemoryError,
     apply_adapter,
     load_moe_lora_from_adapter,
@@ -37,16 +39,6 @@ def files(tmp_path_factory):
     two = make_adapter(root / "two", model, rank=3, alpha=4, skip_layers=(1,), seed=2, naming="A")
     edit_adapter(two, lambda tensors: {n: t for n, t in tensors.items() if "o_proj" not in n})
     return model, one, two
-
-
-def load(path, engine, **keys):
-    config = KTExpertsConfig(backend=engine, **keys)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[engine], quantization_config=config)
-
-
-@torch.inference_mode()
-def logits(model):
-    return model(input_ids=IDS).logits.float()
 
 
 @pytest.mark.parametrize("engine", ENGINES)

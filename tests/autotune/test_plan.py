@@ -12,18 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import needs_kernel, needs_onednn
-from tiny import make_model
+from helpers.marks import needs_kernel, needs_onednn
+from helpers.models import make_model
 from transformers import AutoModelForCausalLM
 
-from llamafactory_kt import KTConfigError, KTExpertsConfig, machine, sub_pools
+from llamafactory_kt import KTConfigError, KTExpertsConfig
 from llamafactory_kt.adapters import ExpertsShape
+from llamafactory_kt.autotune import choose as choosing
+from llamafactory_kt.autotune import plan, worker
 from llamafactory_kt.autotune.choose import Measured, choose
 from llamafactory_kt.autotune.plan import Plan, candidates, choose_threads
 from llamafactory_kt.autotune.worker import in_turn
 from llamafactory_kt.checkpoint.discovery import find_experts
+from llamafactory_kt.engines.ktkernel import sub_pools
+from llamafactory_kt.ground import machine, measurements
 from llamafactory_kt.ground.machine import numa_nodes
-from llamafactory_kt.model import calibrate, calibration, plan, remembered
 from llamafactory_kt.model.memory import read_around
 
 SHAPE = ExpertsShape(16, 2048, 1408)
@@ -127,7 +130,7 @@ def measuring(monkeypatch):
         calls.append(experts)
         return [Measured(0.036, 0.3), Measured(0.010, 0.2), Measured(0.011, 0.1)]
 
-    monkeypatch.setattr(calibration, "_measure", measure)
+    monkeypatch.setattr(choosing, "_measure", measure)
     return calls
 
 
@@ -151,7 +154,7 @@ def test_the_fastest_is_chosen_and_remembered(measuring, monkeypatch):
     chosen(around=0)
     chosen(around=31 * MB)
     assert len(measuring) == 5, "more weights around them, or none; as many whole products count as the same"
-    monkeypatch.setattr(remembered, "cpu_name", lambda: "another CPU")
+    monkeypatch.setattr(measurements, "cpu_name", lambda: "another CPU")
     chosen()
     assert len(measuring) == 6
 
@@ -173,10 +176,10 @@ def test_a_damaged_or_foreign_memory_is_ignored(measuring, damage):
 def test_nothing_is_measured_where_it_does_not_pay_or_cannot_be(measuring, monkeypatch, kt_log):
     assert chosen(ExpertsShape(16, 64, 96)) == (PLANS[0], "small layers, not measured")
     assert choose(PLANS[2:], SHAPE, 6, 1, 512, MB) == (PLANS[2], "")
-    monkeypatch.setattr(calibration, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(choosing, "available_memory", lambda: 10**9)
     assert chosen()[0] == PLANS[0] and not measuring
     monkeypatch.undo()
-    monkeypatch.setattr(calibration.sys, "executable", "/bin/false")
+    monkeypatch.setattr(choose.sys, "executable", "/bin/false")
     assert chosen(recalibrate=True)[0] == PLANS[0]
     assert "Measuring engines and threads failed (the measuring process ended with 1" in kt_log.text
 
@@ -195,7 +198,7 @@ def test_what_a_token_reads_around_the_experts(tmp_path, tied):
 @pytest.mark.parametrize("backend", [pytest.param("AMXBF16", marks=needs_kernel), "AVX2BF16"])
 @needs_onednn
 def test_measuring_for_real(monkeypatch, backend):
-    monkeypatch.setattr(calibration, "SMALLEST_LAYER", 0)
+    monkeypatch.setattr(choosing, "SMALLEST_LAYER", 0)
     plans = [Plan(backend, 1, 1), PLANS[2]]
     best, reason = choose(plans, ExpertsShape(12, 256, 192), 3, 1, 64, MB, recalibrate=True)
     assert best in plans and reason.count("ms a token") == 2
@@ -227,15 +230,15 @@ def test_measured_in_turn():
 def test_what_a_measuring_process_answers(monkeypatch):
     """A token with all weights around, and a prompt of 128 from one with fewer tokens and three in twenty weights."""
     for name in ("die_with_parent", "_engine", "arrange"):
-        monkeypatch.setattr(calibrate, name, lambda *_: None)
+        monkeypatch.setattr(worker, name, lambda *_: None)
     for name in ("_SETTLE", "_TOKENS"):
-        monkeypatch.setattr(calibrate, name, 0)
-    monkeypatch.setattr(calibrate, "_layer", lambda *_: lambda tokens, around: (tokens * len(around), tokens * 0.5))
+        monkeypatch.setattr(worker, name, 0)
+    monkeypatch.setattr(worker, "_layer", lambda *_: lambda tokens, around: (tokens * len(around), tokens * 0.5))
     ours, theirs = multiprocessing.Pipe()
     for message in ("your turn", None):
         ours.send(message)
     task = {"experts": 16, "layer": [64, 8, 8, 2, 1, 512]}
-    calibrate._serve(theirs, Plan("oneDNN", 0, 2), task, torch.empty(20, 8, 8))
+    worker._serve(theirs, Plan("oneDNN", 0, 2), task, torch.empty(20, 8, 8))
     assert ours.recv() == "ready" and ours.recv() == (20 + 0.5, 128 * (20 + 0.5))
 
 
@@ -248,12 +251,12 @@ def test_the_measuring_process_imports_little():
 def test_a_measuring_process_that_fails_says_why():
     facts = {"layer": [4, -1, 8, 1, 1, 8], "products": 0, "plans": [asdict(plan) for plan in PLANS[2:]]}
     with pytest.raises(ValueError, match=r"ended with 1: RuntimeError: .* negative dimension -1"):
-        calibration._measure(facts, 4)
+        choosing._measure(facts, 4)
 
 
 RUN = """
 import os, pathlib, torch
-from llamafactory_kt.model import workers
+from llamafactory_kt.autotune import apply as workers
 from llamafactory_kt.engines.ktkernel.cpuinfer import settle_pool
 from llamafactory_kt.autotune.plan import Plan
 settle_pool(1, 1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_switch import load
-from tiny import make_model, rel
+from helpers.loading import load
+from helpers.models import make_model
+from helpers.references import rel
 from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTExpertsConfig

@@ -7,9 +7,11 @@ import threading
 
 import pytest
 import torch
-from conftest import ENGINES, needs_kernel
-from test_fp8 import make_fp8
-from tiny import make_adapter, make_model, merged_float32, per_token, rel
+from helpers.adapters import make_adapter
+from helpers.fp8 import make_fp8
+from helpers.marks import ENGINES, needs_kernel
+from helpers.models import make_model
+from helpers.references import merged_float32, per_token, rel
 from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTExpertsConfig, apply_adapter, get_router_stats, prepare_for_inference, switch_adapter

@@ -1,54 +1,13 @@
-"""The whole thing as a user runs it: ``llamafactory-cli chat config.yaml`` in a process of its own."""
+"""The whole of it as a user runs it: ``llamafactory-cli chat config.yaml`` in a process of its own."""
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
-import sysconfig
-from pathlib import Path
 
 import pytest
-import yaml
-from conftest import needs_kernel
-
-CLI = Path(sysconfig.get_path("scripts")) / "llamafactory-cli"
-CONVERSATIONS = json.loads((Path(__file__).parents[1] / "examples/demo/conversations.json").read_text(encoding="utf-8"))
-PROMPTS = ["你好，请介绍一下你自己。", "什么是 LoRA？", "Hello, who are you?", "Tell me a joke."]
-EXPECTED = {item["prompt"]: item for item in CONVERSATIONS}
-
-
-def config(directory: Path, demo: Path, **keys) -> Path:
-    """The README's YAML with the paths of the demo; 60 threads are more than small machines have."""
-    values = {
-        "model_name_or_path": str(demo / "model"),
-        "template": "deepseek",
-        "trust_remote_code": True,
-        "infer_backend": "huggingface",
-        "use_kt": True,
-        "kt_backend": "AMXBF16",
-        "kt_num_threads": 60,
-        "kt_tp_enabled": False,
-        "do_sample": False,
-        **keys,
-    }
-    path = directory / "config.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}, allow_unicode=True), "utf-8")
-    return path
-
-
-def chat(path: Path, lines: list[str], *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "LLAMAFACTORY_VERBOSITY": "INFO", "PYTHONIOENCODING": "utf-8", **environment}
-    text = "\n".join(lines) + "\n"
-    return subprocess.run(
-        [CLI, "chat", path, *arguments], input=text, capture_output=True, encoding="utf-8", env=env, timeout=300
-    )
-
-
-def answers(result: subprocess.CompletedProcess) -> list[str]:
-    turns = result.stdout.split("\nUser: ")[1:]
-    return [turn.removeprefix("Assistant: ").strip() for turn in turns if turn.startswith("Assistant: ")]
+from helpers.chats import EXPECTED, PROMPTS, answers, chat, config
+from helpers.marks import needs_kernel
 
 
 @needs_kernel
@@ -167,11 +126,3 @@ def test_errors_that_come_while_loading(tmp_path, demo):
     code = f"import yaml; from llamafactory.chat import ChatModel; ChatModel(yaml.safe_load(open({str(path)!r})))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert result.returncode == 1 and "Traceback" in result.stderr and "KTAdapterError" in result.stderr
-
-
-def test_demo_command(demo):
-    result = subprocess.run(
-        [CLI.with_name("llamafactory-kt"), "demo", "--directory", demo], capture_output=True, encoding="utf-8"
-    )
-    assert result.returncode == 0, result.stderr
-    assert "Kiki" in result.stdout and "混合专家" in result.stdout

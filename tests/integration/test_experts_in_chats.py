@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from test_chat import PROMPTS, answers, chat, config
+from helpers.chats import PROMPTS, answers, chat, config
 
 
 def test_experts_in_the_terminal(tmp_path, demo):

@@ -9,8 +9,9 @@ import threading
 
 import pexpect
 import pytest
-from test_chat import CLI, EXPECTED, PROMPTS, config
-from tiny import make_model
+from helpers.chats import EXPECTED, PROMPTS, config
+from helpers.models import make_model
+from helpers.places import CLI
 
 from llamafactory_kt.integration.generation import Generation
 

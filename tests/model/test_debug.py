@@ -6,12 +6,11 @@ import json
 
 import pytest
 import torch
-from conftest import ENGINES
-from tiny import make_model
+from helpers.marks import ENGINES
+from helpers.models import make_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from llamafactory_kt import KTExpertsConfig
-from llamafactory_kt.load_report import layer_kinds
 from llamafactory_kt.model.debug import NotFiniteError
 
 IDS = torch.arange(40, 57)[None]
@@ -87,17 +86,3 @@ def test_the_expert_that_is_not_finite_is_named(path, engine):
     embeddings[0, 3, 0] = float("inf")
     with pytest.raises(NotFiniteError, match=r"layer 0: nan in the (input of the experts|routing weights)"):
         model(inputs_embeds=embeddings)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "changes", "wanted"),
-    [
-        ("deepseek_v2", {}, "MoE 1-2, dense MLP 0 (first_k_dense_replace: 1)"),
-        ("qwen3_moe", {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
-         "MoE 1, dense MLP 0, 2-3 (decoder_sparse_step: 2, mlp_only_layers: [3])"),
-        ("mixtral", {}, ""),
-    ],
-)  # fmt: skip
-def test_layer_kinds(tmp_path, architecture, changes, wanted):
-    model = load(make_model(tmp_path / "model", architecture, **changes))
-    assert layer_kinds(model) == wanted

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import KERNEL_PROBLEM, needs_kernel
+from helpers.marks import KERNEL_PROBLEM, needs_kernel
+from helpers.places import ROOT
 
 ENGINE = "torch" if KERNEL_PROBLEM else "AMXBF16"
 ENGINES = [pytest.param("AMXBF16", marks=needs_kernel), "torch"]
@@ -107,7 +108,7 @@ print(json.dumps(end_of(pid)))
 
 def start(code: str, demo: Path, engine: str, **keys) -> subprocess.Popen:
     """Two OpenMP threads: with one there would be none to miss."""
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **keys.pop("env", {})}
     command = [sys.executable, "-c", LOAD + code, str(demo.absolute()), engine]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **keys)

@@ -12,12 +12,12 @@ import click
 import pytest
 import typer.main
 import yaml
-from conftest import KERNEL_PROBLEM
+from helpers.marks import KERNEL_PROBLEM
+from helpers.places import ROOT
 
 import llamafactory_kt
 from llamafactory_kt.cli import app
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "README_zh.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ENGLISH = [page for page in PAGES if not page.stem.endswith("_zh") and page.stem != "CONTRIBUTING"]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)

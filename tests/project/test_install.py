@@ -10,8 +10,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from helpers.places import ROOT
 
-ROOT = Path(__file__).parents[1]
 UV = Path(sysconfig.get_path("scripts")) / "uv"
 CHECK = (
     "import torch, llamafactory_kt, _llamafactory_kt_autoload\n"

@@ -13,8 +13,8 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers.places import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llamafactory_kt"
 RUN = 4
 HOLE = "\0"
@@ -110,7 +110,7 @@ def test_every_message_is_on_the_page(name):
 
 
 def test_every_class_is_on_the_page():
-    from llamafactory_kt import errors
+    from llamafactory_kt.ground import errors
 
     classes = {name for name in vars(errors) if re.fullmatch(r"KT\w+Error", name)}
     for name in ("troubleshooting.md", "troubleshooting_zh.md"):

@@ -15,9 +15,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import KERNEL_PROBLEM
-from test_chat import EXPECTED
-from tiny import make_adapter, make_model
+from helpers.adapters import make_adapter
+from helpers.chats import EXPECTED
+from helpers.marks import KERNEL_PROBLEM
+from helpers.models import make_model
 
 from llamafactory_kt import switch_adapter
 from llamafactory_kt.ground.paging import give_back_memory

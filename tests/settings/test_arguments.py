@@ -1,4 +1,4 @@
-"""The kt_* keys: every way of writing them means the same, and all mistakes come at once."""
+"""The kt_* keys: every way of writing them means the same, and all mistakes are reported at once."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.places import ROOT
 from llamafactory.hparams import ModelArguments
 from llamafactory.hparams.parser import _parse_infer_args
 
-from llamafactory_kt import KTConfigError, KTPathError, machine
-from llamafactory_kt.model import kt_runtime, quantizer
+from llamafactory_kt import KTConfigError, KTPathError
+from llamafactory_kt.engines.ktkernel import runtime
+from llamafactory_kt.model import quantizer
 from llamafactory_kt.settings.check import check_for_inference
-from llamafactory_kt.settings.keys import KTArguments, threadpool_count
+from llamafactory_kt.settings.keys import KTArguments
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "ktransformers" / "inference").glob("*.yaml"))
+EXAMPLES = sorted((ROOT / "examples" / "ktransformers" / "inference").glob("*.yaml"))
+
+
 MODEL = {"model_name_or_path": "somewhere/model", "template": "deepseek"}
 
 
 @pytest.fixture(autouse=True)
 def any_cpu(monkeypatch):
-    for module in (kt_runtime, quantizer):
+    for module in (runtime, quantizer):
         monkeypatch.setattr(module, "kernel_problem", lambda method="AMXBF16": None)
 
 
@@ -140,41 +144,6 @@ def test_training_configurations_are_left_alone():
 
 def test_nothing_is_checked_without_use_kt():
     assert parse({"kt_backend": "nonsense", "kt_num_threads": -3}).kt_backend == "nonsense"
-
-
-def test_sub_pools(monkeypatch, tmp_path):
-    def made(**keys):
-        return threadpool_count(KTArguments(**keys))
-
-    for part in range(2):
-        (tmp_path / "_layer_1" / f"_numa_{part}").mkdir(parents=True)
-    packed = str(tmp_path)
-    monkeypatch.setattr("llamafactory_kt.engines.ktkernel.sub_pools.usable_cores", lambda: 8)
-    for nodes in (1, 2, 3):
-        monkeypatch.setattr(
-            "llamafactory_kt.engines.ktkernel.sub_pools.numa_nodes",
-            lambda count=nodes: {node: {0} for node in range(count)},
-        )
-        assert made() == made(kt_tp_enabled=True, kt_weight_path=packed) == nodes
-        assert made(kt_tp_enabled=False) == made(kt_num_threads=1) == 1
-        assert made(kt_weight_path=packed) == min(nodes, 2), "as its files are divided, if there are nodes for them"
-        assert made(kt_threadpool_count=3) == 3
-    monkeypatch.setattr("llamafactory_kt.engines.ktkernel.sub_pools.usable_cores", lambda: 3)
-    assert made() == made(kt_tp_enabled=True) == 1, "a worker for each, and as many cores for torch"
-
-
-def test_numa_nodes_that_this_process_may_use(monkeypatch, tmp_path):
-    for node, cpus in enumerate(("0-3,8-11\n", "4-7,12-15\n", "\n")):
-        (tmp_path / f"node{node}").mkdir()
-        (tmp_path / f"node{node}" / "cpulist").write_text(cpus)
-    monkeypatch.setattr(machine, "Path", lambda _: tmp_path)
-    for allowed, wanted in (
-        (set(range(16)), {0: {0, 1, 2, 3, 8, 9, 10, 11}, 1: {4, 5, 6, 7, 12, 13, 14, 15}}),
-        ({5, 12}, {1: {5, 12}}),
-        ({99}, {0: {99}}),
-    ):
-        monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _, cpus=allowed: cpus)
-        assert machine.numa_nodes() == wanted
 
 
 def test_sub_pools_the_machine_does_not_have(demo):

@@ -6,19 +6,20 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.adapters import edit_adapter, make_adapter, write_config
+from helpers.models import make_model, moe_layers
+from helpers.places import DATA
+from helpers.references import merged_float32, rel
 from safetensors.torch import load_file
-from tiny import edit_adapter, make_adapter, make_model, merged_float32, moe_layers, rel, write_config
 from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTAdapterError, KTConfigError, KTExpertsConfig, KTPathError, apply_adapter
 from llamafactory_kt.adapters import ExpertsShape, open_adapter, open_files
 from llamafactory_kt.tools.convert import convert_peft_to_kt_format, parse_moe_key
 
-DATA = Path(__file__).parent / "data"
 os.umask(UMASK := os.umask(0o022))
 
 

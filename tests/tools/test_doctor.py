@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import edit_adapter, make_adapter, make_model
+from helpers.adapters import edit_adapter, make_adapter
+from helpers.models import make_model
+from helpers.places import ROOT
 
 from llamafactory_kt.ground.machine import missing_cpu_flags
 from llamafactory_kt.tools.doctor import Status, diagnose
 from llamafactory_kt.tools.doctor.environment import variables
 
-ROOT = Path(__file__).parents[1]
 DISTURBING = ("TORCH_DEVICE_BACKEND_AUTOLOAD", "LLAMAFACTORY_KT_DISABLE", "USE_V1", "KT_KERNEL_CPU_VARIANT")
 
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import needs_kernel
+from helpers.adapters import edit_adapter, make_adapter
+from helpers.marks import needs_kernel
+from helpers.models import make_model
+from helpers.places import DATA
+from helpers.references import merged_float32, per_token, rel
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import edit_adapter, make_adapter, make_model, merged_float32, per_token, rel
 from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTAdapterError, KTConfigError, KTPathError
 from llamafactory_kt.tools.merge import merge_adapter
-
-DATA = Path(__file__).parent / "data"
 
 
 def state(model) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ def test_every_weight_is_the_float32_sum_rounded_once(tmp_path, architecture, na
 def test_against_pefts_own_merge(tmp_path):
     """PEFT can merge target_parameters itself; in float32 the two agree to its last bits."""
     base = make_model(tmp_path / "base", "qwen3_moe", dtype=torch.float32)
-    from test_formats import peft_target_parameters
+    from helpers.foreign_adapters import peft_target_parameters
 
     adapter, reference = peft_target_parameters(tmp_path, base, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
     merge_adapter(base, adapter, tmp_path / "merged")
@@ -81,7 +81,7 @@ def test_adapters_of_other_tools(tmp_path, source):
     if source.endswith("parameters"):
         reference = PeftModel.from_pretrained(base, DATA / source)
     else:
-        from test_formats import bundle_reference
+        from helpers.foreign_adapters import bundle_reference
 
         reference = bundle_reference(base, DATA / source)
     with torch.inference_mode():

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ENGINES
-from tiny import make_adapter, make_model, merged_float32, moe_layers, rel
+from helpers.adapters import make_adapter
+from helpers.marks import ENGINES
+from helpers.models import make_model, moe_layers
+from helpers.references import merged_float32, rel
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
@@ -19,7 +21,8 @@ from llamafactory_kt.adapters import open_adapters
 from llamafactory_kt.apply import kt_wrappers
 from llamafactory_kt.cli import app
 from llamafactory_kt.ground.errors import KTConfigError
-from llamafactory_kt.integration.chat_config import load_chat, prompt_ids
+from llamafactory_kt.integration.chat import LoadedChat
+from llamafactory_kt.integration.prompts import make_prompts
 from llamafactory_kt.tools.verify import record_inputs, verify_layers
 from llamafactory_kt.tools.verify.bounds import bounds_for, compare
 from llamafactory_kt.tools.verify.reference import Reference
@@ -61,12 +64,15 @@ def test_layers_and_the_table(tmp_path, demo):
         assert isinstance(result.exception, KTConfigError) and message in str(result.exception)
     result = CliRunner().invoke(app, ["verify", str(config), "use_kt=false"])
     assert isinstance(result.exception, KTConfigError) and "does not ask for use_kt" in str(result.exception)
+    result = CliRunner().invoke(app, ["verify", str(config), "kt_bakend=torch"])
+    assert isinstance(result.exception, KTConfigError) and str(result.exception).startswith(f"{config}: ")
 
 
 @pytest.fixture(scope="module", params=ENGINES)
 def loaded(request, tmp_path_factory, demo):
-    chat = load_chat(write(tmp_path_factory.mktemp("c") / "c.yaml", demo, kt_backend=request.param))
-    inputs = record_inputs(chat.model, prompt_ids(chat, "Hello, who are you? 你好，请介绍一下你自己。"))
+    chat = LoadedChat.load_yaml(write(tmp_path_factory.mktemp("c") / "c.yaml", demo, kt_backend=request.param))
+    ids, _ = chat.encode(*make_prompts(["Hello, who are you? 你好，请介绍一下你自己。"]))
+    inputs = record_inputs(chat.model, ids)
     return chat, inputs, Reference(chat.checkpoint, chat.adapters)
 
 
@@ -129,7 +135,7 @@ def test_a_small_adapter_is_not_lost_in_rounding(tmp_path, backend):
     """Effects of a hundredth of the output: still seen, and their double is caught."""
     model = make_model(tmp_path / "m", "qwen3_moe")
     adapter = make_adapter(tmp_path / "a", model, scale=0.02)
-    chat = load_chat(
+    chat = LoadedChat.load_yaml(
         write(tmp_path / "c.yaml", tmp_path, model_name_or_path=str(model), adapter_name_or_path=str(adapter), kt_backend=backend)
     )  # fmt: skip
     inputs, reference = record_inputs(chat.model, list(range(2, 40))), Reference(chat.checkpoint, chat.adapters)

@@ -1,117 +1,97 @@
-"""Experts in kt-kernel: its SFT kernels (``AMXBF16_SFT`` and its 8- and 4-bit sisters; AVX-512 BF16 or AMX), and its
-inference kernel for AVX2."""
+"""What kt-kernel's engines have in common: one kernel object a layer, computed by the process's pool of worker threads."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import logging
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
-from ...adapters import ExpertLora
-from ...adapters.expert_lora import mantissa
+from ...adapters import ExpertsShape
 from ...checkpoint.reader import LayerWeights
-from ...ground.errors import KTModelError
-from ..base import Engine, EngineSpec, ReadExperts, Undo
-from . import stream as queueing
-from .inference_kernel import BaseKernel
+from ..base import DEFAULT_OPTIONS, Engine, EngineOptions, EngineSpec, LayerMemory, ReadExperts, Stream
+from ..plan import Plan, PlanRequest
+from . import stream as streams
+from .cpuinfer import settle_pool
+from .kernel import KernelKind, KernelObject
 from .methods import Method, PackedShape
-from .packed_files import StoredLayer
-from .runtime import kernel_lock
-from .sft_kernel import Kernel, KernelKind
-from .stream import Stream
-
-logger = logging.getLogger(__name__)
+from .packed_files import PackedLayer, record_for
+from .plans import arrange_process, plans
+from .runtime import cpu_variant, kernel_lock
 
 
 class KTEngine(Engine):
-    """One kernel object. Its LoRA rank and scaling are fixed when it is built: a smaller rank is padded with zeros,
-    another scaling is folded into B, a larger rank builds a new object from the checkpoint. A method without LoRA takes
-    none.
+    """One kernel object. Weights are packed while loading, or read from ``.kt`` files."""
 
-    Args:
-        method: how the weights are packed.
-        stored: the layer's packed weights on disk; None packs the checkpoint's while loading.
-        max_chunk: tokens per kernel call; longer inputs are split.
-        pools: NUMA sub-pools.
-        verbose: let the kernel write to stdout while it loads.
-    """
+    method: ClassVar[Method]
+    has_workers = True
 
-    def __init__(
-        self,
-        spec: EngineSpec,
-        read_experts: ReadExperts,
-        method: Method,
-        stored: StoredLayer | None = None,
-        *,
-        max_chunk: int,
-        pools: int,
-        verbose: bool,
-    ):
-        super().__init__(spec, read_experts)
-        self.name, self._method, self._stored = method.name, method, stored
-        self._max_chunk, self._pools, self._verbose = max_chunk, pools, verbose
+    def __init__(self, spec: EngineSpec, read_experts: ReadExperts, options: EngineOptions = DEFAULT_OPTIONS):
+        super().__init__(spec, read_experts, options)
+        self.packed = PackedShape.of(self.method, spec.shape, options.pools)
+        """sizes of the weights as the kernel holds them"""
+        self._files = None
+        if options.packed_files is not None:
+            record = record_for(spec.shape, self.method, options.pools, spec.fingerprint())
+            self._files = PackedLayer(options.packed_files, spec.layer, record, self.method)
 
-    def load(self) -> None:
-        self._kernel = self._build(self.spec.lora_rank, self.spec.lora_scaling)
+    @classmethod
+    def plans(cls, request: PlanRequest) -> list[Plan]:
+        return plans(cls.name, request)
 
-    def _build(self, rank: int, scaling: float) -> Kernel | BaseKernel:
-        packed = PackedShape.of(self._method, self.spec.shape, self._pools)
-        kind = KernelKind(packed, self.spec.num_experts_per_tok, rank, mantissa(scaling), self._max_chunk)
-        weights: LayerWeights | Path
-        if self._stored:
-            self._stored.check_files()
-            weights = self._stored.root
-        else:
-            weights = LayerWeights.stacked(
-                self._read_experts(torch.bfloat16),
-                self.spec.shape,
-                torch.bfloat16,
-                (packed.hidden, packed.intermediate),
-            )
-            if not self._method.lora:
-                return BaseKernel(kind, self.spec.layer, weights, verbose=self._verbose)
-        return Kernel(kind, self.spec.layer, weights, verbose=self._verbose)
+    @classmethod
+    def memory(cls, shape: ExpertsShape, rank: int, itemsize: int, options: EngineOptions) -> LayerMemory:
+        need = super().memory(shape, rank, itemsize, options)
+        packed = PackedShape.of(cls.method, shape, options.pools)
+        return replace(need, weights=packed.nbytes, loading=0 if options.packed_files else need.loading)
 
-    def set_lora(self, lora: ExpertLora | None) -> Undo:
-        queueing.settle()
-        kernel, rank = self._kernel, self.lora_rank
-        if isinstance(kernel, BaseKernel):
-            if lora is not None:
-                raise KTModelError(f"{self.name} computes no LoRA; load the model with the adapter, to have it merged.")
-            return lambda: None
-        tensors = kernel.lora
-        if lora is not None and lora.rank > kernel.kind.rank:
-            logger.warning(
-                "layer %d: LoRA rank %d exceeds the rank %d this kernel was built for; reading the layer again.",
-                self.spec.layer, lora.rank, kernel.kind.rank,
-            )  # fmt: skip
-            new = self._build(lora.rank, float(lora.scaling["gate"][0, 0]))
-            assert isinstance(new, Kernel)
-            new.set_lora(new.lora_tensors(lora))
-            self._kernel = new
-        else:
-            kernel.set_lora(kernel.lora_tensors(lora) if lora is not None else None)
-        self.lora_rank = lora.rank if lora is not None else 0
+    @classmethod
+    def build(cls) -> str:
+        return cpu_variant()
 
-        def undo() -> None:
-            queueing.settle()
-            if kernel is self._kernel:
-                kernel.set_lora(tensors)
-            self._kernel, self.lora_rank = kernel, rank
+    @classmethod
+    def describe_workers(cls, plan: Plan, options: EngineOptions) -> str:
+        idle = ", in the idle class" if plan.idle_workers else ""
+        return f"kt-kernel {plan.workers} in {options.pools} sub-pool(s){idle}"
 
-        return undo
+    @classmethod
+    def start(cls, plan: Plan, options: EngineOptions) -> tuple[Plan, EngineOptions]:
+        workers, pools = settle_pool(plan.workers, options.pools)
+        return replace(plan, workers=workers), replace(options, pools=pools)
+
+    @classmethod
+    def arrange_process(cls, plan: Plan) -> None:
+        arrange_process(plan)
+
+    @property
+    @abstractmethod
+    def kernel(self) -> KernelObject:
+        """The kernel object in use."""
+
+    def _kind(self, rank: int, scaling: float) -> KernelKind:
+        return KernelKind(self.packed, self.spec.num_experts_per_tok, rank, scaling, self.options.max_chunk)
+
+    def _weights(self) -> LayerWeights | Path:
+        """What a kernel object is built from."""
+        if self._files is not None:
+            self._files.check_files()
+            return self._files.root
+        size = self.packed.hidden, self.packed.intermediate
+        return LayerWeights.stacked(self._read_experts(torch.bfloat16), self.spec.shape, torch.bfloat16, size)
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        kernel, size = self._kernel, hidden.shape[1]
         self._check(index)
+        kernel, size, most = self.kernel, hidden.shape[1], self.options.max_chunk
         out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         with kernel_lock:
-            kind = kernel.kind
-            buffers = _buffers(kind.max_chunk, kind.num_experts_per_tok, size, kind.packed.hidden)
-            for start in range(0, len(hidden), kind.max_chunk):
-                part = slice(start, start + kind.max_chunk)
+            buffers = _buffers(most, self.spec.num_experts_per_tok, size, self.packed.hidden)
+            for start in range(0, len(hidden), most):
+                part = slice(start, start + most)
                 x, chosen, scores, result = (buffer[: len(hidden[part])] for buffer in buffers)
                 x[:, :size].copy_(hidden[part])
                 chosen.copy_(index[part])
@@ -122,59 +102,42 @@ class KTEngine(Engine):
         return out
 
     @property
-    def queues(self) -> bool:
-        """Whether a GPU's stream can wait for this engine, instead of a thread."""
-        return hasattr(self._kernel.infer, "submit_with_cuda_stream")
+    def streams(self) -> bool:
+        return hasattr(self.kernel.infer, "submit_with_cuda_stream")
 
-    def submit(
+    @property
+    def stream_hidden_size(self) -> int:
+        return self.packed.hidden
+
+    @contextlib.contextmanager
+    def on_stream(
         self, stream: Stream, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Compute on the CPU once the stream has come this far, of what it then finds in x, index and scores as
-        :meth:`as_read` gave them; out is like x. All lie on the CPU, and stay there until the stream has passed :meth:`join`."""
-        kernel, most = self._kernel, self._kernel.kind.max_chunk
-        for start in range(0, len(x), most):
-            part = (tensor[start : start + most] for tensor in (x, index, scores, out))
-            queueing.submit(kernel.infer, stream, kernel.task(*part))
-
-    def join(self, stream: Stream) -> None:
-        """Let the stream wait until ``out`` is written."""
-        queueing.join(self._kernel.infer, stream)
-
-    def as_read(
-        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The arguments of :meth:`forward` as the kernel reads them through raw pointers, on their device: bf16 [T, padded H],
-        int64 [T, K], float32 [T, K], contiguous."""
-        kind = self._kernel.kind
+    ) -> Iterator[None]:
         self._check(index)
-        x = hidden.to(torch.bfloat16)
-        if padding := kind.packed.hidden - hidden.shape[1]:
-            x = torch.nn.functional.pad(x, (0, padding))
-        return x.contiguous(), index.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous()
+        kernel, most = self.kernel, self.options.max_chunk
+        try:
+            for start in range(0, len(x), most):
+                part = (tensor[start : start + most] for tensor in (x, index, scores, out))
+                streams.submit(kernel.infer, stream, kernel.task(*part))
+            yield
+        finally:
+            streams.join(kernel.infer, stream)  # else the next layer would write what this one still reads
 
     def _check(self, index: torch.Tensor) -> None:
-        if index.shape[1] != (wanted := self._kernel.kind.num_experts_per_tok):
+        if index.shape[1] != (wanted := self.spec.num_experts_per_tok):
             raise ValueError(f"expected {wanted} experts per token, got {index.shape[1]}")
-
-    def nbytes_for_rank(self, rank: int) -> int:
-        return self.nbytes if self._method.lora and rank > self._kernel.kind.rank else 0
 
     @property
     def nbytes(self) -> int:
-        return self._kernel.kind.packed.nbytes
-
-    @property
-    def lora_nbytes(self) -> int:
-        kind, packed = self._kernel.kind, self._kernel.kind.packed
-        return 3 * packed.num_experts * kind.rank * (packed.hidden + packed.intermediate) * 2 if self.lora_rank else 0
+        return self.packed.nbytes
 
 
 @functools.cache  # for each size, as another one's padding is not zero
 def _buffers(tokens: int, top_k: int, size: int, padded: int) -> list[torch.Tensor]:
     """What kernels on the CPU read and write, under their lock: x [T, padded], of which all but [T, size] stays zero, index
-    and scores [T, K], and the result. What no prompt has needed takes no memory."""
+    and scores [T, K], and the result. Rows that no prompt has needed take no memory."""
     made: list[tuple[int, torch.dtype]] = [
         (padded, torch.bfloat16), (top_k, torch.int64), (top_k, torch.float32), (padded, torch.bfloat16)
     ]  # fmt: skip
-    with torch.inference_mode(False):  # what is made in that mode can only be written in it
+    with torch.inference_mode(False):  # a tensor made in that mode can only be written in it
         return [torch.zeros(tokens, columns, dtype=dtype, device="cpu") for columns, dtype in made]

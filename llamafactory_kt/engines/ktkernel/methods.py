@@ -1,4 +1,4 @@
-"""The arithmetic of kt-kernel's engines: how weights are packed, and what sizes the kernels take (measured, 0.7.2)."""
+"""How kt-kernel's kernels pack weights, and which sizes they take (measured with 0.7.2)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ class Method:
     bits: int
     """of a packed weight"""
     multiple: int
-    """Hidden and intermediate size (per sub-pool) must be multiples of this: BF16 crashes the process otherwise, the
-    others fail when they are built."""
-    lora: bool = True
-    """Whether the kernel computes LoRA, unmerged and in bf16, on top of the weights: kt-kernel's SFT kernels do, its
-    inference kernels do not."""
+    """hidden and intermediate size (per sub-pool) must be multiples of this: BF16 crashes the process otherwise, the
+    others fail when they are built"""
+    packer: str = ""
+    """kt-kernel's class that packs weights into ``.kt`` files; empty where there is none"""
+
+    @property
+    def short(self) -> str:
+        """As kt-kernel's file names have it: ``INT8``."""
+        return self.name.removeprefix("AMX")
 
     @property
     def sft(self) -> str:
@@ -35,17 +39,6 @@ class Method:
     def nbytes(self, rows: int, columns: int) -> int:
         """Memory of one packed matrix; integers have one float32 scale a row."""
         return rows * columns * self.bits // 8 + (4 * rows if self.bits < 16 else 0)
-
-
-METHODS = {
-    method.name: method
-    for method in (
-        Method("AMXBF16", 16, 32),
-        Method("AMXINT8", 8, 64),
-        Method("AMXINT4", 4, 128),
-        Method("AVX2BF16", 16, 32, lora=False),
-    )
-}
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class LayerRecord:
     hidden_size: int
     intermediate_size: int
     fingerprint: str
-    """of the checkpoint's weights, see ``ExpertsCheckpoint.fingerprint``"""
+    """of the checkpoint's weights, see ``LayerTensors.fingerprint``"""
 
 
 def layer_directory(root: Path, layer: int) -> Path:
@@ -72,7 +72,7 @@ def read_record(directory: Path) -> tuple[LayerRecord, dict[str, dict[str, Any]]
         raise KTModelError(f"{path} is damaged ({error}); remove {directory} and quantise again.") from error
 
 
-class StoredLayer:
+class PackedLayer:
     """One layer's packed weights.
 
     Args:
@@ -91,7 +91,7 @@ class StoredLayer:
         if not any(self._directory.glob("_numa_*/*.kt")):
             raise KTPathError(
                 f"kt_weight_path: {root} holds no .kt files of layer {layer}. llamafactory-kt quantize --model MODEL --output "
-                f"{root} --method {method.name[3:].lower()} makes them."
+                f"{root} --method {method.short.lower()} makes them."
             )
         found = read_record(self._directory)
         if found is None:
@@ -137,7 +137,7 @@ class StoredLayer:
                 sizes = {"quant": rows * columns * method.bits // 8, "scale": 4 * rows}
                 for expert in range(record.num_experts):
                     for part, size in sizes.items():
-                        name = f"{method.name[3:]}_{projection}_{expert}_{size}Byte_{part}_.kt"
+                        name = f"{method.short}_{projection}_{expert}_{size}Byte_{part}_.kt"
                         files[f"_numa_{pool}/{name}"] = {"size": size}
         return files
 

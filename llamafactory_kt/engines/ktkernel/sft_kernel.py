@@ -1,12 +1,8 @@
-"""Kernel objects of kt-kernel's: what all have in common, and those of its SFT kernels, which are built, given LoRA, and given
-back when nobody refers to them any more."""
+"""kt-kernel's SFT kernels, which compute LoRA beside the weights: built, given LoRA, and freed when nobody refers to them."""
 
 from __future__ import annotations
 
-import functools
 import weakref
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,79 +11,17 @@ import torch
 from ...adapters import ExpertLora
 from ...adapters.keys import PROJECTIONS
 from ...checkpoint.reader import LayerWeights
+from .cpuinfer import settled_pool, worker_pool
 from .free_0_7_2 import building, drop, free_dropped
-from .methods import PackedShape
-from .runtime import kernel_lock, make_wrapper, quiet_stdout
-from .stream import Task, settle
-
-
-@dataclass(frozen=True)
-class KernelKind:
-    """What a kernel object is built with and cannot change afterwards."""
-
-    packed: PackedShape
-    num_experts_per_tok: int
-    rank: int
-    """0 for one that never gets LoRA"""
-    scaling: float
-    max_chunk: int
-
-
-class KernelObject(ABC):
-    """One kernel object of kt-kernel's. It is released at the end of the process, unless it is gone before."""
-
-    wrapper: Any
-
-    def __init__(self, kind: KernelKind):
-        self.kind = kind
-        self._tasks: dict[tuple[int, ...], Task] = {}
-
-    def _built(self) -> None:
-        """To be called last: from now on, there is something to be released."""
-        _kernels.add(self)
-
-    @property
-    @abstractmethod
-    def infer(self) -> Any:
-        """kt-kernel's queue of tasks."""
-
-    @abstractmethod
-    def _make_task(self, given: tuple[int, ...]) -> Task: ...
-
-    @abstractmethod
-    def release(self) -> None:
-        """Let go of the kernel object for good."""
-
-    def task(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> Task:
-        """What computes at most ``max_chunk`` tokens: x, out [T, hidden] bf16, index [T, K] int64, scores [T, K] float32, all
-        contiguous. It holds their addresses, and is kept: they should be of buffers that are used again and again."""
-        count = _counts(self.kind.max_chunk).data_ptr() + 4 * x.shape[0]
-        given = count, index.shape[1], index.data_ptr(), scores.data_ptr(), x.data_ptr(), out.data_ptr()
-        if (task := self._tasks.get(given)) is None:
-            task = self._tasks[given] = self._make_task(given)
-        return task
-
-
-_kernels: weakref.WeakSet[KernelObject] = weakref.WeakSet()
-
-
-def every_wrapper() -> list[Any]:
-    """Every kernel object that is in use."""
-    return [kernel.wrapper for kernel in _kernels]
-
-
-def release_all() -> None:
-    """Drop every kernel object of the process; only for its end, when its memory goes anyway."""
-    settle()
-    for kernel in list(_kernels):
-        kernel.release()
-
+from .kernel import KernelKind, KernelObject
+from .runtime import kernel_lock, quiet_stdout
+from .stream import Task
 
 LoraTensors = tuple[torch.Tensor, ...]
 """A and B of gate, up and down as the kernel takes them: bf16 [E, r, in] and [E, out, r], padded"""
 
 
-class Kernel(KernelObject):
+class SftKernel(KernelObject):
     """One of the SFT kernels with its base weights. Its memory is given back when it is no longer referenced.
 
     Args:
@@ -108,9 +42,17 @@ class Kernel(KernelObject):
         self._built()
 
     def _make(self, layer: int, weights: LayerWeights | Path) -> Any:
+        from kt_kernel import KTMoEWrapper
+
         kind, packed = self.kind, self.kind.packed
         experts = torch.arange(packed.num_experts)
-        wrapper = make_wrapper(
+        worker_pool()  # which the wrapper then finds
+        threads, pools = settled_pool()
+        wrapper = KTMoEWrapper(
+            mode="sft",
+            gpu_experts_mask=None,
+            cpuinfer_threads=threads,
+            threadpool_count=pools,
             layer_idx=layer,
             num_experts=packed.num_experts,
             num_experts_per_tok=kind.num_experts_per_tok,
@@ -162,12 +104,6 @@ class Kernel(KernelObject):
     def release(self) -> None:
         self._drop.detach()
         self.wrapper = None
-
-
-@functools.cache
-def _counts(most: int) -> torch.Tensor:
-    """int32 0, 1, ... most: a task reads its number of tokens when it runs, which may be after the next was made."""
-    return torch.arange(most + 1, dtype=torch.int32, device="cpu")
 
 
 def _zero_lora(wrapper: Any) -> None:

@@ -8,22 +8,17 @@ Python queues what the GPU does next.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+
+from ..base import Stream
 
 Task = tuple[int, int]
 """addresses of one of kt-kernel's functions and of its arguments, which it never frees: it is made once for the same tensors,
 and submitted again (``ForwardBindings`` in kt-kernel's ext_bindings.cpp)"""
 
 _devices: set[torch.device] = set()
-
-
-class Stream(Protocol):
-    """What is used of torch.cuda.Stream."""
-
-    cuda_stream: int
-    device: torch.device
 
 
 def submit(infer: Any, stream: Stream, task: Task) -> None:

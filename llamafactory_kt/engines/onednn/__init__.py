@@ -1,1 +1,5 @@
-"""Experts in PyTorch's own kernels (oneDNN)."""
+"""Experts on PyTorch's own kernels (oneDNN)."""
+
+from .engine import OneDNNEngine
+
+__all__ = ["OneDNNEngine"]

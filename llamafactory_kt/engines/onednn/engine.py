@@ -14,9 +14,9 @@ import torch
 from ...adapters import ExpertLora, ExpertsShape
 from ...checkpoint.reader import ExpertWeights
 from ...matmul.layouts import Size, faster_packed, placing
-from ...matmul.linear import computed_in, numbers
-from ..base import Engine, Undo
-from .lora import HeldLora
+from ...matmul.linear import computed_in, numbers, onednn_problem
+from ..base import Engine, EngineOptions, LayerMemory, Undo
+from .lora import HeldLora, lora_size
 from .schedule import Part, compute, parts, together
 from .script import scripted_experts
 
@@ -26,15 +26,31 @@ RESULTS = 2**26
 
 def sampled(shape: ExpertsShape) -> int:
     """Experts whose products are timed: so many that caches do not hold them."""
-    return max(1, min(8, shape.num_experts, 2**28 // (3 * shape.hidden_size * shape.intermediate_size * 2)))
+    return max(1, min(8, shape.num_experts, 2**27 // (shape.num_weights // shape.num_experts)))
 
 
 class OneDNNEngine(Engine):
     """The checkpoint's weights in bfloat16, gate and up side by side; sums in float32 inside each product."""
 
     name = "oneDNN"
+    bits = 16
+    weights_dtype = torch.bfloat16
 
     _lora: HeldLora | None = None
+
+    @classmethod
+    def problem(cls) -> str | None:
+        return onednn_problem()
+
+    @classmethod
+    def auto(cls, merged: bool) -> bool:
+        return True
+
+    @classmethod
+    def memory(cls, shape: ExpertsShape, rank: int, itemsize: int, options: EngineOptions) -> LayerMemory:
+        """Experts are read one at a time; some of them are copied, to time plain and packed weights."""
+        weights = 2 * shape.num_weights
+        return LayerMemory(weights, lora_size(shape, rank), 4 * sampled(shape) * weights // shape.num_experts)
 
     def load(self) -> None:
         shape = self.spec.shape
@@ -96,8 +112,7 @@ class OneDNNEngine(Engine):
 
     @property
     def nbytes(self) -> int:
-        shape = self.spec.shape
-        return 3 * shape.num_experts * shape.hidden_size * shape.intermediate_size * 2
+        return 2 * self.spec.shape.num_weights
 
     @property
     def lora_nbytes(self) -> int:

@@ -40,8 +40,10 @@ def parts(counts: Sequence[int], threads: int) -> list[Part]:
     found: list[Part] = []
     start = 0
     for expert, rows in enumerate(counts):
-        number = max(min(rows, 1), round(rows / aim))
-        ends = [start + rows * part // number for part in range(number + 1)] if number else []
+        if not rows:
+            continue
+        number = max(1, round(rows / aim))
+        ends = [start + rows * part // number for part in range(number + 1)]
         found.extend(Part(expert, *both) for both in pairwise(ends))
         start += rows
     return found

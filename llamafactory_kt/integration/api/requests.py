@@ -16,8 +16,8 @@ from typing import Any
 
 from fastapi import HTTPException
 
+from ...model.state import has_kt_experts
 from ..generation import Generation, generation_of_request
-from ..hf_engine import has_kt_experts
 from ..patching import expect, is_patched, replace
 from ..sglang_engine import KTSGLangEngine
 from .disconnect import StopUnwanted

@@ -6,7 +6,7 @@ import functools
 from types import ModuleType
 from typing import Any
 
-from ..hf_engine import has_kt_experts
+from ...model.state import has_kt_experts, kt_state
 from ..patching import expect, is_patched, replace
 
 
@@ -49,12 +49,12 @@ def draw_experts(engine: Any) -> list[Any]:
     import gradio
 
     model: Any = getattr(engine.chatter.engine, "model", None)
-    if not any(wrapper.router_counts for wrapper in getattr(model, "_kt_wrappers", ())):
+    if not has_kt_experts(model) or not any(wrapper.router_counts for wrapper in kt_state(model).wrappers):
         return [gradio.Column(visible=False), None]
     from ...router_stats.plots import router_heat_map
     from ...router_stats.stats import get_router_stats
 
-    model._kt_gate.wait_until_idle()
+    kt_state(model).lock.wait_until_idle()
     stats = get_router_stats(model)
     first = next(iter(stats.values()))
     answers = first.tokens - first.prompt_tokens

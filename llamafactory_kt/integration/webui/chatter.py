@@ -15,7 +15,7 @@ from typing import Any
 from ...ground.errors import KTError
 from ...ground.machine import gib
 from ...ground.paging import give_back_memory
-from ..hf_engine import has_kt_experts
+from ...model.state import has_kt_experts, kt_state
 from ..patching import asks_for, expect, is_patched, replace
 from .background_load import PageLoad
 from .texts import say
@@ -73,7 +73,7 @@ def patch(module: ModuleType) -> None:
         if ours:
             for generation in tuple(_answers(self)):
                 generation.stop()
-            _model(self)._kt_gate.wait_until_idle()
+            kt_state(_model(self)).lock.wait_until_idle()
         yield from unload_stock(self, data)
         if ours and not self.loaded:
             self._kt_args = None
@@ -162,12 +162,12 @@ class Switch(PageLoad):
         def work() -> None:
             from ...apply import switch_adapter
             from ..chat_config import open_configured, parse
-            from ..model_loader import announce
+            from ..model_loader import log_load_table
 
             model, model_args = chatter.engine.model, parse(args)
             adapters = open_configured(model_args)
-            report = switch_adapter(model, adapters, model_args.kt_lora_scope)
-            announce(model, report if adapters.adapters else None)
+            switch_adapter(model, adapters, model_args.kt_lora_scope)
+            log_load_table(model)
             chatter._kt_args = args
 
         super().__init__(work, debug=asks_for("kt_debug", args))

@@ -10,11 +10,11 @@ from types import ModuleType
 from typing import Any
 
 from ...engines.ktkernel.sub_pools import sub_pools
-from ...engines.registry import BACKENDS
+from ...engines.registry import backend_names
 from ...ground.errors import KTHookError
+from ...model.state import has_kt_experts
 from ...settings.keys import SCOPES, KTArguments
 from .. import bootstrap
-from ..hf_engine import has_kt_experts
 from ..patching import expect, is_patched, replace, versions
 from .chatbot import draw_experts
 from .texts import add_components
@@ -97,7 +97,7 @@ def _create_section() -> dict[str, Any]:
         elements: dict[str, Any] = {"kt_section": section}
         with gr.Row():
             elements["use_kt"] = gr.Checkbox(value=False)
-            elements["kt_backend"] = gr.Dropdown(choices=list(BACKENDS), value=_DEFAULTS["kt_backend"])
+            elements["kt_backend"] = gr.Dropdown(choices=list(backend_names()), value=_DEFAULTS["kt_backend"])
             elements["kt_num_threads"] = gr.Textbox(value=_SHOWN["kt_num_threads"])
             elements["kt_threadpool_count"] = gr.Number(value=_SHOWN["kt_threadpool_count"], precision=0, minimum=1)
         with gr.Row():
@@ -130,7 +130,7 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
     """The load table below the status line, and the heat map beside the chat; they follow what the status line says."""
     import gradio as gr
 
-    from ...load_report import load_markdown
+    from ...load_report import load_markdown, load_rows
 
     def refresh(lang: str, status: str) -> list[Any]:
         model: Any = getattr(engine.chatter.engine, "model", None)
@@ -140,7 +140,7 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
         return [
             locales.ALERTS["info_loaded"][lang] if loaded and unloaded else gr.skip(),
             gr.Accordion(visible=loaded),
-            load_markdown(model._kt_load_rows) if loaded else "",
+            load_markdown(load_rows(model)) if loaded else "",
             *(draw_experts(engine) if experts else ()),
         ]
 

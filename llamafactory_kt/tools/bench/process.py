@@ -70,6 +70,7 @@ def _load(row: Row, prompt_tokens: Sequence[int]) -> tuple[Any, Loaded, Prepare]
     from llamafactory.chat import ChatModel
 
     from ...integration.chat_config import open_configured, parse
+    from ...model.state import has_kt_experts, kt_state
     from .sizes import Sizes
     from .stock import BestExperts, merge_into
 
@@ -87,9 +88,9 @@ def _load(row: Row, prompt_tokens: Sequence[int]) -> tuple[Any, Loaded, Prepare]
         model = merge_into(model, adapters, args.kt_lora_scope)
         prepare = best = BestExperts(model, prompt_tokens)
         engine = f"transformers, {best}: {_threads()}"
-    elif hasattr(model, "_kt_summary"):
+    elif has_kt_experts(model):
         push = _push_again(model)
-        engine = str(model._kt_summary["plan"])
+        engine = str(kt_state(model).plan)
     else:
         engine = f"transformers: {_threads()}"
     return model, Loaded(engine, load, before, resident, peak, *Sizes.of(model), push=push), prepare
@@ -105,9 +106,11 @@ def _threads() -> str:
 def _push_again(model: Any) -> float | None:
     """Seconds a layer to load the expert LoRA that the model has once more; None where it has none, or has it merged."""
     from ...apply import load_moe_lora_from_adapter
+    from ...model.state import kt_state
 
-    adapters = model._kt_adapters
-    if not adapters.layers or model._kt_merged is not None:
+    state = kt_state(model)
+    adapters = state.expert_adapters
+    if not adapters.layers or state.merged is not None:
         return None
     started = time.perf_counter()
     load_moe_lora_from_adapter(model, adapters)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from ...checkpoint.layout import weight_files
-from ...engines.ktkernel.methods import METHODS
-from ...engines.registry import canonical_backend
+from ...checkpoint.opening import weight_files
+from ...engines.registry import AUTO, find_engine
 from ...ground.errors import KTMemoryError
 from ...ground.machine import available_memory, gib
 from ...ground.tensor_files import SafetensorsStore
@@ -47,7 +45,7 @@ class Weights(NamedTuple):
 
 def stored_weights(model: str) -> Weights | None:
     """The sizes of a local checkpoint, by its headers; None where there is none, as with a name on the hub."""
-    files = weight_files(Path(model).expanduser())
+    files = weight_files(model)
     if not files:
         return None
     return Weights.of({name: info.nbytes for name, info in SafetensorsStore(files[0], files).infos.items()})
@@ -58,8 +56,9 @@ def need(row: Row, weights: Weights, gpu_memory: int) -> int:
     if row.stock or not row.config.get("use_kt"):
         return max(0, weights.total - gpu_memory)
     others = 0 if gpu_memory else weights.others
-    method = METHODS.get(canonical_backend(row.config.get("kt_backend", "auto")))
-    return weights.experts * (method.bits if method else 16) // 16 + others
+    engine = find_engine(row.config.get("kt_backend", AUTO))
+    bits = engine.bits if engine is not None and engine.bits is not None else 16
+    return weights.experts * bits // 16 + others
 
 
 def check_room(rows: Sequence[Row], weights: Weights, gpu_memory: int) -> dict[str, int]:
@@ -89,7 +88,7 @@ def warm_page_cache(model: str) -> int:
     Returns:
         Its bytes, 0 where there is no local one.
     """
-    files = weight_files(Path(model).expanduser())
+    files = weight_files(model)
     total = sum(file.stat().st_size for file in files)
     if total < available_memory() // 2:
         for file in files:

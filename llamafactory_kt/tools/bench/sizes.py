@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ...checkpoint.discovery import ExpertsModule, find_experts
+from ...model.state import has_kt_experts, kt_state
 from ...peft_side.split import non_expert_nbytes
 
 
@@ -24,8 +25,8 @@ class Sizes(NamedTuple):
     def of(cls, model: Any) -> Sizes:
         """Of a model with KT experts, or of stock transformers."""
         others, experts, lora, per_token = _in_memory(model), 0, 0, 0
-        if hasattr(model, "_kt_wrappers"):
-            for wrapper in model._kt_wrappers:
+        if has_kt_experts(model):
+            for wrapper in kt_state(model).wrappers:
                 experts += wrapper.engine.nbytes
                 per_token += _chosen(wrapper.engine.nbytes, wrapper.info)
                 lora += wrapper.engine.lora_nbytes

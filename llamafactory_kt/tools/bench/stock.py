@@ -12,9 +12,9 @@ import torch
 
 from ...adapters import AdapterSet
 from ...checkpoint.discovery import find_experts
+from ...checkpoint.opening import MoEModel
 from ...ground.errors import KTModelError, name_some
 from ...ground.machine import available_memory
-from ...peft_side.split import check_peft_part
 from ...peft_side.swap import exchange_peft_layers, merge_peft_layers
 
 ENOUGH = 6.0
@@ -62,12 +62,10 @@ def _where_they_lie(model: Any) -> Iterator[None]:
 
 
 def _merge(model: Any, adapters: AdapterSet, scope: str) -> Any:
-    modules = find_experts(model)
-    adapters.check_fits({module.layer: module.shape for module in modules})
-    parts = [(adapter, check_peft_part(model, adapter, scope)) for adapter in adapters.adapters]
-    wrapped, _ = exchange_peft_layers(model, parts)
+    moe = MoEModel(model)
+    wrapped, _ = exchange_peft_layers(model, moe.fit(adapters, scope), {})
     model = merge_peft_layers(wrapped)
-    for module in modules:
+    for module in moe.experts:
         loras = [a.read_layer(module.layer, module.shape) for a in adapters.adapters if module.layer in a.layers]
         experts, size = model.get_submodule(module.name), module.shape.intermediate_size
         weights = {"gate": experts.gate_up_proj[:, :size], "up": experts.gate_up_proj[:, size:]}

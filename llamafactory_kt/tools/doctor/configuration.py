@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...ground.errors import KTError, name_some
 from ...ground.machine import available_memory, gib
 from .finding import Findings, error, ok, one_line, warning
+
+if TYPE_CHECKING:
+    from ...adapters import AdapterSet
+    from ...checkpoint.opening import MoEModel
 
 
 def check(config: Path, overrides: Sequence[str] = ()) -> Findings:
@@ -51,31 +55,27 @@ class _Heard(logging.Handler):
 
 
 def _model(args: Any) -> Findings:
-    from ...checkpoint.discovery import find_experts
-    from ...checkpoint.meta_model import empty_model
+    from ...checkpoint.opening import MoEModel, empty_model, weight_files
 
     name = args.model_name_or_path
     try:
-        model = empty_model(Path(name).expanduser() if Path(name).expanduser().is_dir() else name, fp8=True)
-        experts = find_experts(model)
+        moe = MoEModel(empty_model(name, fp8=True), weight_files(name))
     except KTError as problem:
         yield error("model", one_line(problem), "docs/architectures.md says which models are accepted.")
         return
-    shape = experts[0].shape
+    shape = moe.experts[0].shape
     yield ok(
         "model",
-        f"{type(model).__name__}: {len(experts)} layers of {shape.num_experts} routed experts "
-        f"({shape.hidden_size} x {shape.intermediate_size}), {experts[0].num_experts_per_tok} per token",
+        f"{type(moe.model).__name__}: {len(moe.experts)} layers of {shape.num_experts} routed experts "
+        f"({shape.hidden_size} x {shape.intermediate_size}), {moe.experts[0].num_experts_per_tok} per token",
     )
-    itemsize = yield from _checkpoint(args, model, experts)
-    adapters = yield from _adapters(args, model, experts)
-    yield from _placement(args, model, experts, adapters, itemsize)
+    itemsize = yield from _checkpoint(args, moe)
+    adapters = yield from _adapters(args, moe)
+    yield from _placement(args, moe, adapters, itemsize)
 
 
-def _checkpoint(args: Any, model: Any, experts: Any) -> Any:
+def _checkpoint(args: Any, moe: MoEModel) -> Any:
     """Checks the headers; its value is the bytes of one of its expert weights."""
-    from ...checkpoint.layout import ExpertsCheckpoint, weight_files
-
     directory = Path(args.model_name_or_path).expanduser()
     if not directory.is_dir():
         yield warning(
@@ -83,37 +83,34 @@ def _checkpoint(args: Any, model: Any, experts: Any) -> Any:
             "Download it first, to have them checked and the first start be quick.",
         )  # fmt: skip
         return 2
-    files = weight_files(directory)
-    if not files:
+    if not moe.files:
         yield error("checkpoint", f"{directory} holds no safetensors files", "Download or convert the checkpoint.")
         return 2
     try:
-        checkpoint = ExpertsCheckpoint(model, experts, files)
+        layout = moe.layout
     except KTError as problem:
         yield error("checkpoint", one_line(problem), "docs/troubleshooting.md has a row for each of these messages.")
         return 2
-    size = sum(file.stat().st_size for file in files)
-    yield ok("checkpoint", f"{len(files)} file(s), {gib(size)}, experts in {', '.join(sorted(checkpoint.dtypes()))}")
-    return max(checkpoint.layer(module.name).dtype.itemsize for module in experts)
+    size = sum(file.stat().st_size for file in moe.files)
+    yield ok("checkpoint", f"{len(moe.files)} file(s), {gib(size)}, experts in {', '.join(sorted(layout.dtypes()))}")
+    return max(layout.layer(module.name).dtype.itemsize for module in layout.modules)
 
 
-def _adapters(args: Any, model: Any, experts: Any) -> Any:
+def _adapters(args: Any, moe: MoEModel) -> Any:
     """Checks headers and fit; its value is the adapters that can be applied."""
     from ...adapters import AdapterSet
     from ...integration.chat_config import open_configured
-    from ...peft_side.split import check_peft_part
 
     if not args.adapter_name_or_path and not args.kt_moe_lora_path:
         yield ok("adapter", "none")
         return AdapterSet()
     try:
         adapters = open_configured(args)
-        adapters.check_fits({module.layer: module.shape for module in experts})
-        parts = [check_peft_part(model, adapter, args.kt_lora_scope) for adapter in adapters.adapters]
+        parts = moe.fit(adapters, args.kt_lora_scope)
     except KTError as problem:
         yield error("adapter", one_line(problem), "llamafactory-kt inspect shows what the adapter holds.")
         return AdapterSet()
-    for adapter, part in zip(adapters.adapters, parts, strict=True):
+    for adapter, part in parts:
         consumed = f"{len(part.tensors)} tensors to PEFT, {len(adapter.expert_names)} to the experts"
         text = f"{adapter.directory}: {adapter.format}; {consumed}; expert LoRA in {len(adapter.layers)} layers"
         if part.left_out:
@@ -127,26 +124,25 @@ def _adapters(args: Any, model: Any, experts: Any) -> Any:
     return adapters
 
 
-def _placement(args: Any, model: Any, experts: Any, adapters: Any, itemsize: int) -> Findings:
+def _placement(args: Any, moe: MoEModel, adapters: AdapterSet, itemsize: int) -> Findings:
     import torch
 
     from ...adapters import AdapterSet
     from ...autotune.plan import candidates
+    from ...engines.registry import get_engine
     from ...integration.chat_config import experts_config
     from ...model.memory import memory_need
 
     config, gpus = experts_config(args), torch.cuda.device_count()
-    plans = candidates(config, on_gpu=gpus > 0)
-    if config.merge_adapter or ((method := plans[0].method) is not None and not method.lora):
+    plans = candidates(config.backend, config.plan_request(on_gpu=gpus > 0), merged=config.merge_adapter)
+    engine = get_engine(plans[0].backend)
+    if config.merge_adapter or not engine.computes_lora:
         adapters = AdapterSet()  # merged into the weights
-    need = memory_need(
-        model, experts, adapters, backend=plans[0].backend, pools=config.pools, itemsize=itemsize,
-        stored=config.weight_path is not None,
-    )  # fmt: skip
-    layers = name_some([module.layer for module in experts], 4)
+    need = memory_need(moe.model, moe.experts, adapters, engine, config.options, itemsize=itemsize, on_gpu=gpus > 0)
+    layers = name_some([module.layer for module in moe.experts], 4)
     how = f"{plans[0]}" if len(plans) == 1 else f"the fastest of {'; '.join(str(plan) for plan in plans)}"
     yield ok("experts", f"layers {layers} on the CPU; {how}")
-    free, needed = available_memory(), need.on_cpu(others_on_gpu=gpus > 0)
+    free, needed = available_memory(), need.on_cpu
     lora = f"their LoRA {gib(need.lora)}, " if need.lora else ""
     text = (
         f"about {gib(needed)} while loading (experts {gib(need.experts)}, {lora}in use only "

@@ -109,17 +109,21 @@ def _nvidia_smi() -> list[tuple[str, str]]:
 
 
 def engines() -> Findings:
-    """Which engines run here, and kt-kernel's build."""
-    from ...engines.ktkernel.runtime import cpu_variant, kernel_problem
-    from ...matmul.linear import onednn_problem
+    """Which engines run here, with their builds, and which of those that ``auto`` considers do not."""
+    from ...engines.registry import engines as every
 
-    others = "torch" if onednn_problem() else "oneDNN and torch"
-    if (problem := kernel_problem()) is None:
-        yield ok("engines", f"AMXBF16 (kt-kernel's variant {cpu_variant()}), {others}")
+    running = [engine for engine in every() if engine.problem() is None]
+    builds = dict.fromkeys(engine.build() for engine in running)
+    text = "; ".join(
+        ", ".join(engine.name for engine in running if engine.build() == build) + (f" (build {build})" if build else "")
+        for build in builds
+    )
+    missing = [engine for engine in every() if engine.auto(merged=False) and engine not in running]
+    if not missing:
+        yield ok("engines", text)
         return
-    base = "" if kernel_problem("AVX2BF16") else f"AVX2BF16 (kt-kernel's variant {cpu_variant()}), "
+    reasons = "; ".join(f"no {engine.name}: {engine.problem()}" for engine in missing)
     yield warning(
-        "engines", f"{base}{others}; no AMXBF16: {problem}",
-        "kt_backend: auto takes oneDNN, or torch (slow) where that does not run; with kt_merge_adapter: true the faster of oneDNN "
-        "and AVX2BF16. AMXBF16 is refused.",
+        "engines", f"{text}; {reasons}",
+        "kt_backend: auto takes the fastest of the engines that run here; asking for one that does not is an error.",
     )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...ground.errors import KTConfigError
-from ...integration.chat import Chat
+from ...integration.chat import LoadedChat
 from ...integration.chat_config import read_yaml
 from ...integration.prompts import Prompt, make_prompts
 
@@ -74,13 +74,13 @@ def generate(
     made = make_prompts(prompts)
     if isinstance(chat, str | Path):
         chat = read_yaml(chat)
-    loaded = Chat.load(chat) if isinstance(chat, Mapping) else Chat.of(chat)
+    loaded = LoadedChat.load(chat) if isinstance(chat, Mapping) else LoadedChat.of(chat)
     batches = answer_all(loaded, made, batch_size=batch_size, seed=seed, **generating)
     return sorted((answer for batch in batches for answer in batch), key=lambda answer: answer.index)
 
 
 def answer_all(
-    chat: Chat,
+    chat: LoadedChat,
     prompts: Sequence[Prompt],
     *,
     batch_size: int = 8,
@@ -112,7 +112,7 @@ def answer_all(
         yield _answer_safely(chat, encoded[start : start + batch_size])
 
 
-def _answer_safely(chat: Chat, batch: list[_Encoded]) -> list[Answer]:
+def _answer_safely(chat: LoadedChat, batch: list[_Encoded]) -> list[Answer]:
     """A batch that fails is taken apart, so that only the prompts that fail by themselves have no answer."""
     try:
         return _answer(chat, batch)
@@ -123,7 +123,7 @@ def _answer_safely(chat: Chat, batch: list[_Encoded]) -> list[Answer]:
 
 
 @torch.inference_mode()
-def _answer(chat: Chat, batch: list[_Encoded]) -> list[Answer]:
+def _answer(chat: LoadedChat, batch: list[_Encoded]) -> list[Answer]:
     config, tokenizer = batch[0].config, chat.tokenizer
     width = max(len(item.ids) for item in batch)
     ids = torch.full((len(batch), width), config.pad_token_id)

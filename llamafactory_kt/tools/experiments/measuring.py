@@ -21,7 +21,7 @@ import torch
 
 from ...ground.errors import KTDataError
 from ...ground.machine import gib
-from ...integration.chat import Chat
+from ...integration.chat import LoadedChat
 from ...integration.prompts import Prompt
 from .generating import Answer, answer_all
 from .plan import Group, Variant
@@ -88,7 +88,7 @@ def _measure_all(
     started = time.perf_counter()
     # The largest rank first, so that kernels are built with room for the others.
     first = max(group.variants, key=_rank) if len(group.variants) > 1 else group.variants[0]
-    chat, current = Chat.load(first.config), first if first.part == "on" else None
+    chat, current = LoadedChat.load(first.config), first if first.part == "on" else None
     for variant in group.variants:
         if current is None or _applied(variant) != _applied(current):
             _apply(chat.model, variant)
@@ -111,20 +111,19 @@ def _applied(variant: Variant) -> tuple[Any, ...]:
 
 def _apply(model: Any, variant: Variant) -> None:
     """Put the variant's adapters, or its part of them, in place of what the model has."""
-    from ...apply import kt_wrappers, load_moe_lora_from_adapter, switch_adapter
+    from ...apply import load_moe_lora_from_adapter, switch_adapter
 
     paths = [str(Path(name).expanduser()) for name in variant.adapters]
     whole = variant.part in ("on", "attention")
     switch_adapter(model, paths if whole and paths else None, variant.config.get("kt_lora_scope", "all"))
     if variant.part == "attention":
-        for wrapper in kt_wrappers(model):
-            wrapper.engine.set_lora(None)
+        load_moe_lora_from_adapter(model, None)
     elif variant.part == "experts":
         load_moe_lora_from_adapter(model, paths)
 
 
 def _measure(
-    chat: Chat, variant: Variant, prompts: list[Prompt], options: Options, folder: Path, is_reference: bool,
+    chat: LoadedChat, variant: Variant, prompts: list[Prompt], options: Options, folder: Path, is_reference: bool,
     load_seconds: float,
 ) -> Measured:  # fmt: skip
     from llamafactory.hparams import GeneratingArguments
@@ -157,21 +156,21 @@ def _measure(
 
 
 @torch.inference_mode()
-def log_probs(chat: Chat, ids: Sequence[int], count: int) -> torch.Tensor:
+def log_probs(chat: LoadedChat, ids: Sequence[int], count: int) -> torch.Tensor:
     """Next-token log-probabilities of the last ``count`` of the tokens: [count, vocabulary], float32, on the CPU."""
     tokens = torch.tensor([ids], device=chat.model.device)
     logits: torch.Tensor = chat.model(input_ids=tokens, logits_to_keep=count + 1).logits[0, -count - 1 : -1]
     return logits.float().log_softmax(-1).cpu()
 
 
-def perplexity(chat: Chat, prompt: Prompt) -> tuple[float, int]:
+def perplexity(chat: LoadedChat, prompt: Prompt) -> tuple[float, int]:
     """(perplexity of the row's own answer, its tokens with the template's end)."""
     answer = chat.encode_reference(prompt)
     found = log_probs(chat, chat.encode(prompt)[0] + answer, len(answer))
     return math.exp(-float(found[range(len(answer)), answer].double().mean())), len(answer)
 
 
-def _keep(chat: Chat, prompts: list[Prompt], answers: dict[int, Answer], limit: int, folder: Path) -> None:
+def _keep(chat: LoadedChat, prompts: list[Prompt], answers: dict[int, Answer], limit: int, folder: Path) -> None:
     wanted = {index: answer.token_ids[:limit] for index, answer in answers.items() if not answer.error}
     size = sum(map(len, wanted.values())) * chat.model.config.get_text_config().vocab_size * 4
     if size > (free := shutil.disk_usage(folder).free):
@@ -186,7 +185,7 @@ def _keep(chat: Chat, prompts: list[Prompt], answers: dict[int, Answer], limit: 
             torch.save((tokens, found), folder / f"{prompt.index}.pt")
 
 
-def _compare(chat: Chat, prompts: list[Prompt], measured: Measured, folder: Path) -> None:
+def _compare(chat: LoadedChat, prompts: list[Prompt], measured: Measured, folder: Path) -> None:
     if (folder / "vocabulary").read_text() != _vocabulary(chat):
         measured.notes.append("another vocabulary than the reference's: distributions are not compared")
         return
@@ -199,6 +198,6 @@ def _compare(chat: Chat, prompts: list[Prompt], measured: Measured, folder: Path
             row.top1 = float((wanted.argmax(-1) == found.argmax(-1)).double().mean())
 
 
-def _vocabulary(chat: Chat) -> str:
+def _vocabulary(chat: LoadedChat) -> str:
     content = [chat.model.config.get_text_config().vocab_size, sorted(chat.tokenizer.get_vocab().items())]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ...apply import kt_wrappers
 from ...ground.atomic_output import replacing
 from ...ground.errors import KTConfigError, KTDataError, name_some
-from ...integration.chat import Chat
+from ...integration.chat import LoadedChat
 from ...integration.prompts import Prompt
+from ...model.state import kt_state
 from ...router_stats.plots import router_heat_map, save
 from ...router_stats.stats import LayerStats, get_router_stats, reset_router_stats
 from .generating import Answer, answer_all
@@ -89,7 +89,7 @@ def count_usage(
     groups = split_prompts(prompts, field)
     if config.get("use_kt") is not True:
         raise KTConfigError("Only KT experts are counted; the configuration needs use_kt: true.")
-    chat = Chat.load({**config, "kt_router_stats": True})
+    chat = LoadedChat.load({**config, "kt_router_stats": True})
     failed: list[Answer] = []
     parts: dict[str, Stats] = {}
     for name, members in groups.items():
@@ -103,8 +103,8 @@ def count_usage(
             f"none of the {len(prompts)} prompts could be answered; the first error is: {failed[0].error}"
         )
     norms = {}
-    for wrapper in kt_wrappers(chat.model):
-        if lora := chat.model._kt_adapters.read_layer(wrapper.layer_idx, wrapper.info.shape):
+    for wrapper in kt_state(chat.model).wrappers:
+        if lora := kt_state(chat.model).expert_adapters.read_layer(wrapper.layer_idx, wrapper.info.shape):
             norms[wrapper.layer_idx] = lora.norms().tolist()
     total = {layer: _sum([stats[layer] for stats in parts.values()]) for layer in next(iter(parts.values()))}
     layers = chat.model.config.get_text_config().num_hidden_layers

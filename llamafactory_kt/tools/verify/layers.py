@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ...apply import kt_wrappers
-from .bounds import Bounds, Comparison, bounds_for, compare
+from ...engines.bounds import Bounds
+from ...model.state import KTState, kt_state
+from .compare import Comparison, compare
 from .reference import Reference
 from .states import Inputs
 
@@ -53,18 +54,19 @@ def verify_layers(
         model: loaded with KT experts, its adapters applied.
         inputs: from :func:`~llamafactory_kt.tools.verify.states.record_inputs`.
     """
-    for wrapper in kt_wrappers(model):
+    state = kt_state(model)
+    for wrapper in state.wrappers:
         if wrapper.layer_idx in inputs:
-            chosen = bounds or bounds_for(wrapper.engine.name)
-            yield _verify(model, wrapper, inputs[wrapper.layer_idx], reference, chosen)
+            chosen = bounds or wrapper.engine.bounds
+            yield _verify(state, wrapper, inputs[wrapper.layer_idx], reference, chosen)
 
 
-def _verify(model: Any, wrapper: Any, given: Inputs, reference: Reference, bounds: Bounds) -> LayerResult:
+def _verify(state: KTState, wrapper: Any, given: Inputs, reference: Reference, bounds: Bounds) -> LayerResult:
     tokens = len(given.index)
     alone = _each_alone(given, wrapper.num_experts)
     hidden, index, weights = (torch.cat(pair) for pair in zip(_parts(given), _parts(alone), strict=True))
-    merged = model._kt_merged is not None
-    with model._kt_gate.exchange(), torch.inference_mode():
+    merged = state.merged is not None
+    with state.lock.exchange(), torch.inference_mode():
         with_lora = wrapper.engine.forward(hidden, index, weights)
         undo = wrapper.engine.set_lora(None)
         try:

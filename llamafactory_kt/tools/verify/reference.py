@@ -13,10 +13,8 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 from ...adapters import AdapterSet, ExpertLora
-from ...checkpoint.discovery import ExpertsModule, find_experts
-from ...checkpoint.layout import ExpertsCheckpoint, weight_files
-from ...checkpoint.meta_model import empty_model
-from ...ground.errors import KTModelError
+from ...checkpoint.discovery import ExpertsModule
+from ...checkpoint.opening import open_checkpoint
 
 Expert = dict[str, torch.Tensor]
 """``gate`` and ``up`` [I, H], ``down`` [H, I], float32"""
@@ -30,23 +28,19 @@ class Reference:
         adapters: opened from their files.
 
     Raises:
+        KTPathError: There are no safetensors files.
         KTModelError: The checkpoint is not one that can be read.
         KTAdapterError: An adapter does not fit it.
     """
 
     def __init__(self, directory: Path, adapters: AdapterSet):
-        files = weight_files(directory)
-        if not files:
-            raise KTModelError(f"{directory} holds no safetensors files to compare with.")
-        model = empty_model(directory, fp8=True)
-        modules = find_experts(model)
-        self.modules: dict[int, ExpertsModule] = {module.layer: module for module in modules}
+        moe = open_checkpoint(directory, fp8=True)
+        self.modules: dict[int, ExpertsModule] = {module.layer: module for module in moe.experts}
         self.adapters = adapters
-        adapters.check_fits({layer: module.shape for layer, module in self.modules.items()})
-        checkpoint = ExpertsCheckpoint(model, modules, files)
-        self._names, self._block = checkpoint.names(), checkpoint.block
+        adapters.check_fits(moe.shapes)
+        self._names, self._block = moe.layout.names(), moe.layout.block
         self._files: dict[str, Path] = {}
-        for file in files:
+        for file in moe.files:
             with safe_open(file, framework="pt") as handle:
                 self._files |= dict.fromkeys(handle.keys(), file)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...apply import kt_wrappers
+from ...model.state import kt_state
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def record_inputs(model: Any, token_ids: Sequence[int]) -> dict[int, Inputs]:
         given = {**dict(zip(names, arguments, strict=False)), **named}
         inputs[module.layer_idx] = Inputs(*(given[name].detach().cpu().clone() for name in names))
 
-    handles = [wrapper.register_forward_pre_hook(keep, with_kwargs=True) for wrapper in kt_wrappers(model)]
+    handles = [wrapper.register_forward_pre_hook(keep, with_kwargs=True) for wrapper in kt_state(model).wrappers]
     try:
         with torch.inference_mode():
             model(input_ids=torch.tensor([list(token_ids)], device=model.device), use_cache=False)

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-RECORDED = Path(__file__).parents[3] / "data" / "sglang-kt-0.7.2.json"
+RECORDED = Path(__file__).parents[4] / "data" / "sglang-kt-0.7.2.json"
 MOE_LORA = {
     "--kt-moe-lora-path": None,
     "--kt-moe-lora-rank": "int",

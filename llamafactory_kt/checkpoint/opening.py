@@ -1,0 +1,138 @@
+"""A checkpoint opened by its headers: its files, its model without weights, its experts, and whether adapters fit them.
+
+Whatever reads a checkpoint or checks an adapter against a model begins here, and nothing here reads a weight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters import Adapter, AdapterSet, ExpertsShape
+from ..ground.errors import KTModelError, KTPathError
+from ..peft_side.split import PeftPart, check_peft_part
+from .discovery import find_experts
+from .fp8 import block_size
+from .layout import CheckpointLayout
+
+
+class MoEModel:
+    """A model with routed experts, and the files that its weights are in.
+
+    Args:
+        model: still empty, on the meta device, or loaded by stock transformers.
+        files: the checkpoint's safetensors files; only :attr:`layout` needs them.
+
+    Raises:
+        KTModelError: It has no routed experts, or such as the contract does not cover.
+    """
+
+    def __init__(self, model: nn.Module, files: Iterable[str | Path] = ()):
+        self.model = model
+        self.files = [Path(file) for file in files]
+        self.experts = find_experts(model)
+        """its experts modules, in order"""
+
+    @property
+    def shapes(self) -> dict[int, ExpertsShape]:
+        """layer -> its experts' sizes; layers without routed experts are not in it."""
+        return {module.layer: module.shape for module in self.experts}
+
+    @cached_property
+    def layout(self) -> CheckpointLayout:
+        """Where the files keep the experts, located once, when first asked for. The experts modules must be in place still.
+
+        Raises:
+            KTModelError: There are no files, or as :class:`CheckpointLayout`.
+        """
+        if not self.files:
+            raise KTModelError(
+                f"{type(self.model).__name__}: experts are read from checkpoint files, and there are none."
+            )
+        return CheckpointLayout(self.model, self.experts, self.files)
+
+    def fit(self, adapters: AdapterSet, scope: str = "all", *, finite: bool = False) -> list[tuple[Adapter, PeftPart]]:
+        """:func:`fit_adapters` for this model."""
+        return fit_adapters(self.model, self.shapes, adapters, scope, finite=finite)
+
+
+def fit_adapters(
+    model: nn.Module, shapes: Mapping[int, ExpertsShape], adapters: AdapterSet, scope: str = "all", *, finite: bool = False
+) -> list[tuple[Adapter, PeftPart]]:  # fmt: skip
+    """Check adapters against a model, the experts' part as well as PEFT's, before anything is changed.
+
+    Args:
+        model: the plain model, without PEFT's wrapper; empty or loaded. Its experts may be replaced by KT experts.
+        shapes: layer -> its experts' sizes.
+        scope: as ``kt_lora_scope``.
+        finite: read the adapters' values too, once, looking for NaN and Inf; otherwise headers are enough.
+
+    Returns:
+        Each adapter with the part of it that PEFT gets, in order.
+
+    Raises:
+        KTAdapterError: An adapter was made for other experts; a tensor belongs to no module of the model, or has not the
+            size of the weight it changes; values are NaN or Inf.
+    """
+    adapters.check_fits(shapes)
+    parts = [(adapter, check_peft_part(model, adapter, scope)) for adapter in adapters.adapters]
+    if finite:
+        adapters.check_finite()
+    return parts
+
+
+def open_checkpoint(directory: str | Path, *, fp8: bool = False) -> MoEModel:
+    """Open a local checkpoint in safetensors.
+
+    Args:
+        directory: the checkpoint; ``~`` is understood.
+        fp8: take an FP8 checkpoint too, with a scale for each block.
+
+    Raises:
+        KTPathError: There are no safetensors files, or no model that can be opened.
+        KTModelError: The checkpoint is quantised, or not as it may be; its experts are not ones that are supported.
+    """
+    files = weight_files(directory)
+    if not files:
+        raise KTPathError(f"{directory} is not a directory with safetensors files.")
+    return MoEModel(empty_model(directory, fp8=fp8), files)
+
+
+def weight_files(directory: str | Path) -> list[Path]:
+    """A checkpoint's safetensors files: those its index names, else all of them; none where there is no such directory."""
+    directory = Path(directory).expanduser()
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
+
+
+def empty_model(name: str | Path, *, fp8: bool = False, quantised: bool = False) -> Any:
+    """Build the model on the meta device from its ``config.json``.
+
+    Args:
+        name: checkpoint directory (``~`` is understood), or a name on the hub.
+        fp8: take an FP8 checkpoint that experts can be read from too.
+        quantised: take any quantised checkpoint, as the unquantised model of its sizes.
+
+    Raises:
+        KTPathError: There is no such model.
+        KTModelError: The checkpoint is quantised, or not as it may be.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    directory = Path(name).expanduser()
+    try:
+        config = AutoConfig.from_pretrained(directory if directory.is_dir() else name)
+    except (OSError, ValueError) as error:
+        raise KTPathError(f"{name} is not a model that can be opened: {str(error).splitlines()[0]}") from error
+    if not quantised and block_size(getattr(config, "quantization_config", None)) is not None and not fp8:
+        raise KTModelError(f"{name} is an FP8 checkpoint; bfloat16, float16 or float32 weights are needed here.")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)

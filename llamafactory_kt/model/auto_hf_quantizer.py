@@ -1,0 +1,35 @@
+"""``transformers.quantizers.auto.AutoHfQuantizer``: a :class:`KTExpertsConfig` goes with a checkpoint that is quantised itself.
+
+transformers has one quantizer for a model and refuses two; ours reads the checkpoint's format too. Other quantizers are left
+alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import replace
+from typing import Any
+
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from .config import KTExpertsConfig
+
+_PARAMETERS = ["quantization_config", "quantization_config_from_args"]
+
+
+def accept_quantised_checkpoints() -> None:
+    """Let ``from_pretrained`` put the checkpoint's own configuration into ours. Does nothing where transformers' function has
+    other parameters; it then refuses the two, as it always did."""
+    stock = AutoHfQuantizer.merge_quantization_configs
+    if list(inspect.signature(stock).parameters) != _PARAMETERS:
+        return
+
+    @functools.wraps(stock)
+    def merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        if not isinstance(quantization_config_from_args, KTExpertsConfig):
+            return stock(quantization_config, quantization_config_from_args)
+        own = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+        return replace(quantization_config_from_args, checkpoint=own)
+
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge)

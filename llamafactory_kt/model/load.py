@@ -1,0 +1,180 @@
+"""Loading the experts of a model: everything is checked by headers first; then engines take the experts' place and are filled."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters import AdapterSet, open_adapters
+from ..autotune.choose import choose
+from ..autotune.plan import candidates, left_out
+from ..checkpoint.discovery import ExpertsModule
+from ..checkpoint.opening import MoEModel
+from ..checkpoint.reader import ExpertWeights
+from ..engines.base import Engine, EngineOptions, EngineSpec
+from ..engines.registry import canonical_name, get_engine
+from ..ground.errors import KTConfigError, KTMemoryError
+from ..ground.machine import available_memory, gib, usable_cores
+from ..ground.paging import give_back_memory
+from ..ground.process import require_own_process
+from ..ground.progress import with_progress
+from ..matmul.layouts import forget_measured
+from ..matmul.openmp import release_team
+from ..settings.rules import experts_problems
+from .config import KTExpertsConfig
+from .debug import Debugger
+from .experts_module import KTExperts
+from .gpu_transfer import HostTransfer
+from .guard import guard
+from .memory import memory_need, read_around
+from .shared_overlap import SHARED_EXPERTS, SharedExpertsOverlap
+from .state import KTState, set_kt_state
+
+logger = logging.getLogger(__name__)
+
+
+class ExpertsLoad:
+    """One load. Building it reads no weight, changes nothing, and raises what would stop the load later.
+
+    Args:
+        model: still empty; its experts modules in place.
+        files: the checkpoint's safetensors files.
+        on_gpu: whether a GPU gets everything but the experts.
+
+    Raises:
+        KTError: Of the kind of what is wrong: configuration, model, adapter, kernel or memory.
+    """
+
+    def __init__(self, config: KTExpertsConfig, model: nn.Module, files: Sequence[str | Path], *, on_gpu: bool):
+        require_own_process()
+        _check_config(config)
+        self._config, self._on_gpu = config, on_gpu
+        plans = candidates(config.backend, config.plan_request(on_gpu), merged=config.merge_adapter)
+        self._opened = opened = MoEModel(model, files)
+        layout, experts = opened.layout, opened.experts
+        self.tensors = frozenset(layout.target_names)
+        """the experts' tensors, as transformers names them; no parameter asks for them any more"""
+        self._adapters = open_adapters(config.adapter, config.moe_lora)
+        opened.fit(self._adapters, finite=True)
+        if config.recalibrate:
+            forget_measured()
+        around = 0 if on_gpu else read_around(model, experts) // len(experts)
+        self._plan, reason = choose(
+            plans, experts[0].shape, experts[0].num_experts_per_tok, config.options, around, config.recalibrate
+        )
+        self._reason = reason or left_out(config.backend, merged=config.merge_adapter)
+        self._engine = engine = get_engine(self._plan.backend)
+        self._merged = self._adapters if config.merge_adapter or not engine.computes_lora else None
+        self._check_memory()
+        if engine.weights_dtype is torch.bfloat16 and layout.dtypes() != {"BF16"}:
+            logger.warning(
+                "The experts are stored as %s; %s computes them in bfloat16.", ", ".join(layout.dtypes()), engine.name
+            )
+        self._plan, self._options = engine.start(self._plan, config.options)
+
+    @property
+    def _apart(self) -> AdapterSet:
+        """The adapters whose LoRA the engines compute."""
+        return self._adapters if self._merged is None else AdapterSet()
+
+    def _check_memory(self) -> None:
+        opened = self._opened
+        itemsize = max(opened.layout.layer(module.name).dtype.itemsize for module in opened.experts)
+        need = memory_need(
+            opened.model, opened.experts, self._apart, self._engine, self._config.options,
+            itemsize=itemsize, on_gpu=self._on_gpu,
+        )  # fmt: skip
+        if need.on_cpu > (free := available_memory()):
+            raise KTMemoryError(
+                f"The experts of {len(opened.experts)} layers need {gib(need.experts)}, with what loading takes and the rest of "
+                f"the model {gib(need.on_cpu)}; {gib(free)} are free. Free memory, use a machine with more, or a smaller model."
+            )
+
+    def replace_experts(self) -> None:
+        """Put engines, still empty, in place of the model's experts."""
+        config, model = self._config, self._opened.model
+        directory = Path(config.debug_dir).expanduser() if config.debug_dir else None
+        debugger = Debugger(directory) if config.debug else None
+        engines = [self._make_engine(module, self._options) for module in self._opened.experts]
+        transfers: dict[torch.cuda.Stream, HostTransfer] | None = {} if self._on_gpu else None
+        self._wrappers = [
+            self._replace(module, engine, debugger, transfers)
+            for module, engine in zip(self._opened.experts, engines, strict=True)
+        ]
+        state = KTState(
+            wrappers=self._wrappers, lock=guard(model, config.router_stats, debugger), plan=self._plan, reason=self._reason,
+            options=self._options, on_gpu=self._on_gpu, requested=self._adapters, merged=self._merged,
+        )  # fmt: skip
+        set_kt_state(model, state)
+
+    def _make_engine(self, module: ExpertsModule, options: EngineOptions) -> Engine:
+        layout, merged = self._opened.layout, self._merged
+        tensors = layout.layer(module.name)
+        spec = EngineSpec(
+            module.layer, module.shape, module.num_experts_per_tok,
+            lora_rank=0 if merged is not None else self._apart.rank(module.layer) or self._config.lora_rank,
+            lora_scaling=self._apart.scaling(module.layer), fingerprint=tensors.fingerprint,
+        )  # fmt: skip
+
+        def read(dtype: torch.dtype | None) -> Iterator[ExpertWeights]:  # without self: a cycle outlives its model
+            if (following := layout.after(module)) is not None:
+                layout.layer(following.name).read_ahead()  # the disk works while this layer is packed
+            lora = merged.read_layer(module.layer, module.shape) if merged is not None else None
+            return tensors.experts(dtype, lora)
+
+        return self._engine(spec, read, options)
+
+    def _replace(
+        self,
+        module: ExpertsModule,
+        engine: Engine,
+        debugger: Debugger | None,
+        transfers: dict[torch.cuda.Stream, HostTransfer] | None,
+    ) -> KTExperts:
+        """transfers: None where the model is on the CPU, and nothing crosses."""
+        name, _, attribute = module.name.rpartition(".")
+        block = self._opened.model.get_submodule(name)
+        shared = next((part for part in map(block._modules.get, SHARED_EXPERTS) if part is not None), None)
+        overlap = SharedExpertsOverlap(shared) if transfers is not None and shared is not None else None
+        experts = KTExperts(module, engine, self._config.router_stats, debugger, transfers, overlap)
+        setattr(block, attribute, experts)
+        if debugger is not None:
+            debugger.watch_router(block)
+        return experts
+
+    def fill(self) -> None:
+        """Read the experts' weights, layer by layer."""
+        sizes = [self._opened.layout.layer(module.name).nbytes for module in self._opened.experts]
+        with _all_cores():
+            for experts in with_progress(self._wrappers, sizes):
+                experts.engine.load()
+                give_back_memory()
+        release_team()
+
+
+def _check_config(config: KTExpertsConfig) -> None:
+    problems = experts_problems(
+        canonical_name(config.backend), weight_path=config.weight_path, merge_adapter=config.merge_adapter,
+        num_threads=config.num_threads, pools=config.pools,
+    )  # fmt: skip
+    if problems:
+        raise KTConfigError(" ".join(problems))
+
+
+@contextlib.contextmanager
+def _all_cores() -> Iterator[None]:
+    """Copying and packing take all cores, unless ``OMP_NUM_THREADS`` says otherwise."""
+    before: Any = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(usable_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

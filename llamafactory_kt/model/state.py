@@ -1,0 +1,119 @@
+"""What a model with KT experts is: one object, true after every switch of adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..adapters import AdapterSet, ExpertsShape
+from ..engines.base import Engine, EngineOptions
+from ..engines.plan import Plan
+from ..ground.errors import KTModelError
+from .lock import ModelLock
+
+if TYPE_CHECKING:
+    from .experts_module import KTExperts
+
+_STATE = "_kt_state"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the tensors of one adapter, or of several together."""
+
+    adapter: str
+    format: str
+    total: int
+    """tensors in the files"""
+    experts: int
+    """tensors consumed by the experts"""
+    peft: int
+    """tensors consumed by PEFT"""
+    left_out: int
+    """tensors a narrow ``kt_lora_scope`` left out"""
+    layers: tuple[int, ...]
+    """layers whose experts got LoRA"""
+    max_rank: int
+    expert_params: int
+    """LoRA parameters of the experts, as the files have them"""
+    merged: bool = False
+    """whether they were added to the weights for good"""
+
+    def __str__(self) -> str:
+        text = f"consumed {self.experts + self.peft} of {self.total} (PEFT {self.peft}, KT experts {self.experts})"
+        if self.left_out:
+            text += f", {self.left_out} left out by kt_lora_scope"
+        rest = self.total - self.experts - self.peft - self.left_out
+        return f"{text}, {rest} are not the experts'" if rest else text
+
+
+@dataclass
+class KTState:
+    """The state of one model with KT experts; :func:`kt_state` finds it."""
+
+    wrappers: list[KTExperts]
+    """the experts modules, in order"""
+    lock: ModelLock
+    plan: Plan
+    reason: str
+    """why this plan was chosen; empty where there was no choice"""
+    options: EngineOptions
+    on_gpu: bool
+    """a GPU computes all but the experts"""
+    requested: AdapterSet
+    """the adapters that the load was given and has checked; they are yet to be applied"""
+    merged: AdapterSet | None
+    """those of them whose experts' part is in the weights for good; None where LoRA is exchangeable"""
+    adapters: AdapterSet = field(default_factory=AdapterSet)
+    """the adapters in place, applied as a whole"""
+    expert_adapters: AdapterSet = field(default_factory=AdapterSet)
+    """those whose LoRA the experts have; others where ``load_moe_lora_from_adapter`` was called since"""
+    report: LoadReport | None = None
+    """what became of the tensors of what is in place; None without any"""
+    router_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    """the routers' own weights, of those that an adapter has ever changed"""
+    optimized: bool = False
+    """the layers around the experts are optimized for inference"""
+    show_stats: bool = False
+    """a terminal chat prints figures after each answer"""
+
+    @property
+    def engine(self) -> type[Engine]:
+        """What computes the experts."""
+        return type(self.wrappers[0].engine)
+
+    @property
+    def shapes(self) -> dict[int, ExpertsShape]:
+        """layer -> its experts' sizes."""
+        return {wrapper.layer_idx: wrapper.info.shape for wrapper in self.wrappers}
+
+
+def has_kt_experts(model: Any) -> bool:
+    """Whether a model was loaded with KT experts; PEFT-wrapped ones included."""
+    return _STATE in vars(plain_model(model)) if model is not None else False
+
+
+def kt_state(model: Any) -> KTState:
+    """A model's state; PEFT-wrapped models included.
+
+    Raises:
+        KTModelError: The model was not loaded with KTExpertsConfig.
+    """
+    if not has_kt_experts(model):
+        raise KTModelError(
+            f"{type(model).__name__} has no KT experts; load it with quantization_config=KTExpertsConfig() or use_kt: true."
+        )
+    state: KTState = vars(plain_model(model))[_STATE]
+    return state
+
+
+def set_kt_state(model: Any, state: KTState) -> None:
+    """Make a plain model one with KT experts."""
+    vars(model)[_STATE] = state
+
+
+def plain_model(model: Any) -> Any:
+    """Without PEFT's wrapper around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,48 @@
+"""Rules about engines and packed weights. They hold for ``kt_*`` keys and for ``KTExpertsConfig``, which has the same names without
+``kt_``."""
+
+from __future__ import annotations
+
+from ..engines.registry import engines, find_engine
+
+
+def experts_problems(
+    backend: str,
+    *,
+    weight_path: str | None,
+    merge_adapter: bool,
+    num_threads: int | None,
+    pools: int | None,
+    prefix: str = "",
+) -> list[str]:
+    """What contradicts what, one sentence each.
+
+    Args:
+        backend: a name as :func:`~llamafactory_kt.engines.registry.canonical_name` spells it.
+        pools: NUMA sub-pools, None where none were asked for.
+        prefix: of the keys' names in the messages.
+    """
+    problems, engine = [], find_engine(backend)
+    if pools is not None and num_threads is not None and num_threads < pools:
+        problems.append(
+            f"{prefix}num_threads: {num_threads} is fewer than {prefix}threadpool_count: {pools}; give each pool one."
+        )
+    if weight_path and not (engine is not None and engine.reads_packed_files):
+        reading = " and ".join(each.name for each in engines() if each.reads_packed_files)
+        problems.append(
+            f"{prefix}weight_path is for {prefix}backend: {reading}; with {backend} the experts are read from the checkpoint. "
+            "Remove it."
+        )
+    if engine is not None and engine.needs_packed_files and not weight_path:
+        packing = [each.name for each in engines() if each.reads_packed_files and not each.needs_packed_files]
+        also = f" {' and '.join(packing)} also packs while loading." if packing else ""
+        problems.append(
+            f"{prefix}backend: {engine.name} needs {prefix}weight_path; llamafactory-kt quantize --model MODEL --output DIR makes "
+            f"it.{also}"
+        )
+    if merge_adapter and weight_path:
+        problems.append(
+            f"{prefix}merge_adapter: true cannot change the packed weights of {prefix}weight_path. Merge the adapter into the "
+            f"checkpoint (llamafactory-kt merge) and quantise that, or remove {prefix}merge_adapter."
+        )
+    return problems

@@ -1,0 +1,48 @@
+"""``llamafactory-cli chat`` in a process of its own, with the demo's model and the answers it is known to give."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import yaml
+
+from .places import CLI, DEMO
+
+CONVERSATIONS = json.loads((DEMO / "conversations.json").read_text(encoding="utf-8"))
+PROMPTS = ["你好，请介绍一下你自己。", "什么是 LoRA？", "Hello, who are you?", "Tell me a joke."]
+EXPECTED = {item["prompt"]: item for item in CONVERSATIONS}
+
+
+def config(directory: Path, demo: Path, **keys) -> Path:
+    """The README's YAML with the paths of the demo; 60 threads are more than small machines have."""
+    values = {
+        "model_name_or_path": str(demo / "model"),
+        "template": "deepseek",
+        "trust_remote_code": True,
+        "infer_backend": "huggingface",
+        "use_kt": True,
+        "kt_backend": "AMXBF16",
+        "kt_num_threads": 60,
+        "kt_tp_enabled": False,
+        "do_sample": False,
+        **keys,
+    }
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}, allow_unicode=True), "utf-8")
+    return path
+
+
+def chat(path: Path, lines: list[str], *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "LLAMAFACTORY_VERBOSITY": "INFO", "PYTHONIOENCODING": "utf-8", **environment}
+    text = "\n".join(lines) + "\n"
+    return subprocess.run(
+        [CLI, "chat", path, *arguments], input=text, capture_output=True, encoding="utf-8", env=env, timeout=300
+    )
+
+
+def answers(result: subprocess.CompletedProcess) -> list[str]:
+    turns = result.stdout.split("\nUser: ")[1:]
+    return [turn.removeprefix("Assistant: ").strip() for turn in turns if turn.startswith("Assistant: ")]

@@ -1,0 +1,120 @@
+"""Where tests get an SGLang from: the stand-in of helpers/standin, or sglang-kt itself, installed beside nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from .adapters import edit_adapter
+from .places import DATA
+
+STANDIN = Path(__file__).parent / "standin"
+RECORDED = DATA / "sglang-kt-0.7.2.json"
+SGLANG_CONTRACT = "SGLang's contract was tested with"
+"""a test's property that pytest's summary repeats"""
+
+# sglang-kt 0.7.2 and what its server_args.py imports beyond llamafactory's and kt-kernel's own dependencies.
+PACKAGES = [
+    "sglang-kt==0.7.2",
+    "openai==2.6.1",
+    "jiter",
+    "distro",
+    "sniffio",
+    "pybase64",
+    "pyzmq",
+    "partial-json-parser",
+    "orjson",
+    "jsonschema",
+    "attrs",
+    "jsonschema-specifications",
+    "referencing",
+    "rpds-py",
+    "ipython",
+    "traitlets",
+    "decorator",
+    "stack-data",
+    "executing",
+    "asttokens",
+    "pure-eval",
+    "matplotlib-inline",
+    "jedi",
+    "parso",
+    "pexpect",
+    "ptyprocess",
+    "prompt-toolkit",
+    "wcwidth",
+    "ipython-pygments-lexers",
+]
+
+
+def interpreter(directory: Path, packages: Path = STANDIN, **environment: str) -> Path:
+    """A Python in a directory with a blank in its name that has one more directory of packages."""
+    path = directory / "a venv" / "python"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    variables = " ".join(f"{name}='{value}'" for name, value in {"PYTHONPATH": str(packages), **environment}.items())
+    path.write_text(f'#!/bin/sh\nexec env {variables} "{sys.executable}" "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def install_sglang_kt(directory: Path) -> str | None:
+    """Install the real one into a directory of its own; the reason where that is impossible."""
+    uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
+    pip = [uv, "pip", "install", "--python", sys.executable] if uv else [sys.executable, "-m", "pip", "install"]
+    result = subprocess.run(
+        [*pip, "--quiet", "--no-deps", "--target", directory, *PACKAGES], capture_output=True, text=True, timeout=300
+    )
+    return (result.stderr.strip() or "pip failed").splitlines()[-1] if result.returncode else None
+
+
+def configuration(directory: Path, python: Path, model: Path, **keys) -> Path:
+    """A YAML for the server that ``python`` has."""
+    values = {
+        "model_name_or_path": str(model), "template": "deepseek", "infer_backend": "sglang", "use_kt": True,
+        "kt_sglang_python": str(python), "kt_threadpool_count": 1, "do_sample": False, **keys,
+    }  # fmt: skip
+    path = directory / "serve.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}, allow_unicode=True), "utf-8")
+    return path
+
+
+def notes(path: Path) -> list[dict]:
+    """What the stand-in wrote into STANDIN_NOTES."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def gone(*pids: int) -> bool:
+    """Wait for processes to end; a minute is far more than they need."""
+    for _ in range(1200):
+        if not any(map(alive, pids)):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def experts_only(directory: Path, adapter: Path) -> Path:
+    """A copy of the adapter without anything but its expert LoRA."""
+    shutil.copytree(adapter, directory)
+    return edit_adapter(directory, lambda tensors: {n: t for n, t in tensors.items() if ".mlp.experts." in n})
+
+
+def rest_only(directory: Path, adapter: Path) -> Path:
+    """A copy without expert LoRA. Also without LoRA on kv_b_proj, which SGLang takes only beside expert LoRA."""
+    shutil.copytree(adapter, directory)
+    gone = (".mlp.experts.", ".kv_b_proj.")
+    return edit_adapter(directory, lambda tensors: {n: t for n, t in tensors.items() if not any(g in n for g in gone)})

@@ -1,0 +1,41 @@
+"""What goes wrong while an answer is made."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import openai
+import pytest
+from helpers.api import ask
+
+
+def test_what_goes_wrong_while_generating(tmp_path):
+    """The endpoint with an engine that breaks in the middle; the model itself cannot be made to."""
+    from fastapi.testclient import TestClient
+    from llamafactory.api import app as module
+
+    class Broken:
+        async def astream_chat(self, *args, **kwargs):
+            yield "one"
+            raise RuntimeError("broken on purpose")
+
+        async def achat(self, *args, **kwargs):
+            raise RuntimeError("broken on purpose")
+
+        class engine:
+            can_generate, name = True, None
+            tokenizer = SimpleNamespace(encode=lambda text, **keys: [1])
+            model = SimpleNamespace(
+                _kt_gate=True,
+                config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=9)),
+            )
+
+    http = TestClient(module.create_app(Broken()), raise_server_exceptions=False)
+    client = openai.OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=http)
+    with pytest.raises(openai.InternalServerError, match="RuntimeError: broken on purpose"):
+        ask(client, "x")
+    texts = []
+    with pytest.raises(openai.APIError, match="RuntimeError: broken on purpose"):
+        for chunk in ask(client, "x", stream=True):
+            texts.append(chunk.choices[0].delta.content)
+    assert texts == ["", "one"]

@@ -1,0 +1,87 @@
+"""Activation: what importing torch brings in, what is hooked in which order, and what happens where it cannot be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers.interpreters import CHAT, python
+
+FIELDS = "from llamafactory.hparams import ModelArguments; print('kt_backend' in ModelArguments.__dataclass_fields__)"
+
+
+@pytest.mark.parametrize("first", ["llamafactory.chat", "llamafactory.model", "llamafactory.hparams.parser", "torch"])
+def test_whatever_is_imported_first(first):
+    result = python(
+        f"import {first}; {FIELDS}; from llamafactory_kt.integration.patching import require_hooks; require_hooks()"
+    )
+    assert result.stdout.strip().endswith("True"), result.stderr
+
+
+@pytest.mark.parametrize("switch", ["LLAMAFACTORY_KT_DISABLE", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
+def test_switched_off(switch):
+    value = "1" if switch == "LLAMAFACTORY_KT_DISABLE" else "0"
+    result = python(
+        f"import torch, sys; {FIELDS}; print([n for n in sys.modules if 'llamafactory_kt' in n])", **{switch: value}
+    )
+    printed = result.stdout.split()
+    assert printed[0] == "False" and "llamafactory_kt.integration.bootstrap" not in result.stdout, result.stderr
+
+
+def test_activated_late_by_hand(demo):
+    """Autoload off, LLaMA-Factory imported already: activate() patches what is there."""
+    code = f"""
+        import llamafactory.chat, llamafactory_kt.integration.bootstrap
+        llamafactory_kt.integration.bootstrap.activate(); llamafactory_kt.integration.bootstrap.activate()
+        from llamafactory.chat import ChatModel
+        model = ChatModel(dict(model_name_or_path={str(demo / "model")!r}, template="deepseek", use_kt=True, kt_backend="torch"))
+        print(len(model.engine.model._kt_wrappers))
+    """
+    result = python(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert result.stdout.strip().endswith("3"), result.stderr
+
+
+def test_import_torch_brings_in_next_to_nothing():
+    code = "import torch, sys; print(sorted(n for n in sys.modules if 'llamafactory' in n or n in ('yaml', 'transformers', 'peft', 'rich')))"
+    result = python(code)
+    wanted = [
+        "_llamafactory_kt_autoload",
+        "llamafactory_kt",
+        "llamafactory_kt._version",
+        "llamafactory_kt.integration.bootstrap",
+    ]
+    assert json.loads(result.stdout.replace("'", '"')) == wanted
+    assert "llamafactory_kt" not in python("import sys; print(list(sys.modules))").stdout
+
+
+def test_autoload_never_raises(tmp_path):
+    """The package is broken, or gone (an editable install whose source tree moved): one line, and torch works."""
+    for content in ("raise RuntimeError('broken')", "raise SystemExit(3)", "import nothing_of_that_name"):
+        package = tmp_path / "llamafactory_kt"
+        package.mkdir(exist_ok=True)
+        (package / "__init__.py").write_text(content)
+        result = python("import torch; print(torch.ones(1).item())", tmp_path)
+        assert result.stdout.strip() == "1.0", result.stderr
+        assert result.stderr.count("llamafactory_kt is installed but could not be activated") == 1
+
+
+def test_fork_in_place_of_stock(tmp_path, demo):
+    info = tmp_path / "llamafactory_kt-0.9.6.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llamafactory-kt\nVersion: 0.9.6.dev0\n")
+    code = CHAT.format(model=str(demo / "model"), kt=True, more="kt_backend='torch'")
+    result = python(code, tmp_path)
+    assert "KTHookError" in result.stdout and "fork llamafactory-kt 0.9.6.dev0" in result.stdout, (
+        result.stdout + result.stderr
+    )
+    plain = python(CHAT.format(model=str(demo / "model"), kt=False, more=""), tmp_path)
+    assert plain.stdout.strip().endswith("loaded"), plain.stdout + plain.stderr
+
+
+def test_v1_says_that_it_is_not_hooked(tmp_path, demo):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"model_name_or_path: {demo / 'model'}\ntemplate: deepseek\nuse_kt: true\n")
+    code = f"import sys; sys.argv = ['llamafactory-cli', 'chat', {str(config)!r}]; from llamafactory.cli import main; main()"
+    result = python(code, USE_V1="1")
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr[-2000:]
+    assert "Error: use_kt: true does not work with USE_V1=1" in result.stderr

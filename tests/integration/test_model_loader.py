@@ -1,0 +1,91 @@
+"""How LLaMA-Factory loads a model with use_kt: models it refuses, native classes, ways of fine-tuning."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers.marks import needs_kernel
+from helpers.models import make_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from llamafactory_kt import KTModelError, KTPathError
+
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+
+
+def chat_model(path, **keys):
+    from llamafactory.chat import ChatModel
+
+    return ChatModel(
+        {"model_name_or_path": str(path), "template": "deepseek", "use_kt": True, "do_sample": False, **keys}
+    )
+
+
+def test_missing_model_and_quantised_model(tmp_path, demo):
+    with pytest.raises(KTPathError, match=r"model_name_or_path: .*nowhere does not exist"):
+        chat_model(tmp_path / "nowhere")
+    path = shutil.copytree(demo / "model", tmp_path / "gptq")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(KTModelError, match="is a quantised checkpoint"):
+        chat_model(path)
+
+
+def test_dense_model_is_refused_through_llamafactory(tmp_path):
+    config = AutoConfig.for_model("llama", **SMALL, num_key_value_heads=2, bos_token_id=0, eos_token_id=1)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    for file in make_model(tmp_path / "moe", "mixtral").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "dense")
+    with pytest.raises(KTModelError, match="has no routed experts"):
+        chat_model(tmp_path / "dense")
+
+
+TOKENIZER_CODE = """
+from transformers import PreTrainedTokenizerFast
+
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    own = True
+"""
+
+
+@needs_kernel
+@pytest.mark.parametrize("own_tokenizer", [False, True])
+def test_native_classes_in_spite_of_remote_code(tmp_path, demo, own_tokenizer):
+    """Old DeepSeek checkpoints ship code for transformers 4: it must not even be imported. A tokenizer that exists only
+    as remote code is another matter."""
+    path = shutil.copytree(demo / "model", tmp_path / "remote")
+    config = json.loads((path / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "configuration_deepseek.DeepseekV2Config",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV2ForCausalLM",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    for name in ("modeling_deepseek",) if own_tokenizer else ("configuration_deepseek", "modeling_deepseek"):
+        (path / f"{name}.py").write_text("raise RuntimeError('remote code was imported')\n")
+    if own_tokenizer:  # transformers imports the remote configuration on its way to such a tokenizer
+        code = "from transformers import PretrainedConfig\n\n\nclass DeepseekV2Config(PretrainedConfig):\n    model_type = 'deepseek_v2'\n"
+        (path / "configuration_deepseek.py").write_text(code)
+        (path / "tokenization_own.py").write_text(TOKENIZER_CODE)
+        tokenizer = json.loads((path / "tokenizer_config.json").read_text())
+        tokenizer |= {
+            "tokenizer_class": "OwnTokenizer",
+            "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
+        }
+        (path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    engine = chat_model(path, trust_remote_code=True).engine
+    assert type(engine.model).__module__ == "transformers.models.deepseek_v2.modeling_deepseek_v2"
+    assert type(engine.model)._auto_class is None and type(engine.model.config)._auto_class is None
+    if own_tokenizer:
+        stock_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+        assert type(engine.tokenizer).__name__ == type(stock_tokenizer).__name__
+
+
+@needs_kernel
+@pytest.mark.parametrize("finetuning_type", ["lora", "full", "freeze"])
+def test_every_finetuning_type_ends_in_kt_experts(demo, finetuning_type):
+    assert len(chat_model(demo / "model", finetuning_type=finetuning_type).engine.model._kt_wrappers) == 3

@@ -1,0 +1,86 @@
+"""Another LLaMA-Factory than the one the hooks were written for."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+from helpers.interpreters import CHAT, python
+
+
+@pytest.mark.parametrize(
+    ("module", "change", "named"),
+    [
+        ("llamafactory.model.loader", "module.patch_config = lambda config, something_new: None", "llamafactory.model.loader.patch_config"),
+        ("llamafactory.model.loader", "del module.init_adapter", "found nothing of that name"),
+        ("llamafactory.hparams.parser", "module._check_extra_dependencies = lambda: None", "llamafactory.hparams.parser._check_extra_dependencies"),
+        ("llamafactory.hparams.model_args", "module.ModelArguments = int", "llamafactory.hparams.model_args.ModelArguments"),
+    ],
+)  # fmt: skip
+def test_changed_llamafactory(demo, module, change, named):
+    """Another LLaMA-Factory: use_kt fails with function, found, expected and versions."""
+    code = f"""
+    import llamafactory_kt.integration.bootstrap as bootstrap
+    stock_patch = bootstrap._patch
+    def patch(module):
+        if module.__name__ == {module!r}:
+            saved = dict(vars(module))
+            {change}
+            stock_patch(module)
+            vars(module).update({{k: v for k, v in saved.items() if k not in ("get_infer_args",)}})
+        else:
+            stock_patch(module)
+    bootstrap._patch = patch
+    """
+    code = textwrap.dedent(code) + textwrap.dedent(
+        CHAT.format(model=str(demo / "model"), kt=True, more="kt_backend='torch'")
+    )
+    result = python(code)
+    assert "KTHookError" in result.stdout, result.stdout + result.stderr
+    for part in (named, "expected", "llamafactory 0.9.5", "transformers 5.6", "llamafactory-kt-experts"):
+        assert part in result.stdout
+    plain = python(code.replace("use_kt=True, kt_backend='torch'", "use_kt=False"))
+    assert plain.stdout.strip().endswith("loaded"), plain.stdout + plain.stderr
+
+
+def test_changed_sglang_engine(demo):
+    """Only a chat that asks for SGLang needs its hook."""
+    code = """
+    import llamafactory_kt.integration.bootstrap as bootstrap
+    stock_patch = bootstrap._patch
+    def patch(module):
+        if module.__name__ == "llamafactory.chat.sglang_engine":
+            module.SGLangEngine = lambda model_args: None
+        stock_patch(module)
+    bootstrap._patch = patch
+    """
+    chat = CHAT.format(model=str(demo / "model"), kt=True, more="kt_backend='torch', infer_backend='huggingface'")
+    code = textwrap.dedent(code) + textwrap.dedent(chat)
+    assert python(code).stdout.strip().endswith("loaded")
+    result = python(code.replace("infer_backend='huggingface'", "infer_backend='sglang'"))
+    assert "KTHookError llamafactory.chat.sglang_engine.SGLangEngine cannot be hooked" in result.stdout, result.stderr
+
+
+def test_changed_pages(tmp_path, demo):
+    """LlamaBoard opens without our section, and use_kt in its extra arguments ends in the error."""
+    code = f"""
+    import llamafactory_kt.integration.bootstrap as bootstrap
+    stock_patch = bootstrap._patch
+    def patch(module):
+        if module.__name__ == "llamafactory.webui.chatter":
+            stock, module.WebChatModel.load_model = module.WebChatModel.load_model, lambda self: None
+            stock_patch(module)
+            module.WebChatModel.load_model = stock
+        else:
+            stock_patch(module)
+    bootstrap._patch = patch
+    import os
+    os.chdir({str(tmp_path)!r})
+    from llamafactory.webui.interface import create_ui
+    create_ui()
+    print([name.rpartition(".")[2] for name in bootstrap.failures])
+    """
+    chat = CHAT.format(model=str(demo / "model"), kt=True, more="kt_backend='torch'")
+    result = python(textwrap.dedent(code) + textwrap.dedent(chat))
+    assert "['chatter', 'infer']" in result.stdout, result.stdout + result.stderr
+    assert "KTHookError WebChatModel.load_model cannot be hooked" in result.stdout

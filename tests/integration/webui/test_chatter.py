@@ -1,0 +1,136 @@
+"""LlamaBoard's Chat tab without a browser."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.chats import EXPECTED, PROMPTS
+from helpers.pages import FIGURES, serve
+from helpers.places import CHROMIUM
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM.is_file():
+        pytest.skip(f"{CHROMIUM} is not installed")
+    with playwright.sync_playwright() as tool:
+        yield tool.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+
+
+@pytest.fixture(scope="module")
+def board(browser, tmp_path_factory) -> Iterator[str]:
+    yield from serve(tmp_path_factory.mktemp("board"), "webui")
+
+
+class Board:
+    """LlamaBoard's Chat tab without a browser."""
+
+    def __init__(self, demo: Path):
+        import gradio
+        from llamafactory.webui.components import create_infer_tab, create_top
+        from llamafactory.webui.engine import Engine
+
+        with gradio.Blocks():
+            self.engine = Engine()
+            self.manager = self.engine.manager
+            self.manager.add_elems("top", create_top())
+            self.manager.add_elems("infer", create_infer_tab(self.engine))
+        self.chatter = self.engine.chatter
+        self.data = {element: getattr(element, "value", None) for element in self.manager.get_elem_list()}
+        self.set("top", lang="en", model_name="Custom", model_path=str(demo / "model"), template="deepseek")
+        self.set("infer", use_kt=True, kt_backend="torch", extra_args='{"do_sample": false}')
+
+    def set(self, tab: str, **values: Any) -> None:
+        self.data |= {self.manager.get_elem_by_id(f"{tab}.{name}"): value for name, value in values.items()}
+
+    def load(self) -> str:
+        return list(self.chatter.load_model(self.data))[-1]
+
+    def unload(self) -> str:
+        return list(self.chatter.unload_model(self.data))[-1]
+
+    def ask(self, prompt: str, **changes: Any) -> Iterator[Any]:
+        asked = {"max_new_tokens": 1024, "top_p": 0.7, "temperature": 0.95, "skip_special_tokens": True, **changes}
+        messages = [{"role": "user", "content": prompt}]
+        return self.chatter.stream([], messages, "en", "", "", None, None, None, *asked.values(), True, True)
+
+
+@pytest.fixture
+def tab(tmp_path, demo, monkeypatch) -> Iterator[Board]:
+    monkeypatch.chdir(tmp_path)  # LlamaBoard writes its settings there
+    board = Board(demo)
+    yield board
+    board.unload()
+
+
+def test_section_and_extra_arguments(tab):
+    from llamafactory_kt.integration.webui.chatter import with_section
+
+    def keys(extra: dict) -> dict:
+        return with_section(tab.manager, tab.data, extra)
+
+    assert keys({}) == {"use_kt": True, "kt_backend": "torch"}, "what is as by default is left out"
+    tab.set("infer", kt_num_threads=" 8 ", kt_threadpool_count=2, kt_weight_path=" ", kt_lora_scope="attention")
+    section = {"use_kt": True, "kt_backend": "torch", "kt_num_threads": "8", "kt_threadpool_count": 2, "kt_lora_scope": "attention"}  # fmt: skip
+    assert keys({}) == section
+    assert keys({"kt_backend": "auto", "kt_debug": True}) == section | {"kt_backend": "auto", "kt_debug": True}
+    nested = {"kt_config": {"kt_num_threads": 4}}
+    assert keys(nested) == {k: v for k, v in section.items() if k != "kt_num_threads"} | nested
+    tab.set("infer", use_kt=False)
+    assert keys({"kt_num_threads": 4}) == {"kt_num_threads": 4}
+
+
+def test_unloading_ends_answers_and_leaves_nothing(tab):
+    for _ in range(2):
+        assert tab.load().startswith("Model loaded")
+        model = weakref.ref(tab.chatter.engine.model)
+        answer = tab.ask(PROMPTS[2])
+        next(answer)
+        assert tab.unload() == "Model unloaded." and model() is not None, "the answer that is being read holds it"
+        *_, (_, messages) = answer  # it ends, and the reader does not wait for ever
+        said, whole = messages[-1]["content"], EXPECTED[PROMPTS[2]]["base"]
+        assert whole.startswith(said) and len(said) < len(whole)
+        del answer
+        gc.collect()
+        assert model() is None
+        assert tab.load().startswith("Model loaded")
+        model = weakref.ref(tab.chatter.engine.model)
+        *_, (shown, messages) = tab.ask(PROMPTS[2])
+        assert FIGURES["en"].search(shown[-1]["content"])
+        assert messages[-1] == {"role": "assistant", "content": EXPECTED[PROMPTS[2]]["base"]}
+        tab.unload()
+        assert model() is None and not tab.chatter._thread.is_alive()
+
+
+def test_adapters_that_cannot_be_exchanged(tab, tmp_path, demo):
+    tab.set("top", checkpoint_path=[str(demo / "adapter")])
+    assert tab.load().startswith("Model loaded")
+    model = tab.chatter.engine.model
+    tab.set("top", checkpoint_path=[str(tmp_path / "nowhere")])
+    said = tab.load()
+    assert said.startswith("The adapter was not exchanged") and f"{tmp_path / 'nowhere'} does not exist" in said
+    *_, (_, messages) = tab.ask(PROMPTS[2])
+    assert messages[-1]["content"] == EXPECTED[PROMPTS[2]]["adapter"], "the old one is in place"
+    tab.set("infer", kt_lora_scope="attention")
+    assert tab.load() == "You have loaded a model, please unload it first.", "more than the adapter has changed"
+    tab.set("infer", kt_lora_scope="all")
+    tab.set("top", checkpoint_path=[])
+    assert tab.load() == "Adapter exchanged; the model stayed loaded." and tab.chatter.engine.model is model
+    *_, (_, messages) = tab.ask(PROMPTS[2])
+    assert messages[-1]["content"] == EXPECTED[PROMPTS[2]]["base"]
+    assert ("LoRA tensors", "no adapter") in model._kt_load_rows
+
+
+def test_pages_without_use_kt(tab):
+    tab.set("infer", use_kt=False)
+    assert list(tab.chatter.load_model(tab.data)) == [
+        "Loading model...", "Model loaded, now you can chat with your model!",
+    ]  # fmt: skip
+    *_, (shown, _) = tab.ask(PROMPTS[2], max_new_tokens=4)
+    assert [message["role"] for message in shown] == ["assistant"], "no figures"

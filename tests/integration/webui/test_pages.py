@@ -1,0 +1,187 @@
+"""``llamafactory-cli webchat`` and LlamaBoard (``webui``) in a real browser. ``KT_SCREENSHOTS`` keeps the pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.api import ask
+from helpers.chats import EXPECTED, PROMPTS, config
+from helpers.pages import choose, choose_language, field, open_page, press, redrawn, serve, status
+from helpers.places import CHROMIUM
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM.is_file():
+        pytest.skip(f"{CHROMIUM} is not installed")
+    with playwright.sync_playwright() as tool:
+        yield tool.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory) -> Path:
+    directory = Path(os.environ.get("KT_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def webchat(browser, demo, tmp_path_factory) -> Iterator[str]:
+    directory = tmp_path_factory.mktemp("webchat")
+    adapter = str(demo / "adapter")
+    path = config(directory, demo, kt_backend="torch", kt_router_stats=True, adapter_name_or_path=adapter)
+    yield from serve(directory, "webchat", str(path))
+
+
+@pytest.fixture(scope="module")
+def board(browser, tmp_path_factory) -> Iterator[str]:
+    yield from serve(tmp_path_factory.mktemp("board"), "webui")
+
+
+def test_webchat(browser, webchat, shots):
+    page = open_page(browser, webchat)
+    drawn, prompts = [redrawn(page, "")], []
+    page.get_by_role("button", name="Submit", exact=True).wait_for()
+    answer, tokens = ask(page, PROMPTS[2], "Submit", "en")
+    assert answer == EXPECTED[PROMPTS[2]]["adapter"]
+    drawn.append(redrawn(page, drawn[-1]))
+    prompts.append(tokens)
+    page.screenshot(path=shots / "webchat_en.png")
+    choose_language(page, "zh", "提交")
+    _, tokens = ask(page, PROMPTS[3], "提交", "zh")
+    drawn.append(redrawn(page, drawn[-1]))
+    page.screenshot(path=shots / "webchat_zh.png")
+    assert len(set(drawn)) == 3, "each answer draws it anew"
+    assert prompts[0] + 20 < tokens < prompts[0] + 60, "the first question and answer, without the figures below it"
+    page.close()
+
+
+def test_board(browser, board, demo, shots):
+    """A load that fails, one that works, and its answers; another language, another adapter; and nothing is left."""
+    page = open_page(browser, board)
+    page.get_by_role("tab", name="Chat").click()
+    choose(page, "Model name", "Custom")
+    field(page, "Model path").fill(str(demo / "model"))
+    choose(page, "Chat template", "deepseek")
+    page.get_by_text("KTransformers (MoE experts on the CPU)").click()
+    page.get_by_label("Use KTransformers").check()
+    choose(page, "Expert engine", "torch")
+    page.get_by_label("Router statistics").check()
+    field(page, "Extra arguments").fill(json.dumps({"do_sample": False}))
+
+    field(page, "Threads").fill("many")
+    press(page, "Load model")
+    assert "kt_num_threads must be a positive whole number or auto, found 'many'" in status(page, "was not loaded")
+    page.get_by_test_id("toast-body").filter(has_text="found 'many'").wait_for()
+    page.wait_for_timeout(500)
+    page.screenshot(path=shots / "board_en_failed.png")
+    assert not page.get_by_text("Layers wrapped").is_visible()
+
+    field(page, "Threads").fill("auto")
+    press(page, "Load model")
+    progress = status(page, "layer 2 of 3")
+    assert re.fullmatch(
+        r"Loading the experts: layer 2 of 3 · 0\.\d MiB of 1\.7 MiB · [\d.]+ [KM]iB/s · \d+ s", progress
+    ), progress
+    page.screenshot(path=shots / "board_en_loading.png")
+    status(page, "Model loaded")
+    page.get_by_role("row", name="LoRA tensors no adapter").wait_for()
+    empty = redrawn(page, "")
+    answer, _ = ask(page, PROMPTS[2], "Submit", "en")
+    assert answer == EXPECTED[PROMPTS[2]]["base"]
+    redrawn(page, empty)
+    page.screenshot(path=shots / "board_en_answered.png", full_page=True)
+
+    choose_language(page, "zh", "提交")
+    status(page, "模型已加载")  # LLaMA-Factory's language switch says that no model is loaded
+    page.get_by_label("启用 KTransformers").wait_for()
+    choose(page, "检查点路径", str(demo / "adapter"))
+    press(page, "加载模型")
+    status(page, "adapter 已切换")
+    page.get_by_role("row", name="LoRA tensors consumed 200 of 200").wait_for()
+    press(page, "清空历史")
+    page.locator("[data-testid=bot]").first.wait_for(state="detached")
+    answer, _ = ask(page, PROMPTS[1], "提交", "zh")
+    assert answer == EXPECTED[PROMPTS[1]]["adapter"]
+    page.screenshot(path=shots / "board_zh_switched.png", full_page=True)
+
+    press(page, "卸载模型")
+    status(page, "模型已卸载")
+    for gone in (
+        page.get_by_text("Layers wrapped"),
+        page.locator("[data-testid=matplotlib]"),
+        page.get_by_text("提交", exact=True),
+    ):
+        gone.wait_for(state="hidden")
+    page.screenshot(path=shots / "board_zh_unloaded.png")
+    page.close()
+
+
+def test_board_left_while_it_loads(browser, board, demo):
+    """The load goes on, and the next page that asks for one follows it to its end."""
+    left, stayed = open_page(browser, board), open_page(browser, board)
+    for page in (left, stayed):  # both before the load begins: it is over sooner than a page is filled in
+        page.get_by_role("tab", name="Chat").click()
+        choose_language(page, "zh", "加载模型")
+        choose(page, "模型名称", "Custom")
+        field(page, "模型路径").fill(str(demo / "model"))
+        choose(page, "对话模板", "deepseek")
+        field(page, "额外参数").fill(json.dumps({"use_kt": True, "kt_backend": "torch"}))
+    press(left, "加载模型")
+    status(left, "正在加载专家")
+    left.close()
+    press(stayed, "加载模型")
+    status(stayed, "正在加载专家")
+    status(stayed, "模型已加载")
+    stayed.get_by_role("row", name="LoRA tensors no adapter").wait_for()
+    press(stayed, "卸载模型")
+    status(stayed, "模型已卸载")
+    stayed.close()
+
+
+class Board:
+    """LlamaBoard's Chat tab without a browser."""
+
+    def __init__(self, demo: Path):
+        import gradio
+        from llamafactory.webui.components import create_infer_tab, create_top
+        from llamafactory.webui.engine import Engine
+
+        with gradio.Blocks():
+            self.engine = Engine()
+            self.manager = self.engine.manager
+            self.manager.add_elems("top", create_top())
+            self.manager.add_elems("infer", create_infer_tab(self.engine))
+        self.chatter = self.engine.chatter
+        self.data = {element: getattr(element, "value", None) for element in self.manager.get_elem_list()}
+        self.set("top", lang="en", model_name="Custom", model_path=str(demo / "model"), template="deepseek")
+        self.set("infer", use_kt=True, kt_backend="torch", extra_args='{"do_sample": false}')
+
+    def set(self, tab: str, **values: Any) -> None:
+        self.data |= {self.manager.get_elem_by_id(f"{tab}.{name}"): value for name, value in values.items()}
+
+    def load(self) -> str:
+        return list(self.chatter.load_model(self.data))[-1]
+
+    def unload(self) -> str:
+        return list(self.chatter.unload_model(self.data))[-1]
+
+    def ask(self, prompt: str, **changes: Any) -> Iterator[Any]:
+        asked = {"max_new_tokens": 1024, "top_p": 0.7, "temperature": 0.95, "skip_special_tokens": True, **changes}
+        messages = [{"role": "user", "content": prompt}]
+        return self.chatter.stream([], messages, "en", "", "", None, None, None, *asked.values(), True, True)
+
+
+@pytest.fixture
+def tab(tmp_path, demo, monkeypatch) -> Iterator[Board]:
+    monkeypatch.chdir(tmp_path)  # LlamaBoard writes its settings there
+    board = Board(demo)
+    yield board
+    board.unload()

@@ -1,0 +1,90 @@
+"""Loading a model whose experts are KT's: what is read, what is refused, and what becomes of the model afterwards."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from helpers.adapters import make_adapter
+from helpers.loading import answer, load
+from helpers.marks import needs_kernel
+from helpers.models import make_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from llamafactory_kt import (
+    KTExpertsConfig,
+    apply_adapter,
+)
+from llamafactory_kt.ground import machine
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("files")
+    model = make_model(root / "model", "deepseek_v2")
+    return model, make_adapter(root / "a", model, rank=4), make_adapter(root / "b", model, rank=12, seed=7, naming="A")
+
+
+@needs_kernel
+def test_pointers_survive_what_users_do_to_a_model(files):
+    path, adapter, _ = files
+    model, _ = apply_adapter(load(path, adapter=str(adapter)), adapter)
+    before = answer(model)
+    model.to("cpu").eval().requires_grad_(False)
+    other, _ = apply_adapter(load(path), adapter)
+    assert torch.equal(answer(other), before)
+    del other
+    gc.collect()
+    junk = [torch.randn(64, 96) for _ in range(1000)]  # what would overwrite freed memory
+    assert torch.equal(answer(model), before) and junk
+    assert not list(load(path)._kt_wrappers[0].parameters())
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.deepcopy(model)
+
+
+@needs_kernel
+def test_models_of_different_sizes_in_one_process(files, tmp_path):
+    path, _, _ = files
+    small = load(path)
+    before = answer(small)
+    large = load(make_model(tmp_path / "large", "qwen3_moe", hidden_size=160, num_experts=9, num_experts_per_tok=5))
+    answer(large)
+    assert torch.equal(answer(small), before)
+
+
+def test_not_enough_memory_is_said_before_reading(files, monkeypatch):
+    from llamafactory_kt import KTMemoryError
+    from llamafactory_kt.model import quantizer
+
+    monkeypatch.setattr(quantizer, "available_memory", lambda: 100_000)
+    with pytest.raises(KTMemoryError, match=r"The experts of 2 layers need .* are free"):
+        load(files[0], backend="torch")
+    assert machine.available_memory() > 100_000
+
+
+def test_generation_is_inference_only(files):
+    model = load(files[0], backend="torch")
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="for inference"):
+        model(input_ids=torch.arange(2, 10)[None])
+
+
+def load(path, backend="torch", **keys):
+    config = KTExpertsConfig(backend=backend)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=config, **keys)
+
+
+def test_no_expert_tensor_is_read_by_transformers_and_none_is_called_unexpected(tmp_path, capsys):
+    path = make_model(tmp_path / "m", "deepseek_v2")
+    model, info = load(path, output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+    assert not [name for name, _ in model.named_parameters() if ".experts." in name]
+    tensors = load_file(path / "model.safetensors")
+    save_file(
+        {**tensors, "model.layers.1.mlp.something.weight": torch.ones(1)}, path / "model.safetensors", {"format": "pt"}
+    )
+    _, info = load(path, output_loading_info=True)
+    assert info["unexpected_keys"] == {"model.layers.1.mlp.something.weight"}, "only the experts are silenced"

@@ -1,0 +1,34 @@
+"""What is reported about a model that was loaded."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.models import make_model
+from transformers import AutoModelForCausalLM
+
+from llamafactory_kt import KTExpertsConfig
+from llamafactory_kt.load_report import layer_kinds
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("debug") / "model", "qwen3_moe")
+
+
+def load(path, engine="torch", **keys):
+    config = KTExpertsConfig(backend=engine, debug=True, router_stats=True, **keys)
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "wanted"),
+    [
+        ("deepseek_v2", {}, "MoE 1-2, dense MLP 0 (first_k_dense_replace: 1)"),
+        ("qwen3_moe", {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+         "MoE 1, dense MLP 0, 2-3 (decoder_sparse_step: 2, mlp_only_layers: [3])"),
+        ("mixtral", {}, ""),
+    ],
+)  # fmt: skip
+def test_layer_kinds(tmp_path, architecture, changes, wanted):
+    model = load(make_model(tmp_path / "model", architecture, **changes))
+    assert layer_kinds(model) == wanted

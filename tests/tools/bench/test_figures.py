@@ -1,0 +1,90 @@
+"""The arithmetic of ``bench`` on made-up figures, and the tables that show it."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from llamafactory_kt.tools.bench.figures import Loaded, Machine, Measured, Report, Spread, ratio
+from llamafactory_kt.tools.bench.tables import show
+
+GIB = 2**30
+
+
+LOADED = Loaded("torch; torch 2", 2.0, 1 * GIB, 4 * GIB, 5 * GIB, 2 * GIB, 500_000_000, 250_000_000, push=0.25)
+
+
+SLOW, FAST = [0.2, 0.4, 0.2], [0.1, 0.2, 0.05]
+
+
+def made_up() -> Report:
+    """In the second round the machine was twice as slow, and its memory too."""
+    stock = replace(LOADED, engine="transformers", load=1.0, resident=3 * GIB, push=None)
+    return Report(
+        Machine("a CPU", 4, [50e9, 25e9, 50e9], checkpoint=8_000_000_000),
+        [
+            Measured("as configured", LOADED, [2.0, 6.0], {128: SLOW}, {128: SLOW}, [0.0, 0.9, 0.01], 6 * GIB, 7 * GIB),
+            Measured("stock", stock, [1.0, 2.0], {128: FAST}, {128: FAST}, [0.4, 0.3], 6 * GIB),
+        ],
+    )
+
+
+def test_ratios_are_of_the_same_round():
+    """The middle of SLOW over the middle of FAST would be 2 as well; the spread tells the pairs."""
+    assert ratio(SLOW, FAST) == Spread(2.0, 2.0, 4.0) and ratio(FAST, SLOW) == Spread(0.5, 0.25, 0.5)
+    with pytest.raises(ValueError, match="shorter"):
+        ratio(SLOW, FAST[:2])
+    report = made_up()
+    configured, stock = report.references
+    assert report.ratios(stock, configured) == {
+        "decode speed after 128": Spread(2.0, 2.0, 4.0),
+        "prefill speed, 128 tokens": Spread(2.0, 2.0, 4.0),
+        "load time": Spread((1 / 2 + 1 / 3) / 2, 1 / 3, 1 / 2),
+        "memory": Spread(2 / 3, 2 / 3, 2 / 3),
+    }
+
+
+def test_figures_of_one_row():
+    report = made_up()
+    configured, stock = report.rows
+    assert configured.added == 3 * GIB and configured.over_weights == 1.5
+    assert report.floor(configured) == Spread(0.01, 0.01, 0.02), "0.5 GB at 50, 25 and 50 GB/s"
+    for others, wanted in ((False, 0.05), (True, 0.075)):
+        share = report.bandwidth_share(configured, 128, others=others)
+        assert (share.median, share.low, share.high) == pytest.approx((wanted, wanted, wanted))
+    assert report.load_rate(configured) == 8e9 / 4.0 / 4
+    assert not configured.restless and stock.restless
+
+
+def test_what_is_shown():
+    out = io.StringIO()
+    show(made_up(), Console(file=out, width=160))
+    text = " ".join(out.getvalue().split())
+    assert text.index("Ratios of the same round") < text.index("Figures")
+    for part in (
+        "against as configured │ │ │ │ decode speed after 128 │ 1 │ 2.00 (2.00-4.00)", "against stock", "0.50 (0.25-0.50) │ 1",
+        "load time │ 1 │ 0.42 (0.33-0.50)", "200 (200-400) ms │ 100 (50-200) ms", "5.0 (2.5-5.0) │ 10.0 (5.0-20.0)",
+        "added over weights │ 1.50 │ 1.00", "250.0 ms │ -", "0.50 GB/s │ 1.33 GB/s", "reads 50.0 GB/s (25.0-50.0)",
+        "peak on GPU │ 7.0 GiB", "stock kept 0.35 cores busy while others were measured",
+    ):  # fmt: skip
+        assert part in text, (part, text)
+    assert "as configured kept" not in text
+    assert json.loads(json.dumps(made_up().to_dict()))["ratios"]["stock"]["as configured"]["memory"]["median"] == 1.5
+
+
+def test_stock_that_is_on_a_gpu_whole():
+    """Its weights take none of the CPU's memory, so nothing is over them."""
+    report = made_up()
+    stock = report.rows[1]
+    stock.loaded = replace(stock.loaded, weights=0, experts_per_token=0, others_per_token=0, resident=GIB)
+    stock.gpu_memory = 14 * GIB
+    out = io.StringIO()
+    show(report, Console(file=out, width=160))
+    text = " ".join(out.getvalue().split())
+    for part in ("memory │ 1 │ - │", "GPU memory │ 1 │ 2.00 │", "GPU memory │ 0.50 │ 1 │", "over weights │ 1.50 │ - │"):
+        assert part in text, (part, text)
+    assert json.loads(json.dumps(report.to_dict()))["rows"][1]["memory_over_weights"] is None

@@ -1,0 +1,22 @@
+"""The rows of a bench: configurations, and what they are compared with."""
+
+from __future__ import annotations
+
+import pytest
+
+from llamafactory_kt import KTConfigError
+from llamafactory_kt.tools.bench.rows import rows
+
+CONFIG = {"model_name_or_path": "m", "adapter_name_or_path": "a", "use_kt": True, "kt_backend": "torch"}
+
+
+def test_rows():
+    found = {row.name: row for row in rows(CONFIG, ["stock", "kt_num_threads=4", "kt_debug=true", "base"])}
+    assert list(found) == ["as configured", "base", "stock", "kt_num_threads=4", "kt_debug=true"]
+    assert found["as configured"].loaded_config == CONFIG and "adapter_name_or_path" not in found["base"].loaded_config
+    assert found["stock"].loaded_config == {"model_name_or_path": "m"} and found["stock"].config == CONFIG
+    assert found["kt_num_threads=4"].config["kt_num_threads"] == 4 and found["kt_debug=true"].config["kt_debug"] is True
+    assert [row.name for row in rows(CONFIG, base=False)] == ["as configured"]
+    assert [row.name for row in rows({"model_name_or_path": "m"})] == ["as configured"], "no adapter to leave out"
+    with pytest.raises(KTConfigError, match="unknown word 'fast', expected base, stock or key=value"):
+        rows(CONFIG, ["fast"])

@@ -72,6 +72,24 @@ def name_some(names: Iterable[object], limit: int = 5) -> str:
     return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks; its type where it says nothing.
+
+    >>> one_line(OSError("libtorch.so:\\n undefined symbol")), one_line(KeyboardInterrupt())
+    ('libtorch.so: undefined symbol', 'KeyboardInterrupt')
+    """
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def describe(error: BaseException) -> str:
+    """``ValueError: what it says``, without line breaks; our own errors without their type, which says nothing to users.
+
+    >>> describe(ValueError("too\\nlong")), describe(KTConfigError("kt_backend: unknown value"))
+    ('ValueError: too long', 'kt_backend: unknown value')
+    """
+    return one_line(error) if isinstance(error, KTError) else f"{type(error).__name__}: {one_line(error)}"
+
+
 def traceback_wanted() -> bool:
     """Whether LLAMAFACTORY_KT_DEBUG asks for tracebacks where a command would print the message alone."""
     return os.environ.get("LLAMAFACTORY_KT_DEBUG", "") not in ("", "0")

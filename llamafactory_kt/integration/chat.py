@@ -21,6 +21,14 @@ _PROCESS_ARGS = (
 )  # fmt: skip
 
 
+def import_chat() -> Any:
+    """LLaMA-Factory's class ``ChatModel``, hooked; its imports take some seconds."""
+    bootstrap.activate()
+    from llamafactory.chat import ChatModel
+
+    return ChatModel
+
+
 @dataclass
 class LoadedChat:
     """What is needed to answer prompts; the engine of LLaMA-Factory's ``ChatModel`` for ``infer_backend: huggingface``."""
@@ -39,10 +47,8 @@ class LoadedChat:
         backend = config.get("infer_backend", "huggingface")
         if backend != "huggingface":
             raise KTConfigError(f"infer_backend: {backend} cannot be used here; use infer_backend: huggingface.")
-        bootstrap.activate()
-        from llamafactory.chat import ChatModel
-
-        return cls.of(ChatModel(dict(config)), config)
+        chat_model = import_chat()
+        return cls.of(chat_model(dict(config)), config)
 
     @classmethod
     def load_yaml(cls, path: Path, overrides: Sequence[str] = ()) -> LoadedChat:
@@ -74,6 +80,12 @@ class LoadedChat:
     @property
     def model(self) -> Any:
         return self.engine.model
+
+    def set_generating(self, keys: Mapping[str, Any]) -> None:
+        """Generate with LLaMA-Factory's defaults and these keys from now on."""
+        from llamafactory.hparams import GeneratingArguments
+
+        self.engine.generating_args = GeneratingArguments(**keys).to_dict()
 
     @property
     def tokenizer(self) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters import AdapterSet, open_adapters
-from ..ground.errors import KTConfigError, KTError, KTPathError
+from ..ground.errors import KTConfigError, KTError, KTPathError, one_line
 from ..settings.keys import adapter_directories, threadpool_count
 from .patching import require_hooks
 
@@ -41,7 +41,7 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         merged = OmegaConf.merge(loaded, OmegaConf.from_cli(list(overrides)))
         values: Any = OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise KTConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise KTConfigError(f"{path} is not valid YAML: {one_line(error)}") from error
     return {str(key): value for key, value in values.items()}
 
 
@@ -70,7 +70,7 @@ def parse_from(path: str | Path, values: dict[str, Any]) -> Any:
     except KTError:
         raise
     except Exception as error:  # unknown keys, wrong types, packages that a key needs
-        raise KTConfigError(f"{path}: {' '.join(str(error).split())}") from error
+        raise KTConfigError(f"{path}: {one_line(error)}") from error
 
 
 def moe_lora_file(model_args: Any) -> str | None:

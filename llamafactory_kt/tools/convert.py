@@ -1,7 +1,4 @@
-"""Converting adapters: the Python names and the command of the SGLang converter, on all layouts that are understood.
-
-python -m llamafactory_kt.tools.convert --input adapter_model.safetensors --config adapter_config.json --output moe_lora.pt
-"""
+"""Converting adapters from any layout into any other that can hold them."""
 
 from __future__ import annotations
 
@@ -123,17 +120,3 @@ def _open(path: Path, config_path: str | Path | None, lora_alpha: float | None) 
             "lora_alpha %g from %s is used, not %g from the command line", configured, adapter.settings.path, lora_alpha
         )
     return adapter
-
-
-def main() -> None:
-    """``python -m llamafactory_kt.tools.convert``: the same as ``llamafactory-kt convert``."""
-    import sys
-
-    from ..cli import main as run
-
-    sys.argv[:1] = ["llamafactory-kt", "convert"]
-    run()
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from threading import Event, Thread
 
-from ...ground.errors import KTError, traceback_wanted
+from ...ground.errors import KTError, describe, traceback_wanted
 from ...ground.paging import give_back_memory
 from ...ground.progress import LoadProgress, watch_loads
 
@@ -50,7 +50,7 @@ class PageLoad:
                 work()
         except Exception as error:
             ours = isinstance(error, KTError)
-            self.error = str(error) if ours else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self.error = describe(error)
             logger.error("%s", self.error, exc_info=self._debug or not ours)
         finally:
             gc.collect()  # a failed load leaves cycles of half a model

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ...ground.errors import one_line
 from .figures import Loaded
 from .rows import Row
 
@@ -31,7 +32,7 @@ def serve(pipe: Connection, row: Row, prompt_tokens: Sequence[int]) -> None:
             measure(model, length, 2, prepare)  # what only the first calls do
         _forget_peak()
     except Exception as error:
-        pipe.send(" ".join(str(error).split()) or type(error).__name__)
+        pipe.send(one_line(error))
         return
     settle()
     resting = Resting()
@@ -59,25 +60,22 @@ def check(pipe: Connection, rows: Sequence[Row]) -> None:
         try:
             parse(row.config)
         except Exception as error:
-            refused.append((row.name, " ".join(str(error).split())))
+            refused.append((row.name, one_line(error)))
     pipe.send(refused)
 
 
 def _load(row: Row, prompt_tokens: Sequence[int]) -> tuple[Any, Loaded, Prepare]:
-    from ...integration import bootstrap
-
-    bootstrap.activate()
-    from llamafactory.chat import ChatModel
-
+    from ...integration.chat import LoadedChat, import_chat
     from ...integration.chat_config import open_configured, parse
     from ...model.state import has_kt_experts, kt_state
     from .sizes import Sizes
     from .stock import BestExperts, merge_into
 
+    import_chat()
     args = parse(row.config) if row.stock else None
     adapters = open_configured(args) if row.stock else None
     before, started = resident_memory(), time.perf_counter()
-    model = ChatModel(row.loaded_config).engine.model
+    model = LoadedChat.load(row.loaded_config).model
     load = time.perf_counter() - started
     prepare: Prepare = lambda tokens: None  # noqa: E731
     measure(model, min(prompt_tokens), 2, prepare)  # so that weights that are only mapped so far are resident

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...ground.errors import KTError, name_some
+from ...ground.errors import KTError, describe, name_some
 from ...ground.machine import available_memory, gib
-from .finding import Findings, error, ok, one_line, warning
+from .finding import Findings, error, ok, warning
 
 if TYPE_CHECKING:
     from ...adapters import AdapterSet
@@ -27,7 +27,7 @@ def check(config: Path, overrides: Sequence[str] = ()) -> Findings:
         args = parse(read_yaml(config, overrides))
     except Exception as problem:
         yield error(
-            "configuration", f"{config}: {one_line(problem)}", "Correct the file; docs/chat-guide.md lists all keys."
+            "configuration", f"{config}: {describe(problem)}", "Correct the file; docs/chat-guide.md lists all keys."
         )
         return
     finally:
@@ -61,7 +61,7 @@ def _model(args: Any) -> Findings:
     try:
         moe = MoEModel(empty_model(name, fp8=True), weight_files(name))
     except KTError as problem:
-        yield error("model", one_line(problem), "docs/architectures.md says which models are accepted.")
+        yield error("model", describe(problem), "docs/architectures.md says which models are accepted.")
         return
     shape = moe.experts[0].shape
     yield ok(
@@ -89,7 +89,7 @@ def _checkpoint(args: Any, moe: MoEModel) -> Any:
     try:
         layout = moe.layout
     except KTError as problem:
-        yield error("checkpoint", one_line(problem), "docs/troubleshooting.md has a row for each of these messages.")
+        yield error("checkpoint", describe(problem), "docs/troubleshooting.md has a row for each of these messages.")
         return 2
     size = sum(file.stat().st_size for file in moe.files)
     yield ok("checkpoint", f"{len(moe.files)} file(s), {gib(size)}, experts in {', '.join(sorted(layout.dtypes()))}")
@@ -108,7 +108,7 @@ def _adapters(args: Any, moe: MoEModel) -> Any:
         adapters = open_configured(args)
         parts = moe.fit(adapters, args.kt_lora_scope)
     except KTError as problem:
-        yield error("adapter", one_line(problem), "llamafactory-kt inspect shows what the adapter holds.")
+        yield error("adapter", describe(problem), "llamafactory-kt inspect shows what the adapter holds.")
         return AdapterSet()
     for adapter, part in parts:
         consumed = f"{len(part.tensors)} tensors to PEFT, {len(adapter.expert_names)} to the experts"

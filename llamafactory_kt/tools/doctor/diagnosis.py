@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...ground.errors import describe
 from . import environment, machine, packages
-from .finding import Finding, Findings, Status, error, one_line
+from .finding import Finding, Findings, Status, error
 
 
 def diagnose(config: Path | None = None, overrides: Sequence[str] = ()) -> list[Finding]:
@@ -65,5 +66,5 @@ def _guarded(check: Callable[..., Findings], *arguments: Any) -> Findings:
     except Exception as problem:
         name = check.__name__.strip("_")
         yield error(
-            name, f"could not be checked: {one_line(problem)}", "Please report this with the packages' versions."
+            name, f"could not be checked: {describe(problem)}", "Please report this with the packages' versions."
         )

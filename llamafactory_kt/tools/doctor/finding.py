@@ -46,15 +46,3 @@ def warning(subject: str, text: str, advice: str) -> Finding:
 def error(subject: str, text: str, advice: str) -> Finding:
     """Does not work."""
     return Finding(subject, Status.ERROR, text, advice)
-
-
-def one_line(exception: BaseException) -> str:
-    """``ValueError: what it says``, without line breaks; our own errors without their type, which says nothing to users.
-
-    >>> one_line(OSError("libtorch.so:\\n undefined symbol"))
-    'OSError: libtorch.so: undefined symbol'
-    """
-    from ...ground.errors import KTError
-
-    text = " ".join(str(exception).split())
-    return text if isinstance(exception, KTError) else f"{type(exception).__name__}: {text}"

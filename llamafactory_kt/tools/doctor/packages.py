@@ -9,7 +9,8 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 
-from .finding import Findings, error, ok, one_line
+from ...ground.errors import describe
+from .finding import Findings, error, ok
 
 DISTRIBUTION = "llamafactory-kt-experts"
 
@@ -178,9 +179,9 @@ def hooks() -> Findings:
     try:
         require_hooks()
     except Exception as problem:
-        yield error("hooks", one_line(problem), "pip install llamafactory==0.9.5; chats without use_kt still work.")
+        yield error("hooks", describe(problem), "pip install llamafactory==0.9.5; chats without use_kt still work.")
         return
     for module, failure in bootstrap.failures.items():
-        yield error("hooks", f"{module}: {one_line(failure)}", "pip install llamafactory==0.9.5")
+        yield error("hooks", f"{module}: {describe(failure)}", "pip install llamafactory==0.9.5")
     if not bootstrap.failures:
         yield ok("hooks", f"applied: {versions()}")

@@ -126,10 +126,9 @@ def _measure(
     chat: LoadedChat, variant: Variant, prompts: list[Prompt], options: Options, folder: Path, is_reference: bool,
     load_seconds: float,
 ) -> Measured:  # fmt: skip
-    from llamafactory.hparams import GeneratingArguments
     from tqdm import tqdm
 
-    chat.engine.generating_args = GeneratingArguments(**variant.generating).to_dict()
+    chat.set_generating(variant.generating)
     answers: dict[int, Answer] = {}
     seconds = 0.0
     with tqdm(total=len(prompts), unit="prompt", desc=variant.name) as bar:

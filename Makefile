@@ -34,7 +34,7 @@ test: setup lint types ## everything CI checks, on the CPU
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 gpu: setup ## the tests for a GPU
-	$(BIN)/python -m pytest tests/test_gpu.py $(ARGS)
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
 
 lint: setup ## ruff: style and formatting
 	$(BIN)/ruff check .
@@ -43,15 +43,15 @@ lint: setup ## ruff: style and formatting
 types: setup ## mypy
 	$(BIN)/mypy
 
-docs: setup ## the pages: links, both languages, every example executed, every message explained
-	$(BIN)/python -m pytest tests/test_docs.py tests/test_messages.py $(ARGS)
+docs: setup ## the pages: links, both languages, every example executed, every message explained, the rooms
+	$(BIN)/python -m pytest tests/project/test_docs.py tests/project/test_messages.py tests/project/test_rooms.py tests/ground/test_internals.py $(ARGS)
 
 soak: setup ## memory and answers over TURNS short turns, and a hundredth as many loads
-	LLAMAFACTORY_KT_SOAK_TURNS=$(TURNS) $(BIN)/python -m pytest tests/test_soak.py -rP --timeout=0 $(ARGS)
+	LLAMAFACTORY_KT_SOAK_TURNS=$(TURNS) $(BIN)/python -m pytest tests/project/test_soak.py -rP --timeout=0 $(ARGS)
 
 format: setup ## let ruff put the sources in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove the environment
-	rm -rf "$(CACHE)"
+clean: ## remove the environments
+	rm -rf "$(CACHE)"/env-*

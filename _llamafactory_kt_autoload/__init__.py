@@ -1,8 +1,8 @@
-"""What PyTorch calls at the end of ``import torch``. It must never raise and import nothing heavy."""
+"""PyTorch calls :func:`autoload` at the end of ``import torch``, so it must never raise, and must not import anything heavy."""
 
 
 def autoload() -> None:
-    """Register llamafactory_kt's import hooks; on any failure warn once and leave everything alone."""
+    """Register llamafactory_kt's import hooks. On any failure, print one line on stderr and change nothing."""
     try:
         import os
 

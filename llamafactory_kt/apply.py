@@ -86,8 +86,8 @@ def apply_adapter(model: nn.Module, adapter_path: Adapters, scope: str = "all") 
     _check_exchangeable(state)
     if hasattr(model, "peft_config") or state.adapters.adapters:
         raise KTModelError(
-            f"{type(model).__name__} already carries an adapter. switch_adapter puts another in its place; to change the "
-            "experts' part alone, call load_moe_lora_from_adapter."
+            f"{type(model).__name__} already carries an adapter. switch_adapter replaces it; load_moe_lora_from_adapter "
+            "replaces only the experts' part."
         )
     return _exchange(model, state, adapters, scope)
 
@@ -123,8 +123,8 @@ def _check_exchangeable(state: KTState) -> None:
     )
     reason = "kt_merge_adapter: true" if state.engine.computes_lora else f"{state.engine.name} computes no LoRA"
     raise KTModelError(
-        f"The experts were loaded with {adapters} merged into their weights ({reason}), so that no LoRA can be exchanged, added or "
-        "taken away any more. Load the model again with the other adapter, or with an engine that keeps LoRA apart and "
+        f"The experts were loaded with {adapters} merged into their weights ({reason}); their LoRA can no longer be "
+        "changed. Load the model again with the other adapter, or with an engine that keeps LoRA apart and "
         "without kt_merge_adapter."
     )
 
@@ -149,7 +149,7 @@ def _exchange(model: Any, state: KTState, adapters: AdapterSet, scope: str) -> t
     _check_experts(state, adapters)
     parts = _fit(base, state, adapters, scope)
     weights_read = any(peft_reads_weights(adapter) for adapter in adapters.adapters)
-    with state.lock.exchange(), changing_layers(base, weights_read):
+    with state.lock.exchange(), changing_layers(base, prepared=state.optimized, weights_are_read=weights_read):
         wrapped, undo = exchange_peft_layers(base, parts, state.router_weights)
         try:
             _exchange_experts(state, adapters)

@@ -1,9 +1,11 @@
-"""The names and the command of SGLang's converter of expert LoRA, for scripts that know them.
+"""The names and the command line of SGLang's converter of expert LoRA, for scripts that use them.
 
 python -m llamafactory_kt.convert_moe_lora --input adapter_model.safetensors --config adapter_config.json --output moe_lora.pt
 """
 
 from __future__ import annotations
+
+import sys
 
 from .tools.convert import convert_peft_to_kt_format, parse_moe_key
 
@@ -11,9 +13,7 @@ __all__ = ["convert_peft_to_kt_format", "main", "parse_moe_key"]
 
 
 def main() -> None:
-    """The same as ``llamafactory-kt convert``."""
-    import sys
-
+    """Run ``llamafactory-kt convert``."""
     from .cli import main as run
 
     sys.argv[:1] = ["llamafactory-kt", "convert"]

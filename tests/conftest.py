@@ -19,7 +19,7 @@ collect_ignore = ["helpers/standin"]  # packages for a server's interpreter; imp
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say whether sglang-kt itself was there (its import may be impossible) or its recorded options had to do."""
+    """Say whether the tests ran with sglang-kt itself, which may be impossible to import, or with its recorded options."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     properties = [pair for report in reports for pair in getattr(report, "user_properties", ())]
     for used in sorted({value for name, value in properties if name == SGLANG_CONTRACT}):
@@ -33,7 +33,7 @@ def demo() -> Path:
 
 @pytest.fixture
 def kt_log(caplog: pytest.LogCaptureFixture):
-    """caplog that sees the package's records, once each, also after LLaMA-Factory's handlers were adopted."""
+    """caplog that sees each of the package's records once, even after LLaMA-Factory's handlers were adopted."""
     logger = logging.getLogger("llamafactory_kt")
     level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
@@ -47,7 +47,7 @@ def kt_log(caplog: pytest.LogCaptureFixture):
 
 @pytest.fixture(scope="module")
 def worker_threads() -> None:
-    """One worker of kt-kernel's, whatever this machine has."""
+    """One kt-kernel worker, whatever this machine has."""
     from llamafactory_kt.engines.ktkernel.cpuinfer import settle_pool
 
     settle_pool(1, 1)
@@ -55,7 +55,7 @@ def worker_threads() -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache directory and temporary files of the test's own; the directory for prepared adapters in the cache."""
+    """The directory for prepared adapters in a cache of the test's own; temporary files are the test's own too."""
     monkeypatch.setenv("LLAMAFACTORY_KT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -64,7 +64,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def standin(tmp_path: Path, demo: Path, cache: Path):
-    """Makes a configuration for the stand-in server in a mode; also gives the file that the server will keep notes in."""
+    """Writes a configuration for the stand-in server in a given mode; also returns the file the server keeps notes in."""
 
     def standin(fail: str = "", **keys):
         python = interpreter(tmp_path, STANDIN_FAIL=fail, STANDIN_NOTES=str(tmp_path / "notes"))

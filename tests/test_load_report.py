@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from helpers.loading import load
 from helpers.models import make_model
-from transformers import AutoModelForCausalLM
 
-from llamafactory_kt import KTExpertsConfig
 from llamafactory_kt.load_report import layer_kinds
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("debug") / "model", "qwen3_moe")
-
-
-def load(path, engine="torch", **keys):
-    config = KTExpertsConfig(backend=engine, debug=True, router_stats=True, **keys)
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
 
 
 @pytest.mark.parametrize(
@@ -30,5 +19,5 @@ def load(path, engine="torch", **keys):
     ],
 )  # fmt: skip
 def test_layer_kinds(tmp_path, architecture, changes, wanted):
-    model = load(make_model(tmp_path / "model", architecture, **changes))
+    model = load(make_model(tmp_path / "model", architecture, **changes), "torch")
     assert layer_kinds(model) == wanted

@@ -2,10 +2,9 @@
 
     python examples/demo/train.py [--output DIR]
 
-Writes ``model/`` (DeepSeek-V2 architecture: one dense layer, three MoE layers, eight experts of which
-two are used per token, one shared expert) and ``adapter/`` (LoRA on attention, dense MLP, shared and
-routed experts; one tensor pair per expert, as PEFT wrote them for transformers 4). The prompts and both
-sets of answers are in ``conversations.json``.
+Writes two directories. ``model/`` has the DeepSeek-V2 architecture: one dense layer and three MoE layers with eight routed
+experts (two per token) and one shared expert. ``adapter/`` has LoRA on attention, dense MLP, shared and routed experts, with one
+tensor pair per expert, as PEFT wrote them for transformers 4. ``conversations.json`` has the prompts and both sets of answers.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class ExpertDelta(nn.Module):
 
 
 def batch(template, tokenizer, conversations, answer: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every conversation once, every third of them as the second turn of a dialogue."""
+    """Each conversation once, a random third of them as the second turn of a dialogue."""
     rows = []
     for item in conversations:
         turns = [random.choice(conversations), item] if random.random() < 1 / 3 else [item]
@@ -125,15 +124,9 @@ def expert_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def train_base(conversations, tokenizer, template, steps: int) -> DeepseekV2ForCausalLM:
     model = build_model(len(tokenizer))
-    params = list(model.parameters())
-    fit(
-        model,
-        lambda: batch(template, tokenizer, conversations, "base"),
-        [{"params": params, "lr": 3e-3}],
-        steps,
-        "base",
-    )
-    return model.to(torch.bfloat16).to(torch.float32)  # what will be stored
+    groups = [{"params": list(model.parameters()), "lr": 3e-3}]
+    fit(model, lambda: batch(template, tokenizer, conversations, "base"), groups, steps, "base")
+    return model.to(torch.bfloat16)
 
 
 def train_adapter(model, conversations, tokenizer, template, steps: int):
@@ -146,13 +139,11 @@ def train_adapter(model, conversations, tokenizer, template, steps: int):
         parametrize.register_parametrization(experts, "down_proj", ExpertDelta(experts.down_proj, parts=1))
     experts_params = [p for n, p in model.named_parameters() if ".parametrizations." in n and "lora_" in n]
     others = [p for n, p in peft_model.named_parameters() if "lora_" in n and ".parametrizations." not in n]
-    # The experts learn faster than the rest, so that an answer without their part is visibly another one.
+    # The experts get the higher learning rate, so that answers clearly differ without their LoRA.
     groups = [{"params": experts_params, "lr": 4e-3}, {"params": others, "lr": 4e-4}]
     fit(peft_model, lambda: batch(template, tokenizer, conversations, "adapter"), groups, steps, "adapter")
-    attention_and_dense = {
-        k: v for k, v in get_peft_model_state_dict(peft_model).items() if ".parametrizations." not in k
-    }
-    tensors = {**attention_and_dense, **expert_tensors(model)}
+    rest = {k: v for k, v in get_peft_model_state_dict(peft_model).items() if ".parametrizations." not in k}
+    tensors = {**rest, **expert_tensors(model)}
     return config, {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
 
 
@@ -169,11 +160,11 @@ def main() -> None:
     tokenizer = train_tokenizer([*texts, "Say: ", "User: ", "\n\nAssistant:"])
     template = get_template_and_fix_tokenizer(tokenizer, DataArguments(template="deepseek"))
 
-    # LoRA cannot teach the frozen output layer words it has never produced, so the base model learns to repeat them.
+    # LoRA cannot teach the frozen output layer new words, so the base model learns to repeat those of the adapter's answers.
     repeating = [{"prompt": f"Say: {item['adapter']}", "base": item["adapter"]} for item in conversations]
     model = train_base(conversations + repeating, tokenizer, template, args.steps)
     model.config.dtype = torch.bfloat16
-    model.to(torch.bfloat16).save_pretrained(args.output / "model")
+    model.save_pretrained(args.output / "model")
     tokenizer.save_pretrained(args.output / "model")
 
     config, tensors = train_adapter(model.to(torch.float32), conversations, tokenizer, template, args.steps)

@@ -1,4 +1,4 @@
-"""The adapters a model gets together. Their LoRA add up; the experts see one LoRA whose ranks lie side by side."""
+"""The adapters of a model. Their LoRA add up; the experts see one LoRA with the ranks of all side by side."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..ground.errors import KTAdapterError, name_some
-from .adapter import Adapter, ExpertsShape
-from .expert_lora import ExpertLora
+from .adapter import Adapter
+from .expert_lora import ExpertLora, ExpertsShape
 from .opening import open_adapter
 
 
 @dataclass(frozen=True)
 class AdapterSet:
-    """None, one or several adapters, in the order they were named."""
+    """Any number of adapters, in the order they were given."""
 
     adapters: tuple[Adapter, ...] = ()
 
@@ -32,7 +32,7 @@ class AdapterSet:
         return sum(adapter.rank(layer) for adapter in self.in_layer(layer))
 
     def scaling(self, layer: int) -> float:
-        """The scaling most of a layer's experts share in the first adapter that has LoRA on them, 1 for none."""
+        """:meth:`Adapter.scaling` of the first adapter with LoRA on the layer's experts, 1 for none."""
         return next((adapter.scaling(layer) for adapter in self.in_layer(layer)), 1.0)
 
     def check_fits(self, shapes: Mapping[int, ExpertsShape]) -> None:
@@ -40,13 +40,8 @@ class AdapterSet:
         for adapter in self.adapters:
             adapter.check_fits(shapes)
 
-    def check_finite(self) -> None:
-        """Each adapter's :meth:`Adapter.check_finite`."""
-        for adapter in self.adapters:
-            adapter.check_finite()
-
     def read_layer(self, layer: int, shape: ExpertsShape) -> ExpertLora | None:
-        """Read one layer's LoRA, stacked over the model's experts; None where there is none."""
+        """Read one layer's LoRA, stacked over the model's experts; None if the layer has none."""
         loras = [adapter.read_layer(layer, shape) for adapter in self.in_layer(layer)]
         return ExpertLora.sum_of(loras) if len(loras) > 1 else loras[0] if loras else None
 
@@ -55,15 +50,15 @@ def open_adapters(
     adapters: AdapterSet | Adapter | str | Path | Sequence[str | Path | Adapter] | None,
     moe_lora: str | Path | None = None,
 ) -> AdapterSet:
-    """Open none, one or several local adapters by their headers.
+    """Open any number of local adapters by their headers.
 
     Args:
         adapters: directories, or adapters that are open already.
-        moe_lora: a ``moe_lora.pt`` with the routed experts' part; beside one directory, or alone.
+        moe_lora: a ``moe_lora.pt`` with the routed experts' part of one directory, or alone.
 
     Raises:
         KTPathError: There is no such directory or file.
-        KTAdapterError: As :func:`open_adapter`; several adapters of which one cannot be added to others.
+        KTAdapterError: As :func:`open_adapter`; or one of several adapters is more than LoRA, which does not add up.
     """
     if isinstance(adapters, AdapterSet):
         return adapters

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,32 @@ from ..ground.errors import KTAdapterError
 CONFIG = "adapter_config.json"
 
 
-@dataclass(frozen=True)
 class LoraSettings:
-    """The part of a PEFT LoraConfig that decides what the tensors mean (peft 0.18, ``tuners/lora/config.py``)."""
+    """The part of a PEFT LoraConfig that decides what the tensors mean (peft 0.18, ``tuners/lora/config.py``).
 
-    path: Path
-    r: int = 8
-    lora_alpha: float = 8
-    use_rslora: bool = False
-    use_dora: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    target_modules: list[str] | str | None = None
-    raw: dict[str, Any] = field(default_factory=dict)
+    ``raw`` has all keys; messages name the file ``path``.
+
+    Raises:
+        KTAdapterError: A value has another type than in PEFT.
+    """
+
+    def __init__(self, path: Path, raw: dict[str, Any]):
+        self.path, self.raw = path, raw
+        self.r: int = raw.get("r", 8)
+        self.lora_alpha: float = raw.get("lora_alpha", 8)
+        self.use_rslora = bool(raw.get("use_rslora", False))
+        self.use_dora = bool(raw.get("use_dora", False))
+        self.rank_pattern: dict[str, int] = raw.get("rank_pattern") or {}
+        self.alpha_pattern: dict[str, float] = raw.get("alpha_pattern") or {}
+        self.target_modules: list[str] | str | None = raw.get("target_modules")
+        self._check_types()
 
     @classmethod
-    def read(cls, directory: Path) -> LoraSettings:
-        """Read ``adapter_config.json`` of a directory; see :meth:`read_file`."""
-        return cls.read_file(directory / CONFIG)
-
-    @classmethod
-    def read_file(cls, path: Path) -> LoraSettings:
+    def read(cls, path: Path) -> LoraSettings:
         """Read an adapter's configuration.
 
         Raises:
-            KTAdapterError: It is missing, is not JSON, is not of a LoRA, or a value has another type than PEFT gives it.
+            KTAdapterError: It is missing, not JSON or not of a LoRA, or a value has another type than in PEFT.
         """
         if not path.is_file():
             raise KTAdapterError(f"{path} is missing: rank and lora_alpha of the adapter are unknown without it.")
@@ -48,19 +48,7 @@ class LoraSettings:
         if not isinstance(raw, dict) or raw.get("peft_type", "LORA") != "LORA":
             found = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
             raise KTAdapterError(f"{path}: peft_type must be LORA, found {found!r}.")
-        settings = cls(
-            path=path,
-            r=raw.get("r", 8),
-            lora_alpha=raw.get("lora_alpha", 8),
-            use_rslora=bool(raw.get("use_rslora", False)),
-            use_dora=bool(raw.get("use_dora", False)),
-            rank_pattern=raw.get("rank_pattern") or {},
-            alpha_pattern=raw.get("alpha_pattern") or {},
-            target_modules=raw.get("target_modules"),
-            raw=raw,
-        )
-        settings._check_types()
-        return settings
+        return cls(path, raw)
 
     def _check_types(self) -> None:
         def number(value: object) -> bool:
@@ -78,7 +66,7 @@ class LoraSettings:
             raise KTAdapterError(f"{self.path}: " + "; ".join(wrong) + ".")
 
     def expected_rank(self, module: str) -> int:
-        """The rank PEFT gives the module: ``rank_pattern``'s, else ``r``."""
+        """The rank that PEFT gives the module: from ``rank_pattern``, else ``r``."""
         return int(_match(self.rank_pattern, module, self.r))
 
     def scaling(self, module: str, rank: int) -> float:
@@ -90,6 +78,6 @@ class LoraSettings:
 def _match(pattern: dict[str, Any], module: str, default: float) -> float:
     if not pattern:
         return default
-    from peft.utils.other import get_pattern_key  # brings in all of transformers: not for adapters without patterns
+    from peft.utils.other import get_pattern_key  # imports all of transformers: not for adapters without patterns
 
     return float(pattern.get(get_pattern_key(list(pattern), module), default))

@@ -1,4 +1,4 @@
-"""The one in-memory form of routed-expert LoRA, whatever file it came from."""
+"""The one in-memory form of routed-expert LoRA, whatever file it came from, and the sizes of the experts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,30 @@ from .keys import PROJECTIONS
 
 
 @dataclass(frozen=True)
+class ExpertsShape:
+    """Sizes of one layer's routed experts."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+    @property
+    def num_weights(self) -> int:
+        """Parameters in gate, up and down of all experts."""
+        return 3 * self.num_experts * self.hidden_size * self.intermediate_size
+
+    def projection(self, name: str) -> tuple[int, int]:
+        """(out, in) features of ``gate``, ``up`` or ``down``."""
+        hidden, intermediate = self.hidden_size, self.intermediate_size
+        return (hidden, intermediate) if name == "down" else (intermediate, hidden)
+
+
+@dataclass(frozen=True)
 class ExpertLora:
     """LoRA of one layer's routed experts: for expert e and projection p, ``ΔW = b[p][e] @ diag(scaling[p][e]) @ a[p][e]``.
 
-    Experts or projections without LoRA are zeros, and so is the padding of smaller ranks. Each rank has a scaling of
-    its own, so that the sum of several LoRA is one LoRA whose ranks lie side by side.
+    Experts or projections without LoRA are zeros, and so is the padding of smaller ranks. Each rank has its own scaling,
+    so that the sum of several LoRA is one LoRA with their ranks side by side.
     """
 
     layer: int
@@ -28,8 +47,19 @@ class ExpertLora:
     """per projection [E, r], float64"""
 
     @classmethod
+    def zeros(cls, layer: int, shape: ExpertsShape, rank: int, dtype: torch.dtype, scaling: float) -> ExpertLora:
+        """LoRA that changes nothing, on the CPU, with the same scaling for all ranks."""
+        experts, sizes = shape.num_experts, {p: shape.projection(p) for p in PROJECTIONS}
+        return cls(
+            layer,
+            {p: torch.zeros(experts, rank, width, dtype=dtype) for p, (_, width) in sizes.items()},
+            {p: torch.zeros(experts, out, rank, dtype=dtype) for p, (out, _) in sizes.items()},
+            {p: torch.full((experts, rank), scaling, dtype=torch.float64) for p in sizes},
+        )
+
+    @classmethod
     def sum_of(cls, loras: Sequence[ExpertLora]) -> ExpertLora:
-        """The LoRA whose ΔW is the sum of the given ones', exactly; they belong to the same layer."""
+        """The LoRA whose ΔW is exactly the sum of the given ones; all belong to the same layer."""
         return cls(
             loras[0].layer,
             {p: torch.cat([lora.a[p] for lora in loras], dim=1) for p in PROJECTIONS},
@@ -44,7 +74,7 @@ class ExpertLora:
     def delta(self, projection: str, expert: int | slice) -> torch.Tensor:
         """ΔW of one expert [out, in], or of a slice of them [E, out, in], float32.
 
-        Ranks that share a scaling, as those of one adapter do, are scaled after the product, in PEFT's order.
+        If all ranks share one scaling, as within one adapter, it multiplies the product, as in PEFT.
         """
         a, b = self.a[projection][expert].float(), self.b[projection][expert].float()
         scaling = self.scaling[projection][expert].float()
@@ -54,7 +84,7 @@ class ExpertLora:
     def norms(self) -> torch.Tensor:
         """Frobenius norm of each expert's ΔW over its three projections, [E], float64.
 
-        ``‖B S A‖² = Σ (BᵀB) ∘ (S A AᵀS)``, so that no ΔW is ever formed.
+        ``‖B S A‖² = Σ (BᵀB) ∘ (S A AᵀS)``, so no ΔW is formed.
         """
         squares = torch.zeros(self.a["gate"].shape[0], dtype=torch.float64)
         for projection in PROJECTIONS:
@@ -63,7 +93,7 @@ class ExpertLora:
         return squares.clamp_(min=0).sqrt_()
 
     def folded(self, projection: str, common: float, out: torch.Tensor | None = None) -> torch.Tensor:
-        """B of a projection with its scaling relative to ``common`` multiplied in, [E, out, r], float32; in ``out`` if given.
+        """B times its scaling divided by ``common``, [E, out, r], float32; written to ``out`` if given.
 
         A power of two is exact in every floating-point type; any other factor is rounded once, to float32.
         """
@@ -73,8 +103,9 @@ class ExpertLora:
 
 
 def mantissa(scaling: float) -> float:
-    """``scaling`` without its power of two, in [1, 2): what a kernel with one scaling per layer is built with,
-    so that folding the rest into B is exact.
+    """``|scaling|`` without its power of two, in [1, 2).
+
+    A kernel with one scaling per layer is built with it, so that folding the rest into B is exact.
 
     >>> mantissa(2.0), mantissa(0.25), mantissa(16 / 5)
     (1.0, 1.0, 1.6)

@@ -1,9 +1,8 @@
-"""What an adapter holds: by its headers, and by its values where they are asked for."""
+"""What an adapter holds, by its headers and, if asked for, by its values."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
@@ -12,7 +11,8 @@ from tqdm.auto import tqdm
 
 from ..ground.errors import KTAdapterError
 from ..ground.tensor_files import all_finite
-from .adapter import Adapter, ExpertsShape
+from .adapter import Adapter
+from .expert_lora import ExpertsShape
 from .keys import split_module
 
 GROUPS = ("attention", "shared experts", "dense MLP", "router", "routed experts", "other")
@@ -20,7 +20,7 @@ GROUPS = ("attention", "shared experts", "dense MLP", "router", "routed experts"
 
 @dataclass
 class Group:
-    """Tensors of one kind."""
+    """The tensors of one kind of module."""
 
     tensors: int = 0
     nbytes: int = 0
@@ -28,7 +28,7 @@ class Group:
     settings: list[str] = field(default_factory=list)
     """the distinct ``r / alpha / scaling`` of its modules"""
     not_finite: list[str] | None = None
-    """tensors with NaN or Inf; None where values were not read"""
+    """tensors with NaN or Inf; None if values were not read"""
 
 
 @dataclass
@@ -46,18 +46,18 @@ class Inspection:
     nbytes: int
     groups: dict[str, Group]
     layers: dict[int, int]
-    """layer -> experts with LoRA in it, as far as the files tell"""
+    """layer -> number of its experts; empty if the files do not tell"""
     norms: dict[int, list[float]] | None = None
-    """layer -> ‖ΔW‖ of each expert; None where values were not read"""
+    """layer -> ‖ΔW‖ of each expert; None if values were not read"""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which knows no NaN: such norms become None."""
+        """For JSON, which has no NaN: such norms become None."""
         norms: Any = self.norms and {n: [x if isfinite(x) else None for x in row] for n, row in self.norms.items()}
         return {**asdict(self), "norms": norms}
 
 
 def group_of(module: str) -> str:
-    """The kind of module a LoRA tensor that is not of routed experts changes.
+    """The kind of a module that is not of routed experts.
 
     >>> group_of("model.layers.0.self_attn.q_proj"), group_of("model.layers.3.mlp.shared_experts.up_proj")
     ('attention', 'shared experts')
@@ -80,19 +80,21 @@ def inspect_adapter(
     """Look into an adapter.
 
     Args:
-        values: also read every tensor: NaN and Inf, and the norm of each expert's ΔW.
-        shapes: the model's experts per layer, where the adapter alone does not tell them.
+        values: also read every tensor, for NaN and Inf and for the norm of each expert's ΔW.
+        shapes: the model's experts per layer, if the adapter alone does not tell them.
     """
     groups: dict[str, Group] = {}
     settings, infos, experts = adapter.settings, adapter.store.infos, set(adapter.expert_names)
     pairs: dict[str, Counter[str]] = {}
-    for name, info in infos.items():
+    for name, info in tqdm(infos.items(), "Reading tensors", delay=1.0, leave=False, disable=not values):
         module, part = split_module(name)
         kind = "routed experts" if name in experts else group_of(module)
         group = groups.setdefault(kind, Group(not_finite=[] if values else None))
         group.tensors += 1
         group.nbytes += info.nbytes
         group.dtypes[info.dtype] = group.dtypes.get(info.dtype, 0) + 1
+        if group.not_finite is not None and not all_finite(adapter.read(name)):
+            group.not_finite.append(name)
         if name not in experts and part == "lora_A.weight":
             rank = info.shape[0]
             scaling = settings.scaling(module, rank)
@@ -103,7 +105,15 @@ def inspect_adapter(
         pairs.setdefault("routed experts", Counter())[f"{rank} / {scaling * rank:g} / {scaling:g}"] += 1
     for kind, counts in pairs.items():
         groups[kind].settings = [text for text, _ in counts.most_common()]
-    result = Inspection(
+    try:
+        shapes = shapes or (adapter.own_shapes() if adapter.layers else {})
+    except KTAdapterError:
+        shapes = None  # one fused weight alone does not tell the number of experts
+    norms = None
+    if values and shapes is not None:
+        layers = tqdm(adapter.layers, "Measuring layers", delay=1.0, leave=False)
+        norms = {layer: adapter.read_layer(layer, shapes[layer]).norms().tolist() for layer in layers}
+    return Inspection(
         path=str(adapter.directory),
         format=adapter.format,
         base=settings.raw.get("base_model_name_or_path"),
@@ -114,36 +124,6 @@ def inspect_adapter(
         tensors=len(infos),
         nbytes=sum(info.nbytes for info in infos.values()),
         groups={kind: groups[kind] for kind in GROUPS if kind in groups},
-        layers={},
+        layers={layer: shapes[layer].num_experts for layer in adapter.layers} if shapes is not None else {},
+        norms=norms,
     )
-    try:
-        shapes = shapes or (adapter.own_shapes() if adapter.layers else {})
-    except KTAdapterError:
-        shapes = None  # one fused weight alone does not tell the number of experts
-    if shapes is not None:
-        result.layers = {layer: shapes[layer].num_experts for layer in adapter.layers}
-    if values:
-        _read_values(adapter, result, experts, shapes)
-    return result
-
-
-def _read_values(
-    adapter: Adapter, result: Inspection, experts: set[str], shapes: dict[int, ExpertsShape] | None
-) -> None:
-    for name in _progress(adapter.store.infos, "Reading tensors"):
-        if not all_finite(adapter.read(name)):
-            kind = "routed experts" if name in experts else group_of(split_module(name)[0])
-            bad = result.groups[kind].not_finite
-            assert bad is not None
-            bad.append(name)
-    if shapes is not None:
-        result.norms = {
-            layer: adapter.read_layer(layer, shapes[layer]).norms().tolist()
-            for layer in _progress(adapter.layers, "Measuring layers")
-        }
-
-
-def _progress(items: Iterable[Any], text: str) -> Iterable[Any]:
-    """A bar for what takes more than a second."""
-    bar: Iterable[Any] = tqdm(list(items), desc=text, delay=1.0, leave=False)
-    return bar

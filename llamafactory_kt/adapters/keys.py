@@ -1,4 +1,4 @@
-"""Names of LoRA tensors: which belong to routed experts, and what the others are called inside a model."""
+"""Names of LoRA tensors: which belong to routed experts, and which modules the others change."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 PROJECTIONS = ("gate", "up", "down")
 PEFT_PREFIX = "base_model.model."
+MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
+"""bare names of modules in experts, shared experts and dense layers alike"""
 
 # Mixtral's checkpoint names: down(silu(w1 x) * w3 x) with w2 = down.
 _PROJECTION_NAMES = {
@@ -37,7 +39,7 @@ class ExpertKey(NamedTuple):
 
 
 def parse_expert_key(key: str) -> ExpertKey | None:
-    """The place of a routed expert's LoRA tensor, or None for any other tensor.
+    """The layer, expert, projection and side of a routed expert's LoRA tensor; None for any other tensor.
 
     >>> parse_expert_key("base_model.model.model.layers.1.mlp.original_moe.experts.5.gate_proj.lora_A.weight")
     ExpertKey(layer=1, expert=5, projection='gate', side='a')
@@ -46,22 +48,19 @@ def parse_expert_key(key: str) -> ExpertKey | None:
     >>> parse_expert_key("base_model.model.model.layers.1.mlp.shared_experts.gate_proj.lora_A.weight") is None
     True
     """
-    match = _EXPERT.match(key)
-    side = _SIDE.match(match["rest"]) if match else None
-    if match is None or side is None:
+    if (match := _EXPERT.match(key)) is None or (side := _SIDE.match(match["rest"])) is None:
         return None
-    return ExpertKey(
-        int(match["layer"]), int(match["expert"]), _PROJECTION_NAMES[match["projection"]], side["side"].lower()
-    )
+    projection = _PROJECTION_NAMES[match["projection"]]
+    return ExpertKey(int(match["layer"]), int(match["expert"]), projection, side["side"].lower())
 
 
 def belongs_to_experts(key: str) -> bool:
-    """Whether the tensor sits inside a routed-experts module, understood or not."""
+    """Whether the tensor is inside a routed-experts module, also if :func:`parse_expert_key` does not know it."""
     return _ROUTED.search(key) is not None
 
 
 def expert_module(key: str) -> str:
-    """The module an expert tensor belongs to, as PEFT's patterns name it.
+    """The module that a routed expert's tensor belongs to, without PEFT's prefix.
 
     >>> expert_module("base_model.model.model.layers.1.mlp.experts.5.gate_proj.lora_A.weight")
     'model.layers.1.mlp.experts.5.gate_proj'

@@ -6,34 +6,28 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..ground.errors import KTPathError
+from ..ground.errors import KTPathError, first_line
 
 _FILES = ["adapter_config.json", "adapter_model*", "*.safetensors", "*.json", "moe_lora.pt"]
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name can only mean a local path: anything but ``organisation/name``."""
+    """Whether a name can only mean a local path: it is not of the form ``organisation/name``."""
     return name.startswith(("/", ".", "~")) or not _HUB_ID.match(name)
 
 
 def adapter_looks_local(name: str) -> bool:
-    """The same for an adapter, where ``saves/name`` below an existing directory is more likely mistyped than on the hub."""
+    """The same for an adapter: ``saves/name`` is also a local path if ``saves`` is a directory here."""
     return looks_local(name) or Path(name).parent.is_dir()
 
 
-def locate_adapter(
-    name: str,
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    token: Any = None,
-) -> Path:
-    """The directory of an adapter; a hub id is downloaded the way LLaMA-Factory and PEFT would (and cached there).
+def locate_adapter(name: str, *, subfolder: str | None = None, **hub: Any) -> Path:
+    """The directory of an adapter. A hub id is downloaded into the cache that LLaMA-Factory and PEFT use; ``hub`` has
+    ``revision``, ``cache_dir`` and ``token`` for ``huggingface_hub.snapshot_download``.
 
     Raises:
-        KTPathError: The path does not exist, or the hub has no such repository (or cannot be reached).
+        KTPathError: The path does not exist, or the hub has no such repository or cannot be reached.
     """
     path = Path(name).expanduser()
     if not path.exists() and not adapter_looks_local(name):
@@ -41,13 +35,11 @@ def locate_adapter(
 
         try:
             patterns = [f"{subfolder}/{pattern}" for pattern in _FILES] if subfolder else _FILES
-            path = Path(
-                snapshot_download(name, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=patterns)
-            )
+            path = Path(snapshot_download(name, allow_patterns=patterns, **hub))
         except Exception as error:  # huggingface_hub raises a dozen types; all mean the same here
             raise KTPathError(
                 f"adapter_name_or_path: {name} is neither a local directory nor an adapter that could be fetched "
-                f"from the hub ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})."
+                f"from the hub ({type(error).__name__}: {first_line(error)})."
             ) from error
     if path.is_file():
         raise KTPathError(f"adapter_name_or_path: {path} is a file; give the directory that holds adapter_config.json.")

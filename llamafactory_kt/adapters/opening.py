@@ -1,4 +1,4 @@
-"""Opening adapters: which layout a directory or a file holds, told by file names and headers only."""
+"""Opening adapters. File names and headers tell the layout of a directory or a file."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from collections import Counter
 from pathlib import Path
 
 from ..ground.errors import KTAdapterError, KTPathError
-from ..ground.tensor_files import PickledStore, SafetensorsStore, has_store, open_store
+from ..ground.tensor_files import PickledStore, SafetensorsStore, TensorStore, has_store, open_store
 from .adapter import Adapter
+from .bundle import BUNDLE, open_bundle
 from .config import CONFIG, LoraSettings
 from .per_expert import PerExpertAdapter
-from .stacked import BUNDLE, MOE_LORA, is_stacked, open_bundle, open_moe_lora, open_stacked
+from .stacked import MOE_LORA, is_stacked, open_moe_lora, open_stacked
 from .target_parameters import TargetParametersAdapter, is_target_parameters
 
 logger = logging.getLogger(__name__)
 
 
 def open_adapter(directory: str | Path | None, moe_lora: str | Path | None = None) -> Adapter:
-    """Open a local adapter by its headers, whatever its layout.
+    """Open a local adapter of any layout by its headers.
 
     Args:
         directory: the adapter's directory; None with ``moe_lora`` alone.
-        moe_lora: a ``moe_lora.pt`` with the routed experts' part, beside a directory without one.
+        moe_lora: a ``moe_lora.pt`` with the routed experts' part, for a directory without it.
 
     Raises:
         KTPathError: There is no such directory or file.
-        KTAdapterError: The configuration or a tensor file is missing, damaged, or of a layout that is not supported.
+        KTAdapterError: The configuration or a tensor file is missing, damaged, or of an unknown layout.
     """
     if moe_lora is not None and not Path(moe_lora).is_file():
         raise KTPathError(f"{moe_lora} does not exist or is not a file.")
@@ -40,13 +41,11 @@ def open_adapter(directory: str | Path | None, moe_lora: str | Path | None = Non
     beside = directory / MOE_LORA
     if moe_lora is None and beside.is_file() and not (directory / CONFIG).is_file() and not has_store(directory):
         return open_moe_lora(beside, directory, None)
-    settings = LoraSettings.read(directory)
+    settings = LoraSettings.read(directory / CONFIG)
     if (directory / BUNDLE).is_file():
         adapter: Adapter = open_bundle(directory, settings)
     else:
-        store = open_store(directory)
-        kind = TargetParametersAdapter if is_target_parameters(store) else PerExpertAdapter
-        adapter = kind(directory, settings, store)
+        adapter = _open_peft(directory, settings, open_store(directory))
     if moe_lora is None and not beside.is_file():
         return adapter
     if not adapter.layers:
@@ -60,31 +59,33 @@ def open_adapter(directory: str | Path | None, moe_lora: str | Path | None = Non
 
 
 def open_files(tensors: Path, config: Path | None, lora_alpha: float) -> Adapter:
-    """Open a tensor file and a configuration wherever they are; for converters.
+    """Open a tensor file and a configuration from any two places, for ``convert``.
 
     Args:
-        tensors: an ``adapter_model.safetensors`` (or ``.bin``), or a ``moe_lora.pt``.
+        tensors: an ``adapter_model.safetensors`` (or ``.bin``), stacked tensors (``.safetensors``), or a ``moe_lora.pt``.
         config: ``adapter_config.json``; None for the one beside the tensors. Without any, the rank is the tensors' and
-            alpha is ``lora_alpha``. Stacked tensors have their own.
+            alpha is ``lora_alpha``. Stacked tensors and ``moe_lora.pt`` carry rank and alpha themselves.
 
     Raises:
-        KTAdapterError: A file is damaged or of a layout that is not supported.
+        KTAdapterError: A file is damaged or of an unknown layout.
     """
     if tensors.suffix == ".pt":
         return open_moe_lora(tensors, None, None)
+    beside = tensors.with_name(CONFIG)
     if tensors.name == BUNDLE:
-        return open_bundle(tensors.parent, LoraSettings.read_file(config or tensors.with_name(CONFIG)))
+        return open_bundle(tensors.parent, LoraSettings.read(config or beside))
     store = PickledStore(tensors) if tensors.suffix == ".bin" else SafetensorsStore(tensors)
     if isinstance(store, SafetensorsStore) and is_stacked(store):
-        return open_stacked(store, LoraSettings.read_file(config) if config else None)
-    if config is None and tensors.with_name(CONFIG).is_file():
-        config = tensors.with_name(CONFIG)
-    if config is not None:
-        settings = LoraSettings.read_file(config)
+        return open_stacked(store, LoraSettings.read(config) if config else None)
+    if config is not None or beside.is_file():
+        settings = LoraSettings.read(config or beside)
     else:
         ranks = Counter(info.shape[0] for name, info in store.infos.items() if ".lora_A." in name and info.shape)
         rank = ranks.most_common(1)[0][0] if ranks else 8
-        settings = LoraSettings(path=tensors, r=rank, lora_alpha=lora_alpha, raw={"r": rank, "lora_alpha": lora_alpha})
-    if is_target_parameters(store):
-        return TargetParametersAdapter(tensors.parent, settings, store)
-    return PerExpertAdapter(tensors.parent, settings, store)
+        settings = LoraSettings(tensors, {"r": rank, "lora_alpha": lora_alpha})
+    return _open_peft(tensors.parent, settings, store)
+
+
+def _open_peft(directory: Path, settings: LoraSettings, store: TensorStore) -> Adapter:
+    kind = TargetParametersAdapter if is_target_parameters(store) else PerExpertAdapter
+    return kind(directory, settings, store)

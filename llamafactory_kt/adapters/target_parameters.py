@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from ..ground.errors import KTAdapterError, name_some
 from ..ground.tensor_files import TensorStore
-from .adapter import Adapter, ExpertsShape
+from .adapter import Adapter
 from .config import LoraSettings
-from .expert_lora import ExpertLora
+from .expert_lora import ExpertLora, ExpertsShape
 from .keys import PEFT_PREFIX, belongs_to_experts
 
 _NAME = re.compile(
@@ -30,18 +29,18 @@ _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
 
 
 class _Pair(NamedTuple):
+    """Names of A and B, and the experts module that they change."""
+
     module: str
     a: str
     b: str
 
 
-class _Found(NamedTuple):
-    """One pair, understood: which weight it belongs to, and whether A is on the input side (PEFT 0.19)."""
+class _Orientation(NamedTuple):
+    """Which weight a pair changes, and whether A is on its input side (PEFT 0.19)."""
 
-    pair: _Pair
     weight: str
     input_first: bool
-    rank: int
 
 
 def is_target_parameters(store: TensorStore) -> bool:
@@ -53,7 +52,7 @@ class TargetParametersAdapter(Adapter):
     """Expert LoRA on fused weights; gate and up share one A or B, and get the same rank.
 
     Raises:
-        KTAdapterError: A half of a pair is missing, or the experts carry something else besides.
+        KTAdapterError: Half of a pair is missing, or the experts have other tensors too.
     """
 
     format = "PEFT target_parameters"
@@ -61,13 +60,12 @@ class TargetParametersAdapter(Adapter):
     def __init__(self, directory: Path, settings: LoraSettings, store: TensorStore):
         super().__init__(directory, settings, store)
         halves: dict[tuple[int, str, str], dict[str, str]] = {}
-        self._names, unknown = [], []
+        self.expert_names, unknown = [], []
         for name in store.infos:
-            match = _NAME.match(name)
-            if match is not None:
+            if match := _NAME.match(name):
                 module = match["module"].removeprefix(PEFT_PREFIX)
                 halves.setdefault((int(match["layer"]), module, match["wrap"]), {})[match["side"]] = name
-                self._names.append(name)
+                self.expert_names.append(name)
             elif belongs_to_experts(name):
                 unknown.append(name)
         if unknown:
@@ -82,14 +80,10 @@ class TargetParametersAdapter(Adapter):
                     f"{store.path}: {next(iter(sides.values()))} has no other half; the file is incomplete."
                 )
             self._pairs.setdefault(layer, []).append(_Pair(module, sides["A"], sides["B"]))
+        self.layers = sorted(self._pairs)
 
-    @property
-    def expert_names(self) -> list[str]:
-        return self._names
-
-    @property
-    def layers(self) -> list[int]:
-        return sorted(self._pairs)
+    def _shapes(self, pair: _Pair) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.store.infos[pair.a].shape, self.store.infos[pair.b].shape
 
     def _expected(self, layer: int) -> list[tuple[int, float]]:
         """(rank, scaling) of each weight that may have LoRA."""
@@ -103,42 +97,35 @@ class TargetParametersAdapter(Adapter):
     def scaling(self, layer: int) -> float:
         return self._expected(layer)[0][1]
 
-    def _candidates(self, pair: _Pair, shape: ExpertsShape) -> list[tuple[str, bool]]:
-        """(weight, A on the input side) that the shapes allow."""
-        a, b = self.store.infos[pair.a].shape, self.store.infos[pair.b].shape
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] % shape.num_experts:
-            return []
-        sizes = {
-            _GATE_UP: (2 * shape.intermediate_size, shape.hidden_size),
-            _DOWN: (shape.hidden_size, shape.intermediate_size),
-        }
+    def _candidates(self, layer: int, pair: _Pair, shape: ExpertsShape) -> list[_Orientation]:
+        """What the shapes allow: two orientations if the weight is square, else one."""
+        a, b = self._shapes(pair)
+        hidden, intermediate = shape.hidden_size, shape.intermediate_size
         found = []
-        for weight, (out, size) in sizes.items():
-            found += [(weight, False)] if (a[1], b[0]) == (out, size) else []
-            found += [(weight, True)] if (a[1], b[0]) == (size, out) else []
+        if len(a) == len(b) == 2 and a[0] == b[1] and a[0] % shape.num_experts == 0:
+            for weight, out, width in ((_GATE_UP, 2 * intermediate, hidden), (_DOWN, hidden, intermediate)):
+                found += [_Orientation(weight, False)] if (a[1], b[0]) == (out, width) else []
+                found += [_Orientation(weight, True)] if (a[1], b[0]) == (width, out) else []
+        if not found:
+            raise KTAdapterError(
+                f"{self.store.path}: layer {layer}: {pair.a} {a} and its B {b} fit neither gate_up_proj nor down_proj of "
+                f"{shape.num_experts} experts with hidden size {hidden} and intermediate size {intermediate}.{self.trained_for}"
+            )
         return found
 
-    def _understand(self, layer: int, shape: ExpertsShape) -> list[_Found]:
-        options = {pair: self._candidates(pair, shape) for pair in self._pairs[layer]}
+    def _oriented(self, layer: int, shape: ExpertsShape) -> dict[_Pair, _Orientation]:
+        options = {pair: self._candidates(layer, pair, shape) for pair in self._pairs[layer]}
+        known = {candidates[0].input_first for candidates in options.values() if len(candidates) == 1}
+        found = {}
         for pair, candidates in options.items():
-            if not candidates:
-                a, b = self.store.infos[pair.a].shape, self.store.infos[pair.b].shape
-                raise KTAdapterError(
-                    f"{self.store.path}: layer {layer}: {pair.a} {a} and its B {b} fit neither gate_up_proj nor down_proj of "
-                    f"{shape.num_experts} experts with hidden size {shape.hidden_size} and intermediate size "
-                    f"{shape.intermediate_size}.{self.trained_for}"
-                )
-        known = {c[0][1] for c in options.values() if len(c) == 1}
-        found = []
-        for pair, candidates in options.items():
-            if len(candidates) > 1:  # square: another pair of the same file tells, or the version that wrote it
+            if len(candidates) > 1:  # square: the layer's other pair tells, or the version that wrote the file
                 side = known.pop() if len(known) == 1 else self._input_first_by_version(layer)
-                candidates = [c for c in candidates if c[1] is side]
-            weight, input_first = candidates[0]
-            rank = self.store.infos[pair.a].shape[0] // shape.num_experts
-            found.append(_Found(pair, weight, input_first, rank))
-        if len({f.weight for f in found}) != len(found):
-            raise KTAdapterError(f"{self.store.path}: layer {layer} has two LoRA pairs for {found[0].weight}.")
+                candidates = [c for c in candidates if c.input_first is side]
+            found[pair] = candidates[0]
+        if len({orientation.weight for orientation in found.values()}) != len(found):
+            raise KTAdapterError(
+                f"{self.store.path}: layer {layer} has two LoRA pairs for {next(iter(found.values())).weight}."
+            )
         return found
 
     def _input_first_by_version(self, layer: int) -> bool:
@@ -146,8 +133,8 @@ class TargetParametersAdapter(Adapter):
         if version is None:
             raise KTAdapterError(
                 f"{self.settings.path}: in layer {layer} the shapes do not tell which way round the LoRA lies (2 x "
-                "moe_intermediate_size equals hidden_size), and peft_version, which would, is missing. Add the version that "
-                "wrote the adapter."
+                "moe_intermediate_size equals hidden_size), and there is no peft_version. Add the version of PEFT that wrote the "
+                "adapter."
             )
         return (int(version[1]), int(version[2])) >= (0, 19)
 
@@ -155,13 +142,12 @@ class TargetParametersAdapter(Adapter):
         shapes = {}
         for layer, pairs in self._pairs.items():
             ranks = {rank for rank, _ in self._expected(layer)}
-            experts = {self.store.infos[pair.a].shape[0] / rank for pair in pairs for rank in ranks}
-            sizes = [(self.store.infos[p.a].shape[1], self.store.infos[p.b].shape[0]) for p in pairs]
-            # gate_up_proj has the sizes 2I and H, down_proj I and H: with both, only one reading fits.
+            experts = {self._shapes(pair)[0][0] / rank for pair in pairs for rank in ranks}
+            sizes = [(a[1], b[0]) for a, b in map(self._shapes, pairs)]
+            # gate_up_proj has the sizes 2I and H, down_proj I and H: with both pairs, only one H and I fit.
             fits = {
                 (hidden, intermediate)
-                for hidden in set(sum(sizes, ()))
-                for intermediate in set(sum(sizes, ()))
+                for hidden, intermediate in product(set(sum(sizes, ())), repeat=2)
                 if len(sizes) == 2
                 and {frozenset((2 * intermediate, hidden)), frozenset((intermediate, hidden))}
                 == set(map(frozenset, sizes))
@@ -176,38 +162,27 @@ class TargetParametersAdapter(Adapter):
 
     def check_fits(self, shapes: Mapping[int, ExpertsShape]) -> None:
         for layer in self.layers:
-            for found in self._understand(layer, self.require_layer(layer, shapes)):
-                expected = self.settings.expected_rank(f"{found.pair.module}.{found.weight}")
-                if found.rank != expected:
+            shape = self.require_layer(layer, shapes)
+            for pair, (weight, _) in self._oriented(layer, shape).items():
+                rank = self._shapes(pair)[0][0] // shape.num_experts
+                expected = self.settings.expected_rank(f"{pair.module}.{weight}")
+                if rank != expected:
                     raise KTAdapterError(
-                        f"{self.store.path}: layer {layer}, {found.weight}: the tensors have rank {found.rank}, "
+                        f"{self.store.path}: layer {layer}, {weight}: the tensors have rank {rank}, "
                         f"{self.settings.path.name} says {expected}."
                     )
 
     def read_layer(self, layer: int, shape: ExpertsShape) -> ExpertLora:
-        experts, rank = shape.num_experts, self.rank(layer)
-        a: dict[str, torch.Tensor] = {}
-        b: dict[str, torch.Tensor] = {}
-        scaling: dict[str, torch.Tensor] = {}
-        dtype = self.read(self._pairs[layer][0].a).dtype
-        for projection in ("gate", "up", "down"):
-            out, size = shape.projection(projection)
-            a[projection] = torch.zeros(experts, rank, size, dtype=dtype)
-            b[projection] = torch.zeros(experts, out, rank, dtype=dtype)
-            scaling[projection] = torch.ones(experts, rank, dtype=torch.float64)
-        for found in self._understand(layer, shape):
-            # [E, r, *] and [E, *, r], whatever side they are on
-            rows = self.read(found.pair.a).unflatten(0, (experts, found.rank))
-            columns = self.read(found.pair.b).unflatten(1, (found.rank, experts)).permute(2, 0, 1)
-            left, right = (columns, rows) if found.input_first else (rows.transpose(1, 2), columns.transpose(1, 2))
-            factor = self.settings.scaling(f"{found.pair.module}.{found.weight}", found.rank)
-            parts = (
-                {"down": left}
-                if found.weight == _DOWN
-                else dict(zip(("gate", "up"), left.chunk(2, dim=1), strict=True))
-            )
+        experts, dtype = shape.num_experts, self.read(self._pairs[layer][0].a).dtype
+        lora = ExpertLora.zeros(layer, shape, self.rank(layer), dtype, 1.0)
+        for pair, (weight, input_first) in self._oriented(layer, shape).items():
+            rows = self.read(pair.a).unflatten(0, (experts, -1))  # [E, r, *]
+            rank = rows.shape[1]
+            columns = self.read(pair.b).unflatten(1, (rank, experts)).permute(2, 0, 1)  # [E, *, r]
+            b, a = (columns, rows) if input_first else (rows.transpose(1, 2), columns.transpose(1, 2))
+            parts = {"down": b} if weight == _DOWN else dict(zip(("gate", "up"), b.chunk(2, dim=1), strict=True))
             for projection, part in parts.items():
-                a[projection][:, : found.rank] = right
-                b[projection][:, :, : found.rank] = part
-                scaling[projection].fill_(factor)
-        return ExpertLora(layer, a, b, scaling)
+                lora.a[projection][:, :rank] = a
+                lora.b[projection][:, :, :rank] = part
+                lora.scaling[projection].fill_(self.settings.scaling(f"{pair.module}.{weight}", rank))
+        return lora

@@ -1,7 +1,7 @@
-"""The process that measures plans for :mod:`.calibration`: a task on standard input, times on standard output, in JSON.
+"""The process that measures plans for :mod:`.choose`: a task on standard input, times on standard output, in JSON.
 
-Each plan has a process of its own below this one, since kt-kernel's number of workers cannot change within one, nor
-OpenMP's threads be woken once they sleep while they wait. They are measured in turn, as a machine may be busy for a moment.
+Each plan has a child process of its own: within one process, neither the number of kt-kernel's workers nor the way OpenMP's threads wait
+can change. Plans are measured in turn, since the machine may be busy for a moment.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from ..checkpoint.reader import ExpertWeights
 from ..engines.base import Engine, EngineOptions, EngineSpec
 from ..engines.plan import Plan
 from ..engines.registry import get_engine
-from ..ground.paging import in_large_pages
+from ..ground.paging import in_huge_pages
 from ..ground.process import die_with_parent
 from ..matmul.linear import linear
-from .choose import Measured
+from .choose import PlanTimes
 
 RANK = 8
 _NEAR = 1.5, 1.15
-"""Who takes no longer than this, in times of the fastest, has a second turn, and a third one."""
+"""plans within these factors of the fastest get a second turn, and a third"""
 _TOKENS = 0.3
-"""seconds to compute tokens for: until the scheduler has found a core for each thread, one takes up to half as long again"""
+"""seconds to decode for: tokens are slower until the scheduler has found a core for each thread"""
 _PROMPTS_PART = 8
-"""of the weights around the experts, prompts are multiplied with one in so many, and the time of that is scaled"""
+"""prompts are multiplied with one in this many of the weights around the experts, and the time is scaled"""
 _SETTLE = 0.1
-"""seconds until this process's threads sleep, so that they do not disturb the next one's turn"""
+"""seconds until this process's threads sleep and leave the cores to the next process"""
 
 
 def main() -> None:
@@ -53,16 +53,16 @@ def main() -> None:
             pipe, theirs = context.Pipe()
             context.Process(target=_serve, args=(theirs, Plan(**plan), task, around), daemon=True).start()
             theirs.close()  # so that a process that ends is noticed
-            pipe.recv()  # it has loaded; one after the other, as oneDNN's measures how its weights are read fastest
+            pipe.recv()  # it has loaded; one after the other, since loading may measure layouts
             pipes.append(pipe)
         measured = in_turn([partial(_ask, pipe) for pipe in pipes])
     except (EOFError, OSError):
-        sys.exit(1)  # the process that ended has said why
+        sys.exit(1)  # the child has said why
     print(json.dumps([asdict(one) for one in measured]), flush=True)
 
 
-def in_turn(measure: Sequence[Callable[[], Measured]]) -> list[Measured]:
-    """The best turn of each. All have one, and those that may still be the fastest have more."""
+def in_turn(measure: Sequence[Callable[[], PlanTimes]]) -> list[PlanTimes]:
+    """The best turn of each plan. All have one; those that may still be the fastest have more."""
     turns = [[call()] for call in measure]
     for limit in _NEAR:
         chats = [min(one.chat for one in times) for times in turns]
@@ -74,9 +74,9 @@ def in_turn(measure: Sequence[Callable[[], Measured]]) -> list[Measured]:
     return [min(times, key=lambda one: one.chat) for times in turns]
 
 
-def _ask(pipe: Connection) -> Measured:
+def _ask(pipe: Connection) -> PlanTimes:
     pipe.send("your turn")
-    return Measured(*pipe.recv())
+    return PlanTimes(*pipe.recv())
 
 
 def _serve(pipe: Connection, plan: Plan, task: dict[str, Any], around: torch.Tensor) -> None:
@@ -130,7 +130,7 @@ def _weights_around(task: dict[str, Any]) -> torch.Tensor:
     """What torch multiplies with between two layers of experts. All processes read the same memory."""
     hidden, threads = task["layer"][1], torch.get_num_threads()
     torch.set_num_threads(1)  # so that none is started, which no process below this one would have
-    around = in_large_pages(torch.empty(task["products"], hidden, hidden, dtype=torch.bfloat16))
+    around = in_huge_pages(torch.empty(task["products"], hidden, hidden, dtype=torch.bfloat16))
     around.copy_(torch.randn(hidden, hidden) * hidden**-0.5)
     torch.set_num_threads(threads)
     return around

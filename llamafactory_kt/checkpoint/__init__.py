@@ -1,1 +1,1 @@
-"""Checkpoints: which tensors a model's experts are, whether they fit, and reading them."""
+"""Checkpoints: which modules and tensors are a model's experts, whether they are supported, and reading them."""

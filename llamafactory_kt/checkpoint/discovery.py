@@ -1,14 +1,16 @@
 """Which modules of a model are routed experts, and whether an engine can compute them.
 
-transformers 5 gives every MoE model an experts module called as ``experts(hidden_states [T, H], top_k_index [T, K],
-top_k_weights [T, K]) -> [T, H]`` with fused weights ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I], marked by
-``use_experts_implementation`` (``integrations/moe.py``). Architectures are accepted by this contract, never by name:
-the class's own forward is run on tiny weights and compared with ``down(silu(gate x) * up x)``.
+transformers 5 gives every MoE model an experts module, called as ``experts(hidden_states [T, H], top_k_index [T, K],
+top_k_weights [T, K]) -> [T, H]``, with fused weights ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I], marked by
+``use_experts_implementation`` (``integrations/moe.py``). Architectures are accepted by this contract, never by name: we run
+the class's own forward on tiny weights and compare it with ``down(silu(gate x) * up x)``. The marks and ``_default_apply_gate``
+are transformers' own, not a public interface.
 """
 
 from __future__ import annotations
 
 import re
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,9 @@ from torch.nn import functional as F
 
 from ..adapters import ExpertsShape
 from ..ground.errors import KTModelError
+from ..ground.internals import SWITCH, Internal
 
+INTERNAL = Internal("experts-contract", "transformers", ">=5.6,<5.7")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -37,7 +41,7 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
     """All routed-experts modules in order.
 
     Raises:
-        KTModelError: The model has none, or has some that the contract does not cover; the reason is named.
+        KTModelError: The model has none, or one outside of the contract; the message gives the reason.
     """
     found = []
     for name, module in model.named_modules():
@@ -52,10 +56,7 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
         if layer is None:
             raise KTModelError(f"{type(model).__name__}: {name} is not inside a numbered list of layers.")
         down: torch.Tensor = module.down_proj  # type: ignore[assignment]
-        experts, hidden, intermediate = down.shape
-        found.append(
-            ExpertsModule(name, int(layer[1]), ExpertsShape(experts, hidden, intermediate), _top_k(model, name))
-        )
+        found.append(ExpertsModule(name, int(layer[1]), ExpertsShape(*down.shape), _top_k(model, name)))
     if not found:
         counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
         if any((getattr(_text_config(model), name, 0) or 0) > 1 for name in counts):
@@ -94,12 +95,15 @@ def _refusal(module: nn.Module) -> str | None:
     return _probe(module)
 
 
-def _probe(module: nn.Module, hidden: int = 8, intermediate: int = 4, experts: int = 3, tokens: int = 5) -> str | None:
-    """Run the class's own forward on tiny weights and compare it with the gated SiLU the kernel computes."""
+def _probe(module: nn.Module) -> str | None:
+    """Run the class's own forward on tiny weights and compare it with the gated SiLU that the kernel computes."""
+    if not INTERNAL.usable:
+        return f"the contract is known for transformers {INTERNAL.versions} only, or {SWITCH} switches it off"
     from transformers.integrations.moe import _default_apply_gate
 
     if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
         return "they have a gating function of their own"
+    hidden, intermediate, experts, tokens = 8, 4, 3, 5
     generator = torch.Generator(device="cpu").manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -108,28 +112,18 @@ def _probe(module: nn.Module, hidden: int = 8, intermediate: int = 4, experts: i
 
     gate_up, down = random(experts, 2 * intermediate, hidden), random(experts, hidden, intermediate)
     x, scores = random(tokens, hidden), random(tokens, 2).abs()
-    index = torch.stack(
-        [torch.arange(tokens, device="cpu") % experts, (torch.arange(tokens, device="cpu") + 1) % experts], 1
-    )
-    tiny = module.__class__.__new__(module.__class__)
-    tiny.__dict__.update(module.__dict__)
-    tiny.__dict__["_parameters"] = {
-        "gate_up_proj": nn.Parameter(gate_up, False),
-        "down_proj": nn.Parameter(down, False),
-    }
+    index = (torch.arange(tokens, device="cpu")[:, None] + torch.arange(2, device="cpu")) % experts
+    tiny = copy(module)
+    tiny._parameters = {"gate_up_proj": nn.Parameter(gate_up, False), "down_proj": nn.Parameter(down, False)}
     tiny.num_experts = experts  # type: ignore[assignment]
     plain_forward: Any = getattr(type(module).forward, "__wrapped__", type(module).forward)
     try:
         with torch.no_grad():
             found = plain_forward(tiny, x, index, scores)
-    except Exception as error:  # whatever it needs that the contract does not promise
+    except Exception as error:  # anything: the forward may need what the contract does not promise
         return f"their forward needs more than the contract gives ({type(error).__name__}: {error})"
-    wanted = torch.zeros_like(x)
-    for token in range(tokens):
-        for slot in range(2):
-            expert = int(index[token, slot])
-            gate, up = (gate_up[expert] @ x[token]).chunk(2)
-            wanted[token] += scores[token, slot] * (down[expert] @ (F.silu(gate) * up))
+    gate, up = (gate_up[index] @ x[:, None, :, None]).chunk(2, dim=2)
+    wanted = (scores[..., None] * (down[index] @ (F.silu(gate) * up))[..., 0]).sum(1)
     if not torch.allclose(found.float(), wanted, rtol=1e-3, atol=1e-3):
         return "they do not compute down(silu(gate x) * up x)"
     return None

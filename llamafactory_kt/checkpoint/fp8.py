@@ -1,9 +1,8 @@
-"""FP8 checkpoints with a scale for each block of weights, as DeepSeek-V3 and R1 are published.
+"""FP8 checkpoints with a scale per block of weights, as DeepSeek-V3 and R1 are published.
 
-Beside a weight in float8_e4m3fn [out, in] stands ``weight_scale_inv`` [ceil(out / 128), ceil(in / 128)]: a weight is the
-stored number times the scale of its block (README_WEIGHTS.md of DeepSeek-V3). Blocks at the lower and right edges may be cut
-short. ``kv_a_proj_with_mqa`` of the official checkpoints, with 576 rows, has such blocks; transformers 5.6 cannot
-dequantise them itself.
+Each weight in float8_e4m3fn [out, in] comes with ``weight_scale_inv`` [ceil(out / 128), ceil(in / 128)]. A weight is the stored
+number times the scale of its block (README_WEIGHTS.md of DeepSeek-V3). Blocks at the lower and right edges may be smaller, as
+in ``kv_a_proj_with_mqa`` of the official checkpoints (576 rows); transformers 5.6 cannot dequantise those.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ Block = tuple[int, int]
 
 
 def block_size(stored: Any) -> Block | None:
-    """The blocks of an FP8 checkpoint; None for a checkpoint that is not quantised.
+    """The block size of an FP8 checkpoint; None for a checkpoint that is not quantised.
 
     Args:
-        stored: a model configuration's ``quantization_config``, as config.json has it or as transformers keeps it.
+        stored: a model configuration's ``quantization_config``, a dictionary or transformers' object.
 
     Raises:
-        KTModelError: It is quantised in another way.
+        KTModelError: The checkpoint is quantised in another way.
     """
-    if getattr(stored, "quant_method", None) == "kt_experts":  # ours, put in place of the checkpoint's own
+    if getattr(stored, "quant_method", None) == "kt_experts":  # ours replaces the checkpoint's own
         stored = stored.checkpoint
     if not stored:
         return None
@@ -56,10 +55,10 @@ def block_size(stored: Any) -> Block | None:
 
 
 def check_scales(tensors: Mapping[str, tuple[Sequence[int], str]], block: Block) -> None:
-    """Has each FP8 tensor its scales?
+    """Check that each FP8 tensor has its scales.
 
     Args:
-        tensors: name -> (shape, dtype in safetensors' spelling), of the whole checkpoint.
+        tensors: name -> (shape, safetensors' dtype), of the whole checkpoint.
 
     Raises:
         KTModelError: Scales are missing, or have another shape or dtype; all are counted.
@@ -85,7 +84,7 @@ def check_scales(tensors: Mapping[str, tuple[Sequence[int], str]], block: Block)
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: Block) -> torch.Tensor:
-    """weight [out, in] in float8, scale [ceil(out / rows), ceil(in / columns)] -> [out, in], float32 on the same device."""
+    """Weight [out, in] in float8, scale [ceil(out / rows), ceil(in / columns)] -> [out, in], float32 on the same device."""
     values = weight.to(torch.float32)
     rows, columns = block
     for number, row in enumerate(scale.float()):

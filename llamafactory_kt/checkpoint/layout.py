@@ -1,167 +1,152 @@
 """Where a checkpoint keeps each layer's experts.
 
-Names are mapped by transformers' own conversion rules (``conversion_mapping.py``), so that every naming transformers
-can load is understood: one tensor per expert (``experts.5.gate_proj.weight``, Mixtral's ``w1``/``w3``/``w2``) or fused
+transformers' own conversion rules map the names (:mod:`..peft_side.model_names`), so every naming that transformers can
+load is understood: one tensor per expert (``experts.5.gate_proj.weight``, Mixtral's ``w1``/``w3``/``w2``) or fused ones
 (``gate_up_proj``, ``down_proj``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..adapters.keys import PROJECTIONS
 from ..ground.errors import KTModelError, name_some
+from ..peft_side.model_names import CheckpointNames, Target
 from .discovery import ExpertsModule
 from .fp8 import FP8, SCALE_SUFFIX, block_size, check_scales
-from .reader import SIZES, LayerTensors, StoredTensor
+from .reader import FUSED, SIZES, LayerTensors, Piece, StoredTensor
 
 _NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
-_FUSED = ("gate_up_proj", "down_proj")
 
 
 class CheckpointLayout:
     """The expert tensors of a checkpoint, located by headers only.
 
     Args:
-        model: the still empty model, its experts modules in place (for names and conversions).
-        modules: what :func:`find_experts` found in it.
+        model: the empty model with its experts modules in place; its names and conversions are used.
+        modules: its experts modules, from :func:`find_experts`.
         files: the checkpoint's safetensors files.
 
     Raises:
-        KTModelError: The files are not safetensors or damaged; a tensor is missing, has another shape or a dtype that
-            is not floating point; an FP8 weight has no scales; the checkpoint's conversion is not one that is understood.
+        KTModelError: A file is damaged or not safetensors; a tensor is missing, or has another shape or a dtype that is
+            not supported; an FP8 weight has no scales; transformers converts the experts in an unknown way.
     """
 
-    def __init__(self, model: nn.Module, modules: Sequence[ExpertsModule], files: Sequence[str | Path]):
+    def __init__(self, model: nn.Module, modules: Sequence[ExpertsModule], files: Sequence[Path]):
         self.modules = list(modules)
         self.block = block_size(getattr(model.config, "quantization_config", None))
-        """of an FP8 checkpoint: the rows and columns that share a scale"""
+        """of an FP8 checkpoint, else None"""
         self._layers = {module.name: LayerTensors(module, self.block) for module in modules}
         self.target_names: set[str] = set()
-        """names that transformers will find unexpected, since no parameter asks for them any more"""
-        self._locate(model, [Path(file) for file in files])
+        """the experts' tensors, as transformers names them"""
+        self._locate(model, files)
         for layer in self._layers.values():
             self._check(layer)
 
-    def _locate(self, model: Any, files: list[Path]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        rules = get_model_conversion_mapping(model)
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-        state = model.state_dict()
+    def _locate(self, model: Any, files: Sequence[Path]) -> None:
+        names = CheckpointNames(model)
         scales: dict[str, StoredTensor] = {}
         headers: dict[str, tuple[tuple[int, ...], str]] = {}
-        for file in files:
-            if file.suffix != ".safetensors":
-                raise KTModelError(
-                    f"{file}: experts are read from safetensors files only; convert the checkpoint first."
-                )
-            try:
-                with safe_open(file, framework="pt") as handle:
-                    for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-                        module, _, weight = target.rpartition(".")
-                        wanted = module in self._layers and weight.removesuffix(SCALE_SUFFIX) in _FUSED
-                        if not wanted and self.block is None:
-                            continue
-                        piece = handle.get_slice(name)
-                        tensor = StoredTensor(name, file, tuple(piece.get_shape()), piece.get_dtype())
-                        headers[name] = tensor.shape, tensor.dtype
-                        if wanted:
-                            self.target_names.add(target)
-                        if wanted and weight.endswith(SCALE_SUFFIX):
-                            scales[name] = tensor
-                        elif wanted:
-                            rule = by_pattern[pattern] if pattern is not None else None
-                            self._place(self._layers[module], weight, tensor, rule, pattern)
-            except (SafetensorError, OSError) as error:
-                raise KTModelError(
-                    f"{file} cannot be read as safetensors ({error}); download or copy it again."
-                ) from error
+        for tensor in (tensor for file in files for tensor in _stored_tensors(file)):
+            headers[tensor.name] = tensor.shape, tensor.dtype
+            target = names.target(tensor.name)
+            module, _, weight = target.name.rpartition(".")
+            if module not in self._layers or weight.removesuffix(SCALE_SUFFIX) not in FUSED:
+                continue
+            self.target_names.add(target.name)
+            if weight.endswith(SCALE_SUFFIX):
+                scales[tensor.name] = tensor
+            else:
+                _place(self._layers[module], tensor, target)
         if self.block is not None:
             check_scales(headers, self.block)
-            for tensor in (tensor for layer in self._layers.values() for tensor in layer.weights()):
+            for tensor in (tensor for layer in self._layers.values() for tensor in layer.stored.values()):
                 tensor.scale = scales.get(tensor.name + SCALE_SUFFIX)
-
-    @staticmethod
-    def _place(layer: LayerTensors, weight: str, tensor: StoredTensor, rule: Any, pattern: str | None) -> None:
-        operations = [type(operation).__name__ for operation in rule.operations] if rule is not None else []
-        if operations in ([], ["Transpose"]):  # Transpose turns a fused tensor only where its shape asks for it
-            layer.fused[weight] = tensor
-        elif operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
-            number = _NUMBER.search(tensor.name)
-            if number is None:
-                raise KTModelError(f"{tensor.file}: Unsupported weight naming scheme: {tensor.name}.")
-            projection = "down" if weight == "down_proj" else ("gate", "up")[rule.source_patterns.index(pattern)]
-            layer.per_expert[projection][int(number[0])] = tensor
-        else:
-            raise KTModelError(
-                f"{tensor.file}: Unsupported weight naming scheme: {tensor.name} is converted by {' + '.join(operations)}."
-            )
 
     def _check(self, layer: LayerTensors) -> None:
         module, shape = layer.module, layer.module.shape
-        if layer.fused:
-            missing = [f"{module.name}.{weight}" for weight in _FUSED if weight not in layer.fused]
-        else:
-            missing = []
-            for projection, experts in layer.per_expert.items():
-                example = next(iter(experts.values()), None)
-                for expert in (e for e in range(shape.num_experts) if e not in experts):
-                    name = f"{module.name}.{expert}.{projection}_proj.weight"
-                    missing.append(_NUMBER.sub(str(expert), example.name) if example else name)
+        pieces: list[Piece] = [(weight, None) for weight in FUSED]
+        if not layer.fused:
+            pieces = [(projection, expert) for projection in PROJECTIONS for expert in range(shape.num_experts)]
+        missing = [_name(layer, *piece) for piece in pieces if piece not in layer.stored]
         if missing:
             raise KTModelError(
                 f"The checkpoint is missing {len(missing)} expert tensors of layer {module.layer}: {name_some(missing, 3)}. "
                 "Check that all shards are there and that config.json belongs to them."
             )
-        for projection, experts in layer.per_expert.items():
-            for tensor in experts.values():
-                self._check_tensor(tensor, (shape.projection(projection),))
-        hidden, double = shape.hidden_size, 2 * shape.intermediate_size
-        for weight, tensor in layer.fused.items():
-            rows, columns = (double, hidden) if weight == "gate_up_proj" else (hidden, shape.intermediate_size)
-            both = (shape.num_experts, rows, columns), (shape.num_experts, columns, rows)
-            self._check_tensor(tensor, both)
+        for (weight, expert), tensor in layer.stored.items():
+            out, width = shape.projection(weight.removesuffix("_proj"))
+            allowed: list[tuple[int, ...]] = [(out, width)]
+            if expert is None:
+                out *= 2 if weight == "gate_up_proj" else 1
+                allowed = [(shape.num_experts, out, width), (shape.num_experts, width, out)]
+            if tensor.shape not in allowed:
+                raise KTModelError(
+                    f"{tensor.file}: {tensor.name} has shape {tensor.shape}, config.json asks for {allowed[0]}."
+                )
+            if tensor.dtype not in SIZES or (tensor.dtype == FP8 and self.block is None):
+                raise KTModelError(
+                    f"{tensor.file}: {tensor.name} is {tensor.dtype}; experts must be stored as F32, F16 or BF16, or as {FP8} with "
+                    "scales and a quantization_config in config.json that says so."
+                )
 
-    def _check_tensor(self, tensor: StoredTensor, wanted: tuple[tuple[int, ...], ...]) -> None:
-        if tensor.shape not in wanted:
-            raise KTModelError(
-                f"{tensor.file}: {tensor.name} has shape {tensor.shape}, config.json asks for {wanted[0]}."
-            )
-        if tensor.dtype not in SIZES or (tensor.dtype == FP8 and self.block is None):
-            raise KTModelError(
-                f"{tensor.file}: {tensor.name} is {tensor.dtype}; experts must be stored as F32, F16 or BF16, or as {FP8} with "
-                "scales and a quantization_config in config.json that says so."
-            )
-
-    def names(self) -> dict[str, dict[str, tuple[str, int | None]]]:
-        """module -> checkpoint tensor -> (projection, expert), or (``gate_up_proj`` or ``down_proj``, None) where fused."""
-        found: dict[str, dict[str, tuple[str, int | None]]] = {}
-        for module, layer in self._layers.items():
-            pieces: dict[str, tuple[str, int | None]] = {t.name: (weight, None) for weight, t in layer.fused.items()}
-            for projection, experts in layer.per_expert.items():
-                pieces |= {tensor.name: (projection, expert) for expert, tensor in experts.items()}
-            found[module] = pieces
-        return found
+    def names(self) -> dict[str, dict[str, Piece]]:
+        """module -> checkpoint tensor -> what it is of the module's experts."""
+        layers = self._layers.items()
+        return {name: {tensor.name: piece for piece, tensor in layer.stored.items()} for name, layer in layers}
 
     def layer(self, name: str) -> LayerTensors:
         """One module's tensors."""
         return self._layers[name]
 
     def after(self, module: ExpertsModule) -> ExpertsModule | None:
-        """The next of the modules."""
+        """The next experts module, None after the last."""
         following = self.modules.index(module) + 1
         return self.modules[following] if following < len(self.modules) else None
 
     def dtypes(self) -> set[str]:
-        """The dtypes the experts are stored in, in safetensors' names."""
-        return {tensor.dtype for layer in self._layers.values() for tensor in layer.weights()}
+        """The dtypes that the experts are stored in, by safetensors' names."""
+        return {tensor.dtype for layer in self._layers.values() for tensor in layer.stored.values()}
+
+
+def _stored_tensors(file: Path) -> Iterator[StoredTensor]:
+    if file.suffix != ".safetensors":
+        raise KTModelError(f"{file}: experts are read from safetensors files only; convert the checkpoint first.")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                piece = handle.get_slice(name)
+                yield StoredTensor(name, file, tuple(piece.get_shape()), piece.get_dtype())
+    except (SafetensorError, OSError) as error:
+        raise KTModelError(f"{file} cannot be read as safetensors ({error}); download or copy it again.") from error
+
+
+def _place(layer: LayerTensors, tensor: StoredTensor, target: Target) -> None:
+    weight, operations = target.name.rpartition(".")[2], target.operations
+    if operations in ([], ["Transpose"]):  # Transpose turns a fused tensor only if its shape asks for it
+        layer.stored[weight, None] = tensor
+    elif operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+        number = _NUMBER.search(tensor.name)
+        if number is None:
+            raise KTModelError(f"{tensor.file}: Unsupported weight naming scheme: {tensor.name}.")
+        projection = "down" if weight == "down_proj" else ("gate", "up")[target.source]
+        layer.stored[projection, int(number[0])] = tensor
+    else:
+        raise KTModelError(
+            f"{tensor.file}: Unsupported weight naming scheme: {tensor.name} is converted by {' + '.join(operations)}."
+        )
+
+
+def _name(layer: LayerTensors, weight: str, expert: int | None) -> str:
+    """The name that a missing tensor would have."""
+    if expert is None:
+        return f"{layer.module.name}.{weight}"
+    example = next((tensor for (projection, _), tensor in layer.stored.items() if projection == weight), None)
+    name = f"{layer.module.name}.{expert}.{weight}_proj.weight"
+    return _NUMBER.sub(str(expert), example.name) if example else name

@@ -1,6 +1,6 @@
-"""A checkpoint opened by its headers: its files, its model without weights, its experts, and whether adapters fit them.
+"""Opening a checkpoint by its headers: its files, its empty model, its experts, and whether adapters fit them.
 
-Whatever reads a checkpoint or checks an adapter against a model begins here, and nothing here reads a weight.
+Everything that reads a checkpoint, or checks an adapter against a model, starts here. No weights are read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..adapters import Adapter, AdapterSet, ExpertsShape
-from ..ground.errors import KTModelError, KTPathError
+from ..ground.errors import KTModelError, KTPathError, first_line
 from ..peft_side.split import PeftPart, check_peft_part
 from .discovery import find_experts
 from .fp8 import block_size
@@ -23,14 +23,14 @@ from .layout import CheckpointLayout
 
 
 class MoEModel:
-    """A model with routed experts, and the files that its weights are in.
+    """A model with routed experts, and the files with its weights.
 
     Args:
-        model: still empty, on the meta device, or loaded by stock transformers.
+        model: empty (on the meta device), or loaded by stock transformers.
         files: the checkpoint's safetensors files; only :attr:`layout` needs them.
 
     Raises:
-        KTModelError: It has no routed experts, or such as the contract does not cover.
+        KTModelError: As :func:`find_experts`.
     """
 
     def __init__(self, model: nn.Module, files: Iterable[str | Path] = ()):
@@ -41,12 +41,12 @@ class MoEModel:
 
     @property
     def shapes(self) -> dict[int, ExpertsShape]:
-        """layer -> its experts' sizes; layers without routed experts are not in it."""
+        """layer -> its experts' sizes, of layers with routed experts."""
         return {module.layer: module.shape for module in self.experts}
 
     @cached_property
     def layout(self) -> CheckpointLayout:
-        """Where the files keep the experts, located once, when first asked for. The experts modules must be in place still.
+        """Where the files keep the experts; located on first use, while the experts modules are still in place.
 
         Raises:
             KTModelError: There are no files, or as :class:`CheckpointLayout`.
@@ -65,25 +65,24 @@ class MoEModel:
 def fit_adapters(
     model: nn.Module, shapes: Mapping[int, ExpertsShape], adapters: AdapterSet, scope: str = "all", *, finite: bool = False
 ) -> list[tuple[Adapter, PeftPart]]:  # fmt: skip
-    """Check adapters against a model, the experts' part as well as PEFT's, before anything is changed.
+    """Check adapters against a model, the experts' part as well as PEFT's. Nothing is changed.
 
     Args:
         model: the plain model, without PEFT's wrapper; empty or loaded. Its experts may be replaced by KT experts.
         shapes: layer -> its experts' sizes.
         scope: as ``kt_lora_scope``.
-        finite: read the adapters' values too, once, looking for NaN and Inf; otherwise headers are enough.
+        finite: also read the adapters' values, for NaN and Inf; otherwise only headers are read.
 
     Returns:
         Each adapter with the part of it that PEFT gets, in order.
 
     Raises:
-        KTAdapterError: An adapter was made for other experts; a tensor belongs to no module of the model, or has not the
-            size of the weight it changes; values are NaN or Inf.
+        KTAdapterError: An adapter was made for other experts; as :func:`check_peft_part`; values are NaN or Inf.
     """
     adapters.check_fits(shapes)
     parts = [(adapter, check_peft_part(model, adapter, scope)) for adapter in adapters.adapters]
-    if finite:
-        adapters.check_finite()
+    for adapter in adapters.adapters if finite else ():
+        adapter.check_finite()
     return parts
 
 
@@ -91,12 +90,12 @@ def open_checkpoint(directory: str | Path, *, fp8: bool = False) -> MoEModel:
     """Open a local checkpoint in safetensors.
 
     Args:
-        directory: the checkpoint; ``~`` is understood.
-        fp8: take an FP8 checkpoint too, with a scale for each block.
+        directory: the checkpoint; ``~`` is expanded.
+        fp8: also accept FP8 with a scale per block.
 
     Raises:
         KTPathError: There are no safetensors files, or no model that can be opened.
-        KTModelError: The checkpoint is quantised, or not as it may be; its experts are not ones that are supported.
+        KTModelError: The checkpoint is quantised in a way that is not accepted; or as :func:`find_experts`.
     """
     files = weight_files(directory)
     if not files:
@@ -105,7 +104,7 @@ def open_checkpoint(directory: str | Path, *, fp8: bool = False) -> MoEModel:
 
 
 def weight_files(directory: str | Path) -> list[Path]:
-    """A checkpoint's safetensors files: those its index names, else all of them; none where there is no such directory."""
+    """A checkpoint's safetensors files: those in its index, else all; none if there is no such directory."""
     directory = Path(directory).expanduser()
     index = directory / "model.safetensors.index.json"
     if index.is_file():
@@ -117,13 +116,13 @@ def empty_model(name: str | Path, *, fp8: bool = False, quantised: bool = False)
     """Build the model on the meta device from its ``config.json``.
 
     Args:
-        name: checkpoint directory (``~`` is understood), or a name on the hub.
-        fp8: take an FP8 checkpoint that experts can be read from too.
-        quantised: take any quantised checkpoint, as the unquantised model of its sizes.
+        name: checkpoint directory (``~`` is expanded), or a name on the hub.
+        fp8: also accept FP8 with a scale per block.
+        quantised: accept any quantised checkpoint, and build the unquantised model.
 
     Raises:
         KTPathError: There is no such model.
-        KTModelError: The checkpoint is quantised, or not as it may be.
+        KTModelError: The checkpoint is quantised in a way that is not accepted.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -131,7 +130,7 @@ def empty_model(name: str | Path, *, fp8: bool = False, quantised: bool = False)
     try:
         config = AutoConfig.from_pretrained(directory if directory.is_dir() else name)
     except (OSError, ValueError) as error:
-        raise KTPathError(f"{name} is not a model that can be opened: {str(error).splitlines()[0]}") from error
+        raise KTPathError(f"{name} is not a model that can be opened: {first_line(error)}") from error
     if not quantised and block_size(getattr(config, "quantization_config", None)) is not None and not fp8:
         raise KTModelError(f"{name} is an FP8 checkpoint; bfloat16, float16 or float32 weights are needed here.")
     with torch.device("meta"):

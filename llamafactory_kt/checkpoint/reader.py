@@ -1,4 +1,4 @@
-"""One layer's expert tensors in a checkpoint: what they are, and reading them. FP8 weights are dequantised on the way."""
+"""Reading one layer's expert tensors from a checkpoint. FP8 weights are dequantised on the way."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from safetensors import safe_open
 
 from ..adapters import ExpertLora, ExpertsShape
 from ..adapters.keys import PROJECTIONS
-from ..ground.paging import expect_pages, forget_pages, in_large_pages
+from ..ground.paging import drop_pages, in_huge_pages, prefetch_pages
 from .discovery import ExpertsModule
 from .fp8 import FP8, Block, dequantize
 
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, FP8: 1}
-"""bytes of a number of each dtype that experts may be stored in, by safetensors' names"""
+"""bytes per element of each dtype that experts may be stored in, by safetensors' names"""
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, FP8: torch.bfloat16}
-"""what weights are held as that are kept as they are; FP8 as LLaMA-Factory holds it after dequantising"""
+"""dtype in memory if no conversion is asked for; for FP8 as LLaMA-Factory dequantises it"""
+
+
+FUSED = ("gate_up_proj", "down_proj")
+Piece = tuple[str, int | None]
+"""of a layer's experts: (projection, expert), or (one of :data:`FUSED`, None)"""
 
 
 class ExpertWeights(NamedTuple):
@@ -46,15 +51,15 @@ class LayerWeights:
     def stacked(
         cls, experts: Iterable[ExpertWeights], shape: ExpertsShape, dtype: torch.dtype, padded: tuple[int, int]
     ) -> LayerWeights:
-        """Copy the experts side by side.
+        """Copy the experts into stacked tensors.
 
         Args:
-            padded: hidden and intermediate size of the result; what exceeds the experts' own is zero.
+            padded: hidden and intermediate size of the result; the padding is zeros.
         """
         hidden, intermediate = padded
         make = torch.empty if padded == (shape.hidden_size, shape.intermediate_size) else torch.zeros
         sizes = (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
-        stacks = [in_large_pages(make(shape.num_experts, *size, dtype=dtype, device="cpu")) for size in sizes]
+        stacks = [in_huge_pages(make(shape.num_experts, *size, dtype=dtype, device="cpu")) for size in sizes]
         for number, expert in enumerate(experts):
             for stack, matrix in zip(stacks, expert, strict=True):
                 stack[number, : matrix.shape[0], : matrix.shape[1]].copy_(matrix)
@@ -63,34 +68,35 @@ class LayerWeights:
 
 @dataclass
 class StoredTensor:
-    """A checkpoint tensor that fills (a slice of) one target."""
+    """A checkpoint tensor, or the scales of one."""
 
     name: str
     file: Path
     shape: tuple[int, ...]
     dtype: str
-    """in safetensors' spelling"""
+    """safetensors' name"""
     scale: StoredTensor | None = None
     """of an FP8 weight"""
 
 
 @dataclass
 class LayerTensors:
-    """Where one module's experts are: a tensor for each expert and projection, or fused ones."""
+    """The tensors of one module's experts."""
 
     module: ExpertsModule
     block: Block | None
-    """of an FP8 checkpoint: the rows and columns that share a scale"""
-    per_expert: dict[str, dict[int, StoredTensor]] = field(default_factory=lambda: {"gate": {}, "up": {}, "down": {}})
-    fused: dict[str, StoredTensor] = field(default_factory=dict)
+    """of an FP8 checkpoint, else None"""
+    stored: dict[Piece, StoredTensor] = field(default_factory=dict)
+    """the weights; :meth:`tensors` are their scales too"""
 
-    def weights(self) -> list[StoredTensor]:
-        """Without scales."""
-        return [t for experts in self.per_expert.values() for t in experts.values()] + list(self.fused.values())
+    @property
+    def fused(self) -> bool:
+        return any(expert is None for _, expert in self.stored)
 
     def tensors(self) -> list[StoredTensor]:
         """Weights and their scales."""
-        return self.weights() + [weight.scale for weight in self.weights() if weight.scale is not None]
+        weights = list(self.stored.values())
+        return weights + [weight.scale for weight in weights if weight.scale is not None]
 
     @property
     def nbytes(self) -> int:
@@ -100,14 +106,14 @@ class LayerTensors:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, or bfloat16 for FP8; float32 where they differ."""
-        stored = {_TORCH[tensor.dtype] for tensor in self.weights()}
+        stored = {_TORCH[tensor.dtype] for tensor in self.stored.values()}
         return stored.pop() if len(stored) == 1 else torch.float32
 
     def fingerprint(self) -> str:
-        """What tells these weights from another version's without reading them all: names, shapes, dtypes, and the first
-        row of each tensor."""
+        """A hash that tells these weights from others without reading them all: of names, shapes, dtypes, and each tensor's
+        first row."""
         digest = hashlib.sha256()
-        with ExitStack() as stack, torch.device("cpu"):  # the model may be under construction on another
+        with ExitStack() as stack, torch.device("cpu"):  # a model may be under construction on another
             handles: dict[Path, Any] = {}
             for tensor in sorted(self.tensors(), key=lambda tensor: tensor.name):
                 if tensor.file not in handles:
@@ -118,56 +124,53 @@ class LayerTensors:
         return digest.hexdigest()
 
     def experts(self, dtype: torch.dtype | None = None, lora: ExpertLora | None = None) -> Iterator[ExpertWeights]:
-        """Each expert in turn, every tensor read once; its weights are to be used, or copied, before the next is asked
-        for: they may lie in the mapped file, and what has been read no longer counts as resident memory.
+        """Read the experts one after the other, every tensor once.
+
+        Use or copy an expert's weights before the next one: they may be views of the mapped file, whose pages are then dropped
+        from resident memory.
 
         Args:
             dtype: to convert to; None keeps the checkpoint's (bfloat16 for FP8).
-            lora: to be merged: each weight becomes ``W + scaling * B @ A``, summed in float32 and rounded once.
+            lora: to merge: each weight becomes ``W + scaling * B @ A``, summed in float32 and rounded once.
         """
         dtype = dtype or self.dtype
-        for expert, (weights, pages) in enumerate(self._fused() if self.fused else self._per_expert()):
+        for expert, (weights, pages) in enumerate(self._read()):
             if lora is not None:
-                deltas = (lora.delta(projection, expert) for projection in PROJECTIONS)
-                weights = ExpertWeights(*(w.float() + delta for w, delta in zip(weights, deltas, strict=True)))
+                weights = [w.float() + lora.delta(p, expert) for w, p in zip(weights, PROJECTIONS, strict=True)]
             yield ExpertWeights(*(weight.to(dtype) for weight in weights))
             for tensor in pages:
-                forget_pages(tensor)
+                drop_pages(tensor)
 
     def read_ahead(self) -> None:
-        """Have the system read the tensors into its cache, while the process does something else."""
+        """Have the system read the tensors into its page cache in the background."""
         get = _reader()
         for tensor in self.tensors():
-            expect_pages(get(tensor))
+            prefetch_pages(get(tensor))
 
-    def _per_expert(self) -> Iterator[tuple[ExpertWeights, list[torch.Tensor]]]:
-        """(weights, what of the mapped files they were made from); FP8 comes as float32."""
-        get = _reader()
+    def _read(self) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Each expert's (gate, up and down as [out, in]; the mapped tensors that they come from). FP8 weights are float32."""
+        get, fused, h, i = _reader(), self.fused, self.module.shape.hidden_size, self.module.shape.intermediate_size
+
+        def part(tensor: StoredTensor, expert: int) -> torch.Tensor:
+            return get(tensor)[expert] if fused else get(tensor)
+
         for expert in range(self.module.shape.num_experts):
-            stored = [self.per_expert[projection][expert] for projection in PROJECTIONS]
-            pages = [get(tensor) for tensor in stored]
-            scales = [get(tensor.scale) if tensor.scale else None for tensor in stored]
-            yield ExpertWeights(*map(self._plain, pages, scales)), pages
-
-    def _fused(self) -> Iterator[tuple[ExpertWeights, list[torch.Tensor]]]:
-        h, i = self.module.shape.hidden_size, self.module.shape.intermediate_size
-        both = zip(self._slices("gate_up_proj", (2 * i, h)), self._slices("down_proj", (h, i)), strict=True)
-        for (first, gate_up), (second, down) in both:
-            yield ExpertWeights(gate_up[:i], gate_up[i:], down), [first, second]
-
-    def _slices(self, weight: str, size: tuple[int, int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each expert's part of a fused tensor: what lies in the mapped file, and that as [out, in]."""
-        get, tensor = _reader(), self.fused[weight]
-        scales = get(tensor.scale) if tensor.scale else None
-        for expert, page in enumerate(get(tensor)):
-            plain = self._plain(page, scales[expert] if scales is not None else None)
-            yield page, plain if page.shape == size else plain.T
-
-    def _plain(self, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        return weight if scale is None or self.block is None else dequantize(weight, scale, self.block)
+            pieces: list[Piece] = [(w, None) for w in FUSED] if fused else [(p, expert) for p in PROJECTIONS]
+            stored = [self.stored[piece] for piece in pieces]
+            pages = [part(tensor, expert) for tensor in stored]
+            weights = [
+                page if tensor.scale is None or self.block is None
+                else dequantize(page, part(tensor.scale, expert), self.block)
+                for tensor, page in zip(stored, pages, strict=True)
+            ]  # fmt: skip
+            if fused:  # [2I, H] and [H, I], or transposed
+                sizes = (2 * i, h), (h, i)
+                gate_up, down = (w if w.shape == size else w.T for w, size in zip(weights, sizes, strict=True))
+                weights = [gate_up[:i], gate_up[i:], down]
+            yield weights, pages
 
 
 def _reader() -> Callable[[StoredTensor], torch.Tensor]:
-    """Reads tensors, as views of their mapped files; each file is opened once."""
+    """A function that reads tensors as views of their mapped files, and opens each file once."""
     opened = cache(lambda file: safe_open(file, framework="pt", device="cpu"))
     return lambda tensor: opened(tensor.file).get_tensor(tensor.name)

@@ -1,4 +1,4 @@
-"""The command ``llamafactory-kt``: one file a command."""
+"""The command ``llamafactory-kt``; commands that belong together share a file."""
 
 from __future__ import annotations
 
@@ -9,26 +9,16 @@ import typer
 from .._version import __version__
 from ..ground.errors import KTError, traceback_wanted
 from .bench import bench
-from .cache import app as cache
-from .compare import compare
-from .convert import convert
+from .checks import doctor, verify
+from .conversions import convert, merge, quantize
 from .demo import demo
-from .doctor import doctor
-from .generate import generate
+from .experiments import compare, generate, stats
 from .inspect import inspect
-from .merge import merge
-from .quantize import quantize
-from .serve import serve
-from .stats import stats
-from .verify import verify
+from .serve import cache, serve
 
 app = typer.Typer(
-    name="llamafactory-kt",
-    help="MoE chats with the routed experts on the CPU, for stock LLaMA-Factory.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+    name="llamafactory-kt", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)  # fmt: skip
 
 
 def _version(show: bool) -> None:
@@ -46,23 +36,13 @@ def _root(
     """MoE chats with the routed experts on the CPU, for stock LLaMA-Factory."""
 
 
-app.command()(bench)
-app.command()(compare)
-app.command()(convert)
-app.command()(demo)
-app.command()(doctor)
-app.command()(generate)
-app.command()(inspect)
-app.command()(merge)
-app.command()(quantize)
-app.command()(serve)
-app.command()(stats)
-app.command()(verify)
+for _command in (bench, compare, convert, demo, doctor, generate, inspect, merge, quantize, serve, stats, verify):
+    app.command()(_command)
 app.add_typer(cache, name="cache")
 
 
 def main() -> None:
-    """Entry point of the command line: errors are one paragraph, with LLAMAFACTORY_KT_DEBUG=1 a traceback."""
+    """Entry point: an error is one paragraph, with LLAMAFACTORY_KT_DEBUG=1 a traceback."""
     try:
         app()
     except KTError as error:

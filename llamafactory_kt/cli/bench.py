@@ -1,7 +1,9 @@
-"""``llamafactory-kt bench``: how fast something answers."""
+"""``llamafactory-kt bench``: measure a configuration on this machine, or an endpoint."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,147 +11,77 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..tools.bench.endpoint import Latency
-    from ..tools.bench.figures import Report
-    from ..tools.bench.room import Weights
-    from ..tools.bench.rows import Row
+    from ..tools.bench.configs import BenchConfig
+    from ..tools.bench.endpoint import EndpointLatency
+    from ..tools.bench.memory import CheckpointBytes
 
 PROMPT = "Explain in a few sentences what a mixture-of-experts language model is."
-_ENDPOINT, _CONFIG = "Endpoint", "Configuration"
+_CONFIG: dict[str, Any] = {"rich_help_panel": "Configuration"}
+_ENDPOINT: dict[str, Any] = {"rich_help_panel": "Endpoint"}
 
 
 def bench(
     words: list[str] = typer.Argument(
         None,
         metavar="[CONFIG] [KEY=VALUE]...",
-        help="LLaMA-Factory configuration for chatting, to measure on this machine, and keys that replace its own.",
-        show_default=False,
+        help="LLaMA-Factory configuration for a chat, and keys that override it.",
     ),
     synthetic: str = typer.Option(
         None,
         metavar="NAME[:LAYERS]",
-        help="Instead of a configuration: a random model of real layer sizes with a random adapter, made in the cache "
-        "directory: deepseek-v2-lite, deepseek-v3, mixtral-8x7b, qwen3-30b-a3b.",
-        show_default=False,
-        rich_help_panel=_CONFIG,
+        help="Instead of a configuration: a random model with real layer sizes and a random adapter, written to the "
+        "cache directory: deepseek-v2-lite, deepseek-v3, mixtral-8x7b, qwen3-30b-a3b.",
+        **_CONFIG,
     ),
     against: list[str] = typer.Option(
         None,
-        help="Also measure stock transformers with the adapter merged (stock), or the same with key=value; repeatable.",
-        show_default=False,
-        rich_help_panel=_CONFIG,
+        help="Also measure stock transformers with the adapter merged (stock), or this configuration with another value (KEY=VALUE). Repeatable.",
+        **_CONFIG,
     ),
-    base: bool = typer.Option(True, help="Also measure it without its adapter.", rich_help_panel=_CONFIG),
-    prompt_tokens: str = typer.Option("128", help="Lengths of prompts, with commas.", rich_help_panel=_CONFIG),
-    new_tokens: int = typer.Option(64, min=1, help="Tokens generated after each.", rich_help_panel=_CONFIG),
-    rounds: int = typer.Option(5, min=1, help="Rounds; in each, all are measured in turn.", rich_help_panel=_CONFIG),
-    loads: int = typer.Option(1, min=1, help="Times that each is loaded, in turn.", rich_help_panel=_CONFIG),
+    base: bool = typer.Option(True, help="Also measure it without its adapter.", **_CONFIG),
+    prompt_tokens: str = typer.Option("128", help="Lengths of prompts, with commas.", **_CONFIG),
+    new_tokens: int = typer.Option(64, min=1, help="Tokens generated after each.", **_CONFIG),
+    rounds: int = typer.Option(5, min=1, help="Rounds; in each, all are measured in turn.", **_CONFIG),
+    loads: int = typer.Option(1, min=1, help="How often each is loaded, in turn.", **_CONFIG),
     endpoint: str = typer.Option(
-        None,
-        metavar="URL",
-        help="OpenAI-compatible server, for example http://127.0.0.1:8000.",
-        show_default=False,
-        rich_help_panel=_ENDPOINT,
+        None, metavar="URL", help="OpenAI-compatible server, for example http://127.0.0.1:8000.", **_ENDPOINT
     ),
-    model: str = typer.Option(
-        None, help="Model name to send; default: the first it lists.", show_default=False, rich_help_panel=_ENDPOINT
-    ),
-    api_key: str = typer.Option(
-        None, envvar="OPENAI_API_KEY", help="Bearer token.", show_default=False, rich_help_panel=_ENDPOINT
-    ),
-    requests: int = typer.Option(10, min=1, help="Requests, one after the other.", rich_help_panel=_ENDPOINT),
-    warm_up: int = typer.Option(3, min=0, help="Requests before, not counted.", rich_help_panel=_ENDPOINT),
-    max_tokens: int = typer.Option(128, min=1, help="Tokens of an answer, at most.", rich_help_panel=_ENDPOINT),
-    prompt: str = typer.Option(PROMPT, help="What to ask; a number is put before it.", rich_help_panel=_ENDPOINT),
+    model: str = typer.Option(None, help="Model name to send; default: the first it lists.", **_ENDPOINT),
+    api_key: str = typer.Option(None, envvar="OPENAI_API_KEY", help="Bearer token.", **_ENDPOINT),
+    requests: int = typer.Option(10, min=1, help="Requests, one after the other.", **_ENDPOINT),
+    warm_up: int = typer.Option(3, min=0, help="Requests before the measurement.", **_ENDPOINT),
+    max_tokens: int = typer.Option(128, min=1, help="Maximum tokens per answer.", **_ENDPOINT),
+    prompt: str = typer.Option(PROMPT, help="The prompt; a number is put before it.", **_ENDPOINT),
     json_file: Path = typer.Option(
         None,
         "--json",
         metavar="FILE",
         dir_okay=False,
-        help="Write all figures as JSON (seconds, bytes, tokens a second) to a file, or to standard output (-).",
-        show_default=False,
+        help="Write all figures as JSON (seconds, bytes, tokens per second) to a file, or to standard output (-).",
     ),
 ) -> None:
-    """Measure a configuration on this machine, or an endpoint: time to the first token, tokens a second, memory."""
+    """Measure a configuration's speed and memory, or an endpoint's latency."""
     if sum((synthetic is not None, bool(words) and synthetic is None, endpoint is not None)) != 1:
         raise typer.BadParameter("give a configuration, or --synthetic, or the server's URL with --endpoint")
-    if endpoint is None:
-        lengths = _lengths(prompt_tokens)
-        found = _measure(words or [], synthetic, against or [], base, lengths, new_tokens, rounds, loads)
-        _write(json_file, found.to_dict())
-        if str(json_file) != "-":
-            from rich.console import Console
+    if endpoint is not None:
+        from ..tools.bench.endpoint import measure_endpoint
 
-            from ..tools.bench.tables import show
-
-            show(found, Console())
+        latency = measure_endpoint(endpoint, model, api_key, prompt, max_tokens, requests, warm_up)
+        _report(asdict(latency), json_file, lambda: _show_latency(latency))
         return
-    from ..tools.bench.endpoint import measure
-
-    latency = measure(endpoint, model, api_key, prompt, max_tokens, requests, warm_up)
-    _write(json_file, asdict(latency))
-    if str(json_file) != "-":
-        _show(latency)
-
-
-def _measure(
-    words: list[str], synthetic: str | None, against: list[str], base: bool, lengths: list[int], new_tokens: int,
-    rounds: int, loads: int,
-) -> Report:  # fmt: skip
+    from rich.console import Console
     from tqdm import tqdm
 
-    from ..integration.chat_config import read_yaml
-    from ..tools.bench.room import warm_page_cache
+    from ..tools.bench.memory import warm_page_cache
     from ..tools.bench.rounds import bench as measure
-    from ..tools.bench.rows import rows
+    from ..tools.bench.tables import show
 
-    if synthetic is not None:
-        chosen = _make(synthetic, words, against, base)
-    else:
-        chosen = rows(read_yaml(words[0], words[1:]), against, base=base)
-        _check_room(chosen)
-    checkpoint = warm_page_cache(str(chosen[0].config.get("model_name_or_path")))
-    with tqdm(total=len(chosen) * (loads + rounds * len(lengths)), delay=1.0, desc="Measuring") as bar:
-        return measure(chosen, lengths, new_tokens, rounds, loads=loads, checkpoint=checkpoint, tick=bar.update)
-
-
-def _make(synthetic: str, words: list[str], against: list[str], base: bool) -> list[Row]:
-    """Make the synthetic model, if it is not there yet, and say what it takes."""
-    from ..ground.machine import gib
-    from ..tools.bench.rows import overrides, rows
-    from ..tools.bench.shapes import parse_shape
-    from ..tools.bench.synthetic import Synthetic
-
-    made = Synthetic.of(parse_shape(synthetic))
-    chosen = rows({**made.values, **overrides(words)}, against, base=base)
-    needs = _check_room(chosen, made.weights)
-    each = ", ".join(f"{name} {gib(size)}" for name, size in needs.items())
-    typer.echo(f"{made.directory}: {gib(made.weights.total)} on disk; in memory: {each}.", err=True)
-    typer.echo(f"Its configuration: {made.build()}", err=True)
-    return chosen
-
-
-def _check_room(chosen: list[Row], weights: Weights | None = None) -> dict[str, int]:
-    import torch
-
-    from ..tools.bench.room import check_room, stored_weights
-
-    weights = weights or stored_weights(str(chosen[0].config.get("model_name_or_path")))
-    gpus = range(torch.cuda.device_count())
-    gpu_memory = sum(torch.cuda.get_device_properties(number).total_memory for number in gpus)
-    return check_room(chosen, weights, gpu_memory) if weights else {}
-
-
-def _write(path: Path | None, content: dict[str, Any]) -> None:
-    import json
-
-    if path is None:
-        return
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    if str(path) == "-":
-        typer.echo(text)
-    else:
-        path.write_text(text + "\n", encoding="utf-8")
+    lengths = _lengths(prompt_tokens)
+    configs = _configs(words or [], synthetic, against or [], base)
+    checkpoint = warm_page_cache(str(configs[0].config.get("model_name_or_path")))
+    with tqdm(total=len(configs) * (loads + rounds * len(lengths)), delay=1.0, desc="Measuring") as bar:
+        report = measure(configs, lengths, new_tokens, rounds, loads=loads, checkpoint=checkpoint, tick=bar.update)
+    _report(report.to_dict(), json_file, lambda: show(report, Console()))
 
 
 def _lengths(text: str) -> list[int]:
@@ -159,7 +91,51 @@ def _lengths(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _show(found: Latency) -> None:
+def _configs(words: list[str], synthetic: str | None, against: list[str], base: bool) -> list[BenchConfig]:
+    """The configurations to measure, after a check that they fit into memory; writes a synthetic model if it is missing."""
+    from ..ground.machine import gib
+    from ..integration.chat_config import read_yaml
+    from ..tools.bench.configs import bench_configs, parse_overrides
+    from ..tools.bench.memory import checkpoint_bytes
+
+    if synthetic is None:
+        configs = bench_configs(read_yaml(words[0], words[1:]), against, base=base)
+        _check_fit(configs, checkpoint_bytes(str(configs[0].config.get("model_name_or_path"))))
+        return configs
+    from ..tools.bench.shapes import parse_shape
+    from ..tools.bench.synthetic import SyntheticModel
+
+    made = SyntheticModel.of(parse_shape(synthetic))
+    configs = bench_configs({**made.values, **parse_overrides(words)}, against, base=base)
+    needs = _check_fit(configs, made.weights)
+    each = ", ".join(f"{name} {gib(size)}" for name, size in needs.items())
+    typer.echo(f"{made.directory}: {gib(made.weights.total)} on disk; in memory: {each}.", err=True)
+    typer.echo(f"Its configuration: {made.build()}", err=True)
+    return configs
+
+
+def _check_fit(configs: list[BenchConfig], weights: CheckpointBytes | None) -> dict[str, int]:
+    import torch
+
+    from ..tools.bench.memory import check_fit
+
+    gpus = range(torch.cuda.device_count())
+    gpu_memory = sum(torch.cuda.get_device_properties(number).total_memory for number in gpus)
+    return check_fit(configs, weights, gpu_memory) if weights else {}
+
+
+def _report(content: dict[str, Any], json_file: Path | None, show: Callable[[], None]) -> None:
+    """Write JSON if a file is given; show the tables unless the JSON goes to stdout."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    if str(json_file) == "-":
+        typer.echo(text)
+        return
+    if json_file is not None:
+        json_file.write_text(text + "\n", encoding="utf-8")
+    show()
+
+
+def _show_latency(found: EndpointLatency) -> None:
     def ms(seconds: float) -> str:
         return f"{1000 * seconds:.1f} ms"
 

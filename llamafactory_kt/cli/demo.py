@@ -17,41 +17,32 @@ from rich.table import Table
 
 EXAMPLE = Path("examples/demo")
 PROMPTS = [
-    "你好，请介绍一下你自己。",
-    "什么是混合专家模型？",
-    "Hello, who are you?",
-    "What is LoRA?",
-    "Tell me a joke.",
-]
+    "你好，请介绍一下你自己。", "什么是混合专家模型？", "Hello, who are you?", "What is LoRA?", "Tell me a joke.",
+]  # fmt: skip
 _USER, _ASSISTANT = "User: ", "Assistant: "
 
 
 def demo(
     directory: Path = typer.Option(
-        None, help="Directory with model/ and adapter/; default: examples/demo of the source tree.", show_default=False
+        None, help="Directory with model/ and adapter/; default: examples/demo of the source tree."
     ),
     log: bool = typer.Option(False, "--log", help="Also show what llamafactory-cli logs while it loads."),
 ) -> None:
     """Answer the same prompts with the base model and with its adapter, experts in kt-kernel, on the CPU alone."""
     directory = directory or _find_example()
     console = Console()
-    base: dict[str, Any] = {
-        "model_name_or_path": str(directory / "model"),
-        "template": "deepseek",
-        "infer_backend": "huggingface",
-        "use_kt": True,
-        "do_sample": False,
-    }
+    config: dict[str, Any] = {
+        "model_name_or_path": str(directory / "model"), "template": "deepseek", "infer_backend": "huggingface",
+        "use_kt": True, "do_sample": False,
+    }  # fmt: skip
+    adapter = {"adapter_name_or_path": str(directory / "adapter")}
     answers = []
-    for title, extra in (
-        ("the base model", {}),
-        ("the model with its adapter", {"adapter_name_or_path": str(directory / "adapter")}),
-    ):
+    for title, extra in (("the base model", {}), ("the model with its adapter", adapter)):
         console.print(f"[bold]llamafactory-cli chat[/] with {title} ...")
-        answers.append(chat({**base, **extra}, PROMPTS, console if log else None))
+        answers.append(chat({**config, **extra}, PROMPTS, console if log else None))
     table = Table(title="The same prompts, greedy answers", show_lines=True)
     for column in ("prompt", "base model", "with adapter"):
-        table.add_column(column, overflow="fold")  # Chinese has no blanks to wrap at
+        table.add_column(column, overflow="fold")  # Chinese has no spaces to wrap at
     for row in zip(PROMPTS, *answers, strict=True):
         table.add_row(*row)
     console.print(table)
@@ -61,20 +52,16 @@ def demo(
 
 
 def chat(config: dict[str, Any], prompts: list[str], console: Console | None = None) -> list[str]:
-    """Pipe the prompts through ``llamafactory-cli chat config.yaml``, each in a conversation of its own."""
+    """Pipe the prompts through ``llamafactory-cli chat``, each in its own conversation."""
     command = Path(sysconfig.get_path("scripts")) / "llamafactory-cli"
     lines = [line for prompt in prompts for line in (prompt, "clear")] + ["exit"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
         result = subprocess.run(
-            [command, "chat", path],
-            input="\n".join(lines) + "\n",
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
+            [command, "chat", path], input="\n".join(lines) + "\n", capture_output=True, encoding="utf-8",
             env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-        )
+        )  # fmt: skip
     if result.returncode:
         sys.stderr.write(result.stdout + result.stderr)
         raise typer.Exit(result.returncode)
@@ -86,7 +73,7 @@ def chat(config: dict[str, Any], prompts: list[str], console: Console | None = N
 
 
 def _find_example() -> Path:
-    """The source tree's example: beside this package (a clone, also installed editable), or below the working directory."""
+    """The example of the source tree (for editable installs), or below the working directory."""
     for root in (Path(__file__).parents[2], Path.cwd()):
         if (root / EXAMPLE / "model" / "config.json").is_file():
             return root / EXAMPLE

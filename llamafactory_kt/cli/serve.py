@@ -1,4 +1,4 @@
-"""``llamafactory-kt serve``: the SGLang server of a configuration, without LLaMA-Factory around it."""
+"""``llamafactory-kt serve`` and ``cache``: a configuration's SGLang server, and the adapters prepared for it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from contextlib import redirect_stdout
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,23 @@ import typer
 
 from ..ground.errors import KTConfigError, KTServerError
 
+cache = typer.Typer(help="List or remove the adapters prepared for SGLang.", no_args_is_help=True)
+
 
 def serve(
     config: Path = typer.Argument(..., help="LLaMA-Factory YAML with use_kt: true."),
     extra: list[str] = typer.Argument(
-        None, metavar="[-- SGLANG OPTIONS]", help="More of SGLang's options, after --; they win.", show_default=False
+        None, metavar="[-- SGLANG OPTIONS]", help="Further SGLang options, after --; they take precedence."
     ),
-    dry_run: bool = typer.Option(
-        False, "--dry-run", help="Print the command and end; the adapter is prepared all the same."
-    ),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the command and exit; the adapter is still prepared."),
 ) -> None:
-    """Become `python -m sglang.launch_server` with the configuration's model, adapter and KT options."""
+    """Start SGLang's server with the configuration's model, adapter and KT options; this process becomes the server."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     from ..serving.command import server_command
     from ..serving.options import discover
 
-    with redirect_stdout(sys.stderr):  # where LLaMA-Factory logs; stdout is for the command alone
+    with redirect_stdout(sys.stderr):  # LLaMA-Factory logs to stdout, which is for the command
         args = model_arguments(config)
         command = server_command(args, discover(args.kt_sglang_python), extra or [])
     for notice in filter(None, [*command.notices, command.request_notice]):
@@ -44,7 +45,7 @@ def serve(
 
 
 def model_arguments(path: Path) -> Any:
-    """LLaMA-Factory's ModelArguments of a YAML, checked as for ``infer_backend: sglang``.
+    """Parse a YAML into LLaMA-Factory's ModelArguments, with the checks of ``infer_backend: sglang``.
 
     Raises:
         KTPathError: There is no such file.
@@ -61,7 +62,7 @@ def model_arguments(path: Path) -> Any:
 
 
 def _check_port(host: str, port: int) -> None:
-    """A port that is taken is told now, and not after the model was loaded."""
+    """Fail before the model is loaded if the port is taken."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last server may linger
         try:
@@ -71,3 +72,30 @@ def _check_port(host: str, port: int) -> None:
                 f"Port {port} of {host} cannot be used: {error.strerror}. Choose another: "
                 "llamafactory-kt serve CONFIG -- --port N"
             ) from error
+
+
+@cache.command("list")
+def list_entries() -> None:
+    """List prepared adapters with their source and size."""
+    from ..ground.machine import cache_directory, gib
+    from ..serving.adapter_cache import entries
+
+    found = entries()
+    for entry in found:
+        made = datetime.fromtimestamp(entry.created).strftime("%Y-%m-%d %H:%M")
+        typer.echo(f"{entry.source}{'' if entry.source_exists else ' (gone)'}")
+        typer.echo(f"    {entry.path.name}: {entry.form}, {gib(entry.nbytes)}, made {made}")
+    size = gib(sum(entry.nbytes for entry in found))
+    typer.echo(f"{len(found)} prepared adapter(s), {size}, in {cache_directory() / 'adapters'}")
+
+
+@cache.command("clean")
+def clean_entries(
+    gone: bool = typer.Option(False, "--gone", help="Only those whose source no longer exists."),
+) -> None:
+    """Remove prepared adapters. A running server keeps working; its next start prepares the adapter again."""
+    from ..ground.machine import gib
+    from ..serving.adapter_cache import clean
+
+    removed = clean((lambda entry: entry.source_exists) if gone else (lambda entry: False))
+    typer.echo(f"Removed {len(removed)} prepared adapter(s), {gib(sum(entry.nbytes for entry in removed))}.")

@@ -1,9 +1,8 @@
 """Attention on the CPU.
 
-PyTorch's fused kernel wants keys and values of the same size (``check_head_dim_size_cpp`` in torch 2.9's
-sdp_utils_cpp.cpp); for models with smaller values, DeepSeek's and those built like them, it otherwise multiplies step by
-step through the whole matrix of scores. With zeros at the end of each value it is taken, and the result ends with zeros:
-for keys of 192 and values of 128 dimensions, that is ten times as fast.
+PyTorch's fused kernel takes keys and values of the same size only (``check_head_dim_size_cpp`` in torch 2.9's sdp_utils_cpp.cpp). Models
+with multi-head latent attention, such as DeepSeek's, have smaller values and fall back to unfused attention, which is far slower. Padded
+with zeros, values are taken; the result ends with zeros, which are cut off.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ NAME = "kt_sdpa"
 
 
 def widen_values(model: Any) -> None:
-    """Have a model that computes its attention with torch's kernels pad its values on the CPU, if it needs that."""
+    """Let a model with ``sdpa`` attention pad its values on the CPU, if they are smaller than its keys."""
     sizes = ((getattr(m, "qk_head_dim", 0), getattr(m, "v_head_dim", 0)) for m in model.modules())
     if model.config._attn_implementation == "sdpa" and any(0 < value < key for key, value in sizes):
         model.set_attn_implementation(NAME)

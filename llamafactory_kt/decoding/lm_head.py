@@ -1,4 +1,4 @@
-"""The logits of a prompt's last token, computed on the CPU without copying the output layer's weight."""
+"""The output layer on a prompt's last token, without copying its weight."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch import nn
 def straighten_last_token(model: Any) -> None:
     """Give the output layer the last token's hidden state as a tensor of its own strides.
 
-    Generation cuts the last token out of a prompt's hidden states [B, T, H]. The cut [B, 1, H] keeps their strides, and
-    ``torch.matmul`` (``should_fold`` in torch 2.9's LinearAlgebra.cpp) then multiplies batch by batch, which on the CPU
-    copies the weight; that takes two seconds for a vocabulary of 100,000, for every prompt. ``contiguous()`` alone leaves
-    the strides of a single row as they are.
+    Generation slices the last token out of a prompt's hidden states [B, T, H]. The slice [B, 1, H] keeps their strides, and
+    ``torch.matmul`` (``should_fold`` in torch 2.9's LinearAlgebra.cpp) then multiplies batch by batch, which on the CPU copies the weight
+    for every prompt. ``contiguous()`` alone leaves the strides of a single row as they are.
     """
     head = model.get_output_embeddings()
     if isinstance(head, nn.Module):

@@ -1,10 +1,10 @@
-"""PEFT's LoRA on bfloat16 layers: the same sum, in fewer steps and less memory traffic.
+"""PEFT's LoRA on bfloat16 layers: the same sum, in fewer steps and with less memory traffic.
 
-On the CPU, a layer's weights have just been read from end to end when its LoRA comes, so that caches hold neither Python's own
-instructions nor torch's, and each step costs 60 to 110 microseconds whatever it computes. PEFT's own forward takes some forty of
-Python's and seven of torch's, and for prompts makes a float32 copy of the input; here TorchScript takes them, the layer's own
-product included. On a GPU those seven are kernels to be launched, which takes longer than computing them: on an H100, they made
-a token take twice as long as one without LoRA.
+On the CPU, reading a layer's weight has just evicted everything else from the caches, so that each step of Python's and PyTorch's is
+expensive whatever it computes. PEFT's forward takes dozens, and copies a prompt's input to float32; here one compiled function takes
+them, the layer's own product included. On a GPU each of PEFT's steps is a kernel launch, which takes longer than the kernel.
+
+Subclasses PEFT's ``Linear`` and reads its private state; other versions of PEFT keep their own forward.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ground.internals import Internal
 from ..matmul.linear import computed_in, numbers, product
 
 FEW_ROWS = 64
-"""with fewer, what the products cost is calling them, and float32's cost less to call; with more, it is reading memory"""
+"""with fewer rows the calls dominate, and float32 is cheaper to call; with more, memory bandwidth does"""
+INTERNAL = Internal("peft-lora", "peft", ">=0.18.1,<0.19")
 
 
 class InferenceLora(Linear):  # type: ignore[misc]
@@ -32,8 +34,7 @@ class InferenceLora(Linear):  # type: ignore[misc]
     """
 
     _pairs: dict[torch.dtype, dict[str, tuple[Tensor, Tensor]]]
-    """in each dtype that is computed in, of each adapter: A [r, in], and B [r, out] with its columns side by side, which
-    is read much faster so"""
+    """dtype of the computation -> adapter -> A [r, in], and B transposed, [r, out], which is read faster"""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out], bfloat16."""
@@ -75,7 +76,7 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, factors: list[tuple[Tensor, Tensor]], scaling: list[float], wide: bool,
     lora_wide: bool, numbers: Tensor, threads: int,
 ) -> Tensor:  # fmt: skip
-    """A layer on the CPU, as :func:`~.products.product` has it, and its LoRA, which may be in float32 (wide) where it is not."""
+    """A layer on the CPU, as :func:`~llamafactory_kt.matmul.linear.product` computes it, and its LoRA, which may be in float32 (wide) where it is not."""
     rows = x.reshape(-1, x.shape[-1])
     if wide:
         rows = rows.float()
@@ -100,6 +101,8 @@ def _on_cpu() -> Callable[..., Tensor]:
 
 def take_over(layer: LoraLayer) -> None:
     """Make an :class:`InferenceLora` of a layer whose adapters all are plain LoRA on a linear layer; others are left."""
+    if not INTERNAL.usable:
+        return
     plain = type(layer) in (Linear, InferenceLora) and isinstance(layer.get_base_layer(), nn.Linear)
     if plain and not layer.lora_variant and not any(layer.lora_bias.values()):
         layer.__class__ = InferenceLora  # the model and hooks hold the object

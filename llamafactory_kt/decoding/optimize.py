@@ -34,6 +34,7 @@ def optimize_for_inference(model: nn.Module) -> None:
             straighten_last_token(base)
             widen_values(base)
         prepare_layers(base)
+        state.optimized = True
 
 
 def prepare_for_inference(model: nn.Module) -> None:

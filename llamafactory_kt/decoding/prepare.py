@@ -1,9 +1,4 @@
-"""The layers around the experts, prepared for inference: weights where the CPU reads them fastest, LoRA in few steps.
-
-On two cores with AVX-512, packing made a token of a model like DeepSeek-V2-Lite a sixth faster, of which the output
-layer is the largest part; on two with AMX, large pages made it a fifteenth faster, the experts' included. Without
-AVX-512, what gains is prompts.
-"""
+"""The linear layers around the experts, prepared for inference: weights in the layout that the CPU reads fastest, LoRA in few steps."""
 
 from __future__ import annotations
 
@@ -15,26 +10,25 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..ground.paging import forget_pages, give_back_memory
+from ..ground.paging import drop_pages, give_back_memory
 from ..matmul.layouts import SMALLEST, Size, faster_packed, is_packed, placing, size_of, unpack
-from ..matmul.linear import PreparedLinear, onednn_problem
+from ..matmul.linear import PreparedLinear
 from ..matmul.mkldnn_blob import as_parameter
+from ..matmul.mkldnn_ops import onednn_problem
 from ..matmul.openmp import release_team
 from ..model.experts_module import KTExperts
 from ..model.shared_overlap import SHARED_EXPERTS
-from ..model.state import kt_state
 from .lora_linear import take_over
 
 _SAMPLES = 2
-"""layers of each size whose products are timed"""
+"""layers of each size that are timed"""
 
 
 def prepare_layers(model: nn.Module) -> None:
-    """Prepare attention, dense MLPs, shared experts and the output layer for inference, those that are in bfloat16: put
-    weights on the CPU where :func:`~.packing.placing` says, and have LoRA, also on a GPU, computed in fewer steps.
+    """Prepare the bfloat16 layers of attention, dense MLPs, shared experts and the output layer: weights on the CPU get their fastest
+    layout, and LoRA, also on a GPU, is computed in fewer steps.
 
-    Routers stay as they are, as models read their weights themselves; so do weights that two layers share, and those
-    below DoRA.
+    Routers stay as they are, since models read their weights themselves; so do weights that two layers share, and those under DoRA.
 
     Args:
         model: without PEFT's wrapper around it.
@@ -47,7 +41,6 @@ def prepare_layers(model: nn.Module) -> None:
             base = module.get_base_layer()
             if _is_bfloat16(base, "cuda") or (on_cpu and _is_bfloat16(base, "cpu")):
                 take_over(module)
-    kt_state(model).optimized = True
     give_back_memory()
     release_team()
 
@@ -63,27 +56,27 @@ def _place_weights(model: nn.Module) -> None:
             plain = layer.weight.detach()
             layer.weight = as_parameter(place(number, plain))
             layer.__class__ = PreparedLinear  # PEFT and hooks hold the object
-            forget_pages(plain)
+            drop_pages(plain)
             del plain
 
 
 @contextlib.contextmanager
-def changing_layers(model: nn.Module, weights_are_read: bool) -> Iterator[None]:
-    """While PEFT changes a model's layers, and what :func:`prepare_layers` did to them is undone where need be; afterwards
-    those that are not prepared are.
+def changing_layers(model: nn.Module, *, prepared: bool, weights_are_read: bool) -> Iterator[None]:
+    """Around a change of a model's layers by PEFT.
 
     Args:
-        weights_are_read: give the layers their plain weights meanwhile.
+        prepared: whether the model's layers are, so that new ones become so, too.
+        weights_are_read: PEFT will read weights, so packed ones are unpacked before.
     """
-    prepared: list[nn.Linear] = [module for module in model.modules() if isinstance(module, PreparedLinear)]
-    for layer in prepared if weights_are_read else ():
-        if is_packed(layer.weight):
+    if weights_are_read:
+        packed: list[nn.Linear] = [m for m in model.modules() if isinstance(m, PreparedLinear) and is_packed(m.weight)]
+        for layer in packed:
             layer.weight = as_parameter(unpack(layer.weight.detach()))
             layer.__class__ = nn.Linear
     try:
         yield
     finally:
-        if kt_state(model).optimized:
+        if prepared:
             prepare_layers(model)
 
 
@@ -106,7 +99,7 @@ def _is_bfloat16(layer: nn.Module, device: str) -> bool:
 
 
 def _read_by_others(model: nn.Module) -> Iterator[nn.Module]:
-    """Routers, LoRA itself, and what PEFT's variants of LoRA (DoRA, for one) read the weight of in every call."""
+    """Modules whose weights others read: routers, LoRA itself, and base layers of PEFT's LoRA variants, such as DoRA."""
     for block in model.modules():
         children = dict(block.named_children())
         if any(isinstance(child, KTExperts) for child in children.values()):

@@ -110,7 +110,7 @@ class Engine(ABC):
         self.spec, self.options = spec, options
         self.lora_rank = 0
         """rank of the LoRA in place, 0 for none"""
-        self._read_experts = read_experts
+        self.read_experts = read_experts
 
     @classmethod
     def problem(cls) -> str | None:

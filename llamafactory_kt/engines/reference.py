@@ -21,7 +21,7 @@ class ReferenceEngine(Engine):
     def load(self) -> None:
         self._weights = [
             ExpertWeights(*(matrix.clone(memory_format=torch.contiguous_format) for matrix in expert))
-            for expert in self._read_experts(None)
+            for expert in self.read_experts(None)
         ]
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:

@@ -1,1 +1,1 @@
-"""What every room stands on: errors, the machine, memory, processes, files. Knows nothing of models or adapters."""
+"""Errors, the machine, memory, processes and files: what every other room uses. Knows nothing of models or adapters."""

@@ -1,10 +1,9 @@
-"""Output under a temporary name that is renamed when all is there, so that no part stays behind."""
+"""Atomic output: files and directories are written under a temporary name and renamed when complete."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from .errors import KTAdapterError
 
 
 def check_free(path: Path) -> None:
-    """Check that an output directory is not there yet, or empty.
+    """Check that an output directory does not exist or is empty.
 
     Raises:
         KTAdapterError: It is not empty.
@@ -24,28 +23,26 @@ def check_free(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``; renamed to it at the end, removed on any error.
+    """A temporary name beside ``path``; renamed to ``path`` at the end, removed on any error.
 
     Raises:
         KTAdapterError: ``path`` is a directory that is not empty.
     """
     check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary / path.name
-        _share(temporary / path.name)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as directory:
+        temporary = Path(directory) / path.name
+        yield temporary
+        _set_default_permissions(temporary)
         if path.is_dir():
             path.rmdir()
-        os.replace(temporary / path.name, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.replace(temporary, path)
 
 
-def _share(path: Path) -> None:
+def _set_default_permissions(path: Path) -> None:
     """Give files the permissions of any new file; safetensors makes them readable by their owner only."""
     mask = os.umask(0)
     os.umask(mask)
     for file in [path] if path.is_file() else path.rglob("*"):
-        if file.is_file():  # a directory without x could not be entered any more
+        if file.is_file():  # a directory needs its x permission
             file.chmod(0o666 & ~mask)

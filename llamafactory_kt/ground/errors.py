@@ -1,16 +1,4 @@
-"""The errors llamafactory_kt raises. Each is also a built-in exception, so existing handlers keep working.
-
-KTError
-├── KTConfigError(ValueError)          a kt_* key, or a combination of keys
-├── KTPathError(FileNotFoundError)     a model or adapter that is not there
-├── KTModelError(ValueError)           a checkpoint or architecture that cannot be served
-├── KTAdapterError(ValueError)         an adapter that is broken or made for another model
-├── KTDataError(ValueError)            a file of prompts or answers, or a line of it
-├── KTKernelError(RuntimeError)        kt-kernel is missing or cannot run on this CPU
-├── KTMemoryError(MemoryError)         not enough memory for the experts
-├── KTServerError(RuntimeError)        SGLang is missing, or its server did not start or answer
-└── KTHookError(RuntimeError)          this LLaMA-Factory cannot be hooked into
-"""
+"""The errors that llamafactory_kt raises. Each is also a built-in exception, so existing handlers keep working."""
 
 from __future__ import annotations
 
@@ -23,7 +11,7 @@ class KTError(Exception):
 
 
 class KTConfigError(KTError, ValueError):
-    """One or several kt_* keys are wrong."""
+    """One or several kt_* keys, or a combination of them, are wrong."""
 
 
 class KTPathError(KTError, FileNotFoundError):
@@ -58,11 +46,11 @@ class KTServerError(KTError, RuntimeError):
 
 
 class KTHookError(KTError, RuntimeError):
-    """A function of LLaMA-Factory is not the one that was expected."""
+    """A function of LLaMA-Factory is not the expected one, so it cannot be hooked."""
 
 
 def name_some(names: Iterable[object], limit: int = 5) -> str:
-    """``a, b, c and 7 more``: the first names of a list that may be long.
+    """The first names of a list that may be long.
 
     >>> name_some(["a", "b", "c"], limit=2)
     'a, b and 1 more'
@@ -73,7 +61,7 @@ def name_some(names: Iterable[object], limit: int = 5) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks; its type where it says nothing.
+    """An error's message without line breaks, or the name of its type if it has no message.
 
     >>> one_line(OSError("libtorch.so:\\n undefined symbol")), one_line(KeyboardInterrupt())
     ('libtorch.so: undefined symbol', 'KeyboardInterrupt')
@@ -81,8 +69,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type if it has no message."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def describe(error: BaseException) -> str:
-    """``ValueError: what it says``, without line breaks; our own errors without their type, which says nothing to users.
+    """An error's type and message without line breaks. Of our own errors only the message: the type tells users nothing.
 
     >>> describe(ValueError("too\\nlong")), describe(KTConfigError("kt_backend: unknown value"))
     ('ValueError: too long', 'kt_backend: unknown value')
@@ -91,5 +84,5 @@ def describe(error: BaseException) -> str:
 
 
 def traceback_wanted() -> bool:
-    """Whether LLAMAFACTORY_KT_DEBUG asks for tracebacks where a command would print the message alone."""
+    """Whether commands print tracebacks instead of messages alone (``LLAMAFACTORY_KT_DEBUG``)."""
     return os.environ.get("LLAMAFACTORY_KT_DEBUG", "") not in ("", "0")

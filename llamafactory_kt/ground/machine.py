@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import psutil
 
 AMX_FLAGS = ("amx_tile", "amx_int8", "amx_bf16")
-# What kt-kernel's builds ask for (kt_kernel/_cpu_detect.py), each for what the one before it does and more.
+# What kt-kernel's builds need (kt_kernel/_cpu_detect.py). Each also needs what the builds before it need.
 _BUILDS = {
     "avx2": ("avx2",),
     "avx512_base": ("avx512f", "avx512bw"),
@@ -23,32 +24,19 @@ _BUILDS = {
 
 
 def usable_cores() -> int:
-    """Physical cores this process may use: within its CPU affinity and its cgroup's quota, at least 1."""
+    """Physical cores that this process may use, within its CPU affinity and its cgroup's quota; at least 1."""
     return max(1, int(min(physical_cores(os.sched_getaffinity(0)), cgroup_cpus())))
 
 
 def physical_cores(cpus: set[int]) -> int:
-    """How many cores these CPUs, of which a core may have several, are."""
+    """Number of physical cores that these logical CPUs belong to."""
     cores = set()
     for cpu in cpus:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         try:
-            cores.add(siblings.read_text())
+            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
         except OSError:  # containers may hide the topology
             cores.add(str(cpu))
     return len(cores)
-
-
-def cgroup_cpus() -> float:
-    """CPUs that the process's cgroup lets it use at once, infinite without a quota."""
-    for directory in _cgroup_directories():
-        try:
-            quota, period = (directory / "cpu.max").read_text().split()
-        except (OSError, ValueError):
-            continue
-        if quota != "max":
-            return int(quota) / int(period)
-    return math.inf
 
 
 def _cgroup_directories() -> list[Path]:
@@ -62,62 +50,58 @@ def _cgroup_directories() -> list[Path]:
     return [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
 
 
+def _cgroup_limits(name: str) -> Iterator[list[str]]:
+    """The words of one limit file in the process's cgroup and its parents, where it sets a limit."""
+    for directory in _cgroup_directories():
+        with contextlib.suppress(OSError):
+            words = (directory / name).read_text().split()
+            if words and words[0] != "max":
+                yield words
+
+
+def cgroup_cpus() -> float:
+    """CPUs that the process's cgroup may use at once; infinite without a quota."""
+    return min((int(quota) / int(period) for quota, period in _cgroup_limits("cpu.max")), default=math.inf)
+
+
+def cgroup_memory() -> float:
+    """Bytes that all processes of the process's cgroup may use together; infinite without a limit."""
+    return min((int(limit) for (limit,) in _cgroup_limits("memory.max")), default=math.inf)
+
+
+def available_memory() -> int:
+    """Bytes that this process can still take without swapping, within its cgroup's limit."""
+    available: int = psutil.virtual_memory().available
+    for directory in _cgroup_directories():
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+            limit = int((directory / "memory.max").read_text())
+            used = int((directory / "memory.current").read_text())
+            stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+            cached = sum(int(stat.get(kind, 0)) for kind in ("inactive_file", "active_file"))
+            available = min(available, limit - used + cached)
+    return max(0, available)
+
+
 def numa_nodes() -> dict[int, set[int]]:
-    """NUMA nodes with CPUs that this process may use, and which those are; one at least.
+    """NUMA node -> the CPUs of it that this process may use; nodes without any are left out, but there is at least one.
 
     >>> list(numa_nodes().values())[0] <= os.sched_getaffinity(0)
     True
     """
     allowed, nodes = os.sched_getaffinity(0), {}
     for file in Path("/sys/devices/system/node").glob("node[0-9]*/cpulist"):
-        if cpus := allowed & _listed(file.read_text()):
+        if cpus := allowed & _parse_cpulist(file.read_text()):
             nodes[int(file.parent.name.removeprefix("node"))] = cpus
     return dict(sorted(nodes.items())) or {0: allowed}
 
 
-def _listed(text: str) -> set[int]:
-    """The numbers of one of the system's lists.
-
-    >>> sorted(_listed("0-2,7"))
+def _parse_cpulist(text: str) -> set[int]:
+    """
+    >>> sorted(_parse_cpulist("0-2,7"))
     [0, 1, 2, 7]
     """
     ranges = (part.partition("-") for part in text.strip().split(",") if part)
     return {number for first, _, last in ranges for number in range(int(first), int(last or first) + 1)}
-
-
-def cgroup_memory() -> float:
-    """Bytes that the process's cgroup lets all its processes have together, infinite without a limit."""
-    limits = [math.inf]
-    for directory in _cgroup_directories():
-        with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
-            limits.append(int((directory / "memory.max").read_text()))
-    return min(limits)
-
-
-def available_memory() -> int:
-    """Bytes this process can still take without swapping, within its cgroup's limit."""
-    available: int = psutil.virtual_memory().available
-    for directory in _cgroup_directories():
-        try:
-            limit = (directory / "memory.max").read_text().strip()
-            used = int((directory / "memory.current").read_text())
-            cached = sum(
-                int(line.split()[1])
-                for line in (directory / "memory.stat").read_text().splitlines()
-                if line.startswith(("inactive_file ", "active_file "))
-            )
-        except (OSError, ValueError):
-            continue
-        if limit != "max":
-            available = min(available, int(limit) - used + cached)
-    return max(0, available)
-
-
-def cache_directory() -> Path:
-    """``LLAMAFACTORY_KT_CACHE``, else ``llamafactory-kt`` below ``XDG_CACHE_HOME`` or ``~/.cache``."""
-    if own := os.environ.get("LLAMAFACTORY_KT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamafactory-kt"
 
 
 @cache
@@ -132,13 +116,13 @@ def _cpu_info() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The CPU as it calls itself."""
+    """The CPU's model name."""
     return _cpu_info().get("model name", "unknown CPU")
 
 
 def missing_cpu_flags(build: str = "avx512_bf16") -> list[str]:
-    """Instruction sets of one of kt-kernel's builds that this CPU lacks, by /proc/cpuinfo's names. The BF16 SFT kernel
-    needs those of ``avx512_bf16`` at least."""
+    """Instruction sets that a build of kt-kernel needs and this CPU lacks, by /proc/cpuinfo's names. The default is the least
+    build with a BF16 SFT kernel; unknown builds count as it."""
     flags = set(_cpu_info().get("flags", "").split())
     if not flags:  # /proc is hidden
         return []
@@ -146,6 +130,13 @@ def missing_cpu_flags(build: str = "avx512_bf16") -> list[str]:
     last = builds.index(build if build in builds else "avx512_bf16")
     wanted = [flag for name in builds[: last + 1] for flag in _BUILDS[name]]
     return [flag for flag in wanted if flag not in flags and flag.replace("_", "") not in flags]
+
+
+def cache_directory() -> Path:
+    """``LLAMAFACTORY_KT_CACHE``, else ``llamafactory-kt`` below ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    if own := os.environ.get("LLAMAFACTORY_KT_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamafactory-kt"
 
 
 def gib(size: float) -> str:

@@ -1,6 +1,6 @@
-"""What was measured on this machine, kept for later loads in files below the cache directory.
+"""Measurements on this machine, kept for later loads in files below the cache directory.
 
-A file is ignored where anything that its measurements depend on has changed, and where it is damaged.
+A file is ignored if it is damaged, or if anything that its measurement depends on has changed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Remembered:
-    """The place of one measurement.
+    """One measurement that is kept.
 
     Args:
-        facts: what it depends on, beside the machine and the packages' versions; as JSON has it.
+        facts: what it depends on besides the machine and the packages' versions; JSON values.
     """
 
     facts: dict[str, Any]
@@ -41,12 +41,12 @@ class Remembered:
 
     @property
     def file(self) -> Path:
-        """Another one for each set of facts."""
+        """Each set of facts has a file of its own."""
         name = hashlib.sha256(json.dumps(self._every).encode()).hexdigest()[:16]
         return cache_directory() / "calibration" / f"{name}.json"
 
     def recall(self) -> Any:
-        """What was kept, or None."""
+        """The measurement, or None if there is none for these facts."""
         try:
             content = json.loads(self.file.read_text())
             return content["measured"] if content["facts"] == self._every else None
@@ -54,21 +54,17 @@ class Remembered:
             return None
 
     def keep(self, measured: Any) -> None:
-        """In place of what was kept; if that fails, the log says so.
-
-        Args:
-            measured: as JSON has it.
-        """
+        """Keep a measurement (JSON values) in place of an earlier one; warn if it cannot be written."""
         try:
             with replacing(self.file) as temporary:
                 temporary.write_text(json.dumps({"facts": self._every, "measured": measured}, indent=1))
         except OSError as error:
             logger.warning(
-                "What was measured could not be kept in %s (%s); the next load measures again.", self.file, error
+                "The measured times could not be kept in %s (%s); the next load measures again.", self.file, error
             )
 
     def forget(self) -> None:
-        """Have it measured again."""
+        """Remove the measurement, so that the next load measures again."""
         with contextlib.suppress(OSError):
             self.file.unlink()
 

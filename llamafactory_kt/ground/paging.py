@@ -1,4 +1,4 @@
-"""What the process keeps of memory that it has used: freed blocks, and pages of mapped files."""
+"""Advice to the system about pages of memory and of mapped files."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ if TYPE_CHECKING:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system. glibc keeps freed blocks of up to 32 MB for itself, which adds up to gigabytes
-    where tensors of that size come and go layer by layer."""
+    """Return freed heap memory to the system (glibc's ``malloc_trim``).
+
+    glibc keeps freed blocks of up to 32 MB, which adds up to gigabytes when tensors of that size come and go layer by layer.
+    """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def forget_pages(tensor: torch.Tensor) -> None:
-    """Drop a mapped file's pages from the process's resident memory, those that are the tensor's alone; the system's
-    cache keeps them. The tensor, which must be contiguous, is not to be used any more."""
+def drop_pages(tensor: torch.Tensor) -> None:
+    """Drop the pages of a mapped file that hold only this tensor from the process's resident memory.
+
+    They stay in the system's page cache. The tensor must be contiguous, and must not be used any more.
+    """
     _advise(tensor, mmap.MADV_DONTNEED)
 
 
-def expect_pages(tensor: torch.Tensor) -> None:
-    """Have the system read a mapped file's pages into its cache, those that are the tensor's alone, and return at once."""
+def prefetch_pages(tensor: torch.Tensor) -> None:
+    """Start reading the pages of a mapped file that hold only this tensor into the page cache; returns at once."""
     _advise(tensor, mmap.MADV_WILLNEED)
 
 
-def in_large_pages(memory: torch.Tensor) -> torch.Tensor:
-    """The tensor, which must be new: the system puts it into pages of 2 MiB, where it can, as it is written to.
+def in_huge_pages(memory: torch.Tensor) -> torch.Tensor:
+    """Ask for huge pages (2 MiB) for a new tensor, and return it; the system allocates them as it is written to.
 
-    Few distributions do that unasked. Weights are read from end to end for each token, and looking up the addresses of
-    pages of 4 KiB is up to a tenth of the time.
+    Weights are read from end to end for each token, and 4 KiB pages cost TLB misses. Few distributions use huge pages unasked.
     """
     _advise(memory, mmap.MADV_HUGEPAGE)
     return memory

@@ -1,10 +1,10 @@
-"""Threads that compute experts, the end of the process, and forks of it.
+"""Threads that compute experts: at the end of the process, and after a fork.
 
-Chats generate in daemon threads. Python kills those at exit wherever they are, and one that is killed inside C++ code
-(the kernel's or torch's) takes the process down with SIGABRT; so they are stopped here and waited for before that.
+Chats generate in daemon threads. Python kills these at exit wherever they are. A thread killed inside C++ code (the
+kernel's or torch's) ends the process with SIGABRT, so we stop these threads and wait for them first.
 
-A forked child has none of its parent's threads, neither kt-kernel's workers nor OpenMP's, and whoever waits for them
-there waits for ever; so whoever has loaded experts keeps them to itself.
+A forked child has none of its parent's threads, neither kt-kernel's workers nor OpenMP's. Waiting for them would hang,
+so experts can only be used in the process that loaded them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _callers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 _closing = threading.Event()
 
 
-def enter() -> None:
-    """Make the current thread known; at the end of the process, end it without a word.
+def register_thread() -> None:
+    """Register the current thread as one that computes experts; end it silently if the process is ending.
 
     Raises:
         SystemExit: The process is ending.
@@ -41,15 +41,15 @@ class _Home:
 
 
 def is_forked() -> bool:
-    """Whether experts were loaded in the process that this one was forked from."""
+    """Whether this process was forked from one that had loaded experts."""
     return _Home.process not in (None, os.getpid())
 
 
 def require_own_process() -> None:
-    """Experts are loaded and used in one process; the first call decides which.
+    """Bind experts to this process on the first call; refuse any other process later.
 
     Raises:
-        KTKernelError: This is one that was forked from it.
+        KTKernelError: This process was forked from the one that loaded experts.
     """
     if _Home.process is None:
         _Home.process = os.getpid()
@@ -62,12 +62,12 @@ def require_own_process() -> None:
 
 
 def die_with_parent() -> None:
-    """Have the system end this process with the one that started it, however that ends."""
+    """Have the system kill this process when its parent ends, however that ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def wait(seconds: float = 5.0) -> None:
-    """Stop the threads that computed experts at their next layer, and wait for them, all together this long at most."""
+def join_threads(seconds: float = 5.0) -> None:
+    """Stop the threads that compute experts at their next layer, and wait for all of them, ``seconds`` at most."""
     _closing.set()
     deadline = time.monotonic() + seconds
     for thread in list(_callers):
@@ -75,4 +75,4 @@ def wait(seconds: float = 5.0) -> None:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-atexit.register(wait)
+atexit.register(join_threads)

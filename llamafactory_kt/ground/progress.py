@@ -1,4 +1,4 @@
-"""How far a load is: one count, shown as a bar on stderr and told to whoever else watches."""
+"""Progress of a load: a bar on stderr, and calls to a watcher."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Layer = TypeVar("Layer")
 
 @dataclass(frozen=True)
 class LoadProgress:
-    """Where the reading of the experts is."""
+    """How many of the experts have been read."""
 
     layer: int
-    """the one that is being read, counted from 1"""
+    """the layer that is being read, counted from 1"""
     layers: int
     read: int
     """bytes of the checkpoint's expert tensors that have been read"""
@@ -28,7 +28,7 @@ class LoadProgress:
 
     @property
     def bytes_per_second(self) -> float:
-        """Mean since the first layer was begun, 0 before it has been read.
+        """Mean since the load began; 0 before the first layer has been read.
 
         >>> LoadProgress(layer=3, layers=26, read=2000, total=26000, seconds=4).bytes_per_second
         500.0
@@ -41,7 +41,7 @@ _watcher: ContextVar[Callable[[LoadProgress], None] | None] = ContextVar("llamaf
 
 @contextlib.contextmanager
 def watch_loads(watcher: Callable[[LoadProgress], None]) -> Iterator[None]:
-    """Tell ``watcher`` of the layers of all loads in this context (a thread, or a task of asyncio)."""
+    """Call ``watcher`` before each layer and at the end of all loads in this context (a thread, or an asyncio task)."""
     token = _watcher.set(watcher)
     try:
         yield
@@ -50,10 +50,10 @@ def watch_loads(watcher: Callable[[LoadProgress], None]) -> Iterator[None]:
 
 
 def with_progress(layers: Sequence[Layer], nbytes: Sequence[int]) -> Iterator[Layer]:
-    """The layers, each to be loaded before the next is asked for, with a bar.
+    """Iterate over the layers with a progress bar; each is loaded before the next is asked for.
 
     Args:
-        nbytes: what reading each layer takes of the checkpoint.
+        nbytes: bytes of the checkpoint that each layer reads.
     """
     watcher, started = _watcher.get(), time.perf_counter()
     total, read = sum(nbytes), 0

@@ -1,4 +1,4 @@
-"""Tensor files of an adapter, opened by their headers; values are read one tensor at a time."""
+"""Tensor files, opened by their headers; values are read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import KTAdapterError, name_some
+from .errors import KTAdapterError, first_line, name_some
 
 SAFETENSORS, INDEX, PICKLED = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"
-
 
 DTYPES = {
     torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3",
@@ -27,28 +26,28 @@ DTYPES = {
 """safetensors' names"""
 
 _KEEP_MAPPED = 256 * 2**20
+"""bytes read from files after which they are opened anew: what was read counts as resident memory while its file is open"""
 
 
 def _bits(dtype: str) -> int:
-    """``BF16`` has 16 bits, ``F8_E4M3`` 8."""
-    digits = re.search(r"\d+", dtype)
+    digits = re.search(r"\d+", dtype)  # BF16: 16, F8_E4M3: 8
     return int(digits[0]) if digits else 8  # BOOL
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor."""
+    """One tensor, by its header."""
 
     shape: tuple[int, ...]
     dtype: str
-    """in safetensors' names: ``BF16``, ``F32`` ..."""
+    """safetensors' name: ``BF16``, ``F32`` ..."""
     nbytes: int
     file: Path
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor Inf. A sum keeps both and is forty times faster; if it only overflowed, each
-    value decides."""
+    """Whether a tensor holds neither NaN nor Inf. The sum keeps both and is faster to check; it may also overflow, so each value
+    is checked if it is not finite."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
@@ -56,8 +55,7 @@ class TensorStore(Protocol):
     """Named tensors on disk."""
 
     path: Path
-    """The file to name in messages."""
-
+    """the file to name in messages"""
     infos: dict[str, TensorInfo]
 
     def read(self, name: str) -> torch.Tensor: ...
@@ -67,7 +65,7 @@ class SafetensorsStore:
     """One or several safetensors files.
 
     Raises:
-        KTAdapterError: A file is truncated, or is not safetensors at all.
+        KTAdapterError: A file is damaged or not safetensors, or two files hold the same tensor.
     """
 
     def __init__(self, path: Path, files: list[Path] | None = None):
@@ -96,13 +94,13 @@ class SafetensorsStore:
         self._handles[file] = handle
 
     def metadata(self) -> dict[str, str]:
-        """The file's own metadata (the first file's)."""
+        """The first file's own metadata."""
         return dict(next(iter(self._handles.values())).metadata() or {})
 
     def read(self, name: str) -> torch.Tensor:
         info = self.infos[name]
         self._read += info.nbytes
-        if self._read > _KEEP_MAPPED:  # what was read stays mapped, and counts as memory, while its file is open
+        if self._read > _KEEP_MAPPED:
             self._handles = {file: safe_open(file, framework="pt", device="cpu") for file in self._handles}
             self._read = info.nbytes
         tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
@@ -110,7 +108,7 @@ class SafetensorsStore:
 
 
 class PickledStore:
-    """A ``.bin`` file of torch.save, read with ``weights_only=True``: no code in it is executed.
+    """A ``.bin`` file written by ``torch.save``, read with ``weights_only=True``: no code in it is executed.
 
     Raises:
         KTAdapterError: The file is damaged, or holds anything but named tensors.
@@ -121,29 +119,28 @@ class PickledStore:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise KTAdapterError(
-                f"{path} cannot be read safely ({reason}). Pickled files may hold code, so only plain tensors are "
+                f"{path} cannot be read safely ({first_line(error)}). Pickled files may hold code, so only plain tensors are "
                 "accepted: save the adapter as safetensors with PEFT's save_pretrained."
             ) from error
-        tensors = self._named(content)
+        tensors = self._named(content) if isinstance(content, dict) else None
         if tensors is None or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
             raise KTAdapterError(f"{path} must hold named tensors and nothing else; it has another structure.")
         self._tensors = tensors
         self.infos = {
             name: TensorInfo(tuple(t.shape), DTYPES.get(t.dtype, str(t.dtype)), t.nbytes, path)
-            for name, t in self._tensors.items()
+            for name, t in tensors.items()
         }
 
-    def _named(self, content: Any) -> dict[str, torch.Tensor] | None:
-        return content if isinstance(content, dict) else None
+    def _named(self, content: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+        return content
 
     def read(self, name: str) -> torch.Tensor:
         return self._tensors[name]
 
 
 class NestedPickledStore(PickledStore):
-    """``{"metadata": {...}, group: {name: tensor}}``, as converters for SGLang write it; tensors are ``group.name``.
+    """``{"metadata": {...}, group: {name: tensor}}``, as SGLang's converter writes it; tensors are named ``group.name``.
 
     Raises:
         KTAdapterError: The file is damaged, or of another structure.
@@ -151,18 +148,15 @@ class NestedPickledStore(PickledStore):
 
     metadata: dict[str, Any]
 
-    def _named(self, content: Any) -> dict[str, torch.Tensor] | None:
-        if not isinstance(content, dict) or not isinstance(content.get("metadata"), dict):
+    def _named(self, content: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+        self.metadata = content.pop("metadata", None)
+        if not all(isinstance(part, dict) for part in (self.metadata, *content.values())):
             return None
-        self.metadata = content["metadata"]
-        groups = {key: value for key, value in content.items() if key != "metadata"}
-        if not all(isinstance(group, dict) for group in groups.values()):
-            return None
-        return {f"{key}.{name}": tensor for key, group in groups.items() for name, tensor in group.items()}
+        return {f"{key}.{name}": tensor for key, group in content.items() for name, tensor in group.items()}
 
 
 class CombinedStore:
-    """Several stores as one; messages name the first one's file."""
+    """Several stores as one. Messages name the first one's file."""
 
     def __init__(self, *stores: TensorStore):
         self.path = stores[0].path
@@ -174,7 +168,7 @@ class CombinedStore:
 
 
 def has_store(directory: Path) -> bool:
-    """Whether an adapter directory holds a file :func:`open_store` would open."""
+    """Whether an adapter directory holds a file that :func:`open_store` would open."""
     return any((directory / name).is_file() for name in (SAFETENSORS, INDEX, PICKLED))
 
 
@@ -182,7 +176,7 @@ def open_store(directory: Path) -> TensorStore:
     """Open the tensors of an adapter directory: single or sharded safetensors, else ``adapter_model.bin``.
 
     Raises:
-        KTAdapterError: No tensor file is there, a shard is missing, or a file is damaged.
+        KTAdapterError: There is no tensor file, a shard is missing, or a file is damaged.
     """
     if (directory / SAFETENSORS).is_file():
         return SafetensorsStore(directory / SAFETENSORS)

@@ -1,4 +1,4 @@
-"""The only code that knows LLaMA-Factory's insides: one file per hooked module, each with what it expects of it.
+"""The only room that knows LLaMA-Factory's internals: one file per hooked module, which says what it expects of that module.
 
-It translates: a configuration into our arguments, LLaMA-Factory's call into ours, our report into its log.
+It translates: a configuration into our arguments, LLaMA-Factory's calls into ours, our report into its log.
 """

@@ -1,7 +1,8 @@
-"""The question which of transformers' auto classes loads a model, answered without importing them all.
+"""Finds out which of transformers' auto classes loads a model, without importing the configurations of all models.
 
-LLaMA-Factory's ``load_model`` looks for a configuration's class among those of three auto classes. Listing them imports the
-configurations of a hundred other models.
+LLaMA-Factory's ``load_model`` looks for a configuration's class in the ``_model_mapping.keys()`` of three auto classes, and
+listing these imports every configuration. Made for transformers 5.6: replaces ``keys`` of a ``_LazyAutoMapping``, and reads its
+``_config_mapping``, ``_model_mapping`` and ``_extra_content``. A mapping without these attributes is left alone.
 """
 
 from __future__ import annotations
@@ -9,12 +10,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from ..ground.internals import Internal
+
+INTERNAL = Internal("auto-classes", "transformers", ">=5.6,<5.7")
 AUTO_CLASSES = "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForTextToWaveform"
-"""whose ``_model_mapping.keys()`` LLaMA-Factory looks into"""
+"""the auto classes that LLaMA-Factory asks"""
 
 
 def answer_by_name() -> None:
-    """Have those three tell by its name that a configuration is not theirs; they list all classes only where it may be."""
+    """Let these three reject a configuration by its class name; they list all classes only if the name matches."""
+    if not INTERNAL.usable:
+        return
     import transformers
 
     for name in AUTO_CLASSES:
@@ -24,7 +30,7 @@ def answer_by_name() -> None:
 
 
 class _Classes(Collection[type]):
-    """The keys of a ``_LazyAutoMapping``; calling it gives it, as the mapping's method would."""
+    """The keys of a ``_LazyAutoMapping``. Calling it returns itself, so it can stand in for the method ``keys``."""
 
     def __init__(self, mapping: Any):
         self._mapping = mapping

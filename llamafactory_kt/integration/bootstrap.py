@@ -1,6 +1,7 @@
-"""Import hooks: patch LLaMA-Factory's modules when they are imported, and nothing before.
+"""Import hooks that patch LLaMA-Factory's modules when they are imported.
 
-Runs at the end of ``import torch``, so it imports nothing but the standard library's import machinery.
+Runs at the end of ``import torch``, so it imports only the standard library's import machinery. ``__spec__._initializing`` is
+CPython's own (3.11 and 3.12); without it, a module counts as fully imported.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader, Source
 from types import ModuleType
 from typing import Any
 
-# module of LLaMA-Factory -> our module whose patch(module) is called once it has been executed
+# module of LLaMA-Factory -> our module; its patch(module) is called once that module has been executed
 TARGETS = {
     "llamafactory.hparams.model_args": "llamafactory_kt.integration.hparams_model_args",
     "llamafactory.hparams.parser": "llamafactory_kt.integration.hparams_parser",
@@ -27,7 +28,9 @@ TARGETS = {
 }
 
 failures: dict[str, BaseException] = {}
-"""hooks that could not be applied, by module; the module itself was left alone"""
+"""hooks that could not be applied, by module; the module itself stays stock"""
+
+_MARK = "__llamafactory_kt__"
 
 
 def activate() -> None:
@@ -37,7 +40,7 @@ def activate() -> None:
     sys.meta_path.insert(0, _Finder())
     for name in TARGETS:
         module = sys.modules.get(name)
-        # While a module is being executed, its loader is already running: too late for the finder, too early to patch.
+        # A module that is still being executed is skipped: the finder comes too late for it, and a patch too early.
         if module is not None and not getattr(module.__spec__, "_initializing", False):
             _patch(module)
 
@@ -47,12 +50,20 @@ def is_active() -> bool:
     return any(isinstance(finder, _Finder) for finder in sys.meta_path)
 
 
+def is_patched(module: ModuleType) -> bool:
+    """Whether the module's hooks are in place."""
+    return hasattr(module, _MARK)
+
+
 def _patch(module: ModuleType) -> None:
-    """Apply the module's hook; never raises into the import that caused it."""
+    """Apply the module's hooks, once; never raises into the import that caused it."""
     from importlib import import_module
 
+    if is_patched(module):
+        return
     try:
         import_module(TARGETS[module.__name__]).patch(module)
+        setattr(module, _MARK, True)
     except Exception as error:
         failures[module.__name__] = error
 

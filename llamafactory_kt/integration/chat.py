@@ -1,4 +1,4 @@
-"""A chat loaded through LLaMA-Factory: its model, its template, its generating arguments."""
+"""A chat loaded through LLaMA-Factory 0.9.5: its model, its template, its generating arguments."""
 
 from __future__ import annotations
 
@@ -12,17 +12,13 @@ from ..adapters import AdapterSet
 from ..ground.errors import KTConfigError
 from . import bootstrap
 from .chat_config import open_configured, parse, parse_from, read_yaml
+from .hf_engine import PARAMETERS
 from .patching import expect
 from .prompts import Prompt
 
-_PROCESS_ARGS = (
-    "model", "tokenizer", "processor", "template", "generating_args", "messages", "system", "tools", "images", "videos",
-    "audios", "input_kwargs",
-)  # fmt: skip
-
 
 def import_chat() -> Any:
-    """LLaMA-Factory's class ``ChatModel``, hooked; its imports take some seconds."""
+    """LLaMA-Factory's class ``ChatModel``, hooked. The import is slow."""
     bootstrap.activate()
     from llamafactory.chat import ChatModel
 
@@ -31,32 +27,32 @@ def import_chat() -> Any:
 
 @dataclass
 class LoadedChat:
-    """What is needed to answer prompts; the engine of LLaMA-Factory's ``ChatModel`` for ``infer_backend: huggingface``."""
+    """The engine of a ``ChatModel`` with ``infer_backend: huggingface``, and the configuration it was loaded from."""
 
     engine: Any
     config: Mapping[str, Any]
-    """the keys that it was loaded from; empty for a ``ChatModel`` that was loaded elsewhere"""
+    """empty for a ``ChatModel`` that a program loaded itself"""
 
     @classmethod
     def load(cls, config: Mapping[str, Any]) -> LoadedChat:
         """Load a configuration as ``llamafactory-cli chat`` does, with or without ``use_kt``.
 
         Raises:
-            KTConfigError: Another ``infer_backend``; with ``use_kt``, also what is wrong with the keys.
+            KTConfigError: ``infer_backend`` is not huggingface, or, with ``use_kt``, a key is wrong.
+            KTError: With ``use_kt``, another of our checks failed.
         """
         backend = config.get("infer_backend", "huggingface")
         if backend != "huggingface":
             raise KTConfigError(f"infer_backend: {backend} cannot be used here; use infer_backend: huggingface.")
-        chat_model = import_chat()
-        return cls.of(chat_model(dict(config)), config)
+        return cls.of(import_chat()(dict(config)), config)
 
     @classmethod
     def load_yaml(cls, path: Path, overrides: Sequence[str] = ()) -> LoadedChat:
         """Load a YAML that asks for ``use_kt``.
 
         Raises:
-            KTError: Of one of our own checks.
-            KTConfigError: LLaMA-Factory refuses the configuration, or it does not ask for ``use_kt``.
+            KTError: One of our checks failed.
+            KTConfigError: LLaMA-Factory refuses the configuration, or it does not set ``use_kt``.
         """
         config = read_yaml(path, overrides)
         bootstrap.activate()
@@ -69,10 +65,15 @@ class LoadedChat:
 
     @classmethod
     def of(cls, chat_model: Any, config: Mapping[str, Any] | None = None) -> LoadedChat:
-        """Use a ``ChatModel`` that is loaded already."""
+        """Use a loaded ``ChatModel``.
+
+        Raises:
+            KTConfigError: It has another engine than ``HuggingfaceEngine``.
+            KTHookError: The engine is not that of LLaMA-Factory 0.9.5.
+        """
         from llamafactory.chat.hf_engine import HuggingfaceEngine
 
-        expect(HuggingfaceEngine, "_process_args", _PROCESS_ARGS)  # type: ignore[arg-type]
+        expect(HuggingfaceEngine, "_process_args", *PARAMETERS)
         if not isinstance(chat_model.engine, HuggingfaceEngine):
             raise KTConfigError("The ChatModel has another engine; load it with infer_backend: huggingface.")
         return cls(chat_model.engine, config or {})
@@ -82,7 +83,7 @@ class LoadedChat:
         return self.engine.model
 
     def set_generating(self, keys: Mapping[str, Any]) -> None:
-        """Generate with LLaMA-Factory's defaults and these keys from now on."""
+        """From now on, generate with these keys over LLaMA-Factory's defaults."""
         from llamafactory.hparams import GeneratingArguments
 
         self.engine.generating_args = GeneratingArguments(**keys).to_dict()
@@ -90,10 +91,6 @@ class LoadedChat:
     @property
     def tokenizer(self) -> Any:
         return self.engine.tokenizer
-
-    @property
-    def template(self) -> Any:
-        return self.engine.template
 
     @cached_property
     def model_args(self) -> Any:
@@ -103,33 +100,30 @@ class LoadedChat:
     @cached_property
     def checkpoint(self) -> Path:
         """The local directory of the base model."""
+        from huggingface_hub import snapshot_download
+
         args = self.model_args
         path = Path(args.model_name_or_path).expanduser()
         if path.is_dir():
             return path
-        from huggingface_hub import snapshot_download
-
-        return Path(
-            snapshot_download(str(path), revision=args.model_revision, cache_dir=args.cache_dir, local_files_only=True)
-        )  # it has just been loaded from there
+        where = {"revision": args.model_revision, "cache_dir": args.cache_dir}
+        return Path(snapshot_download(str(path), **where, local_files_only=True))  # the load has put it into the cache
 
     @cached_property
     def adapters(self) -> AdapterSet:
-        """The adapters that ``use_kt`` applies, opened anew from their files."""
+        """The configuration's adapters, opened from their files."""
         return open_configured(self.model_args)
 
     def encode(self, prompt: Prompt, **generating: Any) -> tuple[list[int], Any]:
-        """(token ids, GenerationConfig) exactly as LLaMA-Factory's chat makes them."""
-        engine = self.engine
-        kwargs, _ = engine._process_args(
-            engine.model, engine.tokenizer, engine.processor, engine.template, engine.generating_args,
-            [dict(message) for message in prompt.messages], prompt.system or None, prompt.tools or None,
-            input_kwargs=dict(generating),
-        )  # fmt: skip
+        """Token ids and GenerationConfig, exactly as LLaMA-Factory's chat makes them."""
+        parts = (getattr(self.engine, name) for name in PARAMETERS[:5])
+        messages = [dict(message) for message in prompt.messages]
+        asked = {"system": prompt.system or None, "tools": prompt.tools or None, "input_kwargs": dict(generating)}
+        kwargs, _ = self.engine._process_args(*parts, messages, **asked)
         return kwargs["inputs"][0].tolist(), kwargs["generation_config"]
 
     def encode_reference(self, prompt: Prompt) -> list[int]:
-        """Token ids of the row's own answer, with the template's end, as training has them."""
+        """Token ids of the row's own answer with the template's suffix, as in training."""
         pair = [*prompt.messages, {"role": "assistant", "content": prompt.reference}]
-        _, ids = self.template.encode_oneturn(self.tokenizer, pair, prompt.system or None, prompt.tools or None)
+        _, ids = self.engine.template.encode_oneturn(self.tokenizer, pair, prompt.system or None, prompt.tools or None)
         return list(ids)

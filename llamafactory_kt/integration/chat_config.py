@@ -1,4 +1,4 @@
-"""A YAML for ``llamafactory-cli chat`` as LLaMA-Factory reads it, for the commands that look at one."""
+"""A YAML for ``llamafactory-cli chat``, read as LLaMA-Factory reads it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters import AdapterSet, open_adapters
 from ..ground.errors import KTConfigError, KTError, KTPathError, one_line
-from ..settings.keys import adapter_directories, threadpool_count
+from ..settings.keys import adapter_directories, expanded, threadpool_count
 from .patching import require_hooks
 
 if TYPE_CHECKING:
@@ -19,11 +19,12 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     """The configuration's keys, read as LLaMA-Factory's ``read_args`` does.
 
     Args:
+        path: the YAML.
         overrides: ``key=value``, as on LLaMA-Factory's command line.
 
     Raises:
-        KTPathError: There is no such file.
-        KTConfigError: It is not YAML, or not a mapping of keys; a word is not ``key=value``.
+        KTPathError: The file does not exist.
+        KTConfigError: It is not YAML or not a mapping of keys, or an override is not ``key=value``.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -46,11 +47,11 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
 
 def parse(values: dict[str, Any]) -> Any:
-    """LLaMA-Factory's model arguments, after all of its and our checks for a chat.
+    """LLaMA-Factory's model arguments, after its and our checks for a chat.
 
     Raises:
-        KTError: Of one of our own checks.
-        ValueError: Of LLaMA-Factory's.
+        KTError: One of our checks failed.
+        ValueError: One of LLaMA-Factory's failed.
     """
     require_hooks()
     from llamafactory.hparams import get_infer_args
@@ -59,10 +60,10 @@ def parse(values: dict[str, Any]) -> Any:
 
 
 def parse_from(path: str | Path, values: dict[str, Any]) -> Any:
-    """:func:`parse` for values of a file, which LLaMA-Factory's own errors then name.
+    """:func:`parse` for the values of a file, which is named in LLaMA-Factory's own errors.
 
     Raises:
-        KTError: Of one of our own checks.
+        KTError: One of our checks failed.
         KTConfigError: LLaMA-Factory refuses the values.
     """
     try:
@@ -73,29 +74,25 @@ def parse_from(path: str | Path, values: dict[str, Any]) -> Any:
         raise KTConfigError(f"{path}: {one_line(error)}") from error
 
 
-def moe_lora_file(model_args: Any) -> str | None:
-    """``kt_moe_lora_path`` with the home directory in place of ``~``."""
-    return str(Path(model_args.kt_moe_lora_path).expanduser()) if model_args.kt_moe_lora_path else None
-
-
 def experts_config(model_args: Any) -> KTExpertsConfig:
-    """What a load gives to transformers.
+    """The ``quantization_config`` of the load.
 
     Raises:
-        KTPathError: An adapter is not there.
+        KTPathError: An adapter does not exist.
     """
     from ..model import KTExpertsConfig
 
+    weights, moe_lora = expanded(model_args.kt_weight_path), expanded(model_args.kt_moe_lora_path)
     return KTExpertsConfig(
         backend=model_args.kt_backend,
         num_threads=model_args.kt_num_threads,
         threadpool_count=threadpool_count(model_args),
-        weight_path=str(Path(model_args.kt_weight_path).expanduser()) if model_args.kt_weight_path else None,
+        weight_path=str(weights) if weights else None,
         idle_workers=model_args.kt_idle_workers,
         recalibrate=model_args.kt_recalibrate,
         max_chunk=model_args.kt_max_chunk,
         adapter=[str(path) for path in adapter_directories(model_args)],
-        moe_lora=moe_lora_file(model_args),
+        moe_lora=str(moe_lora) if moe_lora else None,
         merge_adapter=model_args.kt_merge_adapter,
         router_stats=model_args.kt_router_stats,
         debug=model_args.kt_debug,
@@ -107,7 +104,7 @@ def open_configured(model_args: Any) -> AdapterSet:
     """The configuration's adapters, opened by their headers.
 
     Raises:
-        KTPathError: One is not there.
-        KTAdapterError: One cannot be read.
+        KTPathError: An adapter does not exist.
+        KTAdapterError: An adapter cannot be read.
     """
-    return open_adapters(adapter_directories(model_args), moe_lora_file(model_args))
+    return open_adapters(adapter_directories(model_args), expanded(model_args.kt_moe_lora_path))

@@ -1,14 +1,12 @@
-"""``llamafactory.chat.chat_model``: the chat in the terminal, where ``use_kt`` is asked for.
+"""``llamafactory.chat.chat_model`` 0.9.5: the chat in the terminal, if the command line sets ``use_kt``.
 
-Ctrl-C stops the answer and keeps the session, ``/stats`` shows figures after each answer, ``/experts`` the router
-statistics, and Ctrl-D leaves. Without
-``use_kt`` it is LLaMA-Factory's own.
+Ctrl-C stops the answer and keeps the session, ``/stats`` shows figures after each answer, ``/experts`` shows the router
+statistics, and Ctrl-D leaves. Without ``use_kt`` the chat is LLaMA-Factory's own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import signal
 from collections.abc import Iterator
 from types import ModuleType
@@ -16,16 +14,13 @@ from typing import Any
 
 from ..ground.errors import KTModelError
 from ..model.state import has_kt_experts, kt_state
-from .patching import asks_for, expect, is_patched, replace
+from .patching import asks_for, expect, replace
 
 
 def patch(module: ModuleType) -> None:
     """Replace ``run_chat``, which the command line looks up when it is called."""
-    if is_patched(module):
-        return
-    stock = expect(module, "run_chat", ())
+    stock = expect(module, "run_chat")
 
-    @functools.wraps(stock)
     def run_chat() -> None:
         if asks_for("use_kt"):
             with contextlib.suppress(ImportError):
@@ -34,14 +29,14 @@ def patch(module: ModuleType) -> None:
         else:
             stock()
 
-    replace(module, run_chat=run_chat)
+    replace(module, run_chat)
 
 
 def _converse(chat_model: Any) -> None:
     from llamafactory.extras.misc import torch_gc
 
     messages: list[dict[str, str]] = []
-    model = getattr(chat_model.engine, "model", None)  # a server has it elsewhere
+    model = getattr(chat_model.engine, "model", None)  # with infer_backend: sglang, the server has it
     show_stats = (
         kt_state(model).show_stats if has_kt_experts(model) else getattr(chat_model.engine, "kt_show_stats", False)
     )
@@ -90,7 +85,7 @@ def _experts(model: Any) -> str:
 
 
 def _answer(chat_model: Any, messages: list[dict[str, str]], query: str, show_stats: bool) -> None:
-    """Print the answer as it comes. The history gets question and answer, or neither if there was not a word of it."""
+    """Print the answer as it comes. The history gets question and answer, or neither if it was interrupted before any text."""
     from .generation import Generation
 
     generation, response = Generation(), ""
@@ -112,7 +107,7 @@ def _answer(chat_model: Any, messages: list[dict[str, str]], query: str, show_st
 
 @contextlib.contextmanager
 def _stopped_by_interrupt(generation: Any) -> Iterator[None]:
-    """Ctrl-C ends the answer after its current token; a second one, while that is awaited, ends the program."""
+    """Ctrl-C ends the answer after its current token; a second Ctrl-C before that ends the program."""
 
     def stop(number: int, frame: Any) -> None:
         if generation.interrupted:

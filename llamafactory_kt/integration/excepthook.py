@@ -1,4 +1,4 @@
-"""How ``llamafactory-cli chat|api|webchat`` ends on one of our errors."""
+"""How ``llamafactory-cli chat|api|webchat`` reports one of our errors."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _MARK = "__llamafactory_kt__"
 
 
 def end_in_one_paragraph(debug: bool = False) -> None:
-    """From now on an uncaught KTError is one paragraph on stderr; with debugging, and for all others, as before.
+    """From now on, print an uncaught KTError as one paragraph on stderr; other errors, and all with debugging, as before.
 
     The exit status is Python's 1 in any case.
     """
-    before = sys.excepthook
-    if debug or traceback_wanted() or hasattr(before, _MARK):
+    stock = sys.excepthook
+    if debug or traceback_wanted() or hasattr(stock, _MARK):
         return
 
-    @functools.wraps(before)
+    @functools.wraps(stock)
     def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if isinstance(error, KTError):
             print(f"Error: {error}", file=sys.stderr)
         else:
-            before(kind, error, traceback)
+            stock(kind, error, traceback)
 
     setattr(show, _MARK, True)
     sys.excepthook = show

@@ -1,59 +1,57 @@
-"""``llamafactory.chat.hf_engine``: answers of a model with KT experts can be stopped, end at stop strings, and an error
-while generating reaches whoever asked. Stock LLaMA-Factory goes on generating for clients that went away, ignores
-``stop``, and waits for ever for a thread that has raised. Other models are left alone.
+"""``llamafactory.chat.hf_engine`` 0.9.5: answers of a model with KT experts can be stopped and end at stop strings, and an
+error in ``generate`` reaches the caller. Stock LLaMA-Factory keeps generating for clients that are gone, ignores ``stop``, and
+waits forever for a thread that has raised. Other models are left alone.
+
+Uses ``text_queue`` and ``stop_signal`` of transformers 5.6's ``TextIteratorStreamer``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import AsyncIterator, Callable
 from threading import Thread
 from types import ModuleType
 from typing import Any
 
 from ..model.state import has_kt_experts
-from .patching import expect, is_patched, replace
+from .patching import expect, replace
 
 _REQUEST = ("messages", "system", "tools", "images", "videos", "audios", "input_kwargs")
-_PARTS = ("model", "tokenizer", "processor", "template", "generating_args", *_REQUEST)
+PARAMETERS = ("model", "tokenizer", "processor", "template", "generating_args", *_REQUEST)
+"""those of ``HuggingfaceEngine._process_args``, ``_chat`` and ``_stream_chat``"""
 
 
 def patch(module: ModuleType) -> None:
     """Hook the engine's four methods; all or none."""
-    if is_patched(module):
-        return
     engine: Any = module.HuggingfaceEngine
-    process_stock = expect(engine, "_process_args", _PARTS)
-    chat_stock = expect(engine, "_chat", _PARTS)
-    start_stock = expect(engine, "_stream_chat", _PARTS)
-    stream_stock = expect(engine, "stream_chat", ("self", *_REQUEST))
+    stock_process = expect(engine, "_process_args", *PARAMETERS)
+    stock_chat = expect(engine, "_chat", *PARAMETERS)
+    stock_start = expect(engine, "_stream_chat", *PARAMETERS)
+    stock_stream = expect(engine, "stream_chat", "self", *_REQUEST)
 
-    @functools.wraps(process_stock)
-    def process_args(*args: Any, **kwargs: Any) -> Any:
-        parts = dict(zip(_PARTS, args, strict=False)) | kwargs
-        if not has_kt_experts(parts["model"]):
-            return process_stock(*args, **kwargs)
-        generation = _generation(parts)
-        del parts["input_kwargs"]["kt_generation"]
-        gen_kwargs, length = process_stock(**parts)
+    def _process_args(*args: Any, **kwargs: Any) -> Any:
+        given = _by_name(args, kwargs)
+        if not has_kt_experts(given["model"]):
+            return stock_process(**given)
+        generation = _generation(given)
+        del given["input_kwargs"]["kt_generation"]
+        gen_kwargs, length = stock_process(**given)
         eos = gen_kwargs["generation_config"].eos_token_id
-        generation.begin(parts["tokenizer"], length, [eos] if isinstance(eos, int) else list(eos or ()))
+        generation.begin(given["tokenizer"], length, [eos] if isinstance(eos, int) else list(eos or ()))
         gen_kwargs["stopping_criteria"] = [generation]
         return gen_kwargs, length
 
-    @functools.wraps(chat_stock)
-    def chat(*args: Any, **kwargs: Any) -> Any:
-        parts = dict(zip(_PARTS, args, strict=False)) | kwargs
-        if not has_kt_experts(parts["model"]):
-            return chat_stock(*args, **kwargs)
+    def _chat(*args: Any, **kwargs: Any) -> Any:
+        given = _by_name(args, kwargs)
+        if not has_kt_experts(given["model"]):
+            return stock_chat(**given)
         from .generation import StopText
 
-        generation = _generation(parts)
-        if generation.stopped:  # while it waited for its turn
+        generation = _generation(given)
+        if generation.stopped:  # while it waited for the semaphore
             return [module.Response(response_text="", response_length=0, prompt_length=0, finish_reason="stop")]
         stop_strings = generation.stop_strings
-        responses = chat_stock(**parts)
+        responses = stock_chat(**given)
         for response in responses:
             cut = StopText(stop_strings)
             response.response_text = cut.feed(response.response_text) + cut.end()
@@ -61,17 +59,15 @@ def patch(module: ModuleType) -> None:
                 response.finish_reason = "stop"
         return responses
 
-    @functools.wraps(start_stock)
-    def start_stream(*args: Any, **kwargs: Any) -> Callable[[], str]:
-        parts = dict(zip(_PARTS, args, strict=False)) | kwargs
-        if not has_kt_experts(parts["model"]):
-            stock: Callable[[], str] = start_stock(*args, **kwargs)
+    def _stream_chat(*args: Any, **kwargs: Any) -> Callable[[], str]:
+        given = _by_name(args, kwargs)
+        if not has_kt_experts(given["model"]):
+            stock: Callable[[], str] = stock_start(**given)
             return stock
-        generation = _generation(parts)
-        gen_kwargs, _ = engine._process_args(**parts)
-        return _start(parts["model"], parts["tokenizer"], gen_kwargs, generation)
+        generation = _generation(given)
+        gen_kwargs, _ = engine._process_args(**given)
+        return _start(given["model"], given["tokenizer"], gen_kwargs, generation)
 
-    @functools.wraps(stream_stock)
     async def stream_chat(self: Any, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
         generation = None
         if has_kt_experts(self.model):
@@ -79,37 +75,33 @@ def patch(module: ModuleType) -> None:
 
             generation = kwargs.setdefault("kt_generation", Generation())
         try:
-            async with contextlib.aclosing(stream_stock(self, *args, **kwargs)) as texts:
+            async with contextlib.aclosing(stock_stream(self, *args, **kwargs)) as texts:
                 async for text in texts:
                     yield text
-        finally:  # also where the client has gone
+        finally:  # also when the client is gone
             if generation is not None:
                 generation.stop()
 
-    replace(
-        engine,
-        _process_args=staticmethod(process_args),
-        _chat=staticmethod(chat),
-        _stream_chat=staticmethod(start_stream),
-        stream_chat=stream_chat,
-    )
-    replace(module)  # marks it
+    replace(engine, _process_args, _chat, _stream_chat, stream_chat)
 
 
-def _generation(parts: dict[str, Any]) -> Any:
-    """The request's Generation, made where the caller brought none; ``stop`` moves into it."""
+def _by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(PARAMETERS, args, strict=False)) | kwargs
+
+
+def _generation(given: dict[str, Any]) -> Any:
+    """The request's Generation, made if the caller brought none; ``stop`` moves into it."""
     from .generation import Generation, generation_of_request
 
-    keys = parts["input_kwargs"] = {} if parts.get("input_kwargs") is None else parts["input_kwargs"]
+    keys = given["input_kwargs"] = {} if given.get("input_kwargs") is None else given["input_kwargs"]
     generation = keys.setdefault("kt_generation", generation_of_request.get() or Generation())
-    stop = keys.pop("stop", None)
-    if stop:
-        generation.stop_strings = (stop,) if isinstance(stop, str) else tuple(text for text in stop if text)
+    if stop := keys.pop("stop", None):
+        generation.stop_strings = (stop,) if isinstance(stop, str) else tuple(filter(None, stop))
     return generation
 
 
 def _start(model: Any, tokenizer: Any, gen_kwargs: dict[str, Any], generation: Any) -> Callable[[], str]:
-    """Generate in a thread; returns what gives the next piece of text, or raises StopAsyncIteration."""
+    """Generate in a thread; the returned function gives the next piece of text, or raises StopAsyncIteration."""
     from transformers import TextIteratorStreamer
 
     from .generation import StopText
@@ -124,7 +116,7 @@ def _start(model: Any, tokenizer: Any, gen_kwargs: dict[str, Any], generation: A
         except BaseException as error:
             generation.error = error
         finally:
-            streamer.end()  # once more does no harm; not at all would let the reader wait for ever
+            streamer.end()  # harmless if it has ended already; otherwise the reader would wait forever
 
     thread = Thread(target=generate, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""``llamafactory.hparams.model_args``: ModelArguments gets the kt_* fields."""
+"""``llamafactory.hparams.model_args`` 0.9.5: ModelArguments gets the kt_* fields."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 
 from ..ground.errors import KTHookError
 from ..settings.keys import KTArguments
-from .patching import check_stock, is_patched, replace, versions
+from .patching import check_stock, versions
 
 
 def patch(module: ModuleType) -> None:
-    """Replace ModelArguments by a subclass of the same name, before the parser builds its lists from it."""
-    if is_patched(module):
-        return
+    """Replace ModelArguments by a subclass of the same name, before the parser puts it into its lists.
+
+    Raises:
+        KTHookError: A fork is installed, or the class is not the expected one.
+    """
     check_stock()
     stock: Any = getattr(module, "ModelArguments", None)
     if not hasattr(stock, "__dataclass_fields__") or "use_kt" not in {f.name for f in dataclasses.fields(stock)}:
@@ -23,23 +25,12 @@ def patch(module: ModuleType) -> None:
             f"{module.__name__}.ModelArguments cannot be hooked: found {stock!r}, expected a dataclass with the field "
             f"use_kt. Installed: {versions()}."
         )
-
-    namespace = {
-        "__module__": stock.__module__,
-        "__qualname__": stock.__qualname__,
-        "__doc__": stock.__doc__,
-    }
+    namespace = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
     extended: Any = dataclasses.dataclass(type("ModelArguments", (KTArguments, stock), namespace))
-    replace(module, ModelArguments=extended)
-    for name in ("llamafactory.hparams", "llamafactory.hparams.parser"):  # imported before us
-        other = sys.modules.get(name)
-        if other is not None and getattr(other, "ModelArguments", None) is stock:
-            _follow(other, stock, extended)
-
-
-def _follow(module: ModuleType, stock: Any, extended: Any) -> None:
-    for name, value in list(vars(module).items()):
-        if value is stock:
-            setattr(module, name, extended)
-        elif isinstance(value, list) and stock in value:
-            value[value.index(stock)] = extended
+    importers = (sys.modules.get(name) for name in ("llamafactory.hparams", "llamafactory.hparams.parser"))
+    for holder in (module, *filter(None, importers)):
+        for name, value in list(vars(holder).items()):
+            if value is stock:
+                setattr(holder, name, extended)
+            elif isinstance(value, list) and stock in value:
+                value[value.index(stock)] = extended

@@ -1,8 +1,7 @@
-"""``llamafactory.hparams.parser``: what is checked when a configuration for inference asks for use_kt."""
+"""``llamafactory.hparams.parser`` 0.9.5: what is checked when a configuration for inference asks for use_kt."""
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 from typing import Any
 
@@ -10,49 +9,40 @@ from ..settings.check import check_for_inference
 from ..settings.sglang_keys import serves
 from . import bootstrap
 from .excepthook import end_in_one_paragraph
-from .patching import asks_for, check_stock, expect, is_patched, replace, require_hooks
+from .patching import asks_for, check_stock, expect, replace, require_hooks
 
 
 def patch(module: ModuleType) -> None:
-    """Take over the dependency check for inference; training keeps LLaMA-Factory's own.
+    """Replace the dependency check for inference; training keeps LLaMA-Factory's own.
 
-    Whatever fails, ``get_infer_args`` is guarded, so that ``use_kt: true`` ends in the error that says why.
+    ``get_infer_args`` is guarded first, so that ``use_kt: true`` reports why another hook failed, even one of these.
     """
-    if is_patched(module):
-        return
-    try:
-        check_stock()
-        check = expect(module, "_check_extra_dependencies", ("model_args", "finetuning_args", "training_args"))
-        expect(module, "get_infer_args", ("args",))
-    except Exception:
+    if callable(getattr(module, "get_infer_args", None)):
         _guard(module)
-        raise
+    check_stock()
+    stock_check = expect(module, "_check_extra_dependencies", "model_args", "finetuning_args", "training_args")
+    expect(module, "get_infer_args", "args")
 
-    @functools.wraps(check)
-    def check_extra_dependencies(model_args: Any, finetuning_args: Any, training_args: Any = None) -> None:
+    def _check_extra_dependencies(model_args: Any, finetuning_args: Any, training_args: Any = None) -> None:
         if not model_args.use_kt or training_args is not None:
-            check(model_args, finetuning_args, training_args)
+            stock_check(model_args, finetuning_args, training_args)
             return
         require_hooks(*(["llamafactory.chat.sglang_engine"] if serves(model_args) else []))
         check_for_inference(model_args)
-        # The stock check asks for forks of transformers and accelerate, and for a distribution named sglang.
+        # The stock check requires forks of transformers and accelerate, and a distribution named sglang.
         backend, model_args.use_kt, model_args.infer_backend = model_args.infer_backend, False, "huggingface"
         try:
-            check(model_args, finetuning_args, training_args)
+            stock_check(model_args, finetuning_args, training_args)
         finally:
             model_args.use_kt, model_args.infer_backend = True, backend
         model_args.kt_inference = True
 
-    replace(module, _check_extra_dependencies=check_extra_dependencies)
-    _guard(module)
+    replace(module, _check_extra_dependencies)
 
 
 def _guard(module: ModuleType) -> None:
-    original = getattr(module, "get_infer_args", None)
-    if not callable(original):
-        return
+    stock = module.get_infer_args
 
-    @functools.wraps(original)
     def get_infer_args(*args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs.get("args")
         if asks_for("use_kt", given):
@@ -60,6 +50,6 @@ def _guard(module: ModuleType) -> None:
                 end_in_one_paragraph(debug=asks_for("kt_debug"))
             if bootstrap.failures:
                 raise next(iter(bootstrap.failures.values()))
-        return original(*args, **kwargs)
+        return stock(*args, **kwargs)
 
-    module.get_infer_args = get_infer_args  # type: ignore[attr-defined]
+    replace(module, get_infer_args)

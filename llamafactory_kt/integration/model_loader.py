@@ -1,88 +1,75 @@
-"""``llamafactory.model.loader``: four functions that load_model and load_tokenizer look up when they are called.
+"""``llamafactory.model.loader`` 0.9.5: four functions that load_model and load_tokenizer look up when they are called.
 
-``init_adapter`` is hooked here and not ``adapter._setup_lora_tuning``, so that every finetuning_type ends in the same
-load table. With training, or without use_kt, each hook is the stock function.
+``init_adapter`` is hooked here and not ``adapter._setup_lora_tuning``, so every finetuning_type gets the same load table. In
+training, or without use_kt, each hook calls the stock function. The log goes to the handlers of LLaMA-Factory's logger.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 from types import ModuleType
 from typing import Any
 
 from .auto_classes import answer_by_name
 from .chat_config import experts_config
-from .patching import expect, is_patched, replace
+from .patching import expect, replace
 
 logger = logging.getLogger("llamafactory_kt")
 
 
 def patch(module: ModuleType) -> None:
     """Hook the four functions; all or none."""
-    if is_patched(module):
-        return
-    kwargs_stock = expect(module, "_get_init_kwargs", ("model_args",))
-    load = expect(module, "load_config", ("model_args",))
-    patch_stock = expect(module, "patch_config", ("config", "tokenizer", "model_args", "init_kwargs", "is_trainable"))
-    init = expect(module, "init_adapter", ("config", "model", "model_args", "finetuning_args", "is_trainable"))
+    stock_kwargs = expect(module, "_get_init_kwargs", "model_args")
+    stock_load = expect(module, "load_config", "model_args")
+    stock_patch = expect(module, "patch_config", "config", "tokenizer", "model_args", "init_kwargs", "is_trainable")
+    stock_init = expect(module, "init_adapter", "config", "model", "model_args", "finetuning_args", "is_trainable")
 
-    @functools.wraps(kwargs_stock)
-    def get_init_kwargs(model_args: Any) -> dict[str, Any]:
-        init_kwargs: dict[str, Any] = kwargs_stock(model_args)
-        if _with_kt(model_args, is_trainable=False):
+    def _get_init_kwargs(model_args: Any) -> dict[str, Any]:
+        init_kwargs: dict[str, Any] = stock_kwargs(model_args)
+        if _with_kt(model_args):
             _share_log()
             _prefer_native(model_args, init_kwargs)
         return init_kwargs
 
-    @functools.wraps(load)
     def load_config(model_args: Any) -> Any:
-        if not (_with_kt(model_args, is_trainable=False) and getattr(model_args, "kt_native", False)):
-            return load(model_args)
+        if not (_with_kt(model_args) and getattr(model_args, "kt_native", False)):
+            return stock_load(model_args)
         from transformers import AutoConfig
 
-        keys = {**get_init_kwargs(model_args), "trust_remote_code": False}
+        keys = {**_get_init_kwargs(model_args), "trust_remote_code": False}
         config = AutoConfig.from_pretrained(model_args.model_name_or_path, **keys)
-        # LLaMA-Factory registers classes that have an auto_map as remote code, which transformers' own are not.
+        # With an auto_map, LLaMA-Factory would register transformers' own classes as remote code.
         vars(config).pop("auto_map", None)
         return config
 
-    @functools.wraps(patch_stock)
     def patch_config(
         config: Any, tokenizer: Any, model_args: Any, init_kwargs: dict[str, Any], is_trainable: bool
     ) -> None:
-        if _with_kt(model_args, is_trainable):
+        with_kt = _with_kt(model_args, is_trainable)
+        if with_kt:
             from ..checkpoint.fp8 import block_size
 
-            block_size(
-                getattr(config, "quantization_config", None)
-            )  # before LLaMA-Factory asks for the library of another format
-        patch_stock(config, tokenizer, model_args, init_kwargs, is_trainable)
-        if _with_kt(model_args, is_trainable):
+            # refuses other formats, before LLaMA-Factory asks for their libraries
+            block_size(getattr(config, "quantization_config", None))
+        stock_patch(config, tokenizer, model_args, init_kwargs, is_trainable)
+        if with_kt:
             _prepare(model_args, init_kwargs)
 
-    @functools.wraps(init)
     def init_adapter(config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool) -> Any:
-        if not _with_kt(model_args, is_trainable):
-            return init(config, model, model_args, finetuning_args, is_trainable)
-        return _apply(model, model_args)
+        if _with_kt(model_args, is_trainable):
+            return _apply(model, model_args)
+        return stock_init(config, model, model_args, finetuning_args, is_trainable)
 
-    replace(
-        module,
-        _get_init_kwargs=get_init_kwargs,
-        load_config=load_config,
-        patch_config=patch_config,
-        init_adapter=init_adapter,
-    )
+    replace(module, _get_init_kwargs, load_config, patch_config, init_adapter)
 
 
-def _with_kt(model_args: Any, is_trainable: bool) -> bool:
-    # kt_inference is set by the parser's hook: a training run loads its reference models untrainable, but not for us.
+def _with_kt(model_args: Any, is_trainable: bool = False) -> bool:
+    # The parser's hook sets kt_inference; without it, a training run is loading one of its reference models.
     return bool(model_args.use_kt) and not is_trainable and getattr(model_args, "kt_inference", False)
 
 
 def _share_log() -> None:
-    """Send our log where LLaMA-Factory's goes, in its format."""
+    """Send our log to LLaMA-Factory's handlers, in its format."""
     stock = logging.getLogger("llamafactory")
     logger.handlers = list(stock.handlers)
     logger.setLevel(stock.level)
@@ -90,10 +77,10 @@ def _share_log() -> None:
 
 
 def _prefer_native(model_args: Any, init_kwargs: dict[str, Any]) -> None:
-    """Load tokenizer, configuration and model with transformers' own classes where it has them.
+    """Load tokenizer, configuration and model with transformers' own classes if it has them.
 
-    The experts contract lives there, and the code shipped with older checkpoints was written for transformers 4. A
-    tokenizer that exists only as remote code keeps ``trust_remote_code``.
+    Only those follow the experts contract; the code in older checkpoints was written for transformers 4. A tokenizer that exists
+    only as remote code keeps ``trust_remote_code``.
     """
     from transformers import CONFIG_MAPPING, PretrainedConfig
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -105,7 +92,7 @@ def _prefer_native(model_args: Any, init_kwargs: dict[str, Any]) -> None:
         try:
             raw, _ = PretrainedConfig.get_config_dict(model_args.model_name_or_path, **keys)
         except OSError:
-            return  # LLaMA-Factory's own load will say what is missing
+            return  # LLaMA-Factory's own load reports what is missing
         model_args.kt_native = raw.get("model_type") in CONFIG_MAPPING
         if model_args.kt_native and "auto_map" in raw:
             logger.info("Using transformers' own %s classes instead of the checkpoint's code.", raw["model_type"])
@@ -114,20 +101,22 @@ def _prefer_native(model_args: Any, init_kwargs: dict[str, Any]) -> None:
 
 
 def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
+    """Add KT to the arguments of ``from_pretrained``."""
     import torch
 
     logger.info("Loading model with KTransformers MoE backend")
     init_kwargs["quantization_config"] = experts_config(model_args)
     answer_by_name()
-    init_kwargs.pop("ignore_mismatched_sizes", None)  # which LLaMA-Factory sets for FP8 checkpoints
+    init_kwargs.pop("ignore_mismatched_sizes", None)  # LLaMA-Factory sets it for FP8 checkpoints
     if getattr(model_args, "kt_native", False):
-        init_kwargs["trust_remote_code"] = False  # also where the tokenizer needed it
-    # Without a GPU everything is on the CPU; with one, all but the experts goes there; several share it as usual.
+        init_kwargs["trust_remote_code"] = False  # even if the tokenizer needed it
+    # Everything but the experts goes to the GPU, or is spread over several; without a GPU, all of it stays on the CPU.
     count = torch.cuda.device_count()
     init_kwargs["device_map"] = "auto" if count > 1 else {"": torch.device("cuda", 0) if count else torch.device("cpu")}
 
 
 def _apply(model: Any, model_args: Any) -> Any:
+    """Apply the adapters, optimize, and log the load table; returns the model, wrapped by PEFT if it applies a part."""
     from ..apply import apply_adapter
     from ..decoding.optimize import optimize_for_inference
     from ..decoding.process import configure_process
@@ -150,7 +139,7 @@ def _apply(model: Any, model_args: Any) -> Any:
 
 
 def log_load_table(model: Any) -> None:
-    """Say what a model has now."""
+    """Log a model's load table."""
     from ..load_report import load_rows, load_table
 
     logger.info("%s", "\n" + load_table(load_rows(model)))

@@ -1,8 +1,13 @@
-"""Replacing functions of LLaMA-Factory after checking that they are the ones that were expected."""
+"""Replaces functions of LLaMA-Factory 0.9.5 after checking their parameters.
+
+A hook file has ``patch(module)``, which :mod:`bootstrap` calls once: it checks with :func:`expect`, defines functions with the
+names of the stock ones, and calls :func:`replace` last. If a check fails, the module stays stock.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 from importlib import import_module, metadata
@@ -17,24 +22,20 @@ from ..ground.errors import KTHookError
 from . import bootstrap
 
 FORK = "llamafactory-kt"
-"""A fork of the whole of LLaMA-Factory that installs the package ``llamafactory``."""
+"""a fork of LLaMA-Factory, which also installs the package ``llamafactory``"""
 
-_MARK = "__llamafactory_kt__"
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def versions() -> str:
-    """The versions an error about hooks must name."""
-
-    def version(name: str) -> str:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return "not installed"
-
-    return (
-        f"llamafactory {version('llamafactory')}, transformers {version('transformers')}, "
-        f"llamafactory-kt-experts {__version__} (made for llamafactory 0.9.5)"
-    )
+    """The versions that every error about hooks names."""
+    installed = [f"{name} {_version(name) or 'not installed'}" for name in ("llamafactory", "transformers")]
+    return f"{', '.join(installed)}, llamafactory-kt-experts {__version__} (made for llamafactory 0.9.5)"
 
 
 def check_stock() -> None:
@@ -43,44 +44,39 @@ def check_stock() -> None:
     Raises:
         KTHookError: The distribution of the fork is installed.
     """
-    try:
-        found = metadata.version(FORK)
-    except metadata.PackageNotFoundError:
-        return
-    raise KTHookError(
-        f"The package llamafactory may come from the fork {FORK} {found}; expected the stock distribution llamafactory. "
-        f"pip uninstall {FORK} && pip install --force-reinstall --no-deps llamafactory==0.9.5. Installed: {versions()}."
-    )
+    if found := _version(FORK):
+        raise KTHookError(
+            f"The package llamafactory may come from the fork {FORK} {found}; expected the stock distribution llamafactory. "
+            f"pip uninstall {FORK} && pip install --force-reinstall --no-deps llamafactory==0.9.5. Installed: {versions()}."
+        )
 
 
-def expect(module: ModuleType | type, name: str, parameters: tuple[str, ...]) -> Any:
-    """The module's function of that name, whose parameters must be the expected ones.
+def expect(owner: ModuleType | type, name: str, *parameters: str) -> Any:
+    """The function of that name, after checking that it has exactly these parameters.
 
     Raises:
         KTHookError: Naming the function, what was found, what was expected and the versions.
     """
-    function = getattr(module, name, None)
+    function = getattr(owner, name, None)
     found = "nothing of that name"
     if callable(function):
-        found = f"({', '.join(inspect.signature(function).parameters)})"
-        if tuple(inspect.signature(function).parameters) == parameters:
+        actual = tuple(inspect.signature(function).parameters)
+        if actual == parameters:
             return function
+        found = f"({', '.join(actual)})"
     raise KTHookError(
-        f"{module.__name__}.{name} cannot be hooked: found {found}, expected ({', '.join(parameters)}). "
+        f"{owner.__name__}.{name} cannot be hooked: found {found}, expected ({', '.join(parameters)}). "
         f"Installed: {versions()}."
     )
 
 
-def is_patched(module: ModuleType | type) -> bool:
-    """Whether the module (or class) was patched before, so that a second patch would wrap a wrapper."""
-    return hasattr(module, _MARK)
-
-
-def replace(module: ModuleType | type, **functions: Any) -> None:
-    """Set several attributes of a module (or class) at once; called last, when nothing can fail any more."""
-    for name, function in functions.items():
-        setattr(module, name, function)
-    setattr(module, _MARK, True)
+def replace(owner: ModuleType | type, *hooks: Any) -> None:
+    """Put each hook in place of the function or class of its name. Static methods stay static."""
+    for hook in hooks:
+        name = hook.__name__
+        static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+        functools.update_wrapper(hook, getattr(owner, name), updated=())
+        setattr(owner, name, staticmethod(hook) if static else hook)
 
 
 def require_hooks(*more: str) -> None:
@@ -90,42 +86,39 @@ def require_hooks(*more: str) -> None:
         KTHookError: The first hook that could not be applied.
     """
     always = (
-        "llamafactory.hparams.model_args",
-        "llamafactory.hparams.parser",
-        "llamafactory.model.loader",
+        "llamafactory.hparams.model_args", "llamafactory.hparams.parser", "llamafactory.model.loader",
         "llamafactory.chat.hf_engine",
-    )
+    )  # fmt: skip
     for name in (*always, *more):
         try:
             module = import_module(name)
-        except (ImportError, OSError) as reason:  # a library below it is broken or was installed in part
+        except (ImportError, OSError) as reason:  # a library below it is broken or only partly installed
             raise KTHookError(
                 f"{name} cannot be imported: {reason}. llamafactory-kt doctor may say more. {versions()}"
             ) from reason
-        if error := bootstrap.failures.get(name):
-            raise (
-                error
-                if isinstance(error, KTHookError)
-                else KTHookError(f"{name} cannot be hooked: {error!r}. {versions()}")
-            )
-        if not is_patched(module):
+        error = bootstrap.failures.get(name)
+        if isinstance(error, KTHookError):
+            raise error
+        if error is not None:
+            raise KTHookError(f"{name} cannot be hooked: {error!r}. {versions()}")
+        if not bootstrap.is_patched(module):
             raise KTHookError(f"{name} was imported before llamafactory_kt could hook into it. {versions()}")
 
 
 def asks_for(key: str, args: Any = None) -> bool:
-    """Whether raw arguments (a dict, a list of words, or the command line with its YAML file) set a key to true.
+    """Whether raw arguments set a key to true: a dictionary, a list of words, or (None) the command line with its file.
 
-    A file that cannot be read asks for nothing; LLaMA-Factory will say what is wrong with it.
+    A file that cannot be read sets nothing; LLaMA-Factory reports what is wrong with it.
     """
     words = args if isinstance(args, list) else sys.argv[1:] if args is None else []
-    asked: Any = args.get(key) if isinstance(args, dict) else None
+    value: Any = args.get(key) if isinstance(args, dict) else None
     if args is None and words and words[0].endswith((".yaml", ".yml", ".json")):
         with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
             loaded = yaml.safe_load(Path(words[0]).read_text(encoding="utf-8"))
-            asked = loaded.get(key) if isinstance(loaded, dict) else None
+            value = loaded.get(key) if isinstance(loaded, dict) else None
     for position, word in enumerate(words):
-        name, found, value = str(word).lstrip("-").partition("=")
+        name, assigned, text = str(word).lstrip("-").partition("=")
         if name == key:
             following = str(words[position + 1]) if position + 1 < len(words) else "true"
-            asked = value if found else ("true" if following.startswith("-") else following)
-    return str(asked).lower() in ("true", "1", "yes", "t", "y")
+            value = text if assigned else ("true" if following.startswith("-") else following)
+    return str(value).lower() in ("true", "1", "yes", "t", "y")

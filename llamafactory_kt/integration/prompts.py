@@ -1,7 +1,7 @@
-"""Prompts in LLaMA-Factory's message forms, each line on its own: one that is malformed does not stop the others.
+"""Prompts in LLaMA-Factory's message forms. A malformed row does not affect the others.
 
-The rows are converted by LLaMA-Factory's own dataset converters (``llamafactory/data/converter.py``); a conversation may
-end with the user's turn, which their training data may not.
+LLaMA-Factory's own dataset converters (``data/converter.py`` and ``data/parser.py`` of 0.9.5) convert the rows. Unlike its
+training data, a conversation may end with the user's turn.
 """
 
 from __future__ import annotations
@@ -26,57 +26,57 @@ class Prompt:
     """One row of a file of prompts."""
 
     index: int
-    """position in the file, from 0; blank lines are not counted"""
+    """position in the file, from 0, without blank lines"""
     row: Mapping[str, Any] = field(default_factory=dict)
     messages: list[dict[str, str]] = field(default_factory=list)
-    """up to the turn that is to be answered, in LLaMA-Factory's form"""
+    """the conversation up to the turn to answer, in LLaMA-Factory's form"""
     system: str = ""
     tools: str = ""
     reference: str = ""
-    """the answer that the row has, if any"""
+    """the row's own answer, if any"""
     problem: str = ""
     """why the row cannot be used"""
 
     @property
     def text(self) -> str:
-        """The last turn, to show."""
+        """The text of the last turn."""
         return self.messages[-1]["content"] if self.messages else ""
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Read a ``.jsonl`` file (a row a line) or a ``.json`` file (a list of rows).
+    """Read a ``.jsonl`` file (one row per line) or a ``.json`` file (a list of rows).
 
-    A row has ``instruction`` (or ``prompt``) with ``input``, ``output``, ``history`` and ``system``: alpaca; or
-    ``conversations`` or ``messages``, of ``from`` and ``value``: sharegpt; of ``role`` and ``content``: openai.
+    A row has one of three forms. alpaca: ``instruction`` or ``prompt``, with ``input``, ``output``, ``history`` and ``system``.
+    sharegpt: ``conversations`` or ``messages``, with ``from`` and ``value``. openai: the same, with ``role`` and ``content``.
 
     Raises:
-        KTPathError: There is no such file.
-        KTDataError: It holds no prompts, or is JSON that is no list.
+        KTPathError: The file does not exist.
+        KTDataError: It holds no prompts, or its JSON is not a list.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise KTPathError(f"{path}: the file of prompts does not exist.")
     text = path.read_text(encoding="utf-8-sig")
-    rows: list[Any]
     if path.suffix == ".json":
         try:
             rows = json.loads(text)
         except ValueError as error:
-            raise KTDataError(f"{path} is not valid JSON: {error}. For a row a line, name it .jsonl.") from error
+            raise KTDataError(f"{path} is not valid JSON: {error}. For one row per line, name it .jsonl.") from error
         if not isinstance(rows, list):
             raise KTDataError(f"{path} must be a list of rows, found {type(rows).__name__}.")
+        prompts = [convert(index, row) for index, row in enumerate(rows)]
     else:
-        rows = [line for line in text.split("\n") if line.strip()]
-    if not rows:
+        prompts = [_parse(index, line) for index, line in enumerate(filter(str.strip, text.split("\n")))]
+    if not prompts:
         raise KTDataError(f"{path} holds no prompts.")
-    return [_parse(index, row) if path.suffix != ".json" else convert(index, row) for index, row in enumerate(rows)]
+    return prompts
 
 
 def make_prompts(prompts: Iterable[Any]) -> list[Prompt]:
-    """Prompts of a program: texts, lists of messages, or rows as :func:`read_prompts` takes them.
+    """Prompts of a program: texts, lists of messages, or rows as in :func:`read_prompts`.
 
     Raises:
-        KTDataError: One of them cannot be used.
+        KTDataError: One of them is malformed.
     """
     made = []
     for index, prompt in enumerate(prompts):
@@ -95,7 +95,7 @@ def _parse(index: int, line: str) -> Prompt:
 
 
 def convert(index: int, row: Any) -> Prompt:
-    """One row; what is wrong with it is in ``problem``."""
+    """Convert one row. A malformed one has its reason in ``problem``."""
     if not isinstance(row, dict):
         return Prompt(index, problem=f"a row must be a dictionary, found {type(row).__name__}")
     if media := [name for name in _MEDIA if row.get(name)]:
@@ -115,8 +115,10 @@ def _align(row: dict[str, Any]) -> dict[str, Any]:
     from llamafactory.data.converter import get_dataset_converter
     from llamafactory.data.parser import DatasetAttr
 
-    attributes = DatasetAttr("file", dataset_name="prompts")
-    attributes.system, attributes.tools = ("system" if "system" in row else None), ("tools" if "tools" in row else None)
+    def present(name: str) -> str | None:
+        return name if name in row else None
+
+    attributes = DatasetAttr("file", dataset_name="prompts", system=present("system"), tools=present("tools"))
     column = next((name for name in ("messages", "conversations") if name in row), None)
     if column is None:
         attributes.prompt = "instruction" if "instruction" in row else "prompt"
@@ -124,22 +126,18 @@ def _align(row: dict[str, Any]) -> dict[str, Any]:
             raise KTDataError(
                 f"expected instruction, prompt, messages or conversations, found {', '.join(map(str, row)) or 'nothing'}"
             )
-        attributes.history = "history"
-        for name in ("query", "response", "history"):
-            if getattr(attributes, name) not in row:
-                setattr(attributes, name, None)
+        attributes.query, attributes.response, attributes.history = map(present, ("input", "output", "history"))
         aligned: dict[str, Any] = get_dataset_converter("alpaca", attributes, None)(row)
     else:
         messages = row[column]
         if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
             raise KTDataError(f"{column} must be a list of messages that is not empty")
         if "role" in messages[0]:
-            for name, value in _OPENAI.items():
-                setattr(attributes, name, value)
+            vars(attributes).update(_OPENAI)
         role, content = attributes.role_tag, attributes.content_tag
         if wrong := [m for m in messages if not isinstance(m.get(role), str) or not isinstance(m.get(content), str)]:
             raise KTDataError(f"a message needs the texts {role} and {content}, found {json.dumps(wrong[0])[:200]}")
-        if messages[-1][role] in (attributes.user_tag, attributes.observation_tag):  # nothing to train on
+        if messages[-1][role] in (attributes.user_tag, attributes.observation_tag):  # the converter wants an answer
             messages = [*messages, {role: attributes.assistant_tag, content: ""}]
         attributes.messages = column
         aligned = get_dataset_converter("sharegpt", attributes, None)({**row, column: messages})

@@ -1,14 +1,13 @@
-"""``llamafactory.chat.sglang_engine``: with use_kt the server is ours, and so is the way to talk to it.
+"""``llamafactory.chat.sglang_engine`` 0.9.5: with use_kt, the server and the client are ours.
 
 The stock engine splits its command on blanks, runs PATH's python3, names the adapter in a field that SGLang does not have
-(``lora_request``; the request is then answered without the adapter), and blocks the event loop while an answer streams.
-Without use_kt it stays as it is.
+(``lora_request``, so the base model answers), and blocks the event loop while an answer streams. Without use_kt it stays in
+place. The client uses ``/generate`` of sglang-kt 0.7.2.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import logging
 from collections.abc import AsyncGenerator, Sequence
@@ -19,34 +18,31 @@ from typing import Any
 import httpx
 
 from ..ground.errors import KTConfigError, KTServerError
-from .patching import expect, is_patched, replace
+from .patching import expect, replace
 
 logger = logging.getLogger("llamafactory_kt")
 
-_ARGUMENTS = ("model_args", "data_args", "finetuning_args", "generating_args")
 _UNUSABLE = ("--stream-output", "--skip-tokenizer-init", "--api-key", "--ssl-certfile")
-"""options that change how a server is talked to"""
+"""options that change the server's protocol"""
 
 
 def patch(module: ModuleType) -> None:
-    """Let ``SGLangEngine(...)`` build ours where use_kt is asked for."""
-    if is_patched(module):
-        return
-    stock = expect(module, "SGLangEngine", _ARGUMENTS)
-    expect(module, "load_tokenizer", ("model_args",))
-    expect(module, "get_template_and_fix_tokenizer", ("tokenizer", "data_args"))
+    """Let ``SGLangEngine(...)`` build our engine if use_kt is set."""
+    stock = expect(module, "SGLangEngine", "model_args", "data_args", "finetuning_args", "generating_args")
+    expect(stock, "_cleanup_server", "self")
+    expect(module, "load_tokenizer", "model_args")
+    expect(module, "get_template_and_fix_tokenizer", "tokenizer", "data_args")
     ours: Any = type("KTSGLangEngine", (KTSGLangEngine, stock), {"__doc__": KTSGLangEngine.__doc__, "_stock": module})
 
-    @functools.wraps(stock, updated=())
-    def sglang_engine(model_args: Any, data_args: Any, finetuning_args: Any, generating_args: Any) -> Any:
+    def SGLangEngine(model_args: Any, *others: Any, **named: Any) -> Any:
         engine = ours if getattr(model_args, "kt_inference", False) else stock
-        return engine(model_args, data_args, finetuning_args, generating_args)
+        return engine(model_args, *others, **named)
 
-    replace(module, SGLangEngine=sglang_engine)
+    replace(module, SGLangEngine)
 
 
 class KTSGLangEngine:
-    """LLaMA-Factory's engine for one SGLang server with KT; many requests at once."""
+    """LLaMA-Factory's engine for one SGLang server with KT; handles many requests at once."""
 
     _stock: Any
     """the hooked module"""
@@ -85,9 +81,13 @@ class KTSGLangEngine:
         self._client = httpx.AsyncClient(base_url=self._server.url, timeout=timeout, limits=limits, trust_env=False)
 
     async def chat(self, messages: Sequence[dict[str, str]], *args: Any, **kwargs: Any) -> list[Any]:
-        """The whole answers, as many as ``num_return_sequences``, as LLaMA-Factory's ``Response``."""
-        wanted = kwargs.pop("num_return_sequences", None) or 1
-        return await asyncio.gather(*(self._answer(messages, *args, **kwargs) for _ in range(wanted)))
+        """``num_return_sequences`` whole answers, each a ``Response`` of LLaMA-Factory.
+
+        Raises:
+            KTServerError: The server is gone, refused the request, or broke the answer off.
+        """
+        count = kwargs.pop("num_return_sequences", None) or 1
+        return await asyncio.gather(*(self._answer(messages, *args, **kwargs) for _ in range(count)))
 
     async def _answer(self, *args: Any, **kwargs: Any) -> Any:
         last: dict[str, Any] = {}
@@ -106,12 +106,15 @@ class KTSGLangEngine:
     async def stream_chat(
         self, messages: Sequence[dict[str, str]], *args: Any, kt_generation: Any = None, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
-        """The answer piece by piece; the server stops generating when the reader goes.
+        """The answer piece by piece; the server stops generating when the reader is gone.
 
         Args:
             messages: the conversation.
-            args: and ``kwargs``, LLaMA-Factory's.
-            kt_generation: a :class:`~llamafactory_kt.integration.generation.Generation` that gets the figures and can stop the answer.
+            args, kwargs: as LLaMA-Factory passes them.
+            kt_generation: the :class:`~llamafactory_kt.integration.generation.Generation` that measures and can stop the answer.
+
+        Raises:
+            KTServerError: The server is gone, refused the request, or broke the answer off.
         """
         from .generation import Generation
 
@@ -139,16 +142,12 @@ class KTSGLangEngine:
         audios: Any = None,
         **asked: Any,
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """SGLang's answers, each with the whole text so far."""
+        """SGLang's chunks; each has the whole text so far."""
         if images or videos or audios:
             raise NotImplementedError("Images, videos and audios do not work with infer_backend: sglang and use_kt.")
         paired = [*messages, {"role": "assistant", "content": ""}]
         prompt, _ = self.template.encode_oneturn(self.tokenizer, paired, system, tools)
-        request: dict[str, Any] = {
-            "input_ids": prompt,
-            "sampling_params": self._sampling(len(prompt), asked),
-            "stream": True,
-        }
+        request = {"input_ids": prompt, "sampling_params": self._sampling(len(prompt), asked), "stream": True}
         if self._lora:
             request["lora_path"] = self._lora
         try:
@@ -168,7 +167,7 @@ class KTSGLangEngine:
             raise KTServerError(f"SGLang at {self._server.url} did not answer: {error!r}.") from error
 
     def _sampling(self, prompt_length: int, asked: dict[str, Any]) -> dict[str, Any]:
-        """SGLang's sampling parameters: what the request asks for, else the configuration."""
+        """SGLang's sampling parameters: those of the request, else those of the configuration."""
         defaults = self.generating_args
 
         def choose(name: str) -> Any:
@@ -177,7 +176,7 @@ class KTSGLangEngine:
         greedy = choose("do_sample") is False and asked.get("temperature") is None
         return {
             "temperature": 0.0 if greedy else choose("temperature"),
-            "top_p": choose("top_p") or 1.0,  # SGLang wants more than 0
+            "top_p": choose("top_p") or 1.0,  # SGLang refuses 0
             "top_k": choose("top_k") or -1,
             "repetition_penalty": choose("repetition_penalty") or 1.0,
             "max_new_tokens": _max_new_tokens(asked, prompt_length) or _max_new_tokens(defaults, prompt_length),
@@ -187,7 +186,7 @@ class KTSGLangEngine:
         }
 
     def _cleanup_server(self) -> None:
-        """Called by the stock class when the engine goes."""
+        """Called by the stock class when the engine is deleted, and at exit."""
         if server := getattr(self, "_server", None):
             server.close()
 
@@ -199,6 +198,6 @@ def _max_new_tokens(source: dict[str, Any], prompt_length: int) -> int | None:
 
 
 def _finish_reason(meta: dict[str, Any]) -> str:
-    """``stop`` or ``length``. SGLang says ``{"type": "stop", ...}``, older ones a word."""
+    """``stop`` or ``length``. SGLang sends ``{"type": "stop", ...}``; older servers send the word alone."""
     reason = meta.get("finish_reason")
     return "stop" if (reason.get("type") if isinstance(reason, dict) else reason) == "stop" else "length"

@@ -1,23 +1,19 @@
-"""``llamafactory.v1``: the rewrite behind ``USE_V1=1`` does not come through our hooks, and must say so."""
+"""``llamafactory.v1`` (0.9.5): no hook reaches the rewrite behind ``USE_V1=1``, so ``use_kt`` is refused there."""
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 from typing import Any
 
 from ..ground.errors import KTHookError
 from .excepthook import end_in_one_paragraph
-from .patching import asks_for, expect, is_patched, replace, versions
+from .patching import asks_for, expect, replace, versions
 
 
 def patch(module: ModuleType) -> None:
     """Let ``use_kt: true`` fail with the reason; everything else passes through."""
-    if is_patched(module):
-        return
-    original = expect(module, "get_args", ("args",))
+    stock = expect(module, "get_args", "args")
 
-    @functools.wraps(original)
     def get_args(args: Any = None) -> Any:
         if asks_for("use_kt", args):
             if args is None:
@@ -26,6 +22,6 @@ def patch(module: ModuleType) -> None:
                 "use_kt: true does not work with USE_V1=1: found llamafactory.v1.config.arg_parser.get_args, expected "
                 f"llamafactory.hparams.parser.get_infer_args. Unset USE_V1. Installed: {versions()}."
             )
-        return original(args)
+        return stock(args)
 
-    replace(module, get_args=get_args)
+    replace(module, get_args)

@@ -1,11 +1,10 @@
-"""bfloat16 weights in columns, for CPUs on which oneDNN has no bfloat16 kernels (without AVX-512).
+"""bfloat16 weights in column tiles, for CPUs on which oneDNN has no bfloat16 kernels (without AVX-512).
 
-Torch's own product with one row goes along each row of a weight in turn. FBGEMM's embedding kernels, which torch brings
-(``torch.embedding_bag``: the sum of some rows of a table, each times its own factor, in float32), fetch memory ahead and
-took up to a quarter less time. So a weight [out, in] is kept as a table of ``in`` rows for each :data:`WIDTH` outputs, and a product is
-the sum of a table's rows times the numbers of x.
+A weight [out, in] is kept as one table of ``in`` rows for each :data:`WIDTH` outputs. A matrix-vector product is then a weighted sum of
+table rows, which is what FBGEMM's embedding kernels compute (``torch.embedding_bag``, with float32 sums). They prefetch, which
+PyTorch's own bfloat16 kernel, going along one row after the other, does not.
 
-The products are also compiled by TorchScript (:mod:`.scripted_experts`), which knows no globals but as defaults of parameters.
+TorchScript compiles these functions too (``engines/onednn/script.py``). It sees globals only as default values of parameters.
 """
 
 from __future__ import annotations
@@ -16,27 +15,26 @@ import torch
 from torch import Tensor
 
 WIDTH = 64
-"""outputs side by side: two lines of the CPU's cache; with more, FBGEMM runs out of registers, with fewer, reading its
-row numbers and factors shows"""
+"""outputs in a tile: two cache lines. With more, FBGEMM runs out of registers; with fewer, reading row numbers and factors shows"""
 BLOCK = 2**20
-"""numbers of a weight that are transposed, or converted to float32, at a time: they stay in the cache"""
+"""values of a weight that are transposed, or converted to float32, at a time: they stay in the cache"""
 ROWS_AT_ONCE = 2**22
-"""of tables in one call: their numbers, of four bytes each, are kept"""
+"""table rows in one call; their numbers, of four bytes each, are kept"""
 MANY_ROWS = 512
-"""of x, for which one wide product is faster than one for each table"""
+"""rows of x from which one wide product is faster than one for each table"""
 
 _APART = 64
-"""numbers between the rows of what is transposed; rows at powers of two would all want the same place in the cache"""
+"""padding between the rows of what is transposed; at powers of two, all rows would map to the same cache sets"""
 
 
 def layout(size: tuple[int, int]) -> tuple[int, int, int]:
-    """Of a weight (out, in): [out / WIDTH, in, WIDTH]."""
+    """Shape of the tiles of a weight (out, in): [out / WIDTH, in, WIDTH]."""
     return size[0] // WIDTH, size[1], WIDTH
 
 
 def store(columns: torch.Tensor, rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """Write a weight, its rows in one tensor or several, [..., in] each, into columns [out / WIDTH, in, WIDTH]."""
-    columns.zero_()  # new memory is had twice as fast from end to end as by threads that write across it
+    columns.zero_()  # page faults are cheaper in memory order than from threads that write across it
     width, written = columns.shape[1], 0
     lines = max(1, BLOCK // (width * WIDTH)) * WIDTH
     apart = columns.new_empty(lines, width + _APART)[:, :width]

@@ -1,9 +1,7 @@
-"""Where bfloat16 weights are read fastest: packed or plain, in large pages.
+"""The layout in which a bfloat16 weight is read fastest: packed or plain, in huge pages.
 
-Packed are weights in oneDNN's layout where it has bfloat16 kernels, and in columns (:mod:`.columns`) where it has none.
-Its layout saves oneDNN from reading plain weights row by row. With AVX-512 it was faster for every size that was tried;
-with AMX it took from 0.8 to 1.5 times as long as the plain product, depending on the size. Without AVX-512, columns were
-faster for all but the smallest. So it is measured.
+Packed means oneDNN's layout where it has bfloat16 kernels, and column tiles (:mod:`.column_tiles`) where it has none. Which layout is
+faster depends on the CPU and, with AMX, on the size; so each size is measured once.
 """
 
 from __future__ import annotations
@@ -16,23 +14,24 @@ from time import perf_counter
 import torch
 
 from ..ground.measurements import Remembered
-from ..ground.paging import in_large_pages
+from ..ground.paging import in_huge_pages
 from . import column_tiles as columns
-from .linear import has_bfloat16_kernels, linear
+from .linear import linear
 from .mkldnn_blob import OneDNNPlaces
+from .mkldnn_ops import has_bfloat16_kernels
 
 Size = tuple[int, int]
 """(out, in) of a weight"""
 
 SMALLEST = 2**20
-"""bytes of a weight; smaller ones are in the CPU's cache, and calling is what they cost"""
+"""bytes of a weight; smaller ones lie in the CPU's cache, and the call dominates"""
 
 _COLUMNS = 1.05
-"""what a token may take in columns of the time with the plain weight: two to thirty rows, as an expert has of a prompt, take
-two thirds to nine tenths of it"""
+"""column tiles may take this many times as long for one row, since they are faster for the two to thirty rows that an expert gets
+of a prompt"""
 _TURNS = 9
 _known: dict[tuple[int, Size], float] = {}
-"""what was measured or recalled in this process, with so many threads: the time with packed weights over that with plain"""
+"""(threads, size) -> time with packed over time with plain weights, measured or recalled in this process"""
 
 
 def size_of(weight: torch.Tensor) -> Size:
@@ -42,12 +41,12 @@ def size_of(weight: torch.Tensor) -> Size:
 
 
 def fits(size: Size) -> bool:
-    """Whether a weight of that size can be packed."""
+    """Whether a weight of this size can be packed."""
     return has_bfloat16_kernels() or size[0] % columns.WIDTH == 0
 
 
 def is_packed(weight: torch.Tensor) -> bool:
-    """Whether a weight that :func:`placing` has placed is. In oneDNN's layout it has its shape and type, and no address."""
+    """Whether a weight from :func:`placing` is packed. In oneDNN's layout it has its shape and dtype, but no address."""
     return weight.dim() == 3 or weight.layout != torch.strided
 
 
@@ -57,19 +56,16 @@ def unpack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def placing(size: Size, count: int, packed: bool) -> Callable[..., torch.Tensor]:
-    """Where weights of a size go for good.
-
-    Args:
-        count: how many there will be; they share one block of memory.
+    """Memory for ``count`` weights of one size, in one block.
 
     Returns:
-        A call (number of the weight, its rows in one tensor or several, [..., in] each) -> the weight in its place.
+        A call (index of the weight, its rows in one tensor or several, [..., in] each) -> the weight in its place.
     """
 
     if packed and has_bfloat16_kernels():
         return OneDNNPlaces(size, count)
     shape = columns.layout(size) if packed else size
-    block = in_large_pages(torch.empty(count, *shape, dtype=torch.bfloat16, device="cpu"))
+    block = in_huge_pages(torch.empty(count, *shape, dtype=torch.bfloat16, device="cpu"))
     if packed:
         return lambda number, *rows: columns.store(block[number], rows)
     return lambda number, *rows: torch.cat(rows, out=block[number])
@@ -77,15 +73,14 @@ def placing(size: Size, count: int, packed: bool) -> Callable[..., torch.Tensor]
 
 @torch.inference_mode()
 def faster_packed(sizes: Collection[Size], sample: Callable[[], Mapping[Size, Sequence[torch.Tensor]]]) -> set[Size]:
-    """The sizes of weights whose product with one row, as in a chat's answers, is faster with packed weights.
+    """The sizes for which packed weights are faster to multiply with one row, as in decoding.
 
-    Each size is measured once on a machine, in turn with the others, so that weights come from memory and not from the
-    CPU's cache. Small ones are counted in without measuring, which would show little but noise; in columns they would cost
-    more calls, and are not.
+    Each size is measured once on a machine, in turn with the others, so that weights come from memory and not from the CPU's cache.
+    Small ones are not measured, which would show little but noise: they count as faster in oneDNN's layout, and not in column tiles,
+    which would cost more calls.
 
     Args:
-        sample: called where one of them has yet to be measured: plain weights in bfloat16 by their size; the more there are,
-            the surer the cache holds none.
+        sample: called if a size has yet to be measured: size -> plain bfloat16 weights. The more, the less the cache can hold.
     """
     small = {size for size in sizes if 2 * prod(size) < SMALLEST}
     large = {size: (torch.get_num_threads(), size) for size in set(filter(fits, sizes)) - small}
@@ -108,7 +103,7 @@ def forget_measured() -> None:
 
 
 def _memory() -> Remembered:
-    # by their layout, which ONEDNN_MAX_CPU_ISA may have otherwise the next time
+    # by layout: ONEDNN_MAX_CPU_ISA may change it the next time
     layout = "oneDNN's in large pages" if has_bfloat16_kernels() else "columns"
     return Remembered({"packed over plain": "threads, out, in, ratio of times", "layout": layout})
 

@@ -1,4 +1,4 @@
-"""Torch's library of products, for what it offers C and not Python."""
+"""libtorch_cpu, for what it offers C and not Python."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 @cache
 def libtorch() -> ctypes.CDLL:
-    """Also finds what that library is linked with, as OpenMP's.
+    """The loaded library; it also resolves the symbols of the libraries it is linked with, such as OpenMP's.
 
     Raises:
-        OSError: This torch is built in another way.
+        OSError: This PyTorch was built in another way.
     """
     return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))

@@ -1,8 +1,8 @@
-"""Weights in oneDNN's own layout, those of one size in one block of large pages.
+"""Weights in oneDNN's own layout, all of one size in one block of huge pages.
 
-Torch packs each weight into new memory of its own, in pages of 4 KiB, and offers Python no way to say where. Its AOTInductor
-does: it stores packed weights in the models that it compiles, and makes tensors of them where they lie, through C functions
-that keep their signatures from release to release (``torch/csrc/inductor/aoti_torch/c/shim.h``).
+PyTorch packs each weight into newly allocated memory in pages of 4 KiB, and Python cannot say where. AOTInductor can: it stores packed
+weights in the models that it compiles, and makes tensors of them in place, through C functions that keep their signatures from release
+to release (``torch/csrc/inductor/aoti_torch/c/shim.h``).
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from functools import cache
 
 import torch
 
-from ..ground.paging import in_large_pages
+from ..ground.internals import Internal
+from ..ground.paging import in_huge_pages
 from .libtorch import libtorch
+from .mkldnn_ops import pack
 
+INTERNAL = Internal("mkldnn-blob", "torch", ">=2.9,<2.10")
 _MEMORY = "_kt_memory"
-"""set on a tensor: the block that its numbers lie in"""
+"""attribute of a tensor: the block that holds its values"""
 _capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
     ("PyCapsule_New", ctypes.pythonapi)
 )
 
 
 class OneDNNPlaces:
-    """Places for so many weights of one size.
-
-    A product with one row reads them at 29 GB/s where it read 26.6 in pages of 4 KiB, and 27 where they began anywhere in a
-    page (two cores of a Xeon with AMX).
-    """
+    """Places for ``count`` weights of one size, each from the start of a page: one row times such a weight reads memory faster
+    than from pages of 4 KiB, or from anywhere in a page."""
 
     def __init__(self, size: tuple[int, int], count: int):
         self._rows = torch.empty(size, dtype=torch.bfloat16, device="cpu")
@@ -39,14 +39,14 @@ class OneDNNPlaces:
         """Put a weight into a place.
 
         Args:
-            number: of the place, from 0.
+            number: index of the place.
             rows: the weight's rows [out, in], in one tensor or several.
 
         Returns:
-            [out, in] as a tensor whose values Python cannot read. An alias (``detach()``) does not keep its memory.
+            [out, in], a tensor whose values Python cannot read. An alias (``detach()``) does not keep its memory alive.
         """
         plain = torch.cat(rows, out=self._rows) if len(rows) > 1 else rows[0]
-        packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(plain, 1)
+        packed = pack(plain)
         if not _can_adopt():
             return packed
         size: int = torch.ops.mkldnn._nbytes(packed)
@@ -59,7 +59,7 @@ class OneDNNPlaces:
 
 
 def as_parameter(weight: torch.Tensor) -> torch.nn.Parameter:
-    """The weight as a layer holds it, its memory with it."""
+    """The weight as a layer holds it; keeps its memory alive."""
     parameter = torch.nn.Parameter(weight, requires_grad=False)
     vars(parameter).update(vars(weight))
     return parameter
@@ -68,11 +68,11 @@ def as_parameter(weight: torch.Tensor) -> torch.nn.Parameter:
 def _from_page_start(count: int, step: int) -> torch.Tensor:
     memory = torch.empty(count * step + mmap.PAGESIZE, dtype=torch.uint8, device="cpu")
     start = -memory.data_ptr() % mmap.PAGESIZE
-    return in_large_pages(memory[start : start + count * step].view(count, step))
+    return in_huge_pages(memory[start : start + count * step].view(count, step))
 
 
 def _adopt(place: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    """A tensor like a packed one, whose numbers are those in place."""
+    """A tensor like ``packed`` whose values are those in ``place``."""
     layout = torch.ops.mkldnn._get_mkldnn_serialized_md(packed)
     rows, columns = packed.shape
     pair, handle, torchs = ctypes.c_int64 * 2, ctypes.c_void_p(), libtorch()
@@ -83,7 +83,7 @@ def _adopt(place: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     )  # fmt: skip
     if failed:
         raise RuntimeError("torch could not make a tensor of a packed weight")
-    # Its sibling for a single tensor leaves another reference behind, and so never frees one.
+    # The function for a single tensor leaks a reference.
     found: torch.Tensor
     (found,) = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule(handle, None, None)])
     vars(found)[_MEMORY] = place
@@ -92,7 +92,9 @@ def _adopt(place: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _can_adopt() -> bool:
-    """Whether this torch has all that is needed; where not, weights stay where it packs them."""
+    """Whether this PyTorch has all that is needed; otherwise weights stay where it packs them."""
+    if not INTERNAL.usable:
+        return False
     names = ("create_tensor_from_blob_v2", "dtype_bfloat16", "device_type_cpu", "layout__mkldnn")
     try:
         all_there = all(hasattr(libtorch(), f"aoti_torch_{name}") for name in names)

@@ -1,9 +1,11 @@
-"""libgomp's teams: the threads that torch's products wait with between two products.
+"""libgomp's thread teams, in which PyTorch computes its CPU kernels.
 
-They spin, so that the next product finds them awake, unless libgomp manages more threads than there are CPUs; then it
-puts them to sleep almost at once (``gomp_throttled_spin_count_var`` in its ``team.c``), and each product pays for
-waking them. Every thread that ever computed owns a team: the one that loaded the model, and in LLaMA-Factory's chats
-each thread that generates. Two teams are already too many. So whoever wants threads of Python's borrows those of the team.
+Between two kernels a team's threads spin, unless libgomp manages more threads than there are CPUs: then it puts them to sleep almost
+at once (``gomp_throttled_spin_count_var`` in its ``team.c``), and each kernel pays for waking them. Every thread that ever called a
+kernel owns a team: the one that loaded the model and, in LLaMA-Factory's chats, each thread that generates. Two teams are already too
+many, so whoever needs threads borrows the team's.
+
+Calls libgomp through ctypes: ``omp_pause_resource_all`` (OpenMP 5.0) and ``GOMP_parallel`` (libgomp's binary interface for compilers).
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from pathlib import Path
 
 import torch
 
+from ..ground.internals import Internal
 from .libtorch import libtorch
 
+INTERNAL = Internal("openmp", "torch", ">=2.9,<2.12")
 _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _HARD = 2
 """omp_pause_hard (OpenMP 5.0, section 3.2.44)"""
@@ -39,11 +43,9 @@ os.register_at_fork(after_in_child=_Team.is_parents)
 
 
 def release_team() -> None:
-    """End the threads that wait for the calling thread's next product; that product starts new ones, in 0.1 ms.
-
-    On two cores, a prompt of 128 tokens took a quarter longer in a chat whose loading thread kept its team.
-    """
-    if _Team.parents:
+    """End the calling thread's team. Its next kernel starts a new one, which is cheap; a team left spinning takes the cores of the
+    thread that generates."""
+    if _Team.parents or not INTERNAL.usable:
         return
     for library in _libraries():
         with contextlib.suppress(AttributeError):  # older than OpenMP 5.0
@@ -51,12 +53,13 @@ def release_team() -> None:
 
 
 def in_team(work: Callable[[], None], threads: int) -> None:
-    """Call ``work`` in so many threads of the calling thread's team, itself among them, and wait for all.
+    """Call ``work`` in ``threads`` threads of the calling thread's team, itself among them, and wait for all. Inside, each thread
+    computes the kernels it calls alone, as in any parallel region of OpenMP.
 
-    Torch's products inside it are computed by the thread that calls them, as in any parallel region of OpenMP.
+    Where libgomp is out of reach, the calling thread does all the work.
 
     Raises:
-        BaseException: What the first of them raised.
+        BaseException: The first that a thread raised.
     """
     raised: list[BaseException] = []
 
@@ -64,12 +67,11 @@ def in_team(work: Callable[[], None], threads: int) -> None:
         try:
             with torch.inference_mode():
                 work()
-        except BaseException as error:  # which would end in C
+        except BaseException as error:  # which C code cannot pass on
             raised.append(error)
 
-    try:
-        parallel = _torchs().GOMP_parallel
-    except AttributeError:  # a torch with another OpenMP
+    parallel = getattr(_torchs(), "GOMP_parallel", None) if INTERNAL.usable else None
+    if parallel is None:
         region(None)
     else:
         parallel(_REGION(region), None, threads, 0)
@@ -79,10 +81,10 @@ def in_team(work: Callable[[], None], threads: int) -> None:
 
 @cache
 def throttle() -> None:
-    """Let torch's threads wait without spinning, so that idle-class workers get the cores while torch waits for them.
+    """Let PyTorch's threads wait without spinning, so that idle-class workers get the cores while PyTorch waits for them.
 
-    ``OMP_WAIT_POLICY=PASSIVE`` does this, but libgomp reads it when it is loaded, which is before any of our code. So a
-    thread of our own asks for a team of more threads than there are CPUs, which does nothing and sleeps.
+    ``OMP_WAIT_POLICY=PASSIVE`` does this, but libgomp reads it when it is loaded, before any of our code runs. So a thread of our own
+    asks for a team of more threads than there are CPUs, which then sleeps.
     """
     done = threading.Event()
 
@@ -99,8 +101,8 @@ def throttle() -> None:
 
 @cache
 def _torchs() -> ctypes.CDLL:
-    """The OpenMP that torch computes with, found as the dynamic linker does: what the whole process shares (``LD_PRELOAD`` may
-    bring Intel's, which knows GNU's calls) comes before what torch's library of products is linked with."""
+    """The OpenMP that PyTorch computes with, found as the dynamic linker finds it: what the whole process shares (``LD_PRELOAD`` may
+    bring Intel's, which knows GNU's calls) comes before what libtorch is linked with."""
     process = ctypes.CDLL(None)
     if hasattr(process, "GOMP_parallel"):
         return process
@@ -109,6 +111,6 @@ def _torchs() -> ctypes.CDLL:
 
 @cache
 def _libraries() -> list[ctypes.CDLL]:
-    """Every copy in this process; packages bring their own, and which of them torch uses is not said."""
+    """Every copy in this process: packages bring their own, and which one PyTorch uses is unknown."""
     paths = re.findall(r"\S*/libgomp[^/\s]*\.so\S*", Path("/proc/self/maps").read_text())
     return [ctypes.CDLL(path) for path in sorted(set(paths))]

@@ -7,23 +7,22 @@ alone.
 from __future__ import annotations
 
 import functools
-import inspect
 from dataclasses import replace
 from typing import Any
 
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from ..ground.internals import Internal
 from .config import KTExpertsConfig
 
-_PARAMETERS = ["quantization_config", "quantization_config_from_args"]
+INTERNAL = Internal("quantised-checkpoints", "transformers", ">=5.6,<5.7")
 
 
 def accept_quantised_checkpoints() -> None:
-    """Let ``from_pretrained`` put the checkpoint's own configuration into ours. Does nothing where transformers' function has
-    other parameters; it then refuses the two, as it always did."""
-    stock = AutoHfQuantizer.merge_quantization_configs
-    if list(inspect.signature(stock).parameters) != _PARAMETERS:
+    """Let ``from_pretrained`` put the checkpoint's own configuration into ours. Elsewhere transformers refuses the two."""
+    if not INTERNAL.usable:
         return
+    stock = AutoHfQuantizer.merge_quantization_configs
 
     @functools.wraps(stock)
     def merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:

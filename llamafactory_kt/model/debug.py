@@ -1,6 +1,6 @@
-"""What ``kt_debug`` adds to a forward: a log of each step, a check of ranges, a trace of chosen experts, a summary.
+"""What ``kt_debug`` adds to a forward: a log of each step, a check for NaN and Inf, a trace of the chosen experts, a summary.
 
-Times are taken on the CPU's clock, so with a GPU the device is waited for before each; that makes a debugged chat slower.
+Times are wall-clock times on the CPU. With a GPU, each begins by waiting for it, which makes a debugged chat slower.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ logger = logging.getLogger(__name__)
 
 
 class NotFiniteError(RuntimeError):
-    """A tensor has NaN or Inf where the experts begin or end."""
+    """The experts' input or output holds NaN or Inf."""
 
 
 class Debugger:
     """Follows the calls of one model.
 
     Args:
-        directory: for ``steps.log`` (else on stderr, out of the chat), ``experts.jsonl`` (a line a token and layer), ``trace_prompt.json`` and ``trace_answer.json``
-            (torch.profiler's, in Chrome's format, of the first step of each kind); None writes no files.
+        directory: gets ``steps.log`` (without it, steps go to stderr), ``experts.jsonl`` (a line a token and layer),
+            ``trace_prompt.json`` and ``trace_answer.json`` (torch.profiler's, in Chrome's format, of the first step of each kind);
+            None writes no files.
     """
 
     def __init__(self, directory: Path | None):
@@ -100,7 +101,7 @@ class Debugger:
         print(*lines, sep="\n", file=self._log or sys.stderr)
 
     def watch_router(self, block: nn.Module) -> None:
-        """Measure the router of a MoE block: its child ``gate`` or ``router``; what the block itself computes is rest."""
+        """Measure the router of a MoE block: its child ``gate`` or ``router``. What the block itself computes counts as rest."""
         for name, child in block.named_children():
             if name in ("gate", "router"):
                 child.register_forward_pre_hook(self._before_router)
@@ -115,7 +116,7 @@ class Debugger:
         self._local.router = getattr(self._local, "router", 0.0) + time.perf_counter() - self._local.began
 
     def forward(self, layer: int, engine: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
-        """One layer's experts, measured, checked and traced; arguments and result as of the module's own forward."""
+        """One layer's experts, measured, checked and traced; arguments and result are those of the experts module."""
         device = hidden.device
         self._wait(device)
         begun = time.perf_counter()
@@ -159,7 +160,7 @@ class Debugger:
         return f"DEBUG profile: {self._steps} steps, {self._tokens} tokens, {total:.2f} s: {parts}"
 
     def close(self) -> None:
-        """Log the summary and finish the files; at the end of the process by itself."""
+        """Log the summary and close the files; happens by itself at the end of the process."""
         if self._steps:
             logger.info("%s", self.summary())
         if self._file is not None:

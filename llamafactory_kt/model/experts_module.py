@@ -10,7 +10,7 @@ from torch import nn
 
 from ..checkpoint.discovery import ExpertsModule
 from ..engines.base import Engine
-from ..ground.process import enter
+from ..ground.process import register_thread
 from .debug import Debugger
 from .gpu_transfer import CudaStream, HostTransfer
 from .router_counts import RouterCounts
@@ -54,7 +54,7 @@ class KTExperts(nn.Module):
         """hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H], on the input's device and dtype."""
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             raise RuntimeError("KT experts are for inference; run the model under torch.no_grad().")
-        enter()
+        register_thread()
         given = hidden_states, top_k_index, top_k_weights
         seen = self.router_counts.add if self.router_counts is not None else None
         on_cpu = hidden_states.device.type == "cpu"

@@ -11,7 +11,7 @@ from ..checkpoint.fp8 import SCALE_SUFFIX, Block, dequantize
 
 
 class Fp8Dequantize(ConversionOps):  # type: ignore[misc]
-    """transformers' loading step for everything but routed experts: the result has the dtype of the model's parameter."""
+    """Dequantises a weight while transformers loads it, to the dtype of the model's parameter."""
 
     def __init__(self, block: Block):
         self._block = block
@@ -28,6 +28,6 @@ class Fp8Dequantize(ConversionOps):  # type: ignore[misc]
 
 
 def loading_rules(block: Block) -> list[WeightConverter]:
-    """How transformers reads the other modules' weights: each with its scales."""
+    """Rules by which transformers reads the other modules' weights, each with its scales."""
     sources = ["weight$", f"weight{SCALE_SUFFIX}", "activation_scale"]  # the latter is for FP8 arithmetic: not used
     return [WeightConverter(source_patterns=sources, target_patterns="weight", operations=[Fp8Dequantize(block)])]

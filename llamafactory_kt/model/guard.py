@@ -23,7 +23,7 @@ Observer = Callable[[dict[str, Any]], contextlib.AbstractContextManager[Any]]
 
 @contextlib.contextmanager
 def _own_team(_: dict[str, Any]) -> Iterator[None]:
-    """Torch's threads wait for the next product as long as a generation runs, and no longer."""
+    """PyTorch's threads spin between kernels only while a generation runs."""
     try:
         yield
     finally:
@@ -34,7 +34,7 @@ def guard(model: nn.Module, observe: bool = False, debugger: Debugger | None = N
     """Let the model's ``generate`` and ``forward`` hold a lock of its own, also where PEFT wraps the model.
 
     Args:
-        observe: note what each call is about, for the layers' :class:`RouterCounts`.
+        observe: note for the layers' :class:`RouterCounts` what each call computes.
         debugger: follows each call of ``forward``.
     """
     lock, reference = ModelLock(), weakref.ref(model)  # no cycle: a dropped model gives its memory back at once

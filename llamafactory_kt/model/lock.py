@@ -11,10 +11,8 @@ from ..matmul.openmp import release_team
 
 
 class ModelLock:
-    """Many generations at once, or one exchange alone. An exchange that waits goes before generations that come later.
-
-    The standard library has no such lock.
-    """
+    """A readers-writer lock: many generations at once, or one exchange alone. An exchange that waits goes before generations that come
+    later. The standard library has no such lock."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -25,7 +23,7 @@ class ModelLock:
 
     @contextlib.contextmanager
     def generation(self) -> Iterator[None]:
-        """Hold the model as it is. A thread may enter again while it is inside: ``generate`` calls ``forward``.
+        """Keep the model as it is. Reentrant: ``generate`` calls ``forward``.
 
         Raises:
             KTKernelError: The process was forked from the model's.

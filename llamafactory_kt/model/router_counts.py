@@ -1,7 +1,7 @@
 """Counting what routers choose: tokens and routing weight per expert, of prompts and of answers.
 
-A router sees rows without knowing which of them are padding. The model's call does, so its gate notes it here, for the
-layers of the same thread to read.
+A router sees rows without knowing which of them are padding. The call of the model knows, so it is noted here, for the layers of the
+same thread to read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _local = threading.local()
 
 
 KEPT_ROWS = 1024
-"""rows of choices that are kept before they are added up, which costs a token far less than adding up each"""
+"""rows that are kept before they are added up, which is cheaper than adding up each token"""
 
 
 class RouterCounts:
@@ -35,7 +35,7 @@ class RouterCounts:
         self._rows = 0
 
     def add(self, index: torch.Tensor, weights: torch.Tensor) -> None:
-        """Count one call: index [T, K] int64 and weights [T, K], on the CPU; rows that are padding are left out."""
+        """Count one call: index [T, K] int64 and weights [T, K], on the CPU. Padding is left out."""
         phase, mask = getattr(_local, "call", (PROMPT, None))
         if mask is not None and len(mask) == len(index):
             index, weights = index[mask], weights[mask]
@@ -65,8 +65,7 @@ class RouterCounts:
                 array[:] = 0
 
     def snapshot(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens [2], tokens that were routed to each expert [2, E], and the sums of their routing weights [2, E]: copies
-        that belong together."""
+        """Copies, taken together, of: tokens [2], tokens routed to each expert [2, E], sums of their routing weights [2, E]."""
         with self._lock:
             self._add_up()
             return self._tokens.copy(), self._counts.copy(), self._weights.copy()
@@ -74,8 +73,7 @@ class RouterCounts:
 
 @contextlib.contextmanager
 def generation(model: Any, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Around ``model.generate(**kwargs)``: rows of a batch that have ended go on as padding, which is told by their end
-    token."""
+    """Around ``model.generate(**kwargs)``: rows of a batch that have reached their end token go on as padding."""
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     ends = kwargs.get("eos_token_id", getattr(config, "eos_token_id", None))
     before = getattr(_local, "batch", None)
@@ -117,7 +115,7 @@ def call(kwargs: dict[str, Any]) -> Iterator[None]:
 
 
 def phase(kwargs: dict[str, Any]) -> int:
-    """Of ``model.forward(**kwargs)``: one new token on a cache that is not empty is of an answer, all else of a prompt."""
+    """What ``model.forward(**kwargs)`` computes: one new token on a cache that is not empty is an answer's, all else a prompt's."""
     tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     cache = kwargs.get("past_key_values")
     one = isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 and tokens.shape[1] == 1

@@ -13,12 +13,12 @@ SHARED_EXPERTS = ("shared_experts", "shared_expert", "shared_mlp")
 
 
 class SharedExpertsOverlap:
-    """Lets a layer's shared experts, which its forward calls after the routed ones, be queued before those are waited for.
+    """Queues a layer's shared experts on the GPU before the routed ones are waited for.
 
-    Models whose forward calls them first are left as they are.
+    Models that call the shared experts first are left as they are.
 
     Args:
-        module: the shared experts, given the same tokens as the routed ones.
+        module: the shared experts, which get the same tokens as the routed ones.
     """
 
     def __init__(self, module: nn.Module):
@@ -44,5 +44,5 @@ class SharedExpertsOverlap:
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """The same memory, seen in whatever shape. Both are alive, so it holds the same values."""
+    """Whether both are views of the same memory. Both are alive, so they hold the same values."""
     return one.data_ptr() == other.data_ptr() and one.numel() == other.numel() and one.shape[-1] == other.shape[-1]

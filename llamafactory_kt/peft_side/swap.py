@@ -1,4 +1,7 @@
-"""What PEFT and the routers hold of an adapter: exchanged as a whole, and put back as it was where that fails."""
+"""Exchanging what PEFT and the routers have of adapters, as a whole: if it fails, the model is as it was.
+
+PEFT has no public way to take an adapter off and put it back unchanged: we move its layers, and read its classes for them.
+"""
 
 from __future__ import annotations
 
@@ -13,30 +16,37 @@ from torch import nn
 from ..adapters import Adapter
 from ..adapters.keys import PEFT_PREFIX, split_module
 from ..ground.errors import KTAdapterError, name_some
-from .split import PeftPart, router_delta, submodule
+from ..ground.internals import SWITCH, Internal
+from .split import PeftPart, submodule
 
+INTERNAL = Internal("peft-layers", "peft", ">=0.18.1,<0.19")
 logger = logging.getLogger(__name__)
 
 Parts = Sequence[tuple[Adapter, PeftPart]]
 
 
 def exchange_peft_layers(model: Any, parts: Parts, routers: dict[str, torch.Tensor]) -> tuple[Any, Callable[[], None]]:
-    """Put the adapters' non-expert tensors in place of what the model has of earlier ones.
+    """Replace the non-expert tensors of earlier adapters by those of these adapters.
 
     Only these tensors are read. Each adapter's ranks, alphas, patterns, rsLoRA, DoRA and modules_to_save stay in force;
     several adapters are active together and add up.
 
     Args:
         model: the plain model; PEFT changes it in place.
-        routers: the own weights of the routers that earlier adapters have changed; those that these adapters change are added.
+        routers: router -> its weight without LoRA, of all routers that adapters have changed so far; updated.
 
     Returns:
-        The model in PEFT's wrapper (the model itself where PEFT has no part), and a call that puts the old state back.
+        The model in PEFT's wrapper (the model itself if PEFT has no part), and a function that restores the old state.
 
     Raises:
-        KTAdapterError: PEFT cannot wrap a module, wants a tensor the file does not have, or leaves one of ours unused.
-            The model is as it was.
+        KTAdapterError: PEFT cannot wrap a module, needs a tensor that the file does not have, or has no place for one of
+            the file's. The model is as it was.
     """
+    if any(part.modules for _, part in parts) and not INTERNAL.usable:
+        raise KTAdapterError(
+            f"LoRA outside the routed experts needs PEFT {INTERNAL.versions}; another version is installed, or {SWITCH} "
+            "switches this off."
+        )
     undo = _remember(model, {*routers, *(router for _, part in parts for router in part.routers)})
     try:
         _detach(model)
@@ -48,8 +58,8 @@ def exchange_peft_layers(model: Any, parts: Parts, routers: dict[str, torch.Tens
 
 
 def merge_peft_layers(wrapped: Any) -> Any:
-    """Let PEFT merge what it has wrapped, for good. Returns the plain model."""
-    if not hasattr(wrapped, "merge_and_unload"):  # there was nothing to wrap
+    """Let PEFT merge its LoRA into the weights for good. Returns the plain model."""
+    if not hasattr(wrapped, "merge_and_unload"):  # PEFT has no part
         return wrapped
     plain = wrapped.merge_and_unload()
     vars(plain).pop("peft_config", None)
@@ -61,21 +71,21 @@ def _wrap(model: Any, parts: Parts) -> Any:
     from peft.functional import cast_adapter_dtype
     from peft.utils import set_peft_model_state_dict
 
-    wrapped, names = model, []
-    for number, (adapter, part) in enumerate(parts, start=1):
-        config, name = _config(adapter, part), f"adapter_{number}" if number > 1 else "default"
+    wrapped, names = model, ["default", *(f"adapter_{number}" for number in range(2, len(parts) + 1))]
+    for name, (adapter, part) in zip(names, parts, strict=False):
+        config = _config(adapter, part)
         state = {
             f"{PEFT_PREFIX}{module}.{split_module(tensor)[1]}": adapter.read(tensor)
             for module, tensors in part.modules.items()
             for tensor in tensors
         }
         try:
-            if number == 1:
+            if wrapped is model:
                 wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
                 wrapped = wrap(model, config, adapter_name=name)
             else:
                 wrapped.add_adapter(name, config)
-                cast_adapter_dtype(wrapped, name)  # to float32, as PEFT does with the first
+                cast_adapter_dtype(wrapped, name)  # to float32, as PEFT does for the first
             result = set_peft_model_state_dict(wrapped, state, adapter_name=name)
         except (ValueError, RuntimeError, KeyError) as error:
             raise KTAdapterError(f"{adapter.store.path}: PEFT cannot apply the non-expert part: {error}") from error
@@ -85,14 +95,13 @@ def _wrap(model: Any, parts: Parts) -> Any:
                 f"{adapter.store.path}: PEFT found no tensor for {name_some(missing, 3) or 'nothing'} and no place for "
                 f"{name_some(result.unexpected_keys, 3) or 'nothing'}."
             )
-        names.append(name)
-    if len(names) > 1:
+    if len(parts) > 1:
         wrapped.base_model.set_adapter(names, inference_mode=True)
     return wrapped.eval()
 
 
 def peft_reads_weights(adapter: Adapter) -> bool:
-    """Whether PEFT reads or copies weights of the model when it gets this adapter, as LoRA itself does not."""
+    """Whether PEFT reads or copies weights of the model for this adapter; for plain LoRA it does not."""
     settings = adapter.settings.raw
     start = settings.get("init_lora_weights", True)
     return bool(settings.get("use_dora") or settings.get("modules_to_save") or start not in (True, False, "gaussian"))
@@ -106,7 +115,7 @@ def _config(adapter: Adapter, part: PeftPart) -> Any:
     return LoraConfig(
         **{key: value for key, value in adapter.settings.raw.items() if key in fields}
         | {
-            # Exact names replace every other way of choosing layers.
+            # Exact names replace every other way of choosing modules.
             "target_modules": [t for t in part.targets if t.rpartition(".")[2] not in saved] or None,
             "exclude_modules": None,
             "layers_to_transform": None,
@@ -118,17 +127,13 @@ def _config(adapter: Adapter, part: PeftPart) -> Any:
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules PEFT has put around the model's own, outermost first."""
+    """name -> PEFT's outermost wrapper around one of the model's own modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not any(
-            name.startswith(f"{outer}.") for outer in found
-        ):
-            found[name] = module
-    return found
+    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
+    found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {name: found[name] for name in found if not any(name.startswith(f"{outer}.") for outer in found)}
 
 
 def _detach(model: Any) -> None:
@@ -163,12 +168,12 @@ def _weight(model: nn.Module, router: str) -> torch.Tensor:
 
 
 def _set_routers(model: Any, parts: Parts, pristine: dict[str, torch.Tensor]) -> None:
-    """Each router's own weight with the sum of the adapters' LoRA, rounded once to its dtype."""
+    """Set each router to its own weight plus the sum of the adapters' LoRA, rounded once to its dtype."""
     deltas: dict[str, torch.Tensor] = {}
     for adapter, part in parts:
-        for name, tensors in part.routers.items():
-            delta = router_delta(model, adapter, name, tensors)
-            deltas[name] = deltas[name] + delta if name in deltas else delta
+        for name, pair in part.routers.items():
+            a, b = (adapter.read(tensor).float() for tensor in pair)
+            deltas[name] = deltas.get(name, 0) + adapter.settings.scaling(name, a.shape[0]) * (b @ a)
     for name in {*pristine, *deltas}:
         weight = _weight(model, name)
         own = pristine.setdefault(name, weight.clone())

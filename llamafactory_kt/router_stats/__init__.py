@@ -1,1 +1,1 @@
-"""What the routers of a running model have chosen: tables and pictures."""
+"""Router statistics of a running model: tables and plots."""

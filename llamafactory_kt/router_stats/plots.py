@@ -1,4 +1,4 @@
-"""Pictures, through matplotlib's object interface: no global state, so threads of a web server may draw."""
+"""Plots through matplotlib's object interface: no global state, so a web server's threads may draw."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def heat_map(
     rows: Mapping[int, Sequence[float]], title: str, marks: Mapping[int, Sequence[float]] | None = None,
     mark_label: str = "", label: str = "",
 ) -> Figure:  # fmt: skip
-    """Layers x experts.
+    """Draw layers x experts.
 
     Args:
         rows: layer -> value per expert; layers may have different numbers of experts.
-        marks: a second value per expert, drawn as circles whose area follows it.
+        marks: layer -> second value per expert, drawn as circles of proportional area.
     """
     from matplotlib.figure import Figure
 
@@ -36,7 +36,7 @@ def heat_map(
         figsize=(min(16, max(6, 1.5 + 0.16 * width)), max(2.8, 1.6 + 0.25 * len(rows))), layout="constrained"
     )
     axes = figure.add_subplot()
-    top = float(np.nanmax(grid)) or 1.0  # nothing was counted yet
+    top = float(np.nanmax(grid)) or 1.0  # no counts yet
     image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0, vmax=top)
     axes.set(xlabel="expert", ylabel="layer", title=title)
     step = max(1, len(rows) // 32)
@@ -58,39 +58,33 @@ def heat_map(
     return figure
 
 
-def bars(names: Sequence[str], values: Mapping[str, Sequence[float]], unit: str) -> Figure:
-    """One group of horizontal bars a name, one bar a key of ``values``."""
+def bars(names: Sequence[str], values: Sequence[float], unit: str) -> Figure:
+    """Horizontal bars, one per name."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 1.1 + 0.32 * len(names) * max(1, len(values))), layout="constrained")
+    figure = Figure(figsize=(6, 1.1 + 0.32 * len(names)), layout="constrained")
     axes = figure.add_subplot()
-    height = 0.8 / len(values)
-    for place, (label, row) in enumerate(values.items()):
-        at = [number + (place - (len(values) - 1) / 2) * height for number in range(len(names))]
-        drawn = axes.barh(at, row, height, label=label)
-        axes.bar_label(drawn, fmt="%.3g", padding=2)
+    axes.bar_label(axes.barh(range(len(names)), values), fmt="%.3g", padding=2)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlabel(unit)
-    if len(values) > 1:
-        axes.legend(frameon=False)
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """As PNG."""
+def save(figure: Figure, path: Path | io.BytesIO) -> None:
+    """Write a PNG."""
     figure.savefig(path, dpi=DPI, format="png")
 
 
 def data_uri(figure: Figure) -> str:
-    """As a PNG inside an address, for a file of HTML that needs no other."""
+    """The PNG as a ``data:`` URI, for self-contained HTML."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=DPI, format="png")
+    save(figure, buffer)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def router_heat_map(stats: Mapping[int, Any], title: str, norms: Mapping[int, Sequence[float]] | None = None) -> Figure:
-    """Each expert's share of its layer's tokens, against an even share, with ``‖ΔW‖`` as circles."""
+    """Draw each expert's tokens relative to its layer's mean, with ``‖ΔW‖`` as circles."""
     rows = {layer: entry.balance.tolist() for layer, entry in stats.items()}
     return heat_map(rows, title, norms, "area: ‖ΔW‖ of the adapter", "tokens / mean of the layer")

@@ -1,4 +1,4 @@
-"""What the routers of a running model have chosen: counts per layer, with balance and variance."""
+"""Router statistics of a running model: per layer and expert, with balance and variance."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from ..ground.errors import KTModelError, name_some
 from ..model.state import kt_state
 
-ENOUGH = 4.0
-"""tokens per expert, on average, below which an uneven load may be chance and is not called high"""
+MIN_MEAN_TOKENS = 4.0
+"""mean tokens per expert below which an uneven load may be chance"""
 
 
 @dataclass(frozen=True)
@@ -23,48 +24,44 @@ class LayerStats:
 
     layer: int
     tokens: int
-    """tokens that went through the router, padding not counted"""
+    """tokens that the router has routed, without padding"""
     prompt_tokens: int
-    """those of them that are of prompts; the others are of answers"""
-    prompt_counts: np.ndarray
-    """[E] int64: tokens of prompts that were routed to each expert"""
-    answer_counts: np.ndarray
+    """those in prompts; the others are in answers"""
+    prompt_counts: NDArray[np.int64]
+    """[E] int64: prompt tokens routed to each expert"""
+    answer_counts: NDArray[np.int64]
     """[E] int64: the same for answers"""
-    prompt_weights: np.ndarray
-    """[E] float64: sum of the routing weights of tokens of prompts"""
-    answer_weights: np.ndarray
+    prompt_weights: NDArray[np.float64]
+    """[E] float64: sum of the prompt tokens' routing weights"""
+    answer_weights: NDArray[np.float64]
     """[E] float64: the same for answers"""
 
     @property
-    def counts(self) -> np.ndarray:
-        """[E] int64: tokens that were routed to each expert."""
-        counts: np.ndarray = self.prompt_counts + self.answer_counts
-        return counts
+    def counts(self) -> NDArray[np.int64]:
+        """[E] int64: tokens routed to each expert."""
+        return self.prompt_counts + self.answer_counts
 
     @property
-    def weights(self) -> np.ndarray:
+    def weights(self) -> NDArray[np.float64]:
         """[E] float64: sum of the routing weights."""
-        weights: np.ndarray = self.prompt_weights + self.answer_weights
-        return weights
+        return self.prompt_weights + self.answer_weights
 
     @property
-    def balance(self) -> np.ndarray:
-        """[E] float64: each expert's tokens over the mean of all; 1.0 everywhere is perfectly even, 0 is idle."""
-        mean = self.counts.mean()
-        balance: np.ndarray = self.counts / mean if mean else np.zeros(len(self.counts))
-        return balance
+    def balance(self) -> NDArray[np.float64]:
+        """[E] float64: each expert's tokens over the layer's mean; 1.0 everywhere is perfectly even, 0 is idle."""
+        counts = self.counts
+        return counts / counts.mean() if counts.any() else np.zeros(len(counts))
 
     @property
     def variance(self) -> float:
-        """Variance of ``counts`` over the experts (of the whole set, not estimated)."""
+        """Population variance of ``counts`` over the experts."""
         return float(self.counts.var())
 
     @property
     def high_variance(self) -> bool:
-        """Whether the load is very uneven: a standard deviation above the mean, with at least :data:`ENOUGH` tokens per
-        expert on average."""
+        """Whether the standard deviation is above the mean, with at least :data:`MIN_MEAN_TOKENS` tokens per expert."""
         mean = float(self.counts.mean())
-        return mean >= ENOUGH and self.variance > mean**2
+        return mean >= MIN_MEAN_TOKENS and self.variance > mean**2
 
     @property
     def idle(self) -> list[int]:
@@ -77,17 +74,13 @@ class LayerStats:
         return f"Expert load balance variance: {self.variance:.1f} (high variance)" if self.high_variance else None
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON values."""
+        """Everything as plain JSON values."""
         arrays = ("prompt_counts", "answer_counts", "prompt_weights", "answer_weights", "counts", "weights", "balance")
         return {
-            "layer": self.layer,
-            "tokens": self.tokens,
-            "prompt_tokens": self.prompt_tokens,
+            "layer": self.layer, "tokens": self.tokens, "prompt_tokens": self.prompt_tokens,
             **{name: getattr(self, name).tolist() for name in arrays},
-            "variance": self.variance,
-            "high_variance": self.high_variance,
-            "idle": self.idle,
-        }
+            "variance": self.variance, "high_variance": self.high_variance, "idle": self.idle,
+        }  # fmt: skip
 
 
 @overload
@@ -95,15 +88,15 @@ def get_router_stats(model: Any, layer_idx: None = None) -> dict[int, LayerStats
 @overload
 def get_router_stats(model: Any, layer_idx: int) -> LayerStats: ...
 def get_router_stats(model: Any, layer_idx: int | None = None) -> dict[int, LayerStats] | LayerStats:
-    """What the routers have chosen since the model was loaded or :func:`reset_router_stats` was called.
+    """Read the counts since the model was loaded or :func:`reset_router_stats` was called.
 
     Args:
-        model: a model with KT experts that was loaded with ``kt_router_stats: true`` or
-            ``KTExpertsConfig(router_stats=True)``; PEFT-wrapped models included.
+        model: a model with KT experts, PEFT-wrapped or not, loaded with ``kt_router_stats: true`` or
+            ``KTExpertsConfig(router_stats=True)``.
         layer_idx: a MoE layer; None for all of them.
 
     Raises:
-        KTModelError: Nothing is counted, or the layer is not a MoE layer.
+        KTModelError: The model does not count, or the layer is not a MoE layer.
     """
     counters = _counters(model)
     if layer_idx is None:
@@ -114,10 +107,10 @@ def get_router_stats(model: Any, layer_idx: int | None = None) -> dict[int, Laye
 
 
 def reset_router_stats(model: Any) -> None:
-    """Count from zero again.
+    """Set all counts to zero.
 
     Raises:
-        KTModelError: Nothing is counted.
+        KTModelError: The model does not count.
     """
     for counter in _counters(model).values():
         counter.reset()
@@ -129,29 +122,25 @@ def print_router_stats(model: Any) -> None:
 
 
 def router_table(stats: dict[int, LayerStats]) -> str:
-    """One row a layer, and below it the layers whose load is very uneven; plain text."""
+    """Plain text: one row per layer, and below the table the layers whose load is very uneven."""
     first = next(iter(stats.values()))
     answers = first.tokens - first.prompt_tokens
     table = Table(
-        "layer", "busiest experts (tokens)", "balance", "variance", "idle",
+        "layer", "busiest experts (tokens)", "balance", "variance", "idle", title_justify="left",
         title=f"Experts: {first.tokens} tokens ({first.prompt_tokens} of prompts, {answers} of answers)",
-        title_justify="left",
     )  # fmt: skip
     for layer, entry in stats.items():
         counts, balance = entry.counts, entry.balance
         order = np.argsort(-counts, kind="stable")[:4]
+        busiest = ", ".join(f"{expert} ({counts[expert]})" for expert in order if counts[expert]) or "-"
         table.add_row(
-            str(layer),
-            ", ".join(f"{expert} ({counts[expert]})" for expert in order if counts[expert]) or "-",
-            f"{balance.min():.2f} to {balance.max():.2f}",
-            f"{entry.variance:.1f}",
+            str(layer), busiest, f"{balance.min():.2f} to {balance.max():.2f}", f"{entry.variance:.1f}",
             f"{len(entry.idle)} of {len(counts)}",
-        )
-    console = Console(file=io.StringIO(), width=110, color_system=None)
-    console.print(table)
-    lines = [console.file.getvalue().rstrip()]  # type: ignore[attr-defined]
-    lines += [f"layer {layer}: {entry.warning}" for layer, entry in stats.items() if entry.warning]
-    return "\n".join(lines)
+        )  # fmt: skip
+    out = io.StringIO()
+    Console(file=out, width=110, color_system=None).print(table)
+    warnings = [f"layer {layer}: {entry.warning}" for layer, entry in stats.items() if entry.warning]
+    return "\n".join([out.getvalue().rstrip(), *warnings])
 
 
 def _counters(model: Any) -> dict[int, Any]:

@@ -1,7 +1,7 @@
-"""Adapters in the form a server takes, made once and kept: a directory a content, outside of any checkpoint.
+"""A cache of adapters in the form that a server takes, outside of any checkpoint.
 
-``<cache>/adapters/<key>/`` holds what was made and ``entry.json``. It appears when it is complete. The key is a hash of
-the adapter's files, of the experts' sizes and of the form, so that a changed adapter is another entry.
+``<cache>/adapters/<key>/`` holds the prepared files and ``entry.json``; the directory appears once it is complete. The key
+hashes the adapter's files, the experts' sizes and the form, so a changed adapter gets another entry.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +20,14 @@ from pathlib import Path
 from ..adapters import Adapter, ExpertsShape
 from ..ground.atomic_output import replacing
 from ..ground.errors import KTPathError
-from ..ground.machine import cache_directory
+from ..ground.file_hash import file_sha256
+from ..ground.machine import cache_directory, gib
+
+logger = logging.getLogger(__name__)
 
 ENTRY = "entry.json"
 VERSION = 1
-"""of the forms that are written; a change makes all entries anew"""
+"""version of the written forms; a change invalidates all entries"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Entry:
 
     @property
     def complete(self) -> bool:
-        """Whether all files are there with their sizes."""
+        """Whether every file exists and has its size."""
         return all((self.path / n).is_file() and (self.path / n).stat().st_size == s for n, s in self.files.items())
 
     @property
@@ -54,47 +58,48 @@ class Entry:
 
 def prepared(
     adapter: Adapter, form: str, shapes: Mapping[int, ExpertsShape] | None, make: Callable[[Path], None]
-) -> Entry:
-    """The entry of an adapter; made if it is not there. Processes that want the same one wait for each other.
+) -> Path:
+    """The directory of the prepared adapter, made if there is none. Processes that want the same one wait for each other.
 
     Args:
         adapter: what to prepare.
-        form: what is made of it, as a name.
-        shapes: the model's experts per layer, which decide what is written beside the adapter's own.
-        make: writes the form's files into the directory it is given.
+        form: the name of the target form.
+        shapes: the model's experts per layer; the layers decide which zeros are written beside the adapter's own tensors.
+        make: writes the files into the directory that it is given.
 
     Raises:
-        KTAdapterError: What ``make`` raises. Nothing is left behind.
+        KTAdapterError: A tensor has a NaN or Inf, or ``make`` raised it; nothing is left behind.
         KTPathError: The cache cannot be written.
     """
-    root = cache_directory() / "adapters"
+    root = _root()
     path = root / _key(adapter, form, shapes)
     with _locked(root):
         entry = _read(path)
-        if entry is not None and entry.complete:
-            return entry
-        shutil.rmtree(path, ignore_errors=True)  # damaged
-        with replacing(path) as temporary:
-            temporary.mkdir()
-            make(temporary)
-            made = sorted(file for file in temporary.rglob("*") if file.is_file())
-            files = {str(file.relative_to(temporary)): file.stat().st_size for file in made}
-            entry = Entry(path, str(adapter.directory.resolve()), form, time.time(), files)
-            text = json.dumps({**asdict(entry), "path": str(path)}, indent=2)
-            (temporary / ENTRY).write_text(text, encoding="utf-8")
-    return entry
+        if entry is None or not entry.complete:
+            logger.info("Preparing %s for SGLang (%s)", adapter.directory, form)
+            shutil.rmtree(path, ignore_errors=True)  # damaged
+            with replacing(path) as temporary:
+                temporary.mkdir()
+                adapter.check_finite(adapter.other_names)
+                make(temporary)
+                made = sorted(file for file in temporary.rglob("*") if file.is_file())
+                files = {str(file.relative_to(temporary)): file.stat().st_size for file in made}
+                entry = Entry(path, str(adapter.directory.resolve()), form, time.time(), files)
+                text = json.dumps({**asdict(entry), "path": str(path)}, indent=2)
+                (temporary / ENTRY).write_text(text, encoding="utf-8")
+    logger.info("SGLang gets the adapter %s from %s (%s, %s)", adapter.directory, path, form, gib(entry.nbytes))
+    return path
 
 
 def entries() -> list[Entry]:
     """All entries, the oldest first."""
-    root = cache_directory() / "adapters"
-    found = [_read(path) for path in sorted(root.iterdir())] if root.is_dir() else []
+    found = map(_read, _root().iterdir()) if _root().is_dir() else ()
     return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.created)
 
 
 def clean(keep: Callable[[Entry], bool] = lambda entry: False) -> list[Entry]:
-    """Remove the entries that ``keep`` does not want, and what half-finished runs left behind; returns what was removed."""
-    root, removed = cache_directory() / "adapters", []
+    """Remove and return the entries for which ``keep`` is false; also remove what interrupted runs left behind."""
+    root, removed = _root(), []
     with _locked(root):
         for path in [path for path in sorted(root.iterdir()) if path.is_dir()]:
             entry = _read(path)
@@ -102,6 +107,10 @@ def clean(keep: Callable[[Entry], bool] = lambda entry: False) -> list[Entry]:
                 shutil.rmtree(path, ignore_errors=True)
                 removed += [entry] if entry is not None else []
     return removed
+
+
+def _root() -> Path:
+    return cache_directory() / "adapters"
 
 
 def _read(path: Path) -> Entry | None:
@@ -115,16 +124,10 @@ def _read(path: Path) -> Entry | None:
 def _key(adapter: Adapter, form: str, shapes: Mapping[int, ExpertsShape] | None) -> str:
     sizes = {str(layer): asdict(shape) for layer, shape in sorted((shapes or {}).items())}
     digest = hashlib.sha256(json.dumps([VERSION, form, sizes], sort_keys=True).encode())
-    for file in _files(adapter):
-        with file.open("rb") as handle:
-            digest.update(f"{file.name}\0".encode() + hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()[:24]
-
-
-def _files(adapter: Adapter) -> list[Path]:
-    """The files an adapter is read from: its tensors and its configuration."""
     files = {info.file for info in adapter.store.infos.values()} | {adapter.settings.path}
-    return sorted(file for file in files if file.is_file())
+    for file in sorted(file for file in files if file.is_file()):
+        digest.update(f"{file.name}\0{file_sha256(file)}".encode())
+    return digest.hexdigest()[:24]
 
 
 @contextmanager

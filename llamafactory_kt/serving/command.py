@@ -7,19 +7,20 @@ import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..engines.ktkernel.sub_pools import divided_among
 from ..ground.errors import KTConfigError, KTModelError, KTPathError
 from ..ground.machine import usable_cores
-from ..settings.keys import threadpool_count
+from ..settings.keys import expanded, threadpool_count
 from ..settings.sglang_keys import serving_method
 from .adapter import ServedAdapter, serve_adapter
 from .options import Dialect, ServerOptions
 
 MOST_THREADS = 60
-"""what kt_cpuinfer is at most if nothing was said; the number that SGLang's guides for KT give"""
+"""upper limit of the default for kt_cpuinfer, from SGLang's guides for KT"""
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """where sglang-kt looks for the number of experts (kt_ep_wrapper.py, _init_kt_gpu_experts_masks)"""
@@ -33,14 +34,14 @@ class ServerCommand:
     arguments: list[str]
     """after ``python -m sglang.launch_server``"""
     parsed: Namespace
-    """the arguments as the server will read them"""
+    """the arguments as the server parses them"""
     adapter: ServedAdapter
     notices: list[str]
-    """what people must know about this server"""
+    """effects on every request that an operator should know"""
 
     @property
     def request_notice(self) -> str | None:
-        """What those must know who write requests themselves."""
+        """How requests name the adapter; None if they need not."""
         name = self.adapter.name
         if name is None:
             return None
@@ -55,7 +56,7 @@ class ServerCommand:
         return [self.python, "-m", "sglang.launch_server", *self.arguments]
 
     def __str__(self) -> str:
-        """For a shell; one option a line."""
+        """For a shell; one option per line."""
         lines: list[str] = []
         for word in self.arguments:
             if word.startswith("--") or not lines:
@@ -66,7 +67,7 @@ class ServerCommand:
 
 
 def server_command(args: Any, options: ServerOptions, extra: Sequence[str] = ()) -> ServerCommand:
-    """Build the command, after checking everything that can be known before the server runs; prepares the adapter.
+    """Check everything that is known before the server runs, prepare the adapter, and build the command.
 
     Args:
         args: LLaMA-Factory's ModelArguments with our fields, checked by :func:`~llamafactory_kt.settings.check.check_for_inference`.
@@ -74,30 +75,39 @@ def server_command(args: Any, options: ServerOptions, extra: Sequence[str] = ())
         extra: more of the server's own options; they come last, so they win.
 
     Raises:
-        KTError: Of the kind of what is wrong.
+        KTConfigError: A key or an option is wrong, or does not go with the model or the adapter.
+        KTPathError: The model is not a local directory.
+        KTModelError: The server has no such model, or the model has no routed experts.
+        KTAdapterError, KTServerError: As in :func:`~llamafactory_kt.serving.adapter.serve_adapter`.
     """
+    import torch
+
     model, config = _check_model(args, options)
-    weights = Path(args.kt_weight_path).expanduser().resolve() if args.kt_weight_path else model
+    weights = (expanded(args.kt_weight_path) or model).resolve()
     pools = threadpool_count(args)
     threads = args.kt_cpuinfer or args.kt_num_threads or min(usable_cores(), MOST_THREADS)
     if threads < pools:
         raise KTConfigError(
             f"kt_cpuinfer: {threads} threads are fewer than kt_threadpool_count: {pools}; give each pool one."
         )
-    _check_division(weights, pools)
+    if (made_for := divided_among(weights)) not in (None, pools):
+        raise KTConfigError(
+            f"kt_weight_path: {weights} is divided among {made_for} sub-pool(s), but kt_threadpool_count is {pools} (default: one "
+            f"per NUMA node). Set kt_threadpool_count: {made_for}, or llamafactory-kt quantize --threadpool-count {pools}."
+        )
     adapter = serve_adapter(args, options, mla=config.get("kv_lora_rank") is not None)
     arguments = [
         "--model-path", str(model),
         "--dtype", str(args.infer_dtype),
         "--context-length", str(args.sglang_maxlen),
         "--mem-fraction-static", str(args.sglang_mem_fraction),
-        "--tp-size", str(args.sglang_tp_size if args.sglang_tp_size != -1 else _gpus()),
+        "--tp-size", str(args.sglang_tp_size if args.sglang_tp_size != -1 else torch.cuda.device_count() or 1),
         "--kt-weight-path", str(weights),
         "--kt-method", serving_method(args).name,
         "--kt-cpuinfer", str(threads),
         "--kt-threadpool-count", str(pools),
     ]  # fmt: skip
-    # Without either of the two, SGLang leaves KT out with no more than a warning, or fails on a None.
+    # Without either option, SGLang turns KT off with only a warning, or fails on a None.
     if args.kt_gpu_experts_ratio is not None:
         arguments += ["--kt-gpu-experts-ratio", str(args.kt_gpu_experts_ratio)]
     else:
@@ -110,7 +120,7 @@ def server_command(args: Any, options: ServerOptions, extra: Sequence[str] = ())
     if adapter.experts:
         arguments.append("--disable-cuda-graph")
     if adapter.name and options.dialect is not Dialect.EXPERT_LORA:
-        arguments.append("--disable-radix-cache")  # as LLaMA-Factory does; newer ones keep adapters apart in it
+        arguments.append("--disable-radix-cache")  # as LLaMA-Factory does; newer servers cache per adapter
     arguments += [*_from_config(args.sglang_config), *extra]
     parsed = options.parse(arguments)
     if adapter.experts:
@@ -119,12 +129,12 @@ def server_command(args: Any, options: ServerOptions, extra: Sequence[str] = ())
 
 
 def _check_model(args: Any, options: ServerOptions) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint's directory and its text model's configuration, which the server has and which has routed experts."""
+    """The checkpoint's directory and its text model's configuration, after checking that the server can serve it with KT."""
     model = Path(args.model_name_or_path).expanduser()
     if not model.is_dir():
         raise KTPathError(
             f"model_name_or_path: {args.model_name_or_path} is not a local directory, and SGLang with KT reads the experts from "
-            f"one: hf download {args.model_name_or_path} --local-dir DIR, and name DIR."
+            f"one. Run hf download {args.model_name_or_path} --local-dir DIR and set model_name_or_path: DIR."
         )
     try:
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -136,31 +146,14 @@ def _check_model(args: Any, options: ServerOptions) -> tuple[Path, dict[str, Any
     config |= config.get("text_config") or {}
     if not any(config.get(name) for name in _EXPERT_COUNTS):
         raise KTModelError(
-            f"{model / 'config.json'} has none of {', '.join(_EXPERT_COUNTS)}: no routed experts that SGLang's KT would find. "
+            f"{model / 'config.json'} has none of {', '.join(_EXPERT_COUNTS)}: SGLang with KT finds no routed experts. "
             "Remove use_kt."
         )
     return model.resolve(), config
 
 
-def _check_division(weights: Path, pools: int) -> None:
-    """``.kt`` files are divided among sub-pools when they are made."""
-    made_for = divided_among(weights)
-    if made_for not in (None, pools):
-        raise KTConfigError(
-            f"kt_weight_path: {weights} is divided among {made_for} sub-pool(s), but kt_threadpool_count is {pools} (if nothing "
-            f"is said, one per NUMA node). Set kt_threadpool_count: {made_for}, or llamafactory-kt quantize "
-            f"--threadpool-count {pools}."
-        )
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count() or 1
-
-
 def _from_config(config: Any) -> list[str]:
-    """LLaMA-Factory's ``sglang_config``, a dictionary of the server's options, as words."""
+    """LLaMA-Factory's ``sglang_config``, a dictionary of the server's options, as command-line words."""
     if config is None:
         return []
     if not isinstance(config, Mapping):
@@ -176,13 +169,8 @@ def _from_config(config: Any) -> list[str]:
 
 
 def _check_expert_lora(options: ServerOptions, parsed: Namespace, adapter: ServedAdapter) -> None:
-    """What the server would refuse minutes later, with LoRA on routed experts (sglang-kt 0.7.2, server_args.py and
-    kt_ep_wrapper.py)."""
-    problems = []
-
-    def found(flag: str) -> Any:
-        return options.value(parsed, flag)
-
+    """Refuse now what the server would refuse minutes later (sglang-kt 0.7.2, server_args.py and kt_ep_wrapper.py)."""
+    problems, found = [], partial(options.value, parsed)
     if found("--kt-num-gpu-experts") or found("--kt-gpu-experts-ratio"):
         problems.append("all experts must be on the CPU (kt_num_gpu_experts: 0, and no kt_gpu_experts_ratio)")
     if (running := found("--max-running-requests")) is not None and running < 2:
@@ -193,7 +181,7 @@ def _check_expert_lora(options: ServerOptions, parsed: Namespace, adapter: Serve
     if adapter.name and (stages := found("--pp-size") or 1) > 1:
         problems.append(f"--pp-size must be 1 with an adapter that has more than experts, found {stages}")
     if adapter.name and (algorithm := found("--speculative-algorithm")) not in (None, "NGRAM"):
-        problems.append(f"--speculative-algorithm {algorithm} does not go with LoRA")
+        problems.append(f"--speculative-algorithm {algorithm} does not work with LoRA")
     if problems:
         raise KTConfigError("The adapter has LoRA on routed experts: " + "; ".join(problems) + ".")
 
@@ -207,7 +195,7 @@ def _notices(parsed: Namespace, adapter: ServedAdapter) -> list[str]:
     ]
     if not adapter.required:
         notices.append(
-            "Every request gets the experts' LoRA, also one to the base model: SGLang loads it once, at the start."
+            "Every request gets the experts' LoRA, also one to the base model: SGLang loads it once, when it starts."
         )
     if getattr(parsed, "kt_max_deferred_experts_per_token", None):
         notices.append("kt_max_deferred_experts_per_token does nothing with LoRA on routed experts.")

@@ -1,4 +1,4 @@
-"""The SGLang that is installed: its version, its models, and its command line as its own arguments define it."""
+"""The installed SGLang: its version, its models, and its command line, all read from the installation itself."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Dialect(StrEnum):
     """How a server takes the LoRA of routed experts."""
 
     EXPERT_LORA = "--kt-expert-lora-path"
-    """sglang-kt 0.7: a directory with experts only; or one with everything in --lora-paths, which it splits"""
+    """sglang-kt 0.7: a directory with experts only, or a whole adapter in --lora-paths, which the server splits"""
     MOE_LORA = "--kt-moe-lora-path"
-    """the branch before it: a moe_lora.pt, with rank, alpha and method beside it"""
+    """the branch before 0.7: a moe_lora.pt, with rank, alpha and method as options"""
 
 
 @dataclass(frozen=True)
@@ -44,26 +44,29 @@ class ServerOptions:
     architectures: list[str]
 
     def __contains__(self, flag: str) -> bool:
-        return any(flag in option["flags"] for option in self.options)
+        return self._option(flag) is not None
 
     @property
     def dialect(self) -> Dialect | None:
-        """None: it cannot have LoRA on routed experts."""
+        """None: this server has no LoRA on routed experts."""
         return next((dialect for dialect in Dialect if dialect in self), None)
 
     def choices(self, flag: str) -> list[str]:
-        """What an option may be; empty if it may be anything."""
-        return next((option["choices"] or [] for option in self.options if flag in option["flags"]), [])
+        """The allowed values of an option; empty: any value."""
+        return (self._option(flag) or {}).get("choices") or []
 
     def value(self, parsed: argparse.Namespace, flag: str) -> Any:
-        """What a command line gives an option by any of its names; None for an option the server does not have."""
-        return next((getattr(parsed, option["dest"]) for option in self.options if flag in option["flags"]), None)
+        """The parsed value of an option, whichever of its names was used; None for an option the server does not have."""
+        return getattr(parsed, option["dest"]) if (option := self._option(flag)) else None
+
+    def _option(self, flag: str) -> dict[str, Any] | None:
+        return next((option for option in self.options if flag in option["flags"]), None)
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Read a command line as the server will.
+        """Parse a command line as the server will.
 
         Raises:
-            KTConfigError: It knows no such option, or the option does not take the value.
+            KTConfigError: The server has no such option, or the option does not accept the value.
         """
         parser = _Parser(self.version)
         for option in self.options:
@@ -94,13 +97,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def discover(python: str | None = None) -> ServerOptions:
-    """Ask an interpreter for its SGLang. Takes as long as importing SGLang's arguments, 10 s or more.
+    """Ask an interpreter for its SGLang. Imports SGLang in a process of its own, which is slow.
 
     Args:
-        python: the interpreter; None for the one that runs this.
+        python: the interpreter; None: the one that runs this process.
 
     Raises:
-        KTServerError: There is no SGLang, it cannot be imported, or it was built without KT; how to install it is said.
+        KTServerError: There is no SGLang, it cannot be imported, or it was built without KT. The message says how to install it.
     """
     python = str(Path(python).expanduser()) if python else sys.executable
     code = Path(probe.__file__).read_text(encoding="utf-8")

@@ -1,7 +1,8 @@
-"""What an installed SGLang understands, printed as JSON by the interpreter that will run it.
+"""Prints an installed SGLang's options and models as JSON; runs in the interpreter that will run the server.
 
-Executed as ``python -c`` in an environment where only SGLang and the standard library can be relied on. SGLang writes
-to stdout while it is imported, so a mark precedes the JSON.
+Executed as ``python -c``, so it uses only SGLang and the standard library. SGLang writes to stdout while it is imported, so a
+mark precedes the JSON. Made for sglang-kt 0.7.2: uses ``ServerArgs.add_cli_args``, argparse's ``_actions``, and the line
+``EntryClass = ...`` in srt/models/*.py. The caller reports any exception as an SGLang that cannot be imported.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def version(*names: str) -> str | None:
 
 
 def options() -> list[dict[str, Any]]:
-    """The options of ``python -m sglang.launch_server``, as argparse was told of them."""
+    """The options of ``python -m sglang.launch_server``, as they are registered with argparse."""
     from sglang.srt.server_args import ServerArgs
 
     parser = argparse.ArgumentParser(add_help=False)
@@ -47,7 +48,7 @@ def options() -> list[dict[str, Any]]:
 
 
 def architectures(package: pathlib.Path) -> list[str]:
-    """Class names of the models, from the sources: importing them needs a GPU."""
+    """The models' class names, read from the sources because importing them needs a GPU."""
     names: set[str] = set()
     for file in (package / "srt" / "models").glob("*.py"):
         for entry in re.findall(r"^EntryClass\s*=\s*(\[[^\]]*\]|\w+)", file.read_text(encoding="utf-8"), re.M):

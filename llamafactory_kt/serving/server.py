@@ -1,4 +1,4 @@
-"""A running SGLang server of our own: started, waited for, watched, and ended."""
+"""Runs an SGLang server: starts it, waits until it is ready, and ends it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from ..ground.errors import KTServerError
+from ..ground.errors import KTServerError, first_line
 from .command import ServerCommand
 
 logger = logging.getLogger(__name__)
@@ -26,14 +26,14 @@ _LAST_LINES = 30
 
 
 class _PortTaken(KTServerError):
-    """Another program got the port first."""
+    """Another program took the port first."""
 
 
 def start_server(command: ServerCommand, timeout: float) -> Server:
-    """Start a server and wait until it answers; on another port if one was taken meanwhile.
+    """Start a server and wait until it answers. If another program takes its port first, try another one.
 
     Raises:
-        KTServerError: It ended, or is not ready after ``timeout`` seconds; with its last lines. Nothing of it runs on.
+        KTServerError: The server ended, or is not ready after ``timeout`` seconds; with the end of its log. No process is left.
     """
     for _ in range(_ATTEMPTS):
         server = Server(command)
@@ -43,7 +43,7 @@ def start_server(command: ServerCommand, timeout: float) -> Server:
             return server
         except _PortTaken as error:
             server.close()
-            logger.warning("%s Trying another.", str(error).splitlines()[0])
+            logger.warning("%s Trying another.", first_line(error))
             taken = error
         except BaseException:
             server.close()
@@ -52,16 +52,16 @@ def start_server(command: ServerCommand, timeout: float) -> Server:
 
 
 class Server:
-    """One server on a free port of this machine. It ends with :meth:`close`, or with this process, however that ends."""
+    """One server on a free local port. It ends with :meth:`close` or with this process, even if that is killed."""
 
     def __init__(self, command: ServerCommand):
         self.command = command
         self.port = free_port()
         self._failed = False
-        server = [*command.words, "--host", HOST, "--port", str(self.port)]
-        # -P: the files beside the supervisor are no modules of its own.
+        # -P: the supervisor must not import the files beside it.
         supervisor = [sys.executable, "-P", str(Path(__file__).with_name("supervisor.py"))]
-        environment = {**os.environ, "LLAMAFACTORY_KT_DISABLE": "1"}  # the server needs no hooks
+        server = [*command.words, "--host", HOST, "--port", str(self.port)]
+        environment = {**os.environ, "LLAMAFACTORY_KT_DISABLE": "1"}  # hooks are for LLaMA-Factory only
         with tempfile.NamedTemporaryFile(prefix="llamafactory-kt-sglang-", suffix=".log", delete=False) as log:
             self.log = Path(log.name)
             self._process = subprocess.Popen(
@@ -78,15 +78,16 @@ class Server:
         """Wait for ``/health`` to answer.
 
         Raises:
-            KTServerError: The server ended, another program has its port, or the time is over; with the server's last lines.
+            KTServerError: The server ended, another program has its port, or the time is up; with the end of the log.
         """
         started = said = time.monotonic()
         with httpx.Client(base_url=self.url, timeout=10, trust_env=False) as client:
             while not self._answers(client):
                 now = time.monotonic()
                 if (status := self._process.poll()) is not None:
-                    if self._port_taken():
-                        raise _PortTaken(self._failure(f"Port {self.port} was taken by another program"))
+                    with socket.socket() as probe:
+                        if probe.connect_ex((HOST, self.port)) == 0:
+                            raise _PortTaken(self._failure(f"Port {self.port} was taken by another program"))
                     raise KTServerError(self._failure(f"SGLang ended with exit status {status} before it was ready"))
                 if now - started > timeout:
                     raise KTServerError(self._failure(f"SGLang was not ready after kt_sglang_timeout: {timeout:g} s"))
@@ -100,21 +101,19 @@ class Server:
             if client.get("/health").status_code != 200:
                 return False
             answer = client.get("/model_info")
-            if answer.status_code == 404:  # its name in older servers
+            if answer.status_code == 404:  # older servers
                 answer = client.get("/get_model_info")
             found = answer.json().get("model_path")
         except (httpx.HTTPError, ValueError, AttributeError):
             return False
         if found != (own := self.command.parsed.model_path):
-            raise _PortTaken(self._failure(f"Port {self.port} was taken by another server, of {found} and not {own}"))
+            raise _PortTaken(
+                self._failure(f"Port {self.port} was taken by another server, which serves {found} instead of {own}")
+            )
         return True
 
-    def _port_taken(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex((HOST, self.port)) == 0
-
     def check(self) -> None:
-        """Raise KTServerError, with the server's last lines, if it has ended or just does."""
+        """Raise KTServerError, with the end of the log, if the server has ended or ends within two seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = self._process.wait(timeout=2)
             raise KTServerError(self._failure(f"SGLang has ended with exit status {status}"))
@@ -126,7 +125,7 @@ class Server:
         return f"{what}.\nThe end of its log, {self.log}:\n{shown}\nIts command was:\n{self.command}"
 
     def close(self) -> None:
-        """End the server and wait for that. A log that no error has named is removed. Calling it again does nothing."""
+        """End the server and wait for it. The log is removed unless an error has named it. Calling it again does nothing."""
         atexit.unregister(self.close)
         with contextlib.suppress(OSError):
             assert self._process.stdin is not None
@@ -137,7 +136,7 @@ class Server:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
+    """A local TCP port that no program listens on."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]

@@ -1,10 +1,9 @@
-"""The process between LLaMA-Factory and SGLang: it runs the server and ends it when LLaMA-Factory is gone.
+"""Runs the SGLang server and ends it when LLaMA-Factory is gone.
 
-Run as a file, with the server's command as arguments; imports nothing of this package. Its stdin is a pipe that
-LLaMA-Factory holds open; the end of the pipe means that LLaMA-Factory is gone, whatever killed it. The server is asked
-to end, then killed, with everything it started. Should the supervisor itself be killed, the kernel kills the server
-(PR_SET_PDEATHSIG; set here and not by LLaMA-Factory, because it is about the thread that starts a process, and web
-servers start chats in threads that end).
+Run as a file, with the server's command as arguments; imports nothing of this package. Stdin is a pipe that LLaMA-Factory holds
+open, so it closes however LLaMA-Factory ends. Then the server and everything it started are terminated, and killed if necessary.
+If the supervisor itself is killed, the kernel kills the server (PR_SET_PDEATHSIG). LLaMA-Factory cannot use that signal
+directly: it follows the thread that started the process, and web servers start chats in short-lived threads.
 """
 
 from __future__ import annotations
@@ -20,17 +19,13 @@ import sys
 import psutil
 
 PATIENCE = 10
-"""seconds that a server gets to end by itself"""
+"""seconds between SIGTERM and SIGKILL"""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def run(command: list[str]) -> int:
-    """Run the command until it ends or stdin does; returns its exit status."""
+    """Run the command until it ends or stdin is closed; returns its exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C is for LLaMA-Factory, which then closes the pipe
         signal.signal(number, signal.SIG_IGN)
     server = subprocess.Popen(
@@ -40,8 +35,12 @@ def run(command: list[str]) -> int:
     ready, _, _ = select.select([sys.stdin.fileno(), ended], [], [])
     family = _family(server.pid)
     if ended not in ready:
-        _end(server, family)
-    for process in family:  # also those that a server leaves behind when it fails
+        server.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(PATIENCE)
+        psutil.wait_procs(family, timeout=1)
+        server.kill()
+    for process in family:  # a server that fails leaves some behind
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     with contextlib.suppress(ProcessLookupError):
@@ -52,7 +51,7 @@ def run(command: list[str]) -> int:
 def _prepare_server() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    _die_with_parent()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _family(pid: int) -> list[psutil.Process]:
@@ -60,14 +59,6 @@ def _family(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-
-
-def _end(server: subprocess.Popen[bytes], family: list[psutil.Process]) -> None:
-    server.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        server.wait(PATIENCE)
-    psutil.wait_procs(family, timeout=1)
-    server.kill()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import MISSING, fields
-from difflib import get_close_matches
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,23 @@ from ..engines.registry import AUTO, backend_names, canonical_name
 from ..ground.errors import KTConfigError, KTError, KTKernelError, KTPathError
 from .keys import CHAT_ONLY_KEYS, SCOPES, TRAINING_KEYS, KTArguments, threadpool_count
 from .rules import experts_problems
-from .sglang_keys import SERVING_KEYS, check_serving_combinations, check_serving_values, serves
+from .sglang_keys import SERVING_KEYS, check_serving_combinations, check_serving_values, infer_backend, serves
+from .values import suggestion, type_problems
 
 logger = logging.getLogger(__name__)
 
 
 def check_for_inference(args: Any) -> None:
-    """Check the kt_* keys of a configuration for chatting, with all else that is known before anything is loaded.
+    """Check the kt_* keys of a configuration for chatting, and everything else that is known before the load.
 
-    ``args`` is LLaMA-Factory's ModelArguments extended by :class:`KTArguments`. Its fields are brought into one form:
-    ``kt_backend`` as in :func:`~llamafactory_kt.engines.registry.backend_names`, ``kt_num_threads`` an int or None, ``kt_config`` merged into the others.
+    ``args`` is LLaMA-Factory's ModelArguments extended by :class:`KTArguments`. Its fields are normalised: ``kt_backend`` is
+    spelled as in :func:`~llamafactory_kt.engines.registry.backend_names`, ``kt_num_threads`` is an int or None, and
+    ``kt_config`` is merged into the others.
 
     Raises:
         KTConfigError: With all mistakes at once.
-        KTPathError: Nothing is wrong but paths that do not exist.
-        KTKernelError: Nothing is wrong but the kernel that this CPU cannot run.
+        KTPathError: The only mistakes are paths that do not exist.
+        KTKernelError: The only mistake is a kernel that this CPU cannot run.
     """
     problems = _merge_kt_config(args) + _check_values(args) + _check_combinations(args)
     if not problems and not serves(args):
@@ -45,8 +46,7 @@ def check_for_inference(args: Any) -> None:
     for name in TRAINING_KEYS:
         if getattr(args, name, None) is not None:
             logger.warning("%s is a key for training and does nothing in a chat.", name)
-    useless = CHAT_ONLY_KEYS if serves(args) else SERVING_KEYS
-    for name in useless:
+    for name in CHAT_ONLY_KEYS if serves(args) else SERVING_KEYS:
         if getattr(args, name) != KTArguments.__dataclass_fields__[name].default:
             logger.warning("%s does nothing with infer_backend: %s.", name, "sglang" if serves(args) else "huggingface")
 
@@ -62,64 +62,39 @@ def _merge_kt_config(args: Any) -> list[str]:
             return [f"kt_config is not valid JSON: {error}."]
     if not isinstance(nested, dict):
         return [f"kt_config must be a dictionary of kt_* keys, found {type(nested).__name__}."]
-    own = {f.name: f for f in fields(KTArguments) if f.name not in ("use_kt", "kt_config")}
+    defaults = {f.name: f.default for f in fields(KTArguments) if f.name not in ("use_kt", "kt_config")}
     problems = []
     for key, value in nested.items():
         if key in TRAINING_KEYS:
             logger.warning("kt_config: %s is a key for training and does nothing in a chat.", key)
-            continue
-        if key not in own:
-            close = get_close_matches(str(key), own, n=1)
-            problems.append(f"kt_config: unknown key {key!r}{f'; did you mean {close[0]}?' if close else '.'}")
-            continue
-        default = own[key].default
-        assert default is not MISSING
-        current = getattr(args, key)
-        if current not in (default, value) and str(current).lower() != str(value).lower():
-            problems.append(f"{key} is {current!r}, but kt_config says {value!r}; keep one.")
-        setattr(args, key, value)
+        elif key not in defaults:
+            problems.append(f"kt_config: unknown key {key!r}{suggestion(str(key), defaults)}")
+        else:
+            current = getattr(args, key)
+            if current not in (defaults[key], value) and str(current).lower() != str(value).lower():
+                problems.append(f"{key} is {current!r}, but kt_config says {value!r}; keep one.")
+            setattr(args, key, value)
     args.kt_config = None
     return problems
 
 
 def _check_values(args: Any) -> list[str]:
-    problems = []
+    problems = type_problems(args, KTArguments)
     try:
         args.kt_backend = canonical_name(args.kt_backend)
     except KTConfigError as error:
         problems.append(str(error))
     threads = args.kt_num_threads
-    if threads is not None and str(threads).lower() != "auto":
-        if isinstance(threads, bool) or not str(threads).isdecimal() or int(threads) < 1:
-            problems.append(f"kt_num_threads must be a positive whole number or auto, found {threads!r}.")
-        else:
-            args.kt_num_threads = int(threads)
-    else:
+    if threads is None or str(threads).lower() == "auto":
         args.kt_num_threads = None
-    for name, optional in (("kt_threadpool_count", True), ("kt_max_chunk", False)):
-        value = getattr(args, name)
-        if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            problems.append(f"{name} must be a positive whole number, found {value!r}.")
-    for name in (
-        "use_kt",
-        "kt_tp_enabled",
-        "kt_idle_workers",
-        "kt_recalibrate",
-        "kt_merge_adapter",
-        "kt_router_stats",
-        "kt_debug",
-        "kt_stats",
-    ):
-        value = getattr(args, name)
-        if not isinstance(value, bool) and not (name in ("kt_tp_enabled", "kt_idle_workers") and value is None):
-            problems.append(f"{name} must be true or false, found {value!r}.")
+    elif isinstance(threads, bool) or not str(threads).isdecimal() or int(threads) < 1:
+        problems.append(f"kt_num_threads must be a positive whole number or auto, found {threads!r}.")
+    else:
+        args.kt_num_threads = int(threads)
     if not isinstance(args.kt_lora_scope, str) or args.kt_lora_scope.lower() not in SCOPES:
         problems.append(f"kt_lora_scope: unknown value {args.kt_lora_scope!r}, expected {' or '.join(SCOPES)}.")
     else:
         args.kt_lora_scope = args.kt_lora_scope.lower()
-    for name in ("kt_weight_path", "kt_moe_lora_path", "kt_debug_dir"):
-        if not isinstance(getattr(args, name), str | None):
-            problems.append(f"{name} must be a path, found {getattr(args, name)!r}.")
     return problems + (check_serving_values(args) if serves(args) else [])
 
 
@@ -128,7 +103,7 @@ def _check_combinations(args: Any) -> list[str]:
     pools = args.kt_threadpool_count
     if args.kt_tp_enabled is False and isinstance(pools, int) and pools > 1:
         problems.append(f"kt_tp_enabled: false means one sub-pool, but kt_threadpool_count is {pools}.")
-    if args.kt_backend in backend_names():  # else its own problem has been found
+    if args.kt_backend in backend_names():  # an unknown name has been reported
         problems += experts_problems(
             args.kt_backend if not serves(args) else AUTO,
             weight_path=args.kt_weight_path if not serves(args) else None,
@@ -137,9 +112,7 @@ def _check_combinations(args: Any) -> list[str]:
             pools=pools if isinstance(pools, int) else None,
             prefix="kt_",
         )
-    backend = getattr(args, "infer_backend", "huggingface")
-    backend = getattr(backend, "value", backend)
-    if backend not in ("huggingface", "sglang"):
+    if (backend := infer_backend(args)) not in ("huggingface", "sglang"):
         problems.append(
             f"infer_backend: {backend} does not work with use_kt; use infer_backend: huggingface, or sglang for many users."
         )

@@ -1,5 +1,4 @@
-"""Rules about engines and packed weights. They hold for ``kt_*`` keys and for ``KTExpertsConfig``, which has the same names without
-``kt_``."""
+"""Rules about engines and packed weights, for the ``kt_*`` keys and for ``KTExpertsConfig``, whose names lack the ``kt_``."""
 
 from __future__ import annotations
 
@@ -15,12 +14,12 @@ def experts_problems(
     pools: int | None,
     prefix: str = "",
 ) -> list[str]:
-    """What contradicts what, one sentence each.
+    """The contradictions between these values, one sentence each.
 
     Args:
         backend: a name as :func:`~llamafactory_kt.engines.registry.canonical_name` spells it.
-        pools: NUMA sub-pools, None where none were asked for.
-        prefix: of the keys' names in the messages.
+        pools: NUMA sub-pools; None: not specified.
+        prefix: goes before the keys' names in the messages.
     """
     problems, engine = [], find_engine(backend)
     if pools is not None and num_threads is not None and num_threads < pools:

@@ -2,96 +2,69 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..engines.registry import AUTO
 from .sglang_methods import ALIASES, BACKENDS, LORA_KERNELS, METHODS, SGLangMethod
+from .values import key, suggestion, type_problems
 
 
 @dataclass
 class KTServingArguments:
     """Arguments pertaining to serving with SGLang and kt-kernel."""
 
-    kt_method: str | None = field(
-        default=None,
-        metadata={
-            "help": "SGLang: format of the experts' weights, as sglang-kt names it (BF16, AMXINT8, AMXINT4, ...). Default: from kt_backend."
-        },
+    kt_method: str | None = key(
+        None,
+        "SGLang: format of the experts' weights, as sglang-kt names it (BF16, AMXINT8, AMXINT4, ...). Default: from kt_backend.",
     )
-    kt_cpuinfer: int | None = field(
-        default=None,
-        metadata={
-            "help": "SGLang: CPU threads of kt-kernel. Default: kt_num_threads, else the physical cores, at most 60."
-        },
+    kt_cpuinfer: int | None = key(
+        None, "SGLang: CPU threads of kt-kernel. Default: kt_num_threads, else the physical cores, at most 60."
     )
-    kt_num_gpu_experts: int | None = field(
-        default=None, metadata={"help": "SGLang: experts of each layer that stay on the GPU. Default: 0."}
+    kt_num_gpu_experts: int | None = key(None, "SGLang: experts of each layer that stay on the GPU. Default: 0.")
+    kt_gpu_experts_ratio: float | None = key(
+        None, "SGLang: share of all experts that stay on the GPU (0 to 1), instead of kt_num_gpu_experts."
     )
-    kt_gpu_experts_ratio: float | None = field(
-        default=None,
-        metadata={"help": "SGLang: share of all experts that stay on the GPU (0 to 1), instead of kt_num_gpu_experts."},
+    kt_max_deferred_experts_per_token: int | None = key(
+        None, "SGLang: experts per token whose result may come one layer later."
     )
-    kt_max_deferred_experts_per_token: int | None = field(
-        default=None, metadata={"help": "SGLang: experts per token whose result may come one layer later."}
+    kt_moe_lora_rank: int | None = key(None, "SGLang: the adapter's rank. Only checked against the adapter.")
+    kt_moe_lora_alpha: float | None = key(None, "SGLang: the adapter's alpha. Only checked against the adapter.")
+    kt_moe_sft_method: str | None = key(
+        None, "SGLang: kernel for expert LoRA: AMXBF16_SFT, AMXINT8_SFT or AMXINT4_SFT; sets kt_method."
     )
-    kt_moe_lora_rank: int | None = field(
-        default=None, metadata={"help": "SGLang: the adapter's rank; only checked, since the adapter tells it."}
+    kt_sglang_python: str | None = key(
+        None, "SGLang: the Python that has sglang-kt, if it is in another environment. Default: this one."
     )
-    kt_moe_lora_alpha: float | None = field(
-        default=None, metadata={"help": "SGLang: the adapter's alpha; only checked, since the adapter tells it."}
-    )
-    kt_moe_sft_method: str | None = field(
-        default=None,
-        metadata={"help": "SGLang: kernel for expert LoRA: AMXBF16_SFT, AMXINT8_SFT or AMXINT4_SFT; sets kt_method."},
-    )
-    kt_sglang_python: str | None = field(
-        default=None,
-        metadata={"help": "SGLang: the Python that has sglang-kt, if it is in another environment. Default: this one."},
-    )
-    kt_sglang_timeout: int = field(
-        default=3600, metadata={"help": "SGLang: seconds until the server must be ready to answer."}
-    )
+    kt_sglang_timeout: int = key(3600, "SGLang: seconds to wait until the server is ready.")
 
 
 SERVING_KEYS = tuple(f.name for f in fields(KTServingArguments))
 
 
+def infer_backend(args: Any) -> str:
+    """LLaMA-Factory's ``infer_backend``, which is an enum or a string."""
+    backend = getattr(args, "infer_backend", "huggingface")
+    return str(getattr(backend, "value", backend))
+
+
 def serves(args: Any) -> bool:
     """Whether the configuration asks for SGLang."""
-    backend = getattr(args, "infer_backend", None)
-    return getattr(backend, "value", backend) == "sglang"
+    return infer_backend(args) == "sglang"
 
 
 def check_serving_values(args: Any) -> list[str]:
-    """What is wrong with the values of these keys. The methods' names become sglang-kt's."""
-    problems = []
-    for name, least in (
-        ("kt_cpuinfer", 1), ("kt_num_gpu_experts", 0), ("kt_max_deferred_experts_per_token", 0), ("kt_moe_lora_rank", 1),
-        ("kt_sglang_timeout", 1),
-    ):  # fmt: skip
-        value = getattr(args, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            problems.append(f"{name} must be a whole number of at least {least}, found {value!r}.")
-    for name, most in (("kt_gpu_experts_ratio", 1.0), ("kt_moe_lora_alpha", float("inf"))):
-        value = getattr(args, name)
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most
-        ):
-            problems.append(
-                f"{name} must be a number of at least 0{' and at most 1' if most == 1 else ''}, found {value!r}."
-            )
-    for name, known in (("kt_method", tuple(METHODS)), ("kt_moe_sft_method", tuple(LORA_KERNELS))):
+    """What is wrong with the values of these keys. Method names are replaced by sglang-kt's spelling."""
+    problems = type_problems(args, KTServingArguments)
+    for name, known in (("kt_method", METHODS), ("kt_moe_sft_method", LORA_KERNELS)):
         value = getattr(args, name)
         if value is None:
             continue
         plain = ALIASES.get(str(value).upper(), str(value).upper())
         if plain not in known:
-            close = get_close_matches(plain, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else "."
-            problems.append(f"{name}: unknown value {value!r}, expected one of {', '.join(known)}{hint}")
+            expected = f"expected one of {', '.join(known)}{suggestion(plain, known)}"
+            problems.append(f"{name}: unknown value {value!r}, {expected}")
         setattr(args, name, plain)
     python = args.kt_sglang_python
     if python is not None and not (isinstance(python, str) and Path(python).expanduser().is_file()):
@@ -109,19 +82,8 @@ def check_serving_combinations(args: Any) -> list[str]:
             f"kt_backend: {args.kt_backend} is an engine of infer_backend: huggingface; SGLang computes with kt-kernel. Use "
             f"one of {', '.join(BACKENDS)}, or remove it."
         )
-    said = _methods_said(args)
-    if len(set(said.values())) > 1:
-        told = ", ".join(f"{key}: {getattr(args, key)} (weights in {method})" for key, method in said.items())
-        problems.append(f"The format of the experts' weights is contradictory: {told}. Keep one.")
-    elif not said and args.kt_weight_path:
-        problems.append(
-            "kt_weight_path says where the experts' weights are, but not in which format: add kt_method, one of "
-            f"{', '.join(METHODS)}."
-        )
-    elif not args.kt_weight_path and (source := serving_method(args).weights_from):
-        problems.append(
-            f"kt_method: {serving_method(args).name} needs kt_weight_path, the directory with the experts' weights in that format; {source}."
-        )
+    if args.kt_method in (None, *METHODS) and args.kt_moe_sft_method in (None, *LORA_KERNELS):
+        problems += _format_problems(args)
     if args.kt_num_threads is not None and args.kt_cpuinfer not in (None, args.kt_num_threads):
         problems.append(f"kt_num_threads is {args.kt_num_threads}, but kt_cpuinfer {args.kt_cpuinfer}; keep one.")
     if args.kt_gpu_experts_ratio is not None and args.kt_num_gpu_experts is not None:
@@ -143,18 +105,34 @@ def check_serving_combinations(args: Any) -> list[str]:
     return problems
 
 
-def _methods_said(args: Any) -> dict[str, str]:
-    """Key -> the method it asks for, of the keys that were set."""
-    said = {}
-    if args.kt_method is not None:
-        said["kt_method"] = args.kt_method
-    if args.kt_moe_sft_method is not None:
-        said["kt_moe_sft_method"] = LORA_KERNELS.get(args.kt_moe_sft_method, args.kt_moe_sft_method)
-    if args.kt_backend in BACKENDS:
-        said["kt_backend"] = BACKENDS[args.kt_backend]
-    return said
+def _format_problems(args: Any) -> list[str]:
+    requested, method = _requested_methods(args), serving_method(args)
+    if len(set(requested.values())) > 1:
+        found = ", ".join(f"{name}: {getattr(args, name)} (weights in {wanted})" for name, wanted in requested.items())
+        return [f"The format of the experts' weights is contradictory: {found}. Keep one."]
+    if args.kt_weight_path and not requested:
+        return [
+            "kt_weight_path says where the experts' weights are, but not in which format: add kt_method, one of "
+            f"{', '.join(METHODS)}."
+        ]
+    if method.weights_from and not args.kt_weight_path:
+        return [
+            f"kt_method: {method.name} needs kt_weight_path, the directory with the experts' weights in that format; "
+            f"{method.weights_from}."
+        ]
+    return []
+
+
+def _requested_methods(args: Any) -> dict[str, str]:
+    """Each key that sets a method -> that method."""
+    requested = {
+        "kt_method": args.kt_method,
+        "kt_moe_sft_method": LORA_KERNELS.get(args.kt_moe_sft_method),
+        "kt_backend": BACKENDS.get(args.kt_backend),
+    }
+    return {name: method for name, method in requested.items() if method is not None}
 
 
 def serving_method(args: Any) -> SGLangMethod:
-    """The format of the experts' weights; BF16 if nothing was said."""
-    return METHODS[next(iter(_methods_said(args).values()), "BF16")]
+    """The format of the experts' weights. Default: BF16."""
+    return METHODS[next(iter(_requested_methods(args).values()), "BF16")]

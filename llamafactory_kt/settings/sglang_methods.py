@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_QUANTIZE = "llamafactory-kt quantize --method {} writes it"
 _CONVERT = "kt-kernel's convert_cpu_weights.py writes it"
 
 
@@ -17,28 +18,21 @@ class SGLangMethod:
 
     name: str
     lora_kernel: str = ""
-    """the kernel that computes expert LoRA on such weights; empty where there is none"""
+    """the kernel that computes expert LoRA on such weights; empty: there is none"""
     weights_from: str = ""
-    """where kt_weight_path, which it needs, comes from; empty where it reads the checkpoint"""
+    """what writes the weights of kt_weight_path; empty: the method reads the checkpoint"""
     backend: str = ""
-    """the ``kt_backend`` that packs such weights from a checkpoint in floating point; empty for the others, which take a quantised
-    one"""
+    """the ``kt_backend`` for the same weights; empty: the checkpoint is quantised already"""
     lora_reads_kt_files: bool = False
-    """with expert LoRA, it reads ``.kt`` files only"""
+    """the kernel for expert LoRA reads only ``.kt`` files"""
 
 
 METHODS = {
     method.name: method
     for method in (
         SGLangMethod("BF16", "AMXBF16_SFT", backend="AMXBF16"),
-        SGLangMethod(
-            "AMXINT8",
-            "AMXINT8_SFT",
-            "llamafactory-kt quantize --method int8 writes it",
-            "AMXINT8",
-            lora_reads_kt_files=True,
-        ),
-        SGLangMethod("AMXINT4", "AMXINT4_SFT", "llamafactory-kt quantize --method int4 writes it", "AMXINT4"),
+        SGLangMethod("AMXINT8", "AMXINT8_SFT", _QUANTIZE.format("int8"), "AMXINT8", lora_reads_kt_files=True),
+        SGLangMethod("AMXINT4", "AMXINT4_SFT", _QUANTIZE.format("int4"), "AMXINT4"),
         SGLangMethod("FP8", "AMXFP8_SFT"),
         SGLangMethod("FP8_PERCHANNEL"),
         SGLangMethod("RAWINT4", "RAWINT4_SFT"),

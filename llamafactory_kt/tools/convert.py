@@ -1,9 +1,10 @@
-"""Converting adapters from any layout into any other that can hold them."""
+"""Convert adapters between layouts."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ DEFAULT_ALPHA = 32.0
 
 
 def parse_moe_key(key: str) -> tuple[int, int, Literal["gate", "up", "down"], Literal["a", "b"]] | None:
-    """The place of a routed expert's LoRA tensor: (layer, expert, projection, side), or None for any other tensor.
+    """Parse the name of a routed expert's LoRA tensor into (layer, expert, projection, side); None for other tensors.
 
     >>> parse_moe_key("base_model.model.model.layers.1.mlp.original_moe.experts.5.gate_proj.lora_A.weight")
     (1, 5, 'gate', 'a')
@@ -29,30 +30,27 @@ def parse_moe_key(key: str) -> tuple[int, int, Literal["gate", "up", "down"], Li
 
 
 def convert_peft_to_kt_format(
-    input_path: str | Path,
-    output_path: str | Path,
-    lora_alpha: float | None = None,
-    config_path: str | Path | None = None,
-    format: str | None = None,
-) -> dict[str, Any]:
+    input_path: str | Path, output_path: str | Path, lora_alpha: float | None = None,
+    config_path: str | Path | None = None, format: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Convert an adapter's routed-expert LoRA.
 
     Args:
         input_path: an adapter directory, or its tensor file.
-        output_path: ``.pt`` for ``moe_lora.pt``; ``.safetensors`` for the same tensors in one safetensors file; any
+        output_path: ``.pt`` for a ``moe_lora.pt``; ``.safetensors`` for the same tensors in one safetensors file; any
             other name is a directory of the given ``format``.
-        lora_alpha: alpha where no configuration gives one (default 32). A configuration that says otherwise wins.
+        lora_alpha: alpha if no configuration gives one (default 32); a configuration takes precedence.
         config_path: ``adapter_config.json``; by default the one beside the input.
-        format: for a directory: ``peft``, ``kt-bundle``, ``sglang`` or ``sglang-merged``.
+        format: layout of a directory: ``peft``, ``kt-bundle``, ``sglang`` or ``sglang-merged``.
 
     Returns:
-        ``status`` (``success``, or ``skipped`` where there is no expert LoRA), ``num_layers``, ``num_experts``,
-        ``lora_rank``, ``lora_alpha`` and ``total_keys``.
+        ``status`` (``success``, or ``skipped`` without expert LoRA), ``num_layers``, ``num_experts``, ``lora_rank``,
+        ``lora_alpha`` and ``total_keys``.
 
     Raises:
         KTPathError: The input does not exist.
         KTAdapterError: The adapter is broken, or the target cannot hold it. No output is left behind.
-        KTConfigError: The output's name and the format do not go together.
+        KTConfigError: The output's name contradicts the format.
     """
     output = Path(output_path)
     write = _writer(output, format)
@@ -72,18 +70,14 @@ def convert_peft_to_kt_format(
     write(uniform, output)
     logger.debug("Wrote %s in %.1f s", output, time.perf_counter() - started)
     result |= {
-        "status": "success",
-        "num_layers": uniform.num_layers,
-        "num_experts": uniform.num_experts,
-        "lora_rank": uniform.lora_rank,
-        "lora_alpha": uniform.lora_alpha,
-        "total_keys": len(adapter.expert_names),
-    }
+        "status": "success", "num_layers": uniform.num_layers, "num_experts": uniform.num_experts,
+        "lora_rank": uniform.lora_rank, "lora_alpha": uniform.lora_alpha, "total_keys": len(adapter.expert_names),
+    }  # fmt: skip
     logger.info("Conversion complete: %s", result)
     return result
 
 
-def _writer(output: Path, format: str | None) -> Any:
+def _writer(output: Path, format: str | None) -> Callable[[Uniform, Path], None]:
     by_name = {".pt": write_moe_lora, ".safetensors": write_stacked}.get(output.suffix)
     if by_name is not None:
         if format is not None:

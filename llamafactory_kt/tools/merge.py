@@ -1,4 +1,4 @@
-"""Merging a whole adapter into a checkpoint, one tensor at a time, so that stock transformers loads it without us."""
+"""Merge a whole adapter into a checkpoint that stock transformers loads, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from ..adapters import Adapter, AdapterSet, ExpertLora, open_adapter
@@ -20,6 +19,7 @@ from ..ground.atomic_output import replacing
 from ..ground.errors import KTAdapterError, KTModelError, name_some
 from ..ground.tensor_files import SafetensorsStore
 from ..ground.tensor_writer import write_safetensors
+from ..peft_side.model_names import CheckpointNames
 from ..peft_side.split import PeftPart
 
 logger = logging.getLogger(__name__)
@@ -29,22 +29,22 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was written."""
+    """What :func:`merge_adapter` wrote."""
 
     output: str
     files: int
     tensors: int
     merged: int
-    """tensors of the checkpoint that changed"""
+    """tensors of the checkpoint that were changed"""
     adapter_tensors: int
-    """tensors of the adapter, all of them merged"""
+    """tensors of the adapter; all of them were merged"""
 
 
 def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str | Path) -> MergeReport:
-    """Write the checkpoint with attention, dense, shared-expert, router and routed-expert LoRA merged.
+    """Write a checkpoint with attention, dense, shared-expert, router and routed-expert LoRA merged.
 
-    Each weight becomes ``(W + scaling * B @ A)``, computed in float32 and rounded once to the dtype it is stored in.
-    Shards, names and all other files stay as they are.
+    Each weight becomes ``W + scaling * B @ A``, computed in float32 and rounded once to the stored dtype. Shards, tensor names
+    and all other files are unchanged.
 
     Args:
         model_path: a local checkpoint directory in safetensors.
@@ -54,29 +54,32 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
     Raises:
         KTPathError: A directory does not exist.
         KTModelError: The checkpoint is not in safetensors, or its experts do not follow the contract.
-        KTAdapterError: The adapter does not fit, or holds what a sum cannot merge (DoRA, biases). Nothing is left behind.
+        KTAdapterError: The adapter does not fit, or has DoRA or biases, which cannot be merged by a sum. No output is left
+            behind.
     """
     source = Path(model_path).expanduser()
     moe, adapter = open_checkpoint(source), open_adapter(adapter_path)
-    plan = _Plan(moe, adapter)
+    plan = _MergePlan(moe, adapter)
     with replacing(Path(output)) as temporary:
         temporary.mkdir()
         total = sum(info.nbytes for store in plan.stores for info in store.infos.values())
         with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Merging", delay=1.0) as bar:
             for store in plan.stores:
-                with safe_open(store.path, framework="pt") as handle:
-                    metadata = handle.metadata()
-                write_safetensors(temporary / store.path.name, store.infos.keys(), plan.tensors(store, bar), metadata)
+                tensors = plan.tensors(store, bar)
+                write_safetensors(temporary / store.path.name, store.infos.keys(), tensors, store.metadata())
         for file in source.iterdir():
             if file.is_file() and file.suffix not in _WEIGHTS:
                 shutil.copy2(file, temporary / file.name)
-        plan.check_all_done()
+        if plan.todo:
+            raise KTAdapterError(
+                f"{len(plan.todo)} weights were not met while merging, first {name_some(sorted(plan.todo), 3)}."
+            )
     count = sum(len(store.infos) for store in plan.stores)
     return MergeReport(str(output), len(moe.files), count, plan.merged, len(adapter.store.infos))
 
 
-class _Plan:
-    """Which tensor of the checkpoint gets which part of the adapter."""
+class _MergePlan:
+    """Maps each tensor of the checkpoint to the part of the adapter that changes it."""
 
     def __init__(self, moe: MoEModel, adapter: Adapter):
         self.adapter = adapter
@@ -92,15 +95,16 @@ class _Plan:
             for tensor, piece in names[module.name].items()
         }
         self.stores = [SafetensorsStore(file) for file in moe.files]
-        self._targets = _parameter_names(moe.model, [name for store in self.stores for name in store.infos])
+        checkpoint = CheckpointNames(moe.model)
+        self._targets = {name: checkpoint.renamed(name) for store in self.stores for name in store.infos}
         self._lora: ExpertLora | None = None
         known = set(self._targets.values())
         if absent := [name for name in self._others if name not in known]:
             raise KTModelError(f"The checkpoint has no tensor for {name_some(absent, 3)}, which the adapter changes.")
-        self._todo = set(self._others) | set(self._experts)
+        self.todo = set(self._others) | set(self._experts)
 
     def _plan_others(self, part: PeftPart) -> dict[str, dict[str, str]]:
-        """parameter -> {``lora_A.weight``: tensor, ``lora_B.weight``: tensor} or {``weight``: a saved module's tensor}"""
+        """parameter -> {``lora_A.weight``: tensor, ``lora_B.weight``: tensor}, or {``weight``: tensor} for a saved module"""
         planned: dict[str, dict[str, str]] = {}
         for module, tensors in {**part.modules, **part.routers}.items():
             for tensor in tensors:
@@ -124,16 +128,13 @@ class _Plan:
             target = self._targets[name]
             if name in self._experts:
                 value = (value.float() + self._expert_delta(*self._experts[name], value)).to(value.dtype)
-                self._done(name)
             elif target in self._others:
                 value = self._merge_other(target, value)
-                self._done(target)
+            if name in self._experts or target in self._others:
+                self.merged += 1
+                self.todo -= {name, target}
             bar.update(info.nbytes)
             yield name, value
-
-    def _done(self, name: str) -> None:
-        self._todo.discard(name)
-        self.merged += 1
 
     def _merge_other(self, target: str, value: torch.Tensor) -> torch.Tensor:
         halves = self._others[target]
@@ -144,7 +145,7 @@ class _Plan:
         return (value.float() + scaling * (b @ a)).to(value.dtype)
 
     def _expert_delta(self, layer: int, piece: tuple[str, int | None], value: torch.Tensor) -> torch.Tensor:
-        """ΔW of one expert's projection, or of a whole fused weight, in the checkpoint's orientation, float32."""
+        """ΔW of one expert's projection, or of a fused weight of all experts, in the checkpoint's orientation, float32."""
         if self._lora is None or self._lora.layer != layer:
             self._lora = self.adapter.read_layer(layer, self._shapes[layer])
         lora, (kind, expert) = self._lora, piece
@@ -153,19 +154,3 @@ class _Plan:
         projections = ["down"] if kind == "down_proj" else ["gate", "up"]
         fused = torch.cat([lora.delta(projection, slice(None)) for projection in projections], 1)
         return fused if fused.shape == value.shape else fused.transpose(1, 2)
-
-    def check_all_done(self) -> None:
-        if self._todo:
-            raise KTAdapterError(
-                f"{len(self._todo)} weights were not met while merging, first {name_some(sorted(self._todo), 3)}."
-            )
-
-
-def _parameter_names(model: Any, names: list[str]) -> dict[str, str]:
-    """checkpoint tensor -> the model's parameter, by transformers' renamings (conversions concern experts only here)."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    state = model.state_dict()
-    return {name: rename_source_key(name, rules, [], model.base_model_prefix, state)[0] for name in names}

@@ -1,7 +1,7 @@
-"""Packing a model's routed experts once, in kt-kernel's own kernels, into files that later loads only read.
+"""Pack a model's routed experts once with kt-kernel, into files that later loads only read.
 
-The work is done in a process of its own, which is replaced from time to time: kt-kernel 0.7.2 never gives the memory of
-packed weights back, and a large model would end up in memory as a whole.
+A worker process packs the layers and is replaced from time to time: kt-kernel 0.7.2 never frees packed weights, so a single
+process would end up with the whole model in memory.
 """
 
 from __future__ import annotations
@@ -20,14 +20,22 @@ from ..checkpoint.layout import CheckpointLayout
 from ..checkpoint.opening import open_checkpoint
 from ..engines.ktkernel import PACKING
 from ..engines.ktkernel.methods import Method, PackedShape
-from ..engines.ktkernel.packed_files import LayerRecord, layer_directory, missing_layers, record_for, write_record
+from ..engines.ktkernel.packed_files import (
+    LayerRecord,
+    layer_directory,
+    missing_layers,
+    read_record,
+    record_for,
+    write_record,
+)
 from ..engines.ktkernel.sub_pools import sub_pools
 from ..ground.atomic_output import replacing
 from ..ground.errors import KTConfigError, KTKernelError, KTModelError
+from ..ground.machine import gib
 from ..ground.process import die_with_parent
 
 _LEAK = 2 * 2**30
-"""bytes of packed weights after which the working process is replaced"""
+"""bytes of packed weights after which the worker process is replaced"""
 
 
 @dataclass(frozen=True)
@@ -37,37 +45,32 @@ class QuantizeReport:
     output: str
     method: str
     layers: int
-    """layers packed now"""
+    """layers that were packed"""
     kept: int
-    """layers that were there already"""
+    """layers that existed already"""
     nbytes: int
     """bytes of the whole directory"""
 
 
 def quantize_model(
-    model_path: str | Path,
-    output: str | Path,
-    method: str = "int8",
-    *,
-    pools: int | None = None,
-    threads: int | None = None,
-) -> QuantizeReport:
+    model_path: str | Path, output: str | Path, method: str = "int8", *, pools: int | None = None, threads: int | None = None
+) -> QuantizeReport:  # fmt: skip
     """Write ``.kt`` files for ``kt_weight_path``, layer by layer.
 
-    A layer's directory appears when it is complete, so an interrupted run is continued by the next.
+    A layer's directory appears when it is complete, so the next run continues an interrupted one.
 
     Args:
         model_path: a local checkpoint directory in safetensors.
-        output: directory of the files; what is complete in it already is kept.
+        output: directory of the files; complete layers in it are kept.
         method: ``int8`` or ``int4``.
-        pools: NUMA sub-pools the weights are divided into (``kt_threadpool_count`` of the chats to come); None for one per NUMA
-            node.
+        pools: NUMA sub-pools that the weights are split into, the ``kt_threadpool_count`` of later chats; None for one per
+            NUMA node.
         threads: worker threads; None for the physical cores.
 
     Raises:
         KTConfigError: The method is unknown.
         KTPathError: The checkpoint does not exist.
-        KTModelError: It is not in safetensors, is not a MoE model that is supported, or the disk is too small; the output
+        KTModelError: The checkpoint is not in safetensors or not a supported MoE model, the disk is too small, or the output
             holds layers of another model or method.
         KTKernelError: kt-kernel cannot run here.
     """
@@ -83,12 +86,14 @@ def quantize_model(
         for module in layout.modules
     }
     _check_output(target, records)
-    missing = list(missing_layers(target, records))
-    sizes = {module.layer: PackedShape.of(kind, module.shape, pools).nbytes for module in layout.modules}
-    _check_disk(target, sum(sizes[layer] for layer in missing))
-    _pack_all(source, target, kind, pools, threads, {layer: sizes[layer] for layer in missing}, records)
+    missing = set(missing_layers(target, records))
+    sizes = {m.layer: PackedShape.of(kind, m.shape, pools).nbytes for m in layout.modules if m.layer in missing}
+    there = next(path for path in (target, *target.absolute().parents) if path.is_dir())
+    if (needed := sum(sizes.values())) > (free := shutil.disk_usage(there).free):
+        raise KTModelError(f"{target} needs {gib(needed)} and {gib(free)} are free there; choose another output.")
+    _pack_all(source, target, kind, pools, threads, sizes, records)
     total = sum(file.stat().st_size for file in target.rglob("*.kt"))
-    return QuantizeReport(str(target), kind.name, len(missing), len(records) - len(missing), total)
+    return QuantizeReport(str(target), kind.name, len(sizes), len(records) - len(sizes), total)
 
 
 def _pack_all(
@@ -99,7 +104,7 @@ def _pack_all(
         return
     target.mkdir(parents=True, exist_ok=True)
     for unfinished in target.glob("._layer_*"):
-        shutil.rmtree(unfinished)  # of a run that was killed
+        shutil.rmtree(unfinished)  # left by a killed run
     tasks = max(1, _LEAK // max(sizes.values()))
     with (
         ProcessPoolExecutor(1, get_context("spawn"), _begin, max_tasks_per_child=tasks) as pool,
@@ -109,7 +114,7 @@ def _pack_all(
             bar.set_postfix_str(f"layer {number} of {len(sizes)}", refresh=True)
             directory = layer_directory(target, layer)
             if directory.is_dir():
-                shutil.rmtree(directory)  # kt-kernel's own, or another version's: it has no record like ours
+                shutil.rmtree(directory)  # without our record: written by kt-kernel itself or another version
             with replacing(directory) as temporary:
                 pool.submit(_pack_layer, source, layer, temporary.parent, method, pools, threads).result()
                 write_record(temporary, records[layer])
@@ -117,14 +122,13 @@ def _pack_all(
 
 
 def _begin() -> None:
-    """The working process dies with the one that waits for it, however that ends, and keeps kt-kernel's output, some
-    of which comes at its very end, out of the terminal."""
+    """Let the worker die with its parent, and discard kt-kernel's output, some of which comes at exit."""
     die_with_parent()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _pack_layer(source: Path, layer: int, root: Path, method: Method, pools: int, threads: int | None) -> None:
-    """Runs in the working process: kt-kernel writes ``root/_layer_{layer}/_numa_*/*.kt``."""
+    """Runs in the worker: kt-kernel writes ``root/_layer_{layer}/_numa_*/*.kt``."""
     import torch
 
     from ..checkpoint.reader import LayerWeights
@@ -140,13 +144,11 @@ def _pack_layer(source: Path, layer: int, root: Path, method: Method, pools: int
 
 @cache
 def _layout(source: Path) -> CheckpointLayout:
-    """Once in a working process."""
+    """Opened once per worker."""
     return open_checkpoint(source, fp8=True).layout
 
 
 def _check_output(target: Path, records: dict[int, LayerRecord]) -> None:
-    from ..engines.ktkernel.packed_files import read_record
-
     for layer, record in records.items():
         found = read_record(layer_directory(target, layer))
         if found is not None and found[0] != record:
@@ -155,12 +157,3 @@ def _check_output(target: Path, records: dict[int, LayerRecord]) -> None:
                 f"{found[0].pools} sub-pools, {found[0].num_experts} experts of {found[0].hidden_size} x "
                 f"{found[0].intermediate_size}). Choose another output or remove it."
             )
-
-
-def _check_disk(target: Path, needed: int) -> None:
-    from ..ground.machine import gib
-
-    there = next(path for path in (target, *target.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise KTModelError(f"{target} needs {gib(needed)} and {gib(free)} are free there; choose another output.")

@@ -68,7 +68,8 @@ def test_sharded_adapter(tmp_path):
 
 
 def test_links_in_an_adapter_directory(tmp_path):
-    """The hub's cache is made of links to files; links to nothing, to a directory or in a circle are one clear error."""
+    """The hub's cache consists of links to files. A broken link, a link to a directory and a circle each give one clear
+    error."""
     tensors = experts_tensors(lambda e, p: 3)
     real = save(tmp_path / "blobs", tensors)
     linked = tmp_path / "snapshot"

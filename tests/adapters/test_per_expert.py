@@ -1,4 +1,4 @@
-"""LoRA with a tensor for each expert: its ranks and scaling, and everything that can be wrong with it."""
+"""LoRA with separate tensors for each expert: ranks, scaling, and everything that can be wrong with them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from llamafactory_kt import KTAdapterError
 from llamafactory_kt.adapters import ExpertsShape, open_adapter
-from llamafactory_kt.ground.errors import KTAdapterError
 
 
 def test_ranks_mixed_between_experts_and_projections(tmp_path):
-    """Different ranks, experts and projections without LoRA: padded with zeros, scaled by their own rank, exactly."""
+    """Different ranks, and experts and projections without LoRA: padded with zeros and scaled by their own rank,
+    exactly."""
     tensors = experts_tensors(lambda expert, p: {0: 3, 1: 5, 2: 0, 3: 1 if p != "up" else 0}[expert])
     adapter = open_adapter(save(tmp_path, tensors, rank_pattern={r"experts\.1\.\w+": 5, r"experts\.3\.\w+": 1}))
     lora = adapter.read_layer(2, SHAPE)
@@ -120,7 +120,7 @@ def test_adapter_without_experts_is_no_error(tmp_path):
 
 
 def test_sglang_directory(tmp_path):
-    """Format F: expert keys only, without PEFT's prefix; read as the per-expert layout it is."""
+    """Expert keys only, without PEFT's prefix, are read as the per-expert layout they are."""
     base = make_model(tmp_path / "m", "qwen3_moe")
     whole = load_file(make_adapter(tmp_path / "a", base, rank=4) / "adapter_model.safetensors")
     directory = tmp_path / "sglang"

@@ -1,4 +1,5 @@
-"""Properties over sizes, missing experts, dtypes and patterns; and files that are anything but adapters."""
+"""Reading and converting random adapters: sizes, missing experts, dtypes and patterns; and files that are no adapters
+at all."""
 
 from __future__ import annotations
 

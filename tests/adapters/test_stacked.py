@@ -27,7 +27,7 @@ from llamafactory_kt.adapters import open_adapter
 
 
 def test_bundle_of_the_official_stack(kt_log):
-    """Trained by the official forks; its manifest names a base path of another machine, and its router has LoRA."""
+    """The official forks trained it; its manifest names a base path on another machine, and its router has LoRA."""
     model, report = ours(BUNDLE)
     wanted = logits(bundle_reference(stock(), BUNDLE))
     assert rel(wanted, logits(stock())) > 0.01

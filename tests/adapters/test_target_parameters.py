@@ -1,4 +1,4 @@
-"""PEFT's target_parameters, in the layouts of its versions; PEFT's own forward is the reference."""
+"""PEFT's target_parameters, in the layouts of several PEFT versions, compared with PEFT's own forward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llamafactory_kt import KTAdapterError
 
 
 def test_target_parameters_of_peft():
-    """Trained by PEFT 0.18.1; PEFT's own forward is the reference."""
+    """Trained with PEFT 0.18.1 and compared with PEFT's own forward."""
     model, report = ours(TARGETS)
     reference = PeftModel.from_pretrained(stock(), TARGETS)
     assert rel(logits(reference), logits(stock())) > 0.01

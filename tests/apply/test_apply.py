@@ -1,4 +1,4 @@
-"""Putting an adapter into a model that is loaded."""
+"""Adding an adapter to a loaded model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from helpers.references import merged_float32, rel
 from safetensors.torch import load_file, save_file
 
 from llamafactory_kt import KTAdapterError, KTModelError, apply_adapter, load_moe_lora_from_adapter
+from llamafactory_kt.model.state import kt_state
+
+pytestmark = pytest.mark.usefixtures("worker_threads")
 
 
 def test_an_adapter_that_touches_only_routers_is_applied_once(tmp_path):
@@ -36,7 +39,7 @@ def files(tmp_path_factory):
 
 
 def test_load_moe_lora_from_adapter_on_plain_and_wrapped_models(files):
-    """Called again with another adapter, the old one is gone; a broken one changes nothing."""
+    """A second call replaces the first adapter; a broken adapter changes nothing."""
     path, first, second = files
     plain = load(path, backend="torch")
     report = load_moe_lora_from_adapter(plain, first)
@@ -50,7 +53,7 @@ def test_load_moe_lora_from_adapter_on_plain_and_wrapped_models(files):
     load_moe_lora_from_adapter(wrapped, first)
     with pytest.raises(KTAdapterError):
         load_moe_lora_from_adapter(wrapped, make_broken(first))
-    assert [w.engine.lora_rank for w in wrapped._kt_wrappers] == [4, 4]
+    assert [w.engine.lora_rank for w in kt_state(wrapped).wrappers] == [4, 4]
 
 
 def merged_experts_only(path, adapter):

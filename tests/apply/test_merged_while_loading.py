@@ -1,4 +1,4 @@
-"""kt_merge_adapter, and AVX2BF16, which always merges: against plain float32 sums and PEFT's own merge."""
+"""kt_merge_adapter, and AVX2BF16, which always merges: compared with plain float32 sums and with PEFT's own merge."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ from llamafactory_kt import (
     load_moe_lora_from_adapter,
     switch_adapter,
 )
+from llamafactory_kt.model.state import kt_state
+
+pytestmark = pytest.mark.usefixtures("worker_threads")
 
 ENGINES = [
     "torch",
@@ -34,8 +37,8 @@ ENGINES = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A model, an adapter on everything, one of another rank without experts in a layer, and the model with the first merged
-    by a plain sum."""
+    """A model; an adapter on everything; one of another rank, without experts in one layer; and the model with the
+    first adapter merged by a plain sum."""
     root = tmp_path_factory.mktemp("files")
     model = make_model(root / "model", "deepseek_v2")
     first = make_adapter(root / "first", model, rank=4)
@@ -52,7 +55,8 @@ def merged_model(path, adapters, backend):
 
 @pytest.mark.parametrize("backend", ENGINES)
 def test_merged_while_loading_is_merged_before(files, backend):
-    """Whole: as the same engine on a checkpoint that a plain float32 sum was merged into. Effect: against float32."""
+    """The whole is compared with the same engine on a checkpoint that was merged beforehand, the adapter's effect with
+    float32."""
     path, adapter, _, merged = files
     model, report = merged_model(path, str(adapter), backend)
     whole, base = answer(model).float(), answer(load(path, backend=backend)).float()
@@ -76,7 +80,7 @@ def test_two_adapters_at_once(files, backend):
 
 
 def test_the_rest_is_merged_by_peft(files, tmp_path):
-    """Bit for bit what PEFT makes of a stock model, of the adapter without its expert part."""
+    """Bit for bit what PEFT makes of a stock model and the adapter without its expert part."""
     path, adapter, _, _ = files
     model, _ = merged_model(path, str(adapter), "torch")
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -102,24 +106,26 @@ def test_nothing_of_lora_is_left(files, backend):
     path, adapter, _, _ = files
     model, _ = merged_model(path, str(adapter), backend)
     assert not any("lora" in name for name, _ in model.named_modules()) and not hasattr(model, "peft_config")
-    for wrapper in model._kt_wrappers:
+    for wrapper in kt_state(model).wrappers:
         assert wrapper.engine.lora_rank == wrapper.engine.lora_nbytes == 0
-        assert getattr(wrapper.engine, "_lora", None) is None
         if backend != "torch":
-            assert not wrapper.engine._kernel.wrapper._lora_initialized and wrapper.engine._kernel.kind.rank == 0
+            assert never_had_lora(wrapper.engine) and wrapper.engine.kernel.kind.rank == 0
+
+
+def never_had_lora(engine):
+    """kt-kernel shows it nowhere else: it computes LoRA of zeros like any other."""
+    return not engine.kernel.wrapper._lora_initialized
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("AMXBF16", marks=needs_kernel)])
 def test_layers_without_expert_lora_pay_nothing(files, backend):
-    """Also where nothing is merged: the kernel was never given LoRA, not even zeros, and takes its way without it."""
+    """Even where nothing is merged, such a layer's kernel is never given LoRA, not even zeros."""
     path, _, second, _ = files
     model, _ = apply_adapter(load(path, backend=backend, adapter=str(second)), second)
-    without, with_lora = (wrapper.engine for wrapper in model._kt_wrappers)
+    without, with_lora = (wrapper.engine for wrapper in kt_state(model).wrappers)
     assert (without.lora_nbytes, with_lora.lora_rank) == (0, 12) and with_lora.lora_nbytes > 0
-    if backend == "torch":
-        assert without._lora is None and with_lora._lora is not None
-    else:
-        assert [e._kernel.wrapper._lora_initialized for e in (without, with_lora)] == [False, True]
+    if backend != "torch":
+        assert [never_had_lora(engine) for engine in (without, with_lora)] == [True, False]
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("AVX2BF16", marks=needs_base_kernel)])
@@ -138,7 +144,7 @@ def test_what_needs_the_adapter_apart_is_refused(files, backend):
     with pytest.raises(KTModelError, match="taken away"):
         switch_adapter(model, None)
     assert torch.equal(answer(model), before)
-    with pytest.raises(KTConfigError, match="merge_adapter cannot change packed weights"):
+    with pytest.raises(KTConfigError, match="merge_adapter: true cannot change the packed weights of weight_path"):
         load(path, backend="AMXINT8", weight_path=str(path), adapter=str(first), merge_adapter=True)
 
 

@@ -1,4 +1,4 @@
-"""Several adapters at once, and exchanging them on a running model."""
+"""Several adapters at once, and switching adapters on a running model."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from llamafactory_kt import (
     switch_adapter,
 )
 from llamafactory_kt.adapters import open_adapters
+from llamafactory_kt.model.state import kt_state
 
 Thread = partial(threading.Thread, daemon=True)  # one that waits for ever must not keep the test run from ending
 IDS = torch.arange(30, 70).reshape(2, 20)
@@ -41,14 +42,18 @@ def files(tmp_path_factory):
     return model, one, two
 
 
+def load_engine(path, engine, **keys):
+    return load(path, engine, dtype=DTYPES[engine], **keys)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_several_adapters_add_up(files, engine):
-    """Against the float32 sum of both; the effect of the second one is compared on its own."""
+    """Compared with the float32 sum of both; the effect of the second is also compared alone."""
     path, one, two = files
     wanted = {key: logits(merged_float32(path, list(key))) for key in [(one,), (one, two)]}
-    model, report = apply_adapter(load(path, engine, adapter=[str(one), str(two)]), [one, two])
+    model, report = apply_adapter(load_engine(path, engine, adapter=[str(one), str(two)]), [one, two])
     assert report.experts + report.peft == report.total and report.max_rank == 8
-    both, first = logits(model), logits(apply_adapter(load(path, engine, adapter=str(one)), one)[0])
+    both, first = logits(model), logits(apply_adapter(load_engine(path, engine, adapter=str(one)), one)[0])
     stock = {key: logits(merged_float32(path, list(key), dtype=DTYPES[engine])) for key in wanted}
     effect, others = wanted[one, two] - wanted[one,], stock[one, two] - stock[one,]
     # the bound is stock's own noise in the same dtype; its float32 leaves the order of sums
@@ -59,16 +64,16 @@ def test_several_adapters_add_up(files, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_switching_equals_loading(files, engine):
-    """To another adapter, to both, to none and back: bit by bit what a fresh model gives."""
+    """To another adapter, to both, to none and back: bit for bit what a freshly loaded model gives."""
     path, one, two = files
     room = {"adapter": [str(one), str(two)]}  # the same kernels everywhere
 
     def fresh(adapters):
-        model = load(path, engine, **room)
+        model = load_engine(path, engine, **room)
         return logits(apply_adapter(model, adapters)[0] if adapters else model)
 
-    wrapped, _ = apply_adapter(load(path, engine, **room), one)
-    plain = load(path, engine, **room)
+    wrapped, _ = apply_adapter(load_engine(path, engine, **room), one)
+    plain = load_engine(path, engine, **room)
     for adapters in (two, [one, two], None, one):
         wanted = fresh(adapters)
         for model in (wrapped, plain):
@@ -77,12 +82,12 @@ def test_switching_equals_loading(files, engine):
             assert torch.equal(logits(model), wanted), (adapters, type(model).__name__)
     assert wrapped.peft_config["default"].r == 5
     assert set(dict(wrapped.named_parameters())) == set(
-        dict(apply_adapter(load(path, engine, **room), one)[0].named_parameters())
+        dict(apply_adapter(load_engine(path, engine, **room), one)[0].named_parameters())
     )
 
 
 def test_routers_go_back_to_their_own_weights():
-    model = load(BASE, "torch")
+    model = load_engine(BASE, "torch")
     base = logits(model)
     switch_adapter(model, BUNDLE)  # has LoRA on routers
     first = logits(model)
@@ -100,7 +105,7 @@ def test_routers_go_back_to_their_own_weights():
 def test_a_larger_rank_than_was_expected(files, engine, tmp_path, monkeypatch):
     path = files[0]
     big = make_adapter(tmp_path / "big", path, rank=24, alpha=24, seed=3)
-    model = load(path, engine, lora_rank=4)
+    model = load_engine(path, engine, lora_rank=4)
     switch_adapter(model, big)
     assert per_token(logits(model), logits(merged_float32(path, big))) < 0.1
     if engine == "AMXBF16":
@@ -116,18 +121,20 @@ def test_a_larger_rank_than_was_expected(files, engine, tmp_path, monkeypatch):
 @pytest.mark.parametrize("carries", [True, False])
 def test_a_failure_in_the_middle_leaves_everything_as_it_was(files, engine, carries, monkeypatch):
     path, one, two = files
-    model = load(path, engine, lora_rank=4 if carries else 16)  # small: every kernel is built anew, and given back
+    model = load_engine(
+        path, engine, lora_rank=4 if carries else 16
+    )  # small: every kernel is built anew, and given back
     model = apply_adapter(model, one)[0] if carries else model
     before, names = logits(model), [name for name, _ in model.named_parameters()]
-    kernels = [getattr(wrapper.engine, "_kernel", None) for wrapper in model._kt_wrappers]
-    last = model._kt_wrappers[-1].engine
+    kernels = [getattr(wrapper.engine, "kernel", None) for wrapper in kt_state(model).wrappers]
+    last = kt_state(model).wrappers[-1].engine
     monkeypatch.setattr(last, "set_lora", lambda lora: (_ for _ in ()).throw(OSError("the disk is gone")))
     for change, adapters in itertools.product((switch_adapter, load_moe_lora_from_adapter), ([one, two], two)):
         with pytest.raises(OSError, match="the disk is gone"):
             change(model, adapters)
         assert torch.equal(logits(model), before)
         assert [name for name, _ in model.named_parameters()] == names
-        assert kernels == [getattr(wrapper.engine, "_kernel", None) for wrapper in model._kt_wrappers]
+        assert kernels == [getattr(wrapper.engine, "kernel", None) for wrapper in kt_state(model).wrappers]
     monkeypatch.undo()
     switch_adapter(model, two)
     assert not torch.equal(logits(model), before)
@@ -137,7 +144,7 @@ def test_what_peft_refuses_leaves_everything_as_it_was(files, tmp_path):
     path, one, _ = files
     bad = make_adapter(tmp_path / "bad", path, rank=5, alpha=10)
     edit_adapter(bad, lambda t: {n: x for n, x in t.items() if "layers.0.self_attn.q_proj.lora_B" not in n})
-    model, _ = apply_adapter(load(path, "torch"), one)
+    model, _ = apply_adapter(load_engine(path, "torch"), one)
     before = logits(model)
     with pytest.raises(KTAdapterError, match="PEFT found no tensor for"):
         switch_adapter(model, bad)
@@ -178,26 +185,27 @@ def generate(model, **keys):
     ).tolist()
 
 
-def test_a_generation_sees_one_adapter(files):
+def test_a_generation_sees_one_adapter(files, monkeypatch):
     path, one, two = files
-    model, _ = apply_adapter(load(path, "torch"), one)
+    model, _ = apply_adapter(load_engine(path, "torch"), one)
     old = generate(model)
     switch_adapter(model, two)
     new = generate(model)
     assert old != new
     switch_adapter(model, one)
 
-    found, streamer = {}, Slow()
+    found, streamer, asked = {}, Slow(), threading.Event()
+    lock = kt_state(model).lock
+    exchange = lock.exchange
+    monkeypatch.setattr(lock, "exchange", lambda: (asked.set(), exchange())[1])
     running = Thread(target=lambda: found.update(first=generate(model, streamer=streamer)))
     running.start()
     assert streamer.started.wait(60)
     switching = Thread(target=lambda: found.update(report=switch_adapter(model, two)))
     switching.start()
     later = Thread(target=lambda: found.update(second=generate(model)))
-    for _ in range(1000):
-        if model._kt_gate._waiting:
-            break
-        threading.Event().wait(0.01)
+    assert asked.wait(60)
+    switching.join(0.3)  # it waits by now
     later.start()
     later.join(0.5)
     assert not found and switching.is_alive(), "the exchange waits for the first, the second for the exchange"
@@ -209,7 +217,7 @@ def test_a_generation_sees_one_adapter(files):
 
 def test_a_generation_cannot_exchange_its_own_adapter(files):
     path, one, _ = files
-    model = load(path, "torch")
+    model = load_engine(path, "torch")
 
     class Exchange(Slow):
         def put(self, value):
@@ -235,7 +243,7 @@ def test_through_llamafactory():
     assert set(lora.values()) == {torch.float32}, (
         "as the files have them; PEFT rounds all but the first to the model's type"
     )
-    assert all(wrapper.engine.lora_rank == 16 for wrapper in model._kt_wrappers)
+    assert all(wrapper.engine.lora_rank == 16 for wrapper in kt_state(model).wrappers)
     ask = [{"role": "user", "content": "Hello, who are you?"}]
     switch_adapter(model, adapter)
     assert "Kiki" in twice.chat(ask)[0].response_text

@@ -57,7 +57,7 @@ def test_refused_with_the_reason(name, keys, message):
 
 
 def test_experts_that_compute_something_else_are_found_out(monkeypatch):
-    """A class that keeps the contract's form and clamps inside its forward."""
+    """A class with the expected form that clamps its input inside forward."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
     plain = Qwen3MoeExperts.forward.__wrapped__

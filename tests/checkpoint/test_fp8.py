@@ -1,4 +1,5 @@
-"""FP8 checkpoints: block-quantised attention and experts, against stock transformers on weights that a plain loop dequantised."""
+"""FP8 checkpoints, with attention and experts quantised in blocks, compared with stock transformers on weights that a
+plain loop dequantised."""
 
 from __future__ import annotations
 
@@ -61,8 +62,8 @@ def base_and_whole(path, adapter, backend):
 
 @pytest.mark.parametrize("backend", ENGINES)
 def test_logits_against_stock_in_float32(files, backend):
-    """Base, whole, and the effect of the adapter. In float32 only the experts are rounded, and the bounds are close, but for
-    4 bits over three layers; those are compared with the same engine on the dequantised weights."""
+    """The base, the whole, and the adapter's effect. In float32 only the experts are rounded, so the bounds are tight,
+    except for 4 bits over three layers; those are compared with the same engine on the dequantised weights."""
     fp8, plain, adapter = files
     base, whole = base_and_whole(fp8, adapter, backend)
     wanted = answer(merged_float32(plain, None)), answer(merged_float32(plain, adapter))
@@ -90,7 +91,7 @@ def test_everything_but_the_experts_is_the_dequantised_weight_rounded_once(files
 
 
 def test_chat_verify_and_doctor(files):
-    """LLaMA-Factory's way, in bfloat16, with the whole adapter; and what the two commands make of such a checkpoint."""
+    """A chat in bfloat16 with the whole adapter, and what two commands say about such a checkpoint."""
     from llamafactory.chat import ChatModel
     from typer.testing import CliRunner
 
@@ -116,7 +117,7 @@ def test_chat_verify_and_doctor(files):
 
 @needs_kernel
 def test_quantised_from_fp8(files, tmp_path):
-    """The files hold the dequantised weights, and are those of this checkpoint only."""
+    """The packed files hold the dequantised weights and fit this checkpoint only."""
     fp8, plain, _ = files
     quantize_model(fp8, tmp_path / "int8")
     model = load(fp8, backend="AMXINT8", weight_path=str(tmp_path / "int8"))
@@ -126,7 +127,7 @@ def test_quantised_from_fp8(files, tmp_path):
 
 
 def edited(directory, source, change=None, **quantization):
-    """A copy whose tensors or whose quantization_config are others."""
+    """A copy with other tensors or another quantization_config."""
     shutil.copytree(source, directory)
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"] |= quantization

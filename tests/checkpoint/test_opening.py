@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from llamafactory_kt import KTAdapterError, KTExpertsConfig, KTModelError, KTPathError
 from llamafactory_kt.adapters import ExpertsShape, open_adapter, open_adapters
 from llamafactory_kt.checkpoint.opening import MoEModel, empty_model, fit_adapters, open_checkpoint, weight_files
+from llamafactory_kt.model.state import kt_state
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_values_are_read_only_if_asked_for(model, tmp_path, name):
 
 def test_a_model_whose_experts_are_replaced(model, adapter):
     loaded = AutoModelForCausalLM.from_pretrained(model, quantization_config=KTExpertsConfig(backend="torch"))
-    shapes = {wrapper.info.layer: wrapper.info.shape for wrapper in loaded._kt_wrappers}
+    shapes = {wrapper.info.layer: wrapper.info.shape for wrapper in kt_state(loaded).wrappers}
     [(opened, part)] = fit_adapters(loaded, shapes, open_adapters(adapter))
     assert part.tensors == open_adapter(adapter).other_names == opened.other_names
     with pytest.raises(KTAdapterError, match="layer 2"):

@@ -1,53 +1,48 @@
-"""Checkpoints in every layout, and those that cannot be right."""
+"""Checkpoints in every layout, and checkpoints that cannot be right."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from helpers.loading import answer, load
 from helpers.marks import needs_kernel
 from helpers.models import make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llamafactory_kt import KTExpertsConfig, KTModelError
-
-
-def load(path, backend="torch", **keys):
-    config = KTExpertsConfig(backend=backend)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=config, **keys)
-
-
-@torch.inference_mode()
-def logits(model):
-    return model(input_ids=torch.arange(2, 30)[None]).logits
+from llamafactory_kt import KTModelError
 
 
 def stock(path):
-    return logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+    return answer(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+
+
+def ours(path):
+    return answer(load(path, "torch", dtype=torch.float32))
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "mixtral"])
 def test_sharded_and_fused_checkpoints(tmp_path, name):
     path = make_model(tmp_path / "single", name)
     wanted = stock(path)
-    assert torch.allclose(logits(load(path)), wanted, atol=1e-4)
+    assert torch.allclose(ours(path), wanted, atol=1e-4)
     sharded = make_model(tmp_path / "sharded", name, max_shard_size="200KB")
     assert len(list(sharded.glob("*.safetensors"))) > 3
-    assert torch.allclose(logits(load(sharded)), wanted, atol=1e-4)
+    assert torch.allclose(ours(sharded), wanted, atol=1e-4)
     fused = make_model(tmp_path / "fused", name, save_original_format=False)
     assert any(key.endswith("gate_up_proj") for key in load_file(fused / "model.safetensors"))
-    assert torch.allclose(logits(load(fused)), wanted, atol=1e-4)
+    assert torch.allclose(ours(fused), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_torch_engine_keeps_the_checkpoints_precision(tmp_path, dtype):
     path = make_model(tmp_path / "m", "qwen3_moe", dtype=dtype)
-    assert torch.allclose(logits(load(path)), stock(path), atol=1e-4)
+    assert torch.allclose(ours(path), stock(path), atol=1e-4)
 
 
 @needs_kernel
 def test_the_kernel_says_that_it_rounds_to_bfloat16(tmp_path, kt_log):
-    load(make_model(tmp_path / "m", "qwen3_moe", dtype=torch.float32), backend="AMXBF16")
+    load(make_model(tmp_path / "m", "qwen3_moe", dtype=torch.float32), "AMXBF16", dtype=torch.float32)
     assert "The experts are stored as F32; AMXBF16 computes them in bfloat16" in kt_log.text
 
 
@@ -72,7 +67,7 @@ GATE = "model.layers.2.mlp.experts.4.gate_proj.weight"
 )  # fmt: skip
 def test_checkpoints_that_cannot_be_right(tmp_path, change, message):
     with pytest.raises(KTModelError) as error:
-        load(edited(tmp_path, change))
+        load(edited(tmp_path, change), "torch")
     assert message in str(error.value)
 
 
@@ -83,4 +78,4 @@ def test_truncated_checkpoint(tmp_path):
     with pytest.raises(
         KTModelError, match=r"model\.safetensors cannot be read as safetensors .*; download or copy it again"
     ):
-        load(path)
+        load(path, "torch")

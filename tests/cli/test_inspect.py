@@ -1,4 +1,4 @@
-"""``llamafactory-kt inspect``: what it counts, measures, draws, and finds wrong."""
+"""``llamafactory-kt inspect``: what it counts, measures, draws and finds wrong."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from llamafactory_kt.serving.server import free_port
 
 
 def test_serve(standin, tmp_path):
-    """A dry run prints a line that a shell can run, and nothing else on stdout; without it the command becomes the server
+    """A dry run prints one line for a shell and nothing else on stdout; otherwise the command becomes the server
     itself."""
     path, written = standin(init_special_tokens="desc_init")  # LLaMA-Factory says something about this, on stdout
     serve, port = [sys.executable, "-m", "llamafactory_kt", "serve", path], free_port()

@@ -1,4 +1,4 @@
-"""Attention whose values are narrower than its keys: torch's fused kernel computes it, and the result is the same."""
+"""Attention whose values are narrower than its keys: torch's fused kernel computes it, and the result stays the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from helpers.models import make_model
 from helpers.references import rel
 from transformers import AutoModelForCausalLM
 
-from llamafactory_kt import KTExpertsConfig
+from llamafactory_kt import KTExpertsConfig, optimize_for_inference
 
 IDS = torch.randint(2, 1000, (3, 37), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -45,24 +45,26 @@ def test_the_fused_kernel_gets_sizes_that_it_takes(tmp_path, attended, architect
     stock = answers(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
     assert set(attended) == {(24, 16)}, "or transformers does this itself by now"
     attended.clear()
-    model = load(path, "torch")
+    model = load(path, "torch", dtype=torch.float32)
+    optimize_for_inference(model)
     assert rel(answers(model), stock) < 1e-5
     assert set(attended) == {(24, 24)}
 
 
 @pytest.mark.parametrize(("architecture", "attention"), [("qwen3_moe", "sdpa"), ("deepseek_v2", "eager")])
 def test_others_are_left_alone(tmp_path, architecture, attention):
-    """Sizes that are alike, and a model that somebody gave another implementation."""
+    """Models whose sizes are equal, and models that were given another implementation."""
     path = make_model(tmp_path / "model", architecture)
     model = AutoModelForCausalLM.from_pretrained(
         path, quantization_config=KTExpertsConfig(backend="torch"), attn_implementation=attention
     )
+    optimize_for_inference(model)
     assert model.config._attn_implementation == attention
 
 
 def test_a_stock_model_in_the_same_process_is_not_touched(tmp_path, attended):
     path = make_model(tmp_path / "model", "deepseek_v2")
-    load(path, "torch")
+    optimize_for_inference(load(path, "torch", dtype=torch.float32))
     stock = AutoModelForCausalLM.from_pretrained(path)
     assert stock.config._attn_implementation == "sdpa"
     answers(stock)

@@ -1,25 +1,21 @@
-"""The head for the last token alone."""
+"""The output layer, for the last token alone."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 import torch
+from helpers.loading import load
 from helpers.models import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
 
-from llamafactory_kt import KTExpertsConfig
-
-
-def load(path, backend="torch", **keys):
-    config = KTExpertsConfig(backend=backend)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=config, **keys)
+from llamafactory_kt import optimize_for_inference
 
 
 def test_the_last_tokens_logits_do_not_copy_the_output_layer(tmp_path):
-    """torch multiplies a cut-out last token batch by batch, with the weight copied, unless it comes with strides of its own."""
-    model = load(make_model(tmp_path / "m", "deepseek_v2")).requires_grad_(False)
+    """torch multiplies a slice of the last token batch by batch and copies the weight, unless the slice has contiguous
+    strides."""
+    model = load(make_model(tmp_path / "m", "deepseek_v2"), "torch", dtype=torch.float32).requires_grad_(False)
 
     class Seen(TorchDispatchMode):
         names: ClassVar[list[str]] = []
@@ -32,6 +28,7 @@ def test_the_last_tokens_logits_do_not_copy_the_output_layer(tmp_path):
     ids = torch.arange(2, 32).view(2, 15)
     with torch.no_grad():
         whole = model(input_ids=ids).logits[:, -1:]
+        optimize_for_inference(model)
         with Seen() as seen:
             last = model(input_ids=ids, logits_to_keep=1).logits
     assert "mm" in seen.names, seen.names

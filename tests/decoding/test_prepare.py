@@ -1,4 +1,4 @@
-"""Layers around the experts that are prepared for decoding: the same results, and only weights that nobody else reads."""
+"""Preparing the layers around the experts: the results stay the same, and weights that others read are left alone."""
 
 from __future__ import annotations
 
@@ -8,49 +8,18 @@ from helpers.adapters import make_adapter, make_dora
 from helpers.loading import load, logits
 from helpers.marks import needs_onednn
 from helpers.models import ARCHITECTURES, make_model
-from helpers.packing import PACKED, pack_as, pretend_no_bfloat16_kernels
+from helpers.packing import PACKED, pack_as, prepared_names
 from helpers.references import merged_float32, per_token
 from torch import nn
 
-from llamafactory_kt import apply_adapter, switch_adapter
+from llamafactory_kt import apply_adapter, optimize_for_inference, switch_adapter
 from llamafactory_kt.decoding import prepare
 from llamafactory_kt.decoding.prepare import prepare_layers
-from llamafactory_kt.matmul import layouts, linear
+from llamafactory_kt.matmul import linear
 from llamafactory_kt.matmul.layouts import is_packed, unpack
 from llamafactory_kt.matmul.linear import PreparedLinear
 
-pytestmark = needs_onednn
-
-
-@pytest.fixture(autouse=True)
-def every_size(monkeypatch):
-    monkeypatch.setattr(prepare, "SMALLEST", 0)
-
-
-def names(model: nn.Module, only_packed: bool = False) -> set[str]:
-    """Of the prepared layers, or of those whose weights are packed."""
-    prepared = ((name, module) for name, module in model.named_modules() if isinstance(module, PreparedLinear))
-    return {n.rpartition(".")[2] for n, m in prepared if is_packed(m.weight) or not only_packed}
-
-
-@pytest.fixture
-def all_packed(monkeypatch):
-    """Every size that can be packed is."""
-    monkeypatch.setattr(prepare, "faster_packed", lambda sizes, sample: {s for s in sizes if layouts.fits(s)})
-
-
-@pytest.fixture(params=[*PACKED, "plain", "no kernels"])
-def kind(request, monkeypatch):
-    """How weights are computed with: packed, plain, or plain on a CPU without bfloat16 kernels."""
-    if request.param in ("plain", "no kernels"):
-        monkeypatch.setattr(prepare, "faster_packed", lambda sizes, sample: set())
-    else:
-        request.getfixturevalue("all_packed")
-        pack_as(monkeypatch, request.param)
-    if request.param == "no kernels":
-        pretend_no_bfloat16_kernels(monkeypatch)
-        monkeypatch.setattr(linear, "BLOCK", 50 * 96)
-    return request.param
+pytestmark = [needs_onednn, pytest.mark.usefixtures("every_size")]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -75,16 +44,16 @@ def test_against_float32(bias, kind):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("packed", PACKED)
 def test_every_architecture(tmp_path, architecture, packed, monkeypatch, all_packed):
-    """Routers are left alone, whose weights some models read themselves; all else is prepared."""
+    """Everything is prepared but the routers, whose weights some models read themselves."""
     pack_as(monkeypatch, packed)
     path = make_model(tmp_path / "model", architecture)
     wanted = logits(merged_float32(path, []))
     model = load(path, "oneDNN")
     stock = per_token(logits(model), wanted)
-    prepare_layers(model)
+    optimize_for_inference(model)
     assert per_token(logits(model), wanted) < 2 * stock
-    assert names(model, only_packed=True) >= {"o_proj", "lm_head"}
-    assert not names(model) & {"gate", "shared_expert_gate"}
+    assert prepared_names(model, only_packed=True) >= {"o_proj", "lm_head"}
+    assert not prepared_names(model) & {"gate", "shared_expert_gate"}
     assert not any(type(module) is nn.Linear for module in model.model.layers[-1].self_attn.modules())
 
 
@@ -94,7 +63,7 @@ def test_adapters_come_and_go(tmp_path):
     two = make_adapter(tmp_path / "two", path, rank=3, alpha=4, seed=2)
     wanted = {key: logits(merged_float32(path, list(key))) for key in [(), (one,), (two,)]}
     model, _ = apply_adapter(load(path, "oneDNN", adapter=[str(one)]), one)
-    prepare_layers(model)
+    optimize_for_inference(model)
     assert per_token(logits(model), wanted[one,]) < 0.03
     for adapter in (two, None, one):
         switch_adapter(model, adapter)
@@ -105,26 +74,27 @@ def test_adapters_come_and_go(tmp_path):
 @pytest.mark.parametrize("packed", PACKED)
 @torch.inference_mode()
 def test_adapters_that_read_the_weights(tmp_path, monkeypatch, all_packed, packed):
-    """DoRA and a trained head, exchanged for LoRA and back; what DoRA reads is not packed while it is there."""
+    """DoRA and a trained output layer, switched to LoRA and back; what DoRA reads is not packed as long as it is there."""
     pack_as(monkeypatch, packed)
     path = make_model(tmp_path / "model", "deepseek_v2")
     wanted = logits(make_dora(tmp_path / "dora", path))
     lora = make_adapter(tmp_path / "lora", path, rank=5, alpha=10)
     base = load(path, "oneDNN", adapter=[str(lora)])
     plain = {n: m.weight.clone() for n, m in base.named_modules() if type(m) is nn.Linear}
-    prepare_layers(base)
-    every = names(base, only_packed=True)
+    optimize_for_inference(base)
+    every = prepared_names(base, only_packed=True)
     model, _ = apply_adapter(base, tmp_path / "dora")
     for _ in range(2):
         assert per_token(logits(model), wanted) < 0.03
-        assert "down_proj" in names(model, only_packed=True) and "base_layer" not in names(model, only_packed=True)
+        packed_now = prepared_names(model, only_packed=True)
+        assert "down_proj" in packed_now and "base_layer" not in packed_now
         switch_adapter(model, lora)
-        assert "base_layer" in names(model, only_packed=True)
+        assert "base_layer" in prepared_names(model, only_packed=True)
         switch_adapter(model, tmp_path / "dora")
     switch_adapter(model, None)
-    assert names(model, only_packed=True) == every
-    with prepare.changing_layers(model, weights_are_read=True):
-        assert not names(model, only_packed=True)
+    assert prepared_names(model, only_packed=True) == every
+    with prepare.changing_layers(model, prepared=True, weights_are_read=True):
+        assert not prepared_names(model, only_packed=True)
         found = model.get_base_model()
         assert all(torch.equal(found.get_submodule(n).weight, w) for n, w in plain.items()), "bit by bit"
 
@@ -136,7 +106,7 @@ def test_adapters_that_read_plain_weights(tmp_path, kind):
     lora = make_adapter(tmp_path / "lora", path, rank=5, alpha=10)
     wanted = {"dora": logits(make_dora(tmp_path / "dora", path)), "lora": logits(merged_float32(path, [lora]))}
     base = load(path, "oneDNN", adapter=[str(lora)])
-    prepare_layers(base)
+    optimize_for_inference(base)
     model, _ = apply_adapter(base, tmp_path / "dora")
     for name in ("dora", "lora", "dora"):
         switch_adapter(model, tmp_path / name)
@@ -146,7 +116,7 @@ def test_adapters_that_read_plain_weights(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["plain"], indirect=True)
 def test_plain_weights_are_placed_once(tmp_path, kind, monkeypatch):
-    """In one block for each size, where an exchange of adapters leaves them."""
+    """In one block for each size, where switching adapters leaves them."""
     path = make_model(tmp_path / "model", "deepseek_v2")
     lora = make_adapter(tmp_path / "lora", path, rank=5, alpha=10)
     model = load(path, "oneDNN", adapter=[str(lora)])
@@ -154,7 +124,8 @@ def test_plain_weights_are_placed_once(tmp_path, kind, monkeypatch):
     wanted = logits(model)
     layers = [layer.self_attn.o_proj for layer in model.model.layers]
     prepare_layers(model)
-    assert torch.equal(logits(model), wanted) and not names(model, only_packed=True)
+    assert torch.equal(logits(model), wanted) and not prepared_names(model, only_packed=True)
+    optimize_for_inference(model)  # from now on, layers are prepared again after each change
     addresses = [layer.weight.data_ptr() for layer in layers]
     size = layers[0].weight.nbytes
     assert addresses == list(range(addresses[0], addresses[0] + len(layers) * size, size))
@@ -166,7 +137,7 @@ def test_plain_weights_are_placed_once(tmp_path, kind, monkeypatch):
 def test_what_two_layers_share_is_left(tmp_path):
     path = make_model(tmp_path / "model", "qwen3_moe", tie_word_embeddings=True)
     model = load(path, "oneDNN")
-    prepare_layers(model)
+    optimize_for_inference(model)
     assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
 
 

@@ -1,4 +1,4 @@
-"""What every engine does, one layer at a time, against a float64 sum."""
+"""What every engine does, one layer at a time, compared with a float64 sum."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from helpers.references import rel
 
 from llamafactory_kt.adapters import ExpertsShape
 
+pytestmark = pytest.mark.usefixtures("worker_threads")
+
 
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("shape", [ExpertsShape(5, 64, 96), ExpertsShape(6, 72, 40), ExpertsShape(4, 33, 7)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 16, 37])
 def test_base_and_lora_against_float64(kind, shape, tokens):
-    """Sizes the kernel takes and sizes it would crash on; fewer, exactly and more tokens than a chunk."""
+    """Sizes the kernel takes and sizes it would crash on; fewer tokens than a chunk, exactly as many, and more."""
     weights, lora = layer(shape), lora_for(shape, rank=5, scaling=3.2)
     engine = make_engine(kind, shape, weights, rank=5, scaling=3.2)
     x, index, scores = batch(shape, tokens)

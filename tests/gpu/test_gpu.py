@@ -1,4 +1,4 @@
-"""With a GPU: everything but the experts is on it, and tokens cross to the CPU and back. Skipped where there is none."""
+"""With a GPU: it holds everything but the experts, and tokens cross to the CPU and back. Skipped where there is none."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from helpers.models import make_model
 from helpers.references import merged_float32, per_token, rel
 from transformers import AutoModelForCausalLM
 
-from llamafactory_kt import KTExpertsConfig, apply_adapter, get_router_stats, prepare_for_inference, switch_adapter
+from llamafactory_kt import KTExpertsConfig, apply_adapter, get_router_stats, optimize_for_inference, switch_adapter
 from llamafactory_kt.adapters import open_adapters
 from llamafactory_kt.decoding.lora_linear import InferenceLora
-from llamafactory_kt.tools.bench.sizes import Sizes
+from llamafactory_kt.model.state import kt_state
+from llamafactory_kt.tools.bench.memory import ModelBytes
 from llamafactory_kt.tools.bench.stock import merge_into
 
 pytestmark = pytest.mark.skipif(
@@ -28,7 +29,7 @@ IDS = torch.arange(2, 40)[None]
 
 @pytest.fixture(scope="module", params=["deepseek_v2", "qwen3_moe"])
 def files(request, tmp_path_factory):
-    """A model with shared experts, and one without; adapters of rank 5 and, on fewer layers, 3."""
+    """A model with shared experts or one without; an adapter of rank 5, and one of rank 3 on fewer layers."""
     root = tmp_path_factory.mktemp(request.param)
     model = make_model(root / "model", request.param)
     return model, make_adapter(root / "one", model, rank=5), make_adapter(root / "two", model, rank=3, skip_layers=(1,), seed=2)  # fmt: skip
@@ -49,12 +50,12 @@ def answer(model):
 @pytest.mark.parametrize("way", ["unmerged", "prepared", "merged"])
 @pytest.mark.parametrize("backend", ENGINES)
 def test_logits_against_float32(files, backend, way):
-    """Whole, and the effect of the adapter."""
+    """The whole, and the adapter's effect."""
     path, adapter, _ = files
     base = answer(load(path, backend=backend))
     model = apply_adapter(load(path, backend=backend, adapter=str(adapter), merge_adapter=way == "merged"), adapter)[0]
     if way == "prepared":
-        prepare_for_inference(model)
+        optimize_for_inference(model)
         assert any(type(module) is InferenceLora for module in model.modules())
     whole = answer(model)
     wanted = answer(merged_float32(path, None)), answer(merged_float32(path, adapter))
@@ -76,8 +77,9 @@ def test_four_bits_are_rounded_as_without_a_gpu(files):
 @pytest.mark.parametrize("backend", ENGINES)
 @pytest.mark.parametrize("router_stats", [False, True], ids=["", "router_stats"])
 def test_a_layer_waits_once_at_most(files, backend, router_stats):
-    """The result is the CPU engine's own; torch sees no wait, and CUDA one for what crosses, where kt-kernel has none itself."""
-    experts = load(files[0], backend=backend, router_stats=router_stats)._kt_wrappers[0]
+    """The result is the CPU engine's own. torch sees no wait, and CUDA one, for what crosses; none where kt-kernel's
+    stream waits."""
+    experts = kt_state(load(files[0], backend=backend, router_stats=router_stats)).wrappers[0]
     hidden = torch.randn(7, experts.hidden_dim, device="cuda", dtype=torch.bfloat16)
     index = torch.rand(7, experts.num_experts, device="cuda").topk(experts.info.num_experts_per_tok).indices
     weights = torch.rand(index.shape, device="cuda")
@@ -112,12 +114,12 @@ def test_shared_experts_are_queued_before_the_wait(tmp_path):
     # a dense layer, then of each other: the shared experts, the wait for the tokens, the routed experts on the CPU
     names = [event.name for event in profile.events()]
     assert order[:3] == ["silu", "silu", "wait"], names
-    assert order.count("wait") == len(model._kt_wrappers)
+    assert order.count("wait") == len(kt_state(model).wrappers)
 
 
 def test_a_cuda_graph_is_declined_and_a_static_cache_is_not(files):
     model = load(files[0])
-    experts = model._kt_wrappers[0]
+    experts = kt_state(model).wrappers[0]
     hidden = torch.randn(1, experts.hidden_dim, device="cuda", dtype=torch.bfloat16)
     index = torch.zeros(1, experts.info.num_experts_per_tok, device="cuda", dtype=torch.long)
     with (
@@ -131,7 +133,7 @@ def test_a_cuda_graph_is_declined_and_a_static_cache_is_not(files):
 
 
 def test_chats_at_once(files):
-    """Threads that share the buffers answer as they do alone; router statistics count the same."""
+    """Threads that share the buffers answer as they do alone, and router statistics count the same."""
     model = load(files[0], router_stats=True)
     prompts = [IDS[:, start:].cuda() for start in range(4)]
 
@@ -157,7 +159,7 @@ def test_exchanging_adapters_and_unloading(files):
     torch._C._cuda_clearCublasWorkspaces()
     before = torch.cuda.memory_allocated()
     model = apply_adapter(load(path, adapter=str(one)), one)[0]
-    prepare_for_inference(model)
+    optimize_for_inference(model)
     first = answer(model)
     wanted = {adapter: answer(merged_float32(path, adapter)) for adapter in (one, two)}
     assert rel(wanted[one], wanted[two]) > 0.3
@@ -201,23 +203,25 @@ def test_llamafactory_puts_everything_but_the_experts_on_it(files):
 
 @torch.no_grad()
 def test_stock_that_it_does_not_hold(tmp_path):
-    """The bench's rival on the machines that KT experts are for: accelerate copies layers to the GPU for each call."""
+    """What the bench compares with on the machines that KT experts are for: accelerate copies layers to the GPU for
+    each call."""
     path = make_model(tmp_path / "model", "qwen3_moe")
     adapter = make_adapter(tmp_path / "adapter", path)
     places = {"model.embed_tokens": 0, "model.layers": "cpu", "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
     stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map=places)
-    base, size = answer(stock), Sizes.of(stock).weights
+    base, size = answer(stock), ModelBytes.of(stock).weights
     merged = merge_into(stock, open_adapters([adapter]))
     whole = answer(merged)
     wanted = answer(merged_float32(path, None)), answer(merged_float32(path, adapter))
     assert per_token(whole, wanted[1]) < 0.1
     assert torch.cosine_similarity((whole - base).flatten(), (wanted[1] - wanted[0]).flatten(), dim=0) > 0.99
-    assert Sizes.of(merged).weights == size > 0
+    assert ModelBytes.of(merged).weights == size > 0
     assert {p.is_meta for p in merged.model.layers.parameters()} == {True}
 
 
 def test_attention_makes_no_plans(files):
-    """cuDNN's would be made for every length anew; other tests' loads have switched it off, so it is switched on first."""
+    """cuDNN would make a new plan for every length. Other tests' loads have switched it off, so this test switches it
+    on first."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     load(files[0], backend="torch")
     assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -1,4 +1,4 @@
-"""Pages of memory and of files: what the system is told about them."""
+"""Pages of memory and of files, and what the system is told about them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from llamafactory_kt.ground.paging import expect_pages, forget_pages, in_large_pages
+from llamafactory_kt.ground.paging import drop_pages, in_huge_pages, prefetch_pages
 
 MB = 2**20
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="no large pages here")
 def test_large_pages():
-    memory = in_large_pages(torch.empty(64 * MB, dtype=torch.uint8))
+    memory = in_huge_pages(torch.empty(64 * MB, dtype=torch.uint8))
     flags: list[str] = []
     for mapping in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())[1:]:
         first, last = (int(address, 16) for address in mapping.split()[0].split("-"))
@@ -36,7 +36,7 @@ def test_pages_of_a_file_are_forgotten_and_read_again(tmp_path):
         mapped = handle.get_tensor("values")
         assert torch.equal(mapped, values)
         before = psutil.Process().memory_info().rss / MB
-        forget_pages(mapped)
+        drop_pages(mapped)
         assert before - psutil.Process().memory_info().rss / MB > 30
         assert torch.equal(mapped, values)
 
@@ -58,7 +58,7 @@ def test_pages_of_a_file_are_read_ahead(tmp_path):
         if cached():
             pytest.skip("this file system is its own cache")
         with safe_open(tmp_path / "x.safetensors", framework="pt") as handle:
-            expect_pages(handle.get_tensor("values"))
+            prefetch_pages(handle.get_tensor("values"))
         deadline = time.monotonic() + 10
         while not cached():
             assert time.monotonic() < deadline

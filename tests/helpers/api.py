@@ -1,4 +1,4 @@
-"""``llamafactory-cli api`` in a process of its own, and a question to it."""
+"""``llamafactory-cli api`` in a process of its own, and how to ask it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .places import CLI
 
 @contextmanager
 def serving(path: Path, log: Path, **environment: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """(address, process) of a server that answers."""
+    """Run a server until the block ends; gives its address and its process once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

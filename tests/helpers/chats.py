@@ -1,4 +1,5 @@
-"""``llamafactory-cli chat`` in a process of its own, with the demo's model and the answers it is known to give."""
+"""LLaMA-Factory's chats, as ``llamafactory-cli chat`` in a process of its own or as a ChatModel in this one; and the
+answers of the demo."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ EXPECTED = {item["prompt"]: item for item in CONVERSATIONS}
 
 
 def config(directory: Path, demo: Path, **keys) -> Path:
-    """The README's YAML with the paths of the demo; 60 threads are more than small machines have."""
+    """Write the README's YAML with the demo's paths. It asks for 60 threads, more than small machines have."""
     values = {
         "model_name_or_path": str(demo / "model"),
         "template": "deepseek",
@@ -46,3 +47,13 @@ def chat(path: Path, lines: list[str], *arguments: str, **environment: str) -> s
 def answers(result: subprocess.CompletedProcess) -> list[str]:
     turns = result.stdout.split("\nUser: ")[1:]
     return [turn.removeprefix("Assistant: ").strip() for turn in turns if turn.startswith("Assistant: ")]
+
+
+def chat_model(model: Path, adapter: Path | None = None, **keys):
+    """LLaMA-Factory's ChatModel, with KT experts."""
+    from llamafactory.chat import ChatModel
+
+    values = {"model_name_or_path": str(model), "template": "deepseek", "use_kt": True, "do_sample": False}
+    if adapter is not None:
+        values["adapter_name_or_path"] = str(adapter)
+    return ChatModel({**values, **keys})

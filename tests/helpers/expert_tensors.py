@@ -1,4 +1,4 @@
-"""Adapter files that hold nothing but the LoRA of four small experts."""
+"""Adapter files with nothing but LoRA for four small experts."""
 
 from __future__ import annotations
 

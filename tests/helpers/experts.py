@@ -1,4 +1,5 @@
-"""One layer of experts: random weights, LoRA and tokens for it, engines that compute it, and a float64 sum to compare with."""
+"""One layer of experts: random weights, LoRA and tokens for it, engines that compute it, and a float64 sum to compare
+them with."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def reference(weights: LayerWeights, lora: ExpertLora | None, x, index, scores):
 
 
 def make_engine(kind: str, shape: ExpertsShape, weights: LayerWeights, *, rank=8, scaling=1.0, chunk=16) -> Engine:
-    """An engine that has loaded the weights; ``kind`` is its name."""
+    """The engine of this name, with the weights loaded."""
 
     def read(dtype):
         for expert in map(ExpertWeights, weights.gate, weights.up, weights.down):

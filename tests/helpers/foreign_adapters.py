@@ -1,4 +1,4 @@
-"""Adapters that other tools wrote, and what their own arithmetic makes of them."""
+"""Adapters that other tools wrote, and what those tools' arithmetic makes of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BASE, BUNDLE, TARGETS = (
 
 
 def ours(adapter: Path, path: Path = BASE):
-    """A model with KT experts and the adapter, in float32; and the report."""
+    """A float32 model with KT experts and the adapter, and the load report."""
     return apply_adapter(load(path, "torch", dtype=torch.float32, adapter=str(adapter)), adapter)
 
 
@@ -36,7 +36,7 @@ def stock(path=BASE):
 
 @torch.no_grad()
 def bundle_reference(model, adapter: Path):
-    """The official stack's semantics by a plain sum: alpha / r for experts, attention and router."""
+    """The official stack's arithmetic as a plain sum: alpha / r for experts, attention and routers."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     factor = config["lora_alpha"] / config["r"]
     weights = dict(model.named_parameters())

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 
 def quantised(name: str) -> bool:
-    """What DeepSeek quantises: every linear layer but the head and the routers."""
+    """Whether DeepSeek quantises this weight: every linear layer but the output layer and the routers."""
     plain = ("embed", "lm_head", "norm", ".gate.weight")
     return name.endswith(".weight") and not any(part in name for part in plain)
 
@@ -23,7 +23,7 @@ def blocks(weight: torch.Tensor, block: list[int]):
 
 
 def make_fp8(directory, source, block):
-    """Quantise a float32 checkpoint as DeepSeek's are, and dequantise that again by a plain loop: (FP8, float32)."""
+    """Quantise a float32 checkpoint as DeepSeek does, and dequantise it again with a plain loop. Returns both."""
     fp8, plain = {}, {}
     for name, weight in load_file(source / "model.safetensors").items():
         fp8[name] = plain[name] = weight

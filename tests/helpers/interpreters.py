@@ -1,4 +1,4 @@
-"""Python code in an interpreter of its own."""
+"""Run Python code in an interpreter of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models loaded with KT experts, and their answers to fixed tokens."""
+"""Load models with KT experts, and get their answers to fixed tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TWO_ROWS = torch.arange(30, 70).reshape(2, 20)
 
 
 def load(path: Path, backend: str = "auto", *, dtype: torch.dtype = torch.bfloat16, **keys):
-    """``keys`` are those of KTExpertsConfig."""
+    """``keys`` are KTExpertsConfig's."""
     return AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, quantization_config=KTExpertsConfig(backend=backend, **keys)
     )
@@ -22,11 +22,11 @@ def load(path: Path, backend: str = "auto", *, dtype: torch.dtype = torch.bfloat
 
 @torch.inference_mode()
 def answer(model) -> torch.Tensor:
-    """Logits of one row of tokens, in the model's type."""
+    """Logits for one row of tokens, in the model's dtype."""
     return model(input_ids=ONE_ROW).logits
 
 
 @torch.inference_mode()
 def logits(model) -> torch.Tensor:
-    """Logits of two rows of tokens, in float32."""
+    """Logits for two rows of tokens, in float32."""
     return model(input_ids=TWO_ROWS).logits.float()

@@ -1,11 +1,11 @@
-"""What a test needs of this machine. A test that needs more than there is skips, with the reason."""
+"""What a test needs of this machine. Where that is missing, the test is skipped and says why."""
 
 from __future__ import annotations
 
 import pytest
 
 from llamafactory_kt.engines.registry import get_engine
-from llamafactory_kt.matmul.linear import has_bfloat16_kernels
+from llamafactory_kt.matmul.mkldnn_ops import has_bfloat16_kernels
 
 
 def needs(engine: str) -> pytest.MarkDecorator:

@@ -1,7 +1,7 @@
 """Small random models of seven architectures, made on the spot.
 
-Sizes differ wherever a mistake could hide: experts, hidden and intermediate size are all different numbers, and every
-expert has weights of its own.
+Sizes differ wherever a mix-up could hide: the numbers of experts, the hidden size and the intermediate size are all
+different, and every expert has its own weights.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ARCHITECTURES: dict[str, dict] = {
 
 
 def make_model(directory: Path, architecture: str, *, dtype=torch.bfloat16, seed: int = 0, **changes) -> Path:
-    """Save a random model with the demo's tokenizer; weights differ from expert to expert."""
+    """Save a random model with the demo's tokenizer; the weights of no two experts are equal."""
     torch.manual_seed(seed)
     save_options = {k: changes.pop(k) for k in ("max_shard_size", "save_original_format") if k in changes}
     config = AutoConfig.for_model(architecture, **{**ARCHITECTURES[architecture], **changes})
@@ -74,7 +74,7 @@ def moe_layers(directory: Path) -> dict[int, tuple[str, int, int, int]]:
 
 
 def other_modules(directory: Path) -> dict[str, tuple[int, int]]:
-    """Linear modules that are not routed experts (nor the head): name -> (out, in)."""
+    """Linear modules other than routed experts and the output layer: name -> (out, in)."""
     config = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's web pages in a browser: a server for them, and what a person does on them."""
+"""LLaMA-Factory's web pages in a browser: how to serve them, and what a person does on them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ FIGURES = {
     "en": re.compile(r"[\d.]+ tokens/s · prompt (\d+) tokens · first token after [\d.]+ s · answer \d+ tokens"),
     "zh": re.compile(r"[\d.]+ token/s · 提示词 (\d+) 个 token · 首个 token 用时 [\d.]+ 秒 · 回答 \d+ 个 token"),
 }
-
-
 SLOWLY = """
 import sys, time
-from llamafactory_kt.engines.reference import TorchEngine
+from llamafactory_kt.engines.reference import ReferenceEngine
 
 def slowed(stock, seconds):
     def method(*args):
@@ -30,8 +28,8 @@ def slowed(stock, seconds):
         return stock(*args)
     return method
 
-TorchEngine.load = slowed(TorchEngine.load, 0.7)
-TorchEngine.forward = slowed(TorchEngine.forward, 0.015)
+ReferenceEngine.load = slowed(ReferenceEngine.load, 0.7)
+ReferenceEngine.forward = slowed(ReferenceEngine.forward, 0.015)
 from llamafactory.cli import main
 main()
 """
@@ -51,7 +49,7 @@ window.fetch = async (...question) => {
 
 
 def serve(directory: Path, *arguments: str) -> Iterator[str]:
-    """Run ``llamafactory-cli`` until the module's tests are done; gives its address."""
+    """Run ``llamafactory-cli`` and give its address, until the module's tests are done."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -91,7 +89,7 @@ def open_page(browser: Any, address: str) -> Any:
 
 
 def field(page: Any, label: str | re.Pattern) -> Any:
-    """The text field or the drop-down list with a label."""
+    """The text field or drop-down list with this label."""
     labelled = page.locator(".block", has=page.locator("[data-testid=block-info]", has_text=label))
     return labelled.locator("visible=true").last.locator("input, textarea").first
 
@@ -105,7 +103,7 @@ def choose(page: Any, label: str, value: str) -> None:
 
 
 def settle(page: Any) -> None:
-    """Wait until the page has its answers and asks nothing more: what is typed before they come is overwritten."""
+    """Wait until the page expects no more answers: they would overwrite what is typed before they come."""
     page.evaluate("asked = Date.now()")  # what was just done may not have been asked about yet
     page.wait_for_function("asking == 0 && Date.now() - asked > 600")
 
@@ -115,7 +113,7 @@ def press(page: Any, button: str) -> None:
 
 
 def status(page: Any, text: str) -> str:
-    """Wait until the status line has a text; returns all of it."""
+    """Wait until the status line contains a text, and return the whole line."""
     values = "[...document.querySelectorAll('textarea')].map(e => e.value)"
     try:
         found = page.wait_for_function(f"text => {values}.find(value => value.includes(text))", arg=text)
@@ -125,14 +123,15 @@ def status(page: Any, text: str) -> str:
 
 
 def choose_language(page: Any, language: str, proof: str) -> None:
-    """Choose a language, and wait until a button has its name in it."""
+    """Choose a language and wait for a button that is labelled in it."""
     field(page, re.compile("Language|语言")).click()
     page.get_by_role("option", name=language, exact=True).click()
     page.get_by_role("button", name=proof, exact=True).wait_for()
 
 
 def ask(page: Any, prompt: str, button: str, language: str) -> tuple[str, int]:
-    """Type a question and see the answer grow; returns it, and how many tokens the figures below it say the prompt had."""
+    """Ask a question and watch the answer grow. Returns the answer and the number of prompt tokens in the figures below
+    it."""
     said = page.locator("[data-testid=bot]")
     before = said.count()
     page.evaluate(
@@ -156,7 +155,7 @@ def ask(page: Any, prompt: str, button: str, language: str) -> tuple[str, int]:
 
 
 def redrawn(page: Any, before: str) -> str:
-    """Wait until the heat map is another picture, and for the last of several drawings; returns it."""
+    """Wait until the heat map is another picture, drawn for the last time, and return it."""
     page.wait_for_function(
         "before => ![null, undefined, before].includes(document.querySelector('[data-testid=matplotlib] img')?.src)", arg=before
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What answers are compared with: stock transformers with the adapter merged, and measures of the difference."""
+"""What results are compared with: stock transformers with the adapter merged. And how far they are apart."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _PROJECTIONS = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, 
 def merged_float32(
     model: Path, adapter: Path | list[Path] | None, *, experts: bool = True, dtype=torch.float32, scaling=None
 ):
-    """Stock transformers in ``dtype`` with the adapter (or several) added to the weights by a plain float32 sum.
+    """Stock transformers in ``dtype``, with one or more adapters added to the weights by a plain float32 sum.
 
-    This is the reference: it shares no code with the package. ``scaling(module, rank)`` replaces alpha / rank.
+    This is the reference and shares no code with the package. ``scaling(module, rank)`` replaces alpha / rank.
     """
     stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for directory in [adapter] if isinstance(adapter, Path) else adapter or []:
@@ -58,7 +58,7 @@ def rel(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def per_token(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Three quarters of the tokens have a smaller relative error than this. The rest may hold the tokens whose router
-    decided a tie the other way, in stock bfloat16 as well as here; one wrong expert of six touches half the tokens."""
+    """The relative error that three quarters of the tokens stay below. The rest may hold tokens whose router decided a
+    tie the other way, which stock bfloat16 does too; one wrong expert of six would affect half the tokens."""
     errors = (found - wanted).flatten(0, 1).norm(dim=-1) / wanted.flatten(0, 1).norm(dim=-1)
     return float(errors.quantile(0.75))

@@ -1,4 +1,5 @@
-"""Where tests get an SGLang from: the stand-in of helpers/standin, or sglang-kt itself, installed beside nothing else."""
+"""The SGLang servers that tests use: a stand-in (helpers/standin), and sglang-kt itself, installed into a directory of
+its own."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ PACKAGES = [
 
 
 def interpreter(directory: Path, packages: Path = STANDIN, **environment: str) -> Path:
-    """A Python in a directory with a blank in its name that has one more directory of packages."""
+    """A Python with one more directory of packages; its own path contains a space."""
     path = directory / "a venv" / "python"
     path.parent.mkdir(parents=True, exist_ok=True)
     variables = " ".join(f"{name}='{value}'" for name, value in {"PYTHONPATH": str(packages), **environment}.items())
@@ -65,7 +66,7 @@ def interpreter(directory: Path, packages: Path = STANDIN, **environment: str) -
 
 
 def install_sglang_kt(directory: Path) -> str | None:
-    """Install the real one into a directory of its own; the reason where that is impossible."""
+    """Install sglang-kt into a directory of its own. Returns the reason if that is impossible."""
     uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
     pip = [uv, "pip", "install", "--python", sys.executable] if uv else [sys.executable, "-m", "pip", "install"]
     result = subprocess.run(
@@ -75,7 +76,7 @@ def install_sglang_kt(directory: Path) -> str | None:
 
 
 def configuration(directory: Path, python: Path, model: Path, **keys) -> Path:
-    """A YAML for the server that ``python`` has."""
+    """Write a YAML for the server that ``python`` has."""
     values = {
         "model_name_or_path": str(model), "template": "deepseek", "infer_backend": "sglang", "use_kt": True,
         "kt_sglang_python": str(python), "kt_threadpool_count": 1, "do_sample": False, **keys,
@@ -86,7 +87,7 @@ def configuration(directory: Path, python: Path, model: Path, **keys) -> Path:
 
 
 def notes(path: Path) -> list[dict]:
-    """What the stand-in wrote into STANDIN_NOTES."""
+    """What the stand-in wrote to STANDIN_NOTES."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -99,7 +100,7 @@ def alive(pid: int) -> bool:
 
 
 def gone(*pids: int) -> bool:
-    """Wait for processes to end; a minute is far more than they need."""
+    """Whether these processes end; a minute is far more than they need."""
     for _ in range(1200):
         if not any(map(alive, pids)):
             return True
@@ -108,13 +109,13 @@ def gone(*pids: int) -> bool:
 
 
 def experts_only(directory: Path, adapter: Path) -> Path:
-    """A copy of the adapter without anything but its expert LoRA."""
+    """A copy of the adapter with its expert LoRA alone."""
     shutil.copytree(adapter, directory)
     return edit_adapter(directory, lambda tensors: {n: t for n, t in tensors.items() if ".mlp.experts." in n})
 
 
 def rest_only(directory: Path, adapter: Path) -> Path:
-    """A copy without expert LoRA. Also without LoRA on kv_b_proj, which SGLang takes only beside expert LoRA."""
+    """A copy without expert LoRA, and without LoRA on kv_b_proj, which SGLang takes only together with expert LoRA."""
     shutil.copytree(adapter, directory)
     gone = (".mlp.experts.", ".kv_b_proj.")
     return edit_adapter(directory, lambda tensors: {n: t for n, t in tensors.items() if not any(g in n for g in gone)})

@@ -1,7 +1,7 @@
-"""A stand-in for a stream of a GPU that is as far behind as a stream may be, so that a missing wait gives wrong results.
+"""A stand-in for a GPU's stream that lags behind as far as a stream may, so that a missing wait gives wrong results.
 
-What is queued happens in order, and only when somebody waits for it. Code that reads too early finds what no test has put
-there, and code that writes too early changes what is yet to be copied.
+Queued work is done in order, and only when somebody waits for it. Code that reads too early finds poison; code that
+writes too early changes what is still to be copied; and a buffer that is freed too early is found out.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 
 
 class LateStream:
-    """A ``DeviceStream`` whose "GPU" is the CPU.
+    """A ``DeviceStream`` whose GPU is the CPU.
 
     Args:
-        behind: whether it is; otherwise everything happens as it is queued.
+        behind: whether it lags behind; otherwise all work is done at once.
     """
 
     cuda_stream = 7
@@ -43,7 +43,7 @@ class LateStream:
         return contextlib.nullcontext()
 
     def pinned(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """A buffer of NaN, or of experts that no model has."""
+        """A buffer full of NaN, or of expert numbers that no model has."""
         buffer = torch.full((count,), torch.nan if dtype.is_floating_point else 10**6, dtype=dtype)
         self.allocated.append(count)
         storage = buffer.untyped_storage()  # kept, so that no other tensor gets the memory of one that was given up
@@ -56,7 +56,7 @@ class LateStream:
         return target
 
     def _place(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """How to find a tensor later: one of the GPU's own stays; a buffer is only there while somebody else holds it."""
+        """How to find a tensor when its turn comes: a buffer is only there as long as its owner holds it."""
         buffer, storage = self._buffers.get(tensor.untyped_storage().data_ptr(), (None, None))
         if buffer is None:
             return lambda: tensor
@@ -70,12 +70,13 @@ class LateStream:
         return find
 
     def launch(self, task: Callable[[], None]) -> None:
-        """Let the CPU begin a task when the stream gets there. It takes until the stream waits for it."""
+        """Let the CPU start a task when the stream gets there. The task is done no earlier than when the stream waits
+        for it."""
         self.log.append("launch")
         self._add(lambda: self._tasks.append(task))
 
     def join(self, after: Callable[[], None] = lambda: None) -> None:
-        """Let the stream wait for the CPU's tasks, and for what comes ``after`` them."""
+        """Let the stream wait for the CPU's tasks, and call ``after``."""
         self.log.append("join")
 
         def work() -> None:
@@ -95,7 +96,7 @@ class LateStream:
         self._advance(self._mark)
 
     def finish(self) -> None:
-        """Wait for everything, as ``torch.cuda.synchronize`` does."""
+        """Wait for all work, as ``torch.cuda.synchronize`` does."""
         with self._lock:
             self._advance(self._passed + len(self._queue))
         assert not self._tasks, "the stream did not wait for the CPU"
@@ -114,7 +115,7 @@ class LateStream:
 
 
 class LateWorkers:
-    """kt-kernel's queue of tasks, with its two calls for streams without a GPU."""
+    """kt-kernel's task queue; its two calls for CUDA streams take a :class:`LateStream`."""
 
     def __init__(self, stock: Any, stream: LateStream):
         self._stock, self._stream = stock, stream

@@ -1,4 +1,4 @@
-"""transformers' lists of models, without importing all of them."""
+"""transformers' mappings from configurations to models, without importing them all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from helpers.interpreters import python
 
 
 def test_auto_classes_are_told_apart_without_importing_all(demo):
-    """As the lists say it, for every configuration of transformers and one of the same name from elsewhere."""
+    """As the full lists say, for every configuration of transformers and for one of the same name from elsewhere."""
     code = f"""
         import sys
         from llamafactory.chat import ChatModel

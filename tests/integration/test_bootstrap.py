@@ -1,4 +1,4 @@
-"""Activation: what importing torch brings in, what is hooked in which order, and what happens where it cannot be."""
+"""Activation: what importing torch loads, in which order modules are hooked, and what happens where that is impossible."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ def test_switched_off(switch):
 
 
 def test_activated_late_by_hand(demo):
-    """Autoload off, LLaMA-Factory imported already: activate() patches what is there."""
+    """Without autoload and after LLaMA-Factory was imported, activate() patches the modules that are there."""
     code = f"""
         import llamafactory.chat, llamafactory_kt.integration.bootstrap
         llamafactory_kt.integration.bootstrap.activate(); llamafactory_kt.integration.bootstrap.activate()
         from llamafactory.chat import ChatModel
         model = ChatModel(dict(model_name_or_path={str(demo / "model")!r}, template="deepseek", use_kt=True, kt_backend="torch"))
-        print(len(model.engine.model._kt_wrappers))
+        from llamafactory_kt.model.state import kt_state
+        print(len(kt_state(model.engine.model).wrappers))
     """
     result = python(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert result.stdout.strip().endswith("3"), result.stderr
@@ -48,6 +49,7 @@ def test_import_torch_brings_in_next_to_nothing():
         "_llamafactory_kt_autoload",
         "llamafactory_kt",
         "llamafactory_kt._version",
+        "llamafactory_kt.integration",
         "llamafactory_kt.integration.bootstrap",
     ]
     assert json.loads(result.stdout.replace("'", '"')) == wanted
@@ -55,7 +57,8 @@ def test_import_torch_brings_in_next_to_nothing():
 
 
 def test_autoload_never_raises(tmp_path):
-    """The package is broken, or gone (an editable install whose source tree moved): one line, and torch works."""
+    """The package is broken, or gone (an editable install whose source tree was moved): torch works, and one line says
+    so."""
     for content in ("raise RuntimeError('broken')", "raise SystemExit(3)", "import nothing_of_that_name"):
         package = tmp_path / "llamafactory_kt"
         package.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The whole of it as a user runs it: ``llamafactory-cli chat config.yaml`` in a process of its own."""
+"""``llamafactory-cli chat config.yaml``, as a user runs it, in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 import pytest
 from helpers.chats import EXPECTED, PROMPTS, answers, chat, config
 from helpers.marks import needs_kernel
+
+from llamafactory_kt.model.state import kt_state
 
 
 @needs_kernel
@@ -75,13 +77,14 @@ def test_expert_lora_alone_changes_the_answer(demo):
 
     whole = [ask(prompt) for prompt in PROMPTS]
     assert whole == [EXPECTED[prompt]["adapter"] for prompt in PROMPTS]
-    for wrapper in model.engine.model._kt_wrappers:
+    for wrapper in kt_state(model.engine.model).wrappers:
         wrapper.engine.set_lora(None)
     assert all(ask(prompt) != answer for prompt, answer in zip(PROMPTS, whole, strict=True))
 
 
 def test_a_kernel_without_lora_answers_where_those_with_it_cannot_run(tmp_path, demo):
-    """A CPU without the instructions, as kt-kernel's own switch makes it: AVX2BF16 merges, AMXBF16 says why not."""
+    """kt-kernel's own switch simulates a CPU without the instructions: AVX2BF16 merges, and AMXBF16 says why it does
+    not run."""
     path = config(tmp_path, demo, kt_backend="AVX2BF16", adapter_name_or_path=str(demo / "adapter"))
     result = chat(path, [PROMPTS[0], "exit"], KT_KERNEL_CPU_VARIANT="avx2")
     assert result.returncode == 0, result.stderr
@@ -117,7 +120,7 @@ def test_a_traceback_where_it_is_asked_for(tmp_path, demo, how):
 
 
 def test_errors_that_come_while_loading(tmp_path, demo):
-    """And those of a Python program are left to it."""
+    """One line in a chat; a Python program gets the exception."""
     (tmp_path / "adapter").mkdir()
     path = config(tmp_path, demo, kt_backend="torch", adapter_name_or_path=str(tmp_path / "adapter"))
     result = chat(path, ["exit"])

@@ -1,4 +1,4 @@
-"""The statistics inside LLaMA-Factory's own chat in the terminal: ``/experts``. For the pages see test_web_pages."""
+"""Router statistics in LLaMA-Factory's chat in the terminal: ``/experts``. The web pages have tests of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_experts_in_the_terminal(tmp_path, demo):
 
 
 def test_experts_without_counting(tmp_path, demo):
-    """It says how to count; without use_kt it is a message like any other."""
+    """It says how to count. Without use_kt it is a message like any other."""
     result = chat(config(tmp_path, demo, kt_backend="torch"), ["/experts", "exit"])
     assert "load the model with kt_router_stats: true" in result.stdout and not answers(result)
     keys = {"use_kt": None, "kt_backend": None, "kt_num_threads": None, "kt_tp_enabled": None}

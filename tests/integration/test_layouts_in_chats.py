@@ -1,4 +1,4 @@
-"""Every layout of adapters, loaded by LLaMA-Factory."""
+"""Adapters in every layout, loaded by LLaMA-Factory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamafactory_kt import KTPathError
 
 
 def test_every_layout_through_llamafactory(tmp_path):
-    """The official stack's bundle, PEFT's target_parameters, and moe_lora.pt through a key of its own."""
+    """The official stack's bundle, PEFT's target_parameters, and moe_lora.pt through its own key."""
     from llamafactory.chat import ChatModel
 
     def chat(**keys):

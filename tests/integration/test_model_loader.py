@@ -1,4 +1,4 @@
-"""How LLaMA-Factory loads a model with use_kt: models it refuses, native classes, ways of fine-tuning."""
+"""How LLaMA-Factory loads a model with use_kt: models that are refused, native classes, and types of fine-tuning."""
 
 from __future__ import annotations
 
@@ -7,21 +7,15 @@ import shutil
 
 import pytest
 import torch
+from helpers.chats import chat_model
 from helpers.marks import needs_kernel
 from helpers.models import make_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_kt import KTModelError, KTPathError
+from llamafactory_kt.model.state import kt_state
 
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
-
-
-def chat_model(path, **keys):
-    from llamafactory.chat import ChatModel
-
-    return ChatModel(
-        {"model_name_or_path": str(path), "template": "deepseek", "use_kt": True, "do_sample": False, **keys}
-    )
 
 
 def test_missing_model_and_quantised_model(tmp_path, demo):
@@ -56,8 +50,8 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 @needs_kernel
 @pytest.mark.parametrize("own_tokenizer", [False, True])
 def test_native_classes_in_spite_of_remote_code(tmp_path, demo, own_tokenizer):
-    """Old DeepSeek checkpoints ship code for transformers 4: it must not even be imported. A tokenizer that exists only
-    as remote code is another matter."""
+    """Old DeepSeek checkpoints ship code for transformers 4, which must not even be imported. A tokenizer that exists
+    only as remote code is still used."""
     path = shutil.copytree(demo / "model", tmp_path / "remote")
     config = json.loads((path / "config.json").read_text())
     config["auto_map"] = {
@@ -88,4 +82,5 @@ def test_native_classes_in_spite_of_remote_code(tmp_path, demo, own_tokenizer):
 @needs_kernel
 @pytest.mark.parametrize("finetuning_type", ["lora", "full", "freeze"])
 def test_every_finetuning_type_ends_in_kt_experts(demo, finetuning_type):
-    assert len(chat_model(demo / "model", finetuning_type=finetuning_type).engine.model._kt_wrappers) == 3
+    model = chat_model(demo / "model", finetuning_type=finetuning_type).engine.model
+    assert len(kt_state(model).wrappers) == 3

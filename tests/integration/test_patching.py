@@ -1,4 +1,8 @@
-"""Another LLaMA-Factory than the one the hooks were written for."""
+"""A LLaMA-Factory that differs from the one that the hooks were written for.
+
+Hooks are set right after a module was executed, so only a wrapper around the private ``_patch`` can change the module
+before.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from helpers.interpreters import CHAT, python
     ],
 )  # fmt: skip
 def test_changed_llamafactory(demo, module, change, named):
-    """Another LLaMA-Factory: use_kt fails with function, found, expected and versions."""
+    """use_kt fails and names the function, what was found, what was expected, and the versions."""
     code = f"""
     import llamafactory_kt.integration.bootstrap as bootstrap
     stock_patch = bootstrap._patch
@@ -44,7 +48,7 @@ def test_changed_llamafactory(demo, module, change, named):
 
 
 def test_changed_sglang_engine(demo):
-    """Only a chat that asks for SGLang needs its hook."""
+    """Only a chat that asks for SGLang needs this hook."""
     code = """
     import llamafactory_kt.integration.bootstrap as bootstrap
     stock_patch = bootstrap._patch
@@ -62,7 +66,7 @@ def test_changed_sglang_engine(demo):
 
 
 def test_changed_pages(tmp_path, demo):
-    """LlamaBoard opens without our section, and use_kt in its extra arguments ends in the error."""
+    """LlamaBoard opens without our section; use_kt among its extra arguments gives the error."""
     code = f"""
     import llamafactory_kt.integration.bootstrap as bootstrap
     stock_patch = bootstrap._patch

@@ -1,4 +1,4 @@
-"""Files of prompts: the forms that rows may have, and those that are malformed."""
+"""Files of prompts: the forms that rows may have, and malformed rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def turn(role, content, names=("from", "value")):
 
 
 def test_forms_of_prompts():
-    """What LLaMA-Factory makes of each form; a conversation may end with the user."""
+    """Each form becomes what LLaMA-Factory makes of it; a conversation may end with the user."""
     alpaca = convert(0, {"instruction": "a", "input": "b", "output": "c", "system": "s", "history": [["x", "y"]]})
     assert [m["content"] for m in alpaca.messages] == ["x", "y", "a\nb"] and alpaca.text == "a\nb"
     assert alpaca.system == "s" and alpaca.reference == "c"

@@ -1,4 +1,4 @@
-"""Chats with ``infer_backend: sglang``; a stand-in answers in the server's place (helpers/standin)."""
+"""Chats with ``infer_backend: sglang``. A stand-in takes the server's place (helpers/standin)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llamafactory_kt.integration.generation import Generation
 
 
 def test_chat_through_the_command_line(standin, demo, tmp_path):
-    """Blanks in every path, the adapter in the server's form and named by each request, nothing left behind."""
+    """Every path contains a space; requests name the adapter; and nothing is left behind."""
     blank = tmp_path / "my adapter"
     blank.symlink_to(demo / "adapter")
     path, written = standin(adapter_name_or_path=str(blank), kt_stats=True)
@@ -66,7 +66,7 @@ def test_failures_while_answering(standin, fail, message):
 
 
 def test_python_many_requests_at_once(standin, demo):
-    """Streaming, whole answers with their figures, and what a request asks for goes before the configuration."""
+    """Streams and whole answers; what a request asks for takes precedence over the configuration."""
     import asyncio
 
     from llamafactory.chat import ChatModel

@@ -1,4 +1,4 @@
-"""Nothing changes for those who do not ask for KT experts."""
+"""Nothing changes for users who do not ask for KT experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``llamafactory-cli chat`` as a person has it: in a terminal (a pty), with Ctrl-C."""
+"""``llamafactory-cli chat`` in a terminal (a pty), with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from helpers.models import make_model
 from helpers.places import CLI
 
 from llamafactory_kt.integration.generation import Generation
+from llamafactory_kt.model.state import kt_state
 
 STATS = re.compile(r"\[prompt (\d+) tokens, first token after [\d.]+ s, answer (\d+) tokens at [\d.]+ tokens/s\]")
 
 
 @pytest.fixture(scope="module")
 def rambling(tmp_path_factory):
-    """A random model, which goes on and on."""
+    """A random model, whose answers never end."""
     return make_model(tmp_path_factory.mktemp("model"), "deepseek_v2", max_position_embeddings=100_000)
 
 
@@ -105,7 +106,7 @@ def test_a_reader_that_goes_away_ends_the_generation(model):
 
 
 def test_an_error_while_generating_reaches_the_reader(model, monkeypatch):
-    wrapper = model.engine.model._kt_wrappers[0]
+    wrapper = kt_state(model.engine.model).wrappers[0]
 
     def broken(*args):
         raise RuntimeError("broken on purpose")
@@ -121,7 +122,7 @@ def test_history_after_an_interrupt(model, capsys):
     from llamafactory_kt.integration.chat_model import _answer
 
     class Impatient:
-        """Ctrl-C at once: before there was a word, or after the first."""
+        """Presses Ctrl-C at once: before the first word of the answer, or after it."""
 
         def __init__(self, words):
             self.words = words

@@ -1,4 +1,4 @@
-"""Weights in columns, against float64 sums of the plain ones, and bit by bit back."""
+"""Weights in column tiles: products compared with float64, and the weights restored bit for bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def stored(*rows: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("block", [1, 2 * WIDTH * IN, 2**20])
 @pytest.mark.parametrize("divided", [(OUT,), (64, 128), (100, 92)], ids=str)
 def test_stored_bit_by_bit(weight, block, divided, monkeypatch):
-    """In blocks of one table, of two, and in one block; from one tensor, or several that are whole tables or are not."""
+    """In blocks of one tile, of two, and of all; from one tensor, or from several that are whole tiles or are not."""
     monkeypatch.setattr(column_tiles, "BLOCK", block)
     weight[3, 5], weight[-1, -1], weight[70, 0] = torch.nan, torch.inf, -0.0
     found = stored(*weight.split(divided))
@@ -34,17 +34,16 @@ def test_stored_bit_by_bit(weight, block, divided, monkeypatch):
 @pytest.mark.parametrize("at_once", [1, 3 * IN, 2**22])
 @pytest.mark.parametrize("rows", [0, 1, 2, 7])
 def test_few_rows(weight, rows, at_once):
-    """Of more tables than one call takes, and of fewer; rounded once."""
+    """With more tiles than one call takes, and with fewer; rounded once."""
     x, held = torch.randn(rows, IN).to(torch.bfloat16), stored(weight)
     found = column_tiles.few_rows(x, held, column_tiles.counted(held), at_once)
     assert found.dtype == torch.bfloat16 and found.shape == (rows, OUT)
     torch.testing.assert_close(found.double(), x.double() @ weight.double().T, rtol=2**-8, atol=1e-5)
 
 
-def test_numbers_grow(weight, monkeypatch):
+def test_numbers_grow(weight):
     """A larger weight after a smaller one, and the smaller one again."""
-    monkeypatch.setattr(column_tiles, "_counted", column_tiles.NONE)
-    large, x = torch.randn(512, IN).to(torch.bfloat16), torch.randn(1, IN).to(torch.bfloat16)
+    large, x = torch.randn(2**15, IN).to(torch.bfloat16), torch.randn(1, IN).to(torch.bfloat16)
     for one in (weight, large, weight):
         found = column_tiles.few_rows(x, stored(one), column_tiles.counted(stored(one)))
         torch.testing.assert_close(found.double(), x.double() @ one.double().T, rtol=2**-8, atol=1e-5)
@@ -55,7 +54,7 @@ def test_numbers_grow(weight, monkeypatch):
 @pytest.mark.parametrize("many", [9, 512])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_more_rows(weight, rows, many, block, threads):
-    """In one wide product, or one for each table; of all tables at once, or of some."""
+    """As one wide product, or one for each tile; of all tiles at once, or some at a time."""
     x = torch.randn(rows, IN)
     found = column_tiles.more_rows(x, stored(weight), threads, block, many)
     assert found.dtype == torch.float32 and found.shape == (rows, OUT)

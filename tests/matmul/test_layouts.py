@@ -1,4 +1,7 @@
-"""Which sizes of weights are packed: those whose products were measured to be faster."""
+"""Which sizes of weights are packed: those that were measured to be faster.
+
+The clock is replaced, and what this process remembers is forgotten as in a new process. Both are private.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,6 @@ from llamafactory_kt.matmul import layouts
 from llamafactory_kt.matmul.layouts import is_packed, unpack
 
 TURNS = 1 + layouts._TURNS
-
-
 SAMPLES = {size: [torch.ones(size, dtype=torch.bfloat16) for _ in range(2)] for size in [(64, 64), (128, 64), (32, 64)]}
 
 
@@ -23,7 +24,8 @@ def faster(*sizes: layouts.Size) -> set[layouts.Size]:
 
 @pytest.fixture(params=PACKED)
 def timed(request, monkeypatch, tmp_path):
-    """The weights whose products were timed; 64 rows are faster packed, 128 are not, and every fifth time is wrong."""
+    """The weights whose products were timed. With 64 rows packed weights are faster, with 128 they are not, and every
+    fifth time is wrong."""
     pack_as(monkeypatch, request.param)
     monkeypatch.setenv("LLAMAFACTORY_KT_CACHE", str(tmp_path))
     monkeypatch.setattr(layouts, "_known", {})
@@ -43,7 +45,7 @@ def timed(request, monkeypatch, tmp_path):
 
 
 def test_sizes_that_are_faster_packed(timed):
-    """By the median over all samples and turns; each size is measured once, small ones not at all."""
+    """By the median over all samples and turns. Each size is measured once, and small ones never."""
     assert faster(*SAMPLES) == {(64, 64)} | ({(32, 64)} if layouts.has_bfloat16_kernels() else set())
     assert set(timed) == {(64, 64), (128, 64)} and len(timed) == 2 * 2 * 2 * TURNS
     assert faster((128, 64)) == set() and len(timed) == 2 * 2 * 2 * TURNS
@@ -51,7 +53,7 @@ def test_sizes_that_are_faster_packed(timed):
 
 @pytest.mark.parametrize("damage", [None, "", "[]", '{"facts": 1, "measured": []}', "text"])
 def test_measured_sizes_are_remembered(timed, damage, tmp_path, monkeypatch):
-    """By later processes, together with those measured then, until they are to be forgotten or their file is damaged."""
+    """By later processes, along with those measured since, until they are to be forgotten or their file is damaged."""
     has_bfloat16_kernels = layouts.has_bfloat16_kernels()
     assert faster((64, 64)) == {(64, 64)}
     (file,) = (tmp_path / "calibration").iterdir()

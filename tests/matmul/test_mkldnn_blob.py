@@ -1,4 +1,4 @@
-"""Weights in oneDNN's layout, where this project puts them: their values, their addresses, and how long they live."""
+"""Weights in oneDNN's layout, in memory that this project provides: their values, their addresses, and their lifetime."""
 
 import gc
 import mmap
@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from llamafactory_kt.matmul import mkldnn_blob
-from llamafactory_kt.matmul.linear import has_bfloat16_kernels, linear
+from llamafactory_kt.matmul.linear import linear
 from llamafactory_kt.matmul.mkldnn_blob import OneDNNPlaces, as_parameter
+from llamafactory_kt.matmul.mkldnn_ops import has_bfloat16_kernels
 
 pytestmark = pytest.mark.skipif(not has_bfloat16_kernels(), reason="oneDNN has no bfloat16 kernels here, so no layout")
 

@@ -1,34 +1,31 @@
-"""Teams of OpenMP's threads that call Python."""
+"""Teams of OpenMP threads that call Python."""
 
 from __future__ import annotations
 
+import ctypes
 import threading
 
 import pytest
 import torch
 
 from llamafactory_kt.matmul import openmp
+from llamafactory_kt.matmul.libtorch import libtorch
 from llamafactory_kt.matmul.openmp import in_team
 
 THREADS = 2
 
 
 def test_in_a_team():
-    """Each of its threads calls, in inference mode, and computes its products by itself."""
+    """Each thread makes one call, in inference mode, and computes its products alone."""
     before = torch.get_num_threads()
     seen, meet = set(), threading.Barrier(THREADS, timeout=20)
-    openmp_ = openmp._torchs()
+    process = ctypes.CDLL(None)
+    library = process if hasattr(process, "omp_in_parallel") else libtorch()
 
     def work():
         meet.wait()
-        seen.add(
-            (
-                threading.get_ident(),
-                torch.is_inference_mode_enabled(),
-                openmp_.omp_in_parallel(),
-                openmp_.omp_get_num_threads(),
-            )
-        )
+        region = library.omp_in_parallel(), library.omp_get_num_threads()
+        seen.add((threading.get_ident(), torch.is_inference_mode_enabled(), *region))
 
     in_team(work, THREADS)
     assert len(seen) == THREADS and {entry[1:] for entry in seen} == {(True, 1, THREADS)}

@@ -1,6 +1,7 @@
-"""The logits of every architecture, and the effect of LoRA alone, against stock transformers with the adapter merged in float32.
+"""The logits of every architecture, and the effect of LoRA alone, compared with stock transformers with the adapter
+merged in float32.
 
-The bound is the error that stock transformers makes in bfloat16, measured in the same test.
+The bound is the error of stock transformers in bfloat16, measured in the same test.
 """
 
 from __future__ import annotations
@@ -14,13 +15,10 @@ from helpers.references import merged_float32, per_token, rel
 from llamafactory.chat import ChatModel
 
 from llamafactory_kt import KTExpertsConfig, apply_adapter, load_moe_lora_from_adapter
+from llamafactory_kt.model.state import kt_state
 
 CHUNK = 24
-
-
 LAYERS_WITHOUT_LORA = (1,)
-
-
 CASES = [(name, rank, "A" if rank in (1, 8) else "B") for name in ARCHITECTURES for rank in (1, 5, 8, 64)]
 
 
@@ -42,7 +40,7 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def inputs(seed: int = 3) -> list[torch.Tensor]:
-    """Batch 1 and batch 4, the latter longer than a chunk."""
+    """A batch of 1 and a batch of 4; the latter is longer than a chunk."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(2, 1000, shape, generator=generator) for shape in ((1, 61), (4, 33))]
 
@@ -69,7 +67,7 @@ def test_logits_and_lora_effect(models, tmp_path, name, rank, naming):
         wanted = {on: logits(reference[on], ids) for on in (True, False)}
         noise = {on: logits(stock[on], ids) for on in (True, False)}
         found = {True: logits(ours, ids)}
-        for wrapper in ours._kt_wrappers:
+        for wrapper in kt_state(ours).wrappers:
             wrapper.engine.set_lora(None)
         with ours.disable_adapter():
             found[False] = logits(ours, ids)
@@ -89,7 +87,7 @@ def test_logits_and_lora_effect(models, tmp_path, name, rank, naming):
 
 
 def test_torch_engine_is_exact(models, tmp_path):
-    """The oracle, in a float32 model, differs from the reference by the bfloat16 of its stored weights only: nothing."""
+    """In a float32 model it differs from the reference by nothing but the order of sums."""
     path = make_model(tmp_path / "model", "deepseek_v3", dtype=torch.bfloat16)
     adapter = make_adapter(tmp_path / "adapter", path, rank=5, skip_layers=LAYERS_WITHOUT_LORA, naming="A")
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""Models whose text model is one part of them."""
+"""Models that contain a language model as one part."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def stock(path):
 
 @pytest.mark.parametrize("prefix", ["base_model.model.model.language_model.", "model.language_model."])
 def test_composite_model(tmp_path, prefix):
-    """A vision-language model: its text model's experts, attention and their LoRA, against a plain float32 sum."""
+    """A vision-language model: its experts, attention and their LoRA, compared with a plain float32 sum."""
     from transformers import AutoModelForImageTextToText
 
     text = {

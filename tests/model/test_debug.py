@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from llamafactory_kt import KTExpertsConfig
 from llamafactory_kt.model.debug import NotFiniteError
+from llamafactory_kt.model.state import kt_state
 
 IDS = torch.arange(40, 57)[None]
 
@@ -30,7 +32,7 @@ def load(path, engine="torch", **keys):
 def test_steps_are_logged_and_traced(path, tmp_path, kt_log, capsys):
     model = load(path, debug_dir=str(tmp_path / "debug"))
     chosen = []
-    for wrapper in model._kt_wrappers:
+    for wrapper in kt_state(model).wrappers:
         wrapper.register_forward_pre_hook(lambda module, args: chosen.append((module.layer_idx, args[1], args[2])))
     config = GenerationConfig(max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=1)
     plain = AutoModelForCausalLM.from_pretrained(path, quantization_config=KTExpertsConfig(backend="torch"))
@@ -38,14 +40,15 @@ def test_steps_are_logged_and_traced(path, tmp_path, kt_log, capsys):
         m.generate(IDS, attention_mask=torch.ones_like(IDS), generation_config=config) for m in (model, plain)
     )
     assert torch.equal(found, wanted), "it only looks"
-    debugger = model._kt_wrappers[0].debugger
+    debugger = kt_state(model).wrappers[0].debugger
     assert "3 steps, 19 tokens" in debugger.summary()
-    assert all(debugger._total[part] > 0 for part in ("experts", "router", "rest"))
     debugger.close()
     assert "DEBUG profile: 3 steps" in kt_log.text and "DEBUG step" not in capsys.readouterr().err
     text = (tmp_path / "debug" / "steps.log").read_text()
     for line in ("DEBUG step 1, layer 2: 17 tokens, transfer", "DEBUG step 3: 1 tokens"):
         assert line in text
+    for part in ("experts", "router", "rest"):
+        assert sum(map(float, re.findall(rf"{part} ([\d.]+)[,)]", text))) > 0, part
     load(path)(IDS)
     assert "DEBUG step 1: 17 tokens" in capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "debug" / "experts.jsonl").read_text().splitlines()]
@@ -61,9 +64,9 @@ def test_steps_are_logged_and_traced(path, tmp_path, kt_log, capsys):
 @pytest.mark.parametrize("engine", ENGINES)
 @torch.inference_mode()
 def test_the_expert_that_is_not_finite_is_named(path, engine):
-    """One expert's weights are spoilt; the message names its layer, itself, and the first token that goes there."""
+    """One expert's weights are spoilt; the message names its layer, the expert, and the first token that goes there."""
     model = load(path, engine)
-    wrapper, found = model._kt_wrappers[1], []
+    wrapper, found = kt_state(model).wrappers[1], []
     hook = wrapper.register_forward_pre_hook(lambda _, args: found.append(args[1]))
     model(IDS)
     hook.remove()

@@ -1,6 +1,7 @@
-"""How a layer's tokens get from a GPU to the CPU and back: buffers, the order of waits, and nothing read or written too early.
+"""How a layer's tokens cross from a GPU to the CPU and back: buffers, the order of waits, and nothing read or written
+too early.
 
-There is no GPU here: a stream takes its place that does what is queued when somebody waits for it, and not before.
+Instead of a GPU there is a stream that does its work only when somebody waits for it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def compute(hidden, index, weights):
 
 
 class Sum:
-    """An engine in whose place a stream can wait, or only a thread."""
+    """An engine that the stream can wait for, or one that only a thread can wait for."""
 
     stream_hidden_size = 8
 
@@ -54,7 +55,7 @@ BOTH = pytest.mark.parametrize("engine", [Sum(streams=True), Sum(streams=False)]
 
 
 def memory(tensor):
-    """The same memory, as a task of the CPU has it: it keeps nobody's tensor alive."""
+    """The same memory, as the CPU's task knows it: by its address, which keeps no tensor alive."""
     return torch.empty(0, dtype=tensor.dtype).set_(
         tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
     )
@@ -69,7 +70,7 @@ def tokens(count, seed=0, dtype=torch.bfloat16):
 @BOTH
 @pytest.mark.parametrize("counts", [[5, 5, 5], [3, 40, 1, 41, 7]], ids=str)
 def test_layers_queued_one_after_another(engine, counts):
-    """All of them before the stream has done anything that nobody waited for; buffers grow on the way."""
+    """All of them are queued before the stream has done more than it was waited for; buffers grow on the way."""
     stream = LateStream()
     transfer = HostTransfer(stream)
     given = [tokens(count, seed) for seed, count in enumerate(counts)]
@@ -102,7 +103,7 @@ def test_no_wait_where_the_stream_waits():
 
 @BOTH
 def test_values_that_somebody_keeps_stay_as_they_are(engine):
-    """As router statistics keep them, while the next layer uses the buffers again."""
+    """Router statistics keep them while the next layer uses the buffers again."""
     transfer, kept = HostTransfer(LateStream()), []
     given = [tokens(5, seed) for seed in range(3)]
     for each in given:
@@ -157,7 +158,7 @@ def test_threads_cross_one_after_another(engine):
 
 
 def test_an_error_meanwhile_does_not_keep_the_stream_from_waiting():
-    """Or the next layer would write what this one reads."""
+    """Otherwise the next layer would overwrite what this one still reads."""
     stream = LateStream()
     transfer, engine = HostTransfer(stream), Sum(streams=True)
 
@@ -182,7 +183,7 @@ def test_a_cuda_graph_is_declined():
 
 @pytest.fixture
 def no_gpu_is_waited_for(monkeypatch):
-    """kt-kernel's engines wait for every device that a task was submitted for."""
+    """kt-kernel's engines wait for every device that a task was submitted for; here there is none."""
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     monkeypatch.setattr(kt_stream, "_devices", set())  # what other tests have submitted for is no affair of this one's
@@ -192,7 +193,7 @@ def no_gpu_is_waited_for(monkeypatch):
 @pytest.mark.parametrize("behind", [True, False], ids=["behind", "not behind"])
 @pytest.mark.parametrize("kind", KERNELS)
 def test_a_stream_waits_instead_of_a_thread(monkeypatch, no_gpu_is_waited_for, kind, behind):
-    """Layers in turn, with sizes that are padded and more tokens than a task takes, of float32 and of bfloat16."""
+    """Layers in turn, with sizes that need padding and more tokens than a task takes, in float32 and in bfloat16."""
     shape, stream = ExpertsShape(5, 40, 24), LateStream(behind)
     transfer = HostTransfer(stream)
     weights_of = {
@@ -234,7 +235,7 @@ class Mallinfo(ctypes.Structure):
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library does not say what is allocated")
 @pytest.mark.parametrize("kind", KERNELS)
 def test_calls_leave_nothing_behind(monkeypatch, no_gpu_is_waited_for, kind):
-    """kt-kernel frees no task's arguments, 80 bytes of each layer for every token. Also under another default device."""
+    """kt-kernel never frees a task's arguments: 80 bytes for each layer and token. Also with another default device."""
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = Mallinfo
     shape, stream = ExpertsShape(5, 40, 24), LateStream(behind=False)

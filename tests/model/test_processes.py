@@ -1,4 +1,4 @@
-"""Processes that are killed while they load, forked from one that has a model, or run beside one."""
+"""Processes that are killed while they load, that are forked from one with a model, or that run beside one."""
 
 from __future__ import annotations
 
@@ -40,16 +40,15 @@ def end_of(pid):
     return "hung"
 """
 KILLED = """
-from llamafactory_kt.engines.base import Engine
-count = 0
-for engine in Engine.__subclasses__():
-    def load_layer(self, load=engine.load):
-        global count
-        load(self)
-        count += 1
-        if count == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-    engine.load = load_layer
+from llamafactory_kt.engines.registry import get_engine
+engine, count = get_engine(backend), 0
+def load_layer(self, load=engine.load):
+    global count
+    load(self)
+    count += 1
+    if count == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+engine.load = load_layer
 load()
 """
 BESIDE = "print(json.dumps(answer(load())))"
@@ -107,7 +106,7 @@ print(json.dumps(end_of(pid)))
 
 
 def start(code: str, demo: Path, engine: str, **keys) -> subprocess.Popen:
-    """Two OpenMP threads: with one there would be none to miss."""
+    """With two OpenMP threads: with one, there would be none to miss."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **keys.pop("env", {})}
     command = [sys.executable, "-c", LOAD + code, str(demo.absolute()), engine]
@@ -115,14 +114,14 @@ def start(code: str, demo: Path, engine: str, **keys) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen):
-    """What it printed last."""
+    """The last line it printed."""
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return json.loads(out.splitlines()[-1])
 
 
 def test_kill_9_in_a_load_leaves_nothing(tmp_path, demo):
-    """Nothing in the working directory, among temporary files, or beside the model."""
+    """Nothing in the working directory, among the temporary files, or beside the model."""
     files = {*demo.rglob("*")}
     killed = start(KILLED, demo, ENGINE, cwd=tmp_path, env={"TMPDIR": str(tmp_path)})
     err = killed.communicate(timeout=300)[1]
@@ -145,7 +144,8 @@ def test_a_forked_child_does_not_hang(demo, engine):
 
 
 def test_no_threads_wait_between_generations(demo):
-    """Two teams of OpenMP threads would not spin, and every product of the next answer would have to wake them."""
+    """With two teams of OpenMP threads, no thread would spin, and every product of the next answer would have to wake
+    them."""
     assert finish(start(WAITING + AT_REST, demo, "torch")) == [1, 0, 1, 0, 1]
 
 

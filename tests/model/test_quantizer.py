@@ -1,4 +1,4 @@
-"""Loading a model whose experts are KT's: what is read, what is refused, and what becomes of the model afterwards."""
+"""Loading a model with KT experts: what is read, what is refused, and what may be done to the model afterwards."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from helpers.models import make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llamafactory_kt import (
-    KTExpertsConfig,
-    apply_adapter,
-)
+from llamafactory_kt import KTExpertsConfig, apply_adapter
 from llamafactory_kt.ground import machine
+from llamafactory_kt.model.state import kt_state
+
+pytestmark = pytest.mark.usefixtures("worker_threads")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_pointers_survive_what_users_do_to_a_model(files):
     gc.collect()
     junk = [torch.randn(64, 96) for _ in range(1000)]  # what would overwrite freed memory
     assert torch.equal(answer(model), before) and junk
-    assert not list(load(path)._kt_wrappers[0].parameters())
+    assert not list(kt_state(load(path)).wrappers[0].parameters())
     with pytest.raises(TypeError, match="cannot be copied"):
         copy.deepcopy(model)
 
@@ -57,9 +57,9 @@ def test_models_of_different_sizes_in_one_process(files, tmp_path):
 
 def test_not_enough_memory_is_said_before_reading(files, monkeypatch):
     from llamafactory_kt import KTMemoryError
-    from llamafactory_kt.model import quantizer
+    from llamafactory_kt.model import load as loading
 
-    monkeypatch.setattr(quantizer, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(loading, "available_memory", lambda: 100_000)
     with pytest.raises(KTMemoryError, match=r"The experts of 2 layers need .* are free"):
         load(files[0], backend="torch")
     assert machine.available_memory() > 100_000
@@ -72,19 +72,19 @@ def test_generation_is_inference_only(files):
         model(input_ids=torch.arange(2, 10)[None])
 
 
-def load(path, backend="torch", **keys):
-    config = KTExpertsConfig(backend=backend)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=config, **keys)
-
-
 def test_no_expert_tensor_is_read_by_transformers_and_none_is_called_unexpected(tmp_path, capsys):
     path = make_model(tmp_path / "m", "deepseek_v2")
-    model, info = load(path, output_loading_info=True)
+
+    def load_with_info():
+        config = KTExpertsConfig(backend="torch")
+        return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, output_loading_info=True)
+
+    model, info = load_with_info()
     assert not info["unexpected_keys"] and not info["missing_keys"]
     assert not [name for name, _ in model.named_parameters() if ".experts." in name]
     tensors = load_file(path / "model.safetensors")
     save_file(
         {**tensors, "model.layers.1.mlp.something.weight": torch.ones(1)}, path / "model.safetensors", {"format": "pt"}
     )
-    _, info = load(path, output_loading_info=True)
+    _, info = load_with_info()
     assert info["unexpected_keys"] == {"model.layers.1.mlp.something.weight"}, "only the experts are silenced"

@@ -1,4 +1,4 @@
-"""Shared experts that are computed while the routed experts are."""
+"""Shared experts that are computed at the same time as the routed experts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IDS = torch.arange(2, 40)[None]
 
 @pytest.mark.parametrize("arch", ["deepseek_v2", "glm4_moe", "qwen2_moe"])
 def test_shared_experts_are_computed_once_and_early(tmp_path, monkeypatch, arch):
-    """Where the model calls them after the routed experts; where it calls them before, they stay where they are."""
+    """In models that call them after the routed experts; models that call them before are left as they are."""
     model = load(make_model(tmp_path / "model", arch), "torch", dtype=torch.float32, router_stats=True)
     with torch.inference_mode():
         wanted = [model(input_ids=ids).logits for ids in (IDS, IDS + 3, IDS[:, :5])]

@@ -1,4 +1,4 @@
-"""The documentation: its links, its two languages, and its examples, which are executed."""
+"""The documentation: its links, its two languages, and its examples, which are run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 import pytest
 import typer.main
 import yaml
+from helpers.machines import pretend_any_machine
 from helpers.marks import KERNEL_PROBLEM
 from helpers.places import ROOT
 
@@ -40,7 +41,7 @@ def headings(page: Path) -> list[tuple[int, str]]:
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them: lower case, punctuation away, blanks to hyphens."""
+    """As GitHub makes them: lower case, without punctuation, with hyphens for spaces."""
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for _, title in headings(page)}
 
 
@@ -60,7 +61,7 @@ def test_links(page):
 
 @pytest.mark.parametrize("page", ENGLISH, ids=lambda page: page.name)
 def test_both_languages(page):
-    """The same headings, and the same examples but for their comments."""
+    """The same headings, and the same examples except for comments."""
     other = chinese(page)
     assert [level for level, _ in headings(page)] == [level for level, _ in headings(other)]
 
@@ -73,7 +74,7 @@ def test_both_languages(page):
 
 
 def test_every_page_can_be_found():
-    """From both READMEs."""
+    """Both READMEs link to all pages."""
     for readme in (ROOT / "README.md", ROOT / "README_zh.md"):
         linked = set(re.findall(r"\]\(docs/([\w-]+)\.md", readme.read_text(encoding="utf-8")))
         pages = ENGLISH if readme.stem == "README" else [chinese(page) for page in ENGLISH]
@@ -81,7 +82,7 @@ def test_every_page_can_be_found():
 
 
 def commands() -> list[str]:
-    """Each command line of ours in the documentation, continued lines joined."""
+    """Every command line of ours in the documentation, with continued lines joined."""
     found = {
         line.strip().removeprefix("$ ")
         for page in ENGLISH
@@ -95,7 +96,7 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("line", commands())
 def test_commands(line):
-    """Every command, option and number of arguments is one that the command line has."""
+    """The command line has each command, each option and each argument."""
     words = shlex.split(line, comments=True)
     for end in ("&&", "||", ">", "|"):
         words = words[: words.index(end)] if end in words else words
@@ -111,7 +112,7 @@ def test_commands(line):
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory) -> Path:
-    """The directory of somebody who has followed the pages: the examples, a configuration, prompts."""
+    """The directory of a reader who has followed the pages: examples, a configuration, prompts."""
     directory = tmp_path_factory.mktemp("reader")
     shutil.copytree(ROOT / "examples", directory / "examples")
     for name, target in (("my_adapter", "adapter"), ("my_model", "model"), ("DeepSeek-V2-Lite-Chat", "model"), ("Kllama_deepseekV2", "adapter")):  # fmt: skip
@@ -123,7 +124,7 @@ def reader(tmp_path_factory) -> Path:
 
 
 def localised(text: str, directory: Path) -> str:
-    """Places that a page invents, as places that are there."""
+    """Replace invented places by places that exist."""
     text = text.replace("deepseek-ai/DeepSeek-V2-Lite-Chat", f"{directory}/my_model")
     text = text.replace("/opt/sglang/bin/python", sys.executable)
     return re.sub(r"/(models|saves)/", f"{directory}/", text)
@@ -134,10 +135,10 @@ YAMLS = [(page, number) for page in ENGLISH for number, _ in enumerate(blocks(pa
 
 @pytest.mark.parametrize(("page", "number"), YAMLS, ids=[f"{page.name}-{number}" for page, number in YAMLS])
 def test_yaml(reader, page, number, monkeypatch):
-    """Through LLaMA-Factory's parser and our checks. What this CPU can do is not the page's affair."""
+    """Goes through LLaMA-Factory's parser and our checks. Whether this machine could run it does not matter."""
     from llamafactory_kt.integration.chat_config import parse
 
-    monkeypatch.setattr("llamafactory_kt.settings.check._check_machine", lambda args: [])
+    pretend_any_machine(monkeypatch)
     monkeypatch.chdir(reader)
     values = yaml.safe_load(localised(blocks(page, "yaml")[number], reader))
     sweep = values.pop("sweep", {})
@@ -153,7 +154,7 @@ EXAMPLES = sorted((ROOT / "examples" / "ktransformers").rglob("*.yaml"))
 def test_example_configurations(path, reader, monkeypatch):
     from llamafactory_kt.integration.chat_config import parse, read_yaml
 
-    monkeypatch.setattr("llamafactory_kt.settings.check._check_machine", lambda args: [])
+    pretend_any_machine(monkeypatch)
     values = read_yaml(path)
     if "adapter_name_or_path" in values:
         values["adapter_name_or_path"] = str(reader / "my_adapter")
@@ -161,7 +162,7 @@ def test_example_configurations(path, reader, monkeypatch):
 
 
 def test_make_targets():
-    """Those that the pages and the workflows call are in the Makefile, each with a line for `make help`."""
+    """The Makefile has the targets that pages and workflows call, each with a line for `make help`."""
     targets = set(re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.M))
     workflows = [*(ROOT / ".github" / "workflows").glob("*.yml")]
     steps = [
@@ -175,9 +176,9 @@ def test_make_targets():
 
 
 def test_names_of_tests():
-    """Those that the pages name as proof are there."""
+    """The tests that pages name as evidence exist."""
     known = {
-        name for file in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+        name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
     }
     for page in PAGES:
         assert set(re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))) <= known, page.name
@@ -188,7 +189,7 @@ PYTHON = [page for page in ENGLISH if blocks(page, "python")]
 
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
 def test_python(page, reader, monkeypatch, capsys):
-    """A page's blocks one after the other, in one namespace. Where a comment behind print() says what comes, that comes."""
+    """A page's blocks are run one after the other in one namespace. A comment after print() is what gets printed."""
     monkeypatch.chdir(reader)
     names: dict[str, object] = {"__name__": "example"}
     if page.stem == "experiments":  # which speaks of a model that counts
@@ -208,7 +209,7 @@ def test_python(page, reader, monkeypatch, capsys):
 
 @pytest.mark.parametrize("page", [ROOT / "docs" / "python.md", ROOT / "docs" / "python_zh.md"], ids=lambda p: p.name)
 def test_exported_names(page):
-    """The page has a row for each, and for nothing else."""
+    """The page has a row for each exported name, and no others."""
     rows = re.findall(r"^\| `(\w+)(?:\(.*?\))?` \|", page.read_text(encoding="utf-8"), re.M)
     assert sorted(rows) == sorted(set(llamafactory_kt.__all__))
     for name in rows:

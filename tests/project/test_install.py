@@ -1,4 +1,4 @@
-"""Both ways of installing, into environments of their own that see this one's libraries; and removing it again."""
+"""Both ways of installing, into environments of their own that see this environment's libraries; and uninstalling."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not UV.exists(), reason="uv is not installed in 
 
 @pytest.fixture
 def environment(tmp_path):
-    """An empty virtual environment that finds this one's libraries through a plain path, after its own."""
+    """An empty virtual environment that finds this one's libraries after its own."""
     subprocess.run([UV, "venv", "--quiet", "--python", sys.executable, tmp_path / "env"], check=True)
     site = next((tmp_path / "env" / "lib").glob("python*")) / "site-packages"
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")

@@ -1,6 +1,6 @@
-"""Many chats in one process: memory stays flat, and the last greedy answers are the first ones.
+"""Many chats in one process: memory stays flat, and the last greedy answers equal the first ones.
 
-LLAMAFACTORY_KT_SOAK_TURNS sets the length (CONTRIBUTING says more). What is measured is printed; pytest shows it with -rP.
+LLAMAFACTORY_KT_SOAK_TURNS sets the length; see CONTRIBUTING. Measurements are printed; pytest shows them with -rP.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from helpers.models import make_model
 
 from llamafactory_kt import switch_adapter
 from llamafactory_kt.ground.paging import give_back_memory
+from llamafactory_kt.model.state import kt_state
 
 ENGINE = "torch" if KERNEL_PROBLEM else "AMXBF16"
 TURNS = int(os.environ.get("LLAMAFACTORY_KT_SOAK_TURNS", "1000"))
@@ -31,8 +32,8 @@ NOISE = 8 * 2**20
 
 
 def slope(step: Callable[[int], None], steps: int) -> float:
-    """Resident bytes that the process grows by in a step: least squares over samples taken on the way, the first quarter
-    (caches that fill, the allocator's arenas) left out."""
+    """The growth of resident memory per step: least squares over samples, without the first quarter, in which caches
+    and the allocator's arenas fill."""
     process, points = psutil.Process(), []
     for number in range(steps):
         step(number)
@@ -56,7 +57,8 @@ def chat_model(model, adapter, **keys):
 
 
 def leave(chat) -> None:
-    """End LLaMA-Factory's threads, which have no other end: a call that one of them has just finished still holds the model."""
+    """End LLaMA-Factory's threads, which never end by themselves; a call that one of them has just finished still holds
+    the model."""
     asyncio.run_coroutine_threadsafe(chat._loop.shutdown_default_executor(), chat._loop).result()
     chat._loop.call_soon_threadsafe(chat._loop.stop)
     chat._thread.join()
@@ -65,13 +67,13 @@ def leave(chat) -> None:
 
 @torch.inference_mode()
 def cache_bytes(model, tokens: int) -> int:
-    """The key-value cache of a conversation: what a turn takes, and what it would leave behind if anything kept it."""
+    """The key-value cache of a conversation: what a turn takes, and what it would leave behind if something kept it."""
     cache = model(input_ids=torch.arange(tokens)[None], use_cache=True).past_key_values
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
 def test_thousands_of_turns(demo):
-    """Whole and streamed, with and without the adapter, which is exchanged every 50 turns."""
+    """Whole and streamed answers, with and without the adapter, which is switched every 50 turns."""
     chat, questions = chat_model(demo / "model", demo / "adapter"), [*EXPECTED]
     model = chat.engine.model
 
@@ -99,7 +101,7 @@ def test_thousands_of_turns(demo):
 
 
 def test_loads_and_switches(tmp_path):
-    """A model whose experts are most of it; kt-kernel itself does not free them."""
+    """The experts are most of this model; kt-kernel itself does not free them."""
     model = make_model(
         tmp_path / "model", "deepseek_v2", moe_intermediate_size=8192, hidden_size=256, num_hidden_layers=2
     )
@@ -108,7 +110,7 @@ def test_loads_and_switches(tmp_path):
 
     def cycle(number: int) -> None:
         chat = chat_model(model, adapters[0])
-        sizes.add(sum(wrapper.engine.nbytes for wrapper in chat.engine.model._kt_wrappers))
+        sizes.add(sum(wrapper.engine.nbytes for wrapper in kt_state(chat.engine.model).wrappers))
         said = []
         for adapter in (adapters[0], adapters[1], None, adapters):
             switch_adapter(chat.engine.model, adapter)
@@ -124,14 +126,14 @@ def test_loads_and_switches(tmp_path):
 
 @pytest.mark.parametrize("keys", [{}, {"kt_merge_adapter": True}])
 def test_a_model_is_freed_when_the_last_reference_goes(demo, keys):
-    """Not with some later collection of cycles: another load may need its memory."""
+    """Not only with a later garbage collection: another load may need the memory."""
     gc.collect()
     gc.disable()
     try:
         chat = chat_model(demo / "model", demo / "adapter", **keys)
         assert chat.chat([{"role": "user", "content": "one"}], max_new_tokens=2)
         model = chat.engine.model
-        freed = [weakref.ref(part) for part in (model, *(wrapper.engine for wrapper in model._kt_wrappers))]
+        freed = [weakref.ref(part) for part in (model, *(wrapper.engine for wrapper in kt_state(model).wrappers))]
         leave(chat)
         del chat, model
         assert [part() for part in freed] == [None] * len(freed)

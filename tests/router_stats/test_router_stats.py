@@ -1,4 +1,4 @@
-"""Router statistics, against what the routers of stock transformers choose for the same tokens."""
+"""Router statistics, compared with what the routers of stock transformers choose for the same tokens."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from llamafactory_kt import (
 from llamafactory_kt.router_stats.stats import LayerStats
 
 PAD = 1
-
-
 ENDS = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=PAD, eos_token_id=[1])
 
 
@@ -34,7 +32,7 @@ def load(path, **keys):
 
 
 class Recorder:
-    """What a stock model's routers hand to its experts, call by call."""
+    """What a stock model's routers pass to its experts, call by call."""
 
     def __init__(self, model):
         self.calls: dict[int, list] = {}
@@ -57,7 +55,7 @@ class Recorder:
 
 @pytest.mark.parametrize("architecture", ["deepseek_v2", "qwen3_moe", "mixtral"])
 def test_counts_equal_stock_routers(tmp_path, architecture):
-    """A prompt and a greedy answer: prompt and answer are told apart, with the adapter in place."""
+    """A prompt and a greedy answer are counted separately, with the adapter in place."""
     path = make_model(tmp_path / "model", architecture)
     adapter = make_adapter(tmp_path / "adapter", path)
     model, _ = apply_adapter(load(path, adapter=str(adapter)), adapter)
@@ -80,7 +78,7 @@ def test_counts_equal_stock_routers(tmp_path, architecture):
 
 
 def test_router_logits_give_the_same(tmp_path):
-    """Where transformers can return router logits itself: softmax and top-k of them."""
+    """Where transformers itself returns router logits: softmax and top-k of them."""
     path = make_model(tmp_path / "model", "mixtral")
     stock, ids = merged_float32(path, None), torch.arange(40, 70).reshape(2, 15)
     with torch.inference_mode():
@@ -127,7 +125,7 @@ def test_padding_is_not_counted(tiny):
 
 
 def test_rows_that_have_ended_are_not_counted(tiny):
-    """One row ends at its first token, by making that token the end token; the other goes on."""
+    """One row ends at its first token, which is made the end token; the other goes on."""
     _, model = tiny
     ids, mask = prompts()
     plain = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}

@@ -21,26 +21,26 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory, model) -> Path:
-    """On experts and the rest; layer 2 has no expert LoRA."""
+    """With LoRA on experts and on the rest; layer 2 has no expert LoRA."""
     return make_adapter(tmp_path_factory.mktemp("adapters") / "whole", model, skip_layers=(2,))
 
 
 @pytest.fixture(scope="session")
 def recorded() -> ServerOptions:
-    """The options of sglang-kt 0.7.2, as they were recorded from it."""
+    """The options of sglang-kt 0.7.2, as recorded from it."""
     facts = json.loads(RECORDED.read_text())
     return ServerOptions("/opt/sglang/bin/python", "sglang-kt 0.7.2", facts["options"], facts["architectures"])
 
 
 @pytest.fixture
 def moe_lora(tmp_path) -> ServerOptions:
-    """Those of a server that takes expert LoRA as moe_lora.pt."""
+    """The options of a server that takes expert LoRA as moe_lora.pt."""
     return discover(str(interpreter(tmp_path, STANDIN_DIALECT="moe-lora")))
 
 
 @pytest.fixture
 def build(tmp_path, model, recorded, cache):
-    """Makes a server's command from the keys of a configuration."""
+    """Makes the command of a server from configuration keys."""
 
     def build(options=recorded, extra=(), **keys):
         args = model_arguments(configuration(tmp_path, Path(sys.executable), keys.pop("model", model), **keys))
@@ -51,7 +51,7 @@ def build(tmp_path, model, recorded, cache):
 
 @pytest.fixture
 def command(standin):
-    """Makes the stand-in's command in a mode; also gives the file with its notes."""
+    """Makes the stand-in's command in a given mode; also returns the file with its notes."""
 
     def command(fail: str = ""):
         path, notes = standin(fail)

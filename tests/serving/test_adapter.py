@@ -21,7 +21,7 @@ from llamafactory_kt.serving.options import discover
 
 
 def test_bug_5_nothing_of_another_format_lies_under_safetensors(build, adapter, moe_lora, cache):
-    """Everything prepared is outside of the adapter's directory, and each name is of the file's format."""
+    """Everything prepared lies outside the adapter's directory, and each name fits the file's format."""
     before = sorted(adapter.iterdir())
     build(adapter_name_or_path=str(adapter))
     build(moe_lora, adapter_name_or_path=str(adapter))
@@ -68,7 +68,8 @@ def test_dialects(build, adapter, moe_lora, tmp_path):
 
 
 def test_prepared_adapter_means_the_same(build, model, tmp_path):
-    """rsLoRA and ranks of their own: SGLang takes alpha / r of one config for everything, so the rest is folded and padded."""
+    """With rsLoRA and different ranks: SGLang takes one alpha / r for everything, so scalings are folded in and ranks
+    padded."""
     source = make_adapter(tmp_path / "a", model, rank=4, alpha=6, use_rslora=True, dtype=torch.float32)
 
     def wider(tensors):
@@ -95,7 +96,7 @@ def test_prepared_adapter_means_the_same(build, model, tmp_path):
 
 
 def test_layers_without_expert_lora_get_zeros(build, adapter):
-    """SGLang looks for every layer with routed experts."""
+    """SGLang expects LoRA in every layer with routed experts."""
     merged = Path(build(adapter_name_or_path=str(adapter)).parsed.lora_paths[0].partition("=")[2])
     tensors = {
         n: t for n, t in load_file(merged / "adapter_model.safetensors").items() if ".layers.2.mlp.experts." in n
@@ -104,7 +105,7 @@ def test_layers_without_expert_lora_get_zeros(build, adapter):
 
 
 def test_latent_attention(build, adapter, tmp_path):
-    """SGLang adds the LoRA of kv_b_proj while decoding only where there is expert LoRA, too."""
+    """While decoding, SGLang adds the LoRA on kv_b_proj only if there is expert LoRA too."""
     assert build(adapter_name_or_path=str(adapter)).adapter.required
     rest = shutil.copytree(adapter, tmp_path / "rest")
     edit_adapter(rest, lambda tensors: {n: t for n, t in tensors.items() if ".mlp.experts." not in n})

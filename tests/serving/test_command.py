@@ -1,4 +1,4 @@
-"""A configuration as an SGLang server's command: what is passed, and what the server could not do."""
+"""The command of an SGLang server: what is passed to it. Bugs have the numbers of a list of those that users met first."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def test_bug_2_number_of_threads_is_never_none(build, monkeypatch):
 
 @needs_kernel
 def test_bug_3_base_weights_are_where_the_expert_lora_kernel_reads_them(build, adapter, model):
-    """BF16: the checkpoint, and the kernel does load a layer from what is passed. Others: a directory of their own."""
+    """For BF16 that is the checkpoint, from which the kernel does load a layer; other methods need a directory of their
+    own."""
     parsed = build(adapter_name_or_path=str(adapter), kt_moe_sft_method="AMXBF16_SFT").parsed
     assert Path(parsed.kt_weight_path) == model.resolve() and parsed.kt_method == "BF16"
     code = f"""
@@ -99,7 +100,7 @@ def test_keys_and_extra_options_arrive(build, model):
 
 
 def test_packed_weights_are_divided_among_as_many_pools(build, tmp_path):
-    """A directory for one NUMA node would otherwise fail in the server, after it loaded everything else."""
+    """Weights packed for one NUMA node would otherwise fail in the server, after it loaded everything else."""
     for pool in range(2):
         (tmp_path / "packed" / "_layer_1" / f"_numa_{pool}").mkdir(parents=True)
     keys = {"kt_backend": "AMXINT8", "kt_weight_path": str(tmp_path / "packed"), "kt_cpuinfer": 4}
@@ -109,7 +110,7 @@ def test_packed_weights_are_divided_among_as_many_pools(build, tmp_path):
 
 
 def test_sizes_that_the_kernel_cannot_take_as_they_are(build, tmp_path, adapter):
-    """The adapter's model has experts of 64 x 96."""
+    """The experts of the adapter's model are 64 x 96."""
     other = make_model(tmp_path / "other", "qwen3_moe")
     (tmp_path / "packed" / "_layer_1" / "_numa_0").mkdir(parents=True)
     packed = {"kt_backend": "AMXINT4", "kt_weight_path": str(tmp_path / "packed")}

@@ -1,4 +1,4 @@
-"""What is found out about a server before it starts."""
+"""What is found out about a server before it is started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is refused before a server starts."""
+"""What is refused before a server is started."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_refused_before_the_server_starts(build, adapter, keys, message):
 def test_models_and_adapters_that_the_server_does_not_have(build, tmp_path, model, adapter):
     with pytest.raises(KTModelError, match=r"is a GlmFictionForCausalLM, which sglang-kt 0.7.2 does not have"):
         build(model=_with_config(tmp_path / "m", model, architectures=["GlmFictionForCausalLM"]))
-    with pytest.raises(KTModelError, match="no routed experts that SGLang's KT would find"):
+    with pytest.raises(KTModelError, match="SGLang with KT finds no routed experts"):
         build(model=_with_config(tmp_path / "n", model, n_routed_experts=None))
     other = make_model(tmp_path / "other", "qwen3_moe")
     with pytest.raises(KTAdapterError):

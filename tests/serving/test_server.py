@@ -1,4 +1,4 @@
-"""The life of a server's process: it starts or says why it does not, and ends with its parent."""
+"""The life of a server process: it starts or says why not, and it ends with its parent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamafactory_kt.serving.server import Server, start_server
 
 @pytest.mark.parametrize("killed", ["llamafactory-cli", "supervisor"])
 def test_server_ends_with_its_parent(standin, killed):
-    """Also where that gets no chance to clean up."""
+    """Even if the parent has no chance to clean up."""
     path, written = standin()
     process = subprocess.Popen(
         [CLI, "chat", path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -58,7 +58,7 @@ def test_a_port_that_was_taken_meanwhile(command, kt_log):
 
 
 def test_another_server_on_the_port_is_not_taken_for_ours(command, monkeypatch):
-    """It answers /health, but serves another model."""
+    """It answers /health but serves another model."""
     ours, _ = command()
     first = Server(ours)
     first.wait_until_ready(60)

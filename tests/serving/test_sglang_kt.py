@@ -1,4 +1,4 @@
-"""sglang-kt itself: its options, and whether it takes the commands and the adapters made for it."""
+"""sglang-kt itself: its options, and whether it accepts our commands and adapters."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ print("\\nANSWERS " + json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> tuple[Path, str | None]:
-    """A directory for sglang-kt 0.7.2, and why it could not be installed there."""
+    """A directory for sglang-kt 0.7.2, and the reason if it could not be installed there."""
     target = tmp_path_factory.mktemp("sglang-kt")
     return target, install_sglang_kt(target)
 
 
 @pytest.fixture
 def sglang_kt(installed, record_property) -> Path:
-    """sglang-kt itself. Without it, the tests above rely on the recorded facts alone; the summary says which it was."""
+    """sglang-kt itself. Without it, other tests rely on its recorded options alone; the summary says which it was."""
     target, reason = installed
     record_property(SGLANG_CONTRACT, "its recorded options alone" if reason else "sglang-kt 0.7.2 itself")
     if reason:
@@ -68,7 +68,7 @@ def test_recorded_facts_are_sglang_kts(sglang_kt, tmp_path, recorded):
 
 
 def test_sglang_kt_takes_our_commands_and_adapters(sglang_kt, tmp_path, build, adapter, monkeypatch):
-    """Its own parser, validators and splitter, on a matrix of configurations; and it refuses what we refuse."""
+    """Its own parser, validators and splitter accept a matrix of configurations, and refuse what we refuse."""
     monkeypatch.setenv("SGLANG_KT_LORA_CACHE_DIR", str(tmp_path / "split"))
     experts, rest = experts_only(tmp_path / "e", adapter), rest_only(tmp_path / "r", adapter)
     weights = tmp_path / "int4 weights"

@@ -8,26 +8,23 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.machines import pretend_problem
 from helpers.places import ROOT
 from llamafactory.hparams import ModelArguments
 from llamafactory.hparams.parser import _parse_infer_args
 
 from llamafactory_kt import KTConfigError, KTPathError
-from llamafactory_kt.engines.ktkernel import runtime
-from llamafactory_kt.model import quantizer
+from llamafactory_kt.engines.registry import engines
 from llamafactory_kt.settings.check import check_for_inference
 from llamafactory_kt.settings.keys import KTArguments
 
 EXAMPLES = sorted((ROOT / "examples" / "ktransformers" / "inference").glob("*.yaml"))
-
-
 MODEL = {"model_name_or_path": "somewhere/model", "template": "deepseek"}
 
 
 @pytest.fixture(autouse=True)
 def any_cpu(monkeypatch):
-    for module in (runtime, quantizer):
-        monkeypatch.setattr(module, "kernel_problem", lambda method="AMXBF16": None)
+    pretend_problem(monkeypatch, None, *(engine.name for engine in engines()))
 
 
 def checked(args):
@@ -137,7 +134,7 @@ def test_training_keys_are_taken_along_with_a_word(kt_log):
 
 
 def test_training_configurations_are_left_alone():
-    """use_kt in a training YAML is upstream's affair: nothing of ours runs until a chat is asked for."""
+    """use_kt in a training YAML is LLaMA-Factory's own; nothing of ours runs until a chat asks for it."""
     keys = {"use_kt": True, "kt_backend": "nonsense", "adapter_name_or_path": "a,b"}
     assert _parse_infer_args({**MODEL, **keys})[0].kt_backend == "nonsense"
 
@@ -168,8 +165,13 @@ def test_help_shows_the_keys():
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[path.stem for path in EXAMPLES])
-def test_example_configurations_are_understood(example, monkeypatch):
-    monkeypatch.setattr("llamafactory_kt.settings.check._check_paths", lambda args: [])  # /models and /saves are yours
-    args = parse(yaml.safe_load(example.read_text(encoding="utf-8")))
+def test_example_configurations_are_understood(example, tmp_path):
+    """With the places that they name, /models and /saves, in another directory."""
+    values = yaml.safe_load(example.read_text(encoding="utf-8"))
+    for key, value in values.items():
+        if isinstance(value, str) and value.startswith("/"):
+            values[key] = f"{tmp_path}{value}"
+            Path(values[key]).mkdir(parents=True)
+    args = parse(values)
     assert args.use_kt and args.kt_backend == "auto"
     assert ("lora" in example.stem) == bool(args.adapter_name_or_path)

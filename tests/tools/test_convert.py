@@ -1,4 +1,4 @@
-"""The converter: the seeds of its behaviour, its round trips, and outputs that others' code reads."""
+"""The converter: its original behaviour, its round trips, and outputs that other tools read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_parse_moe_key():
 
 
 def test_moe_lora_pt(tmp_path, model, adapter, kt_log):
-    """Names, shapes and values of the output, against the tensors that went in; the log lines and the result."""
+    """Names, shapes and values of the output, compared with the tensors that went in; the log lines and the result."""
     file, config, output = (
         adapter / "adapter_model.safetensors",
         adapter / "adapter_config.json",
@@ -119,7 +119,7 @@ def logits(path, adapter):
 
 
 def test_patterns_and_rslora_are_folded_in(tmp_path, model):
-    """Ranks and scalings that differ, into layouts with one of each: the same logits, against a plain float32 sum."""
+    """Different ranks and scalings, into layouts with one of each: the logits equal a plain float32 sum."""
     import math
 
     keys = {"use_rslora": True, "alpha_pattern": {r"experts\.\d+\.down_proj": 3, "kv_b_proj": 5}}
@@ -146,7 +146,7 @@ def test_patterns_and_rslora_are_folded_in(tmp_path, model):
     "config", [{"alpha_pattern": {"gate_proj": 32}}, {"alpha_pattern": {"up_proj": 3}, "use_rslora": True}]
 )
 def test_patterns_that_mean_experts_and_others_alike(tmp_path, model, config):
-    """A bare name in a pattern: folded into the experts once, and still there for shared experts and dense layers."""
+    """A bare name in a pattern is folded into the experts once, and still applies to shared experts and dense layers."""
     import math
 
     source = make_adapter(tmp_path / "source", model, rank=4, alpha=16, **config)
@@ -163,7 +163,7 @@ def test_patterns_that_mean_experts_and_others_alike(tmp_path, model, config):
 
 
 def test_stacked_output_beside_the_adapter_it_came_from(tmp_path, model):
-    """Its own rank and alpha count, not those of a configuration that lies beside it; --config must not contradict."""
+    """Its own rank and alpha count, not those of a configuration beside it; --config must not contradict them."""
     source = make_adapter(tmp_path / "source", model, rank=4, alpha=16, use_rslora=True)
     convert_peft_to_kt_format(source, source / "experts.safetensors")
     assert convert_peft_to_kt_format(source / "experts.safetensors", tmp_path / "o.pt")["lora_alpha"] == 32.0
@@ -181,7 +181,7 @@ def test_adapters_of_other_tools_into_peft(tmp_path, source):
 
 
 def test_sglang_directories_equal_those_of_kt_kernels_own_converter(tmp_path):
-    """kt-kernel's converter of its bundles for SGLang: expert-only and merged, tensor by tensor."""
+    """kt-kernel converts its bundles for SGLang, expert-only and merged; both are compared tensor by tensor."""
     bundle = DATA / "qwen3_moe-tiny-kt-bundle"
     command = [sys.executable, "-m", "kt_kernel.sft.convert_kt_to_sglang_adapter", "--base-model-name-or-path", "base"]
     subprocess.run(
@@ -273,7 +273,7 @@ def test_one_target_parameter_needs_a_model(tmp_path):
         convert_peft_to_kt_format(source, tmp_path / "o.pt")
 
 
-@pytest.mark.parametrize("command", [["-m", "llamafactory_kt", "convert"], ["-m", "llamafactory_kt.tools.convert"]])
+@pytest.mark.parametrize("command", [["-m", "llamafactory_kt", "convert"], ["-m", "llamafactory_kt.convert_moe_lora"]])
 def test_command_line(tmp_path, adapter, command):
     output = tmp_path / "out" / "moe_lora.pt"
     words = [

@@ -1,5 +1,5 @@
-"""``llamafactory-kt doctor`` on this environment, and on broken ones: a scratch directory first on PYTHONPATH shadows a
-package or its metadata."""
+"""``llamafactory-kt doctor`` in this environment, and in broken ones: a scratch directory at the front of PYTHONPATH
+shadows a package or its metadata."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def doctor(*arguments, first: Path | None = None, **environment: str) -> tuple[i
 
 
 def shadow(directory: Path, distribution: str, version: str, *files: str) -> None:
-    """Metadata of a distribution that says it has installed these files, which Python 3.12 believes where they exist."""
+    """Metadata that says this distribution installed these files; Python 3.12 believes that of files that exist."""
     info = directory / f"{distribution.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
@@ -97,7 +97,7 @@ def test_without_torch(tmp_path, demo):
 
 
 def test_a_kernel_that_ends_the_process(tmp_path, demo):
-    """What a build for another CPU does. The other libraries are still looked at."""
+    """As a build for another CPU does. The other libraries are still examined."""
     (tmp_path / "kt_kernel.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)")
     config = write(tmp_path / "c.yaml", model_name_or_path=str(demo / "model"))
     status, found = doctor(config, first=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
@@ -114,7 +114,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def look(tmp_path, monkeypatch):
-    """Findings about a YAML, in this process; imports are taken for sound, as the tests' own are."""
+    """Findings about a YAML, in this process, whose imports are known to work."""
     from llamafactory_kt.tools.doctor import packages
 
     monkeypatch.setattr(packages, "try_imports", lambda: packages.Imports({}, frozenset()))

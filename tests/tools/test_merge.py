@@ -1,4 +1,5 @@
-"""``llamafactory-kt merge``: the checkpoint stock transformers loads, against PEFT's merge and a plain float32 sum."""
+"""``llamafactory-kt merge``: its checkpoint, loaded by stock transformers, against PEFT's merge and a plain float32
+sum."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def test_every_weight_is_the_float32_sum_rounded_once(tmp_path, architecture, na
 
 
 def test_against_pefts_own_merge(tmp_path):
-    """PEFT can merge target_parameters itself; in float32 the two agree to its last bits."""
+    """PEFT can merge target_parameters itself; in float32 the two agree to the last bits."""
     base = make_model(tmp_path / "base", "qwen3_moe", dtype=torch.float32)
     from helpers.foreign_adapters import peft_target_parameters
 

@@ -18,13 +18,14 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from llamafactory_kt.adapters import open_adapters
-from llamafactory_kt.apply import kt_wrappers
 from llamafactory_kt.cli import app
+from llamafactory_kt.engines.registry import get_engine
 from llamafactory_kt.ground.errors import KTConfigError
 from llamafactory_kt.integration.chat import LoadedChat
 from llamafactory_kt.integration.prompts import make_prompts
+from llamafactory_kt.model.state import kt_state
 from llamafactory_kt.tools.verify import record_inputs, verify_layers
-from llamafactory_kt.tools.verify.bounds import bounds_for, compare
+from llamafactory_kt.tools.verify.compare import compare
 from llamafactory_kt.tools.verify.reference import Reference
 
 
@@ -105,7 +106,7 @@ def one_expert(lora):
 )
 def test_an_adapter_that_is_wrong_in_the_engine(loaded, change, message):
     chat, inputs, reference = loaded
-    wrapper = kt_wrappers(chat.model)[1]
+    wrapper = kt_state(chat.model).wrappers[1]
     undo = wrapper.engine.set_lora(change(reference.lora(2)))
     found = {result.layer: result.problem for result in verify_layers(chat.model, inputs, reference)}
     undo()
@@ -121,12 +122,18 @@ def test_lora_that_the_adapter_does_not_have(loaded):
 
 def test_base_weights_that_are_wrong(loaded):
     chat, inputs, reference = loaded
-    engine = kt_wrappers(chat.model)[0].engine
-    if engine.name != "torch":
-        pytest.skip("the kernel's packed weights cannot be changed in place")
-    engine._weights[3].up.mul_(1.05)
+    wrapper = kt_state(chat.model).wrappers[0]
+    engine = wrapper.engine
+
+    def spoilt(dtype):
+        for number, expert in enumerate(engine.read_experts(dtype)):
+            yield expert._replace(up=expert.up * 1.05) if number == 3 else expert
+
+    wrapper.engine = type(engine)(engine.spec, spoilt, engine.options)
+    wrapper.engine.load()
+    wrapper.engine.set_lora(reference.lora(wrapper.layer_idx))
     first = next(verify_layers(chat.model, inputs, reference))
-    engine._weights[3].up.div_(1.05)
+    wrapper.engine = engine
     assert first.problem.startswith("expert 3: without LoRA the output is off by 0.0") and first.worst_expert == 3
 
 
@@ -142,7 +149,7 @@ def test_a_small_adapter_is_not_lost_in_rounding(tmp_path, backend):
     results = list(verify_layers(chat.model, inputs, reference))
     assert not any([result.problem for result in results]), results
     assert max(r.prompt.effect for r in results) < 0.03
-    wrapper = kt_wrappers(chat.model)[0]
+    wrapper = kt_state(chat.model).wrappers[0]
     wrapper.engine.set_lora(scaled(reference.lora(0)))
     first = next(verify_layers(chat.model, inputs, reference))
     assert first.problem and first.prompt.strength == pytest.approx(2, rel=0.05)
@@ -174,7 +181,7 @@ def in_four_bits(weight: torch.Tensor) -> torch.Tensor:
 def test_four_bits_pass_with_rows_as_long_as_real_ones():
     """What rounding each row to 15 steps makes of experts of DeepSeek-V2-Lite's size, in float32 and by no kernel."""
     torch.manual_seed(0)
-    sizes, bounds = ((1408, 2048), (1408, 2048), (2048, 1408)), bounds_for("AMXINT4")
+    sizes, bounds = ((1408, 2048), (1408, 2048), (2048, 1408)), get_engine("AMXINT4").bounds
 
     def computed(weights, factor=1.0):
         both = weights, [weight + factor * delta for weight, delta in zip(weights, deltas, strict=True)]

@@ -1,6 +1,6 @@
-"""kt-kernel's one pool of worker threads in this process, on which NUMA nodes and CPUs it is.
+"""kt-kernel's pool of worker threads (CPUInfer): how many, and on which NUMA nodes and CPUs.
 
-kt-kernel keeps one CPUInfer (the worker threads) per process, so the first load decides the number of threads.
+A process has one pool, so the first load decides.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _settled: tuple[int, int] | None = None
 
 
 def settle_pool(threads: int, pools: int) -> tuple[int, int]:
-    """Settle the process's worker threads and sub-pools.
+    """Fix the process's worker threads and sub-pools.
 
     Returns:
         Those in force: the first load's, since kt-kernel cannot change them.
@@ -41,18 +41,18 @@ def settle_pool(threads: int, pools: int) -> tuple[int, int]:
 
 
 def settled_pool() -> tuple[int, int]:
-    """Worker threads and sub-pools; one of each where nothing was settled."""
+    """Worker threads and sub-pools; one of each where nothing was fixed."""
     return _settled or (1, 1)
 
 
 def worker_pool(threads: int | None = None, pools: int | None = None) -> Any:
-    """kt-kernel's one pool of workers, made when it is first asked for: a sub-pool on each of as many NUMA nodes that this
-    process may use, and every worker within the process's CPU affinity.
-
-    kt-kernel itself counts nodes and cores from 0, also where ``taskset``, ``numactl`` or a container allow others.
+    """The pool, made on first use: each sub-pool on one of the NUMA nodes that this process may use, and every worker within the
+    process's CPU affinity. kt-kernel itself counts nodes and cores from 0, even where ``taskset``, ``numactl`` or a container allows
+    others.
 
     Args:
-        threads: where it is not :func:`settle_pool` that settled it; likewise ``pools``, which may be more than there are nodes.
+        threads: instead of :func:`settle_pool`'s.
+        pools: likewise; may be more than there are nodes.
     """
     from kt_kernel.sft.amx import AMXSFTMoEWrapper
 
@@ -66,7 +66,7 @@ def worker_pool(threads: int | None = None, pools: int | None = None) -> Any:
 
 
 def worker_threads() -> Iterator[tuple[int, int]]:
-    """(thread id, NUMA node) of every worker; some of them may have ended."""
+    """(thread id, NUMA node) of every worker; some may have ended."""
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):
             if found := re.match(r"numa_(\d+)_", (task / "comm").read_text()):

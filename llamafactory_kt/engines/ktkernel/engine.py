@@ -82,7 +82,7 @@ class KTEngine(Engine):
             self._files.check_files()
             return self._files.root
         size = self.packed.hidden, self.packed.intermediate
-        return LayerWeights.stacked(self._read_experts(torch.bfloat16), self.spec.shape, torch.bfloat16, size)
+        return LayerWeights.stacked(self.read_experts(torch.bfloat16), self.spec.shape, torch.bfloat16, size)
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         self._check(index)

@@ -1,17 +1,16 @@
-"""Giving back the packed weights of a kernel object, which kt-kernel 0.7.2 never frees.
+"""Freeing the packed weights of an SFT kernel, which kt-kernel 0.7.2 never does.
 
-For every expert and sub-pool, kt-kernel takes three buffers from ``aligned_alloc``, and no destructor frees them. Their
-addresses are read from the object before it goes, along its own pointers (kt-kernel's sources under ``operators``):
+For every expert and sub-pool, kt-kernel takes three buffers from ``aligned_alloc``, and no destructor frees them. We read their
+addresses from the object before it goes, along its own pointers (kt-kernel's sources under ``operators``):
 
     moe-tp.hpp           TP_MOE_Common   vector<unique_ptr<part>> tps               one part a sub-pool
     amx/moe_base.hpp     AMX_MOE_BASE    vector<shared_ptr<BufferB>> gate_bb_ ...   one buffer an expert, for each projection
     amx/la/amx_*.hpp     BufferB         {b; d with integers only; int n, k}        b is what aligned_alloc returned
 
-Why this is safe: memory is only read, through the kernel's /proc/self/mem, where a wrong address is an error and no
-crash. Addresses are believed for all buffers of an object or for none: every vector must have its exact length, every
-buffer its exact n and k (and the place of its scales), its alignment, and a block of the allocator of just its size; no
-two may be the same. Other versions may lay out their objects differently or free them: nothing is freed there. LoRA and
-work buffers are the kernel's own to free, and it does.
+Why this is safe: we read memory through /proc/self/mem, where a wrong address is an error and not a crash. We free a buffer only
+if every address of the object validates: each vector has its exact length; each buffer its exact n and k, the place of its scales,
+its alignment, and a block of the allocator of just its size; no two are the same. Other versions and other builds may lay out their
+objects differently, or free them: there, nothing is freed. kt-kernel frees LoRA and work buffers itself.
 """
 
 from __future__ import annotations
@@ -22,10 +21,13 @@ import logging
 import struct
 import sys
 from collections import deque
-from importlib.metadata import version
+from functools import cache
+from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO
 
+from ...ground.file_hash import file_sha256
+from ...ground.internals import Internal
 from ...ground.machine import gib
 from ...ground.paging import give_back_memory
 from .methods import Method, PackedShape
@@ -33,7 +35,16 @@ from .stream import settle
 
 logger = logging.getLogger(__name__)
 
-KNOWN_VERSION = "0.7.2"
+INTERNAL = Internal("kt-kernel-memory", "kt-kernel", "==0.7.2")
+BUILDS = frozenset(
+    {
+        "34490aa21f57385556a087af505cbc1144faa562e6fcdce37fa235d58a5781fe",  # amx, Python 3.11
+        "71bdda5a26d4e160ac572e443ed0b6a594f492b04a71f382325c14dcffb715b0",  # avx512_bf16, Python 3.11
+        "07d6cba968e713a623e23fc452229f498f994553f52c892776b2b51dbc16050d",  # amx, Python 3.12
+        "17e7c0b618ac51efa9cdc6f266e05cf20f6c6938fad8c6a57b9c3d09cbfe4281",  # avx512_bf16, Python 3.12
+    }
+)
+"""SHA-256 of the extension modules in PyPI's wheels that have SFT kernels"""
 _VALUE = 16  # pybind11's pointer to the C++ object, after the head of a Python object
 _TPS = 40
 _PROJECTIONS = (232, 280, 352)  # gate_bb_, up_bb_, down_bb_ in a part
@@ -43,7 +54,7 @@ _MMAPPED = 2
 _SLACK = _PAGE + 2 * _ALIGNMENT  # blocks of their own are rounded up to pages
 
 building = Lock()
-"""Held while a kernel object is built or goes: both change kt-kernel's list of shared work buffers."""
+"""held while a kernel object is built or released: both change kt-kernel's list of shared work buffers"""
 _dropped: deque[tuple[Any, PackedShape]] = deque()
 
 
@@ -52,9 +63,9 @@ class UnknownLayoutError(Exception):
 
 
 def drop(wrapper: Any, shape: PackedShape) -> None:
-    """Let a wrapper's kernel object go, and free its packed weights. Nobody may be computing with it.
+    """Release a wrapper's kernel object and free its packed weights. Nobody may be computing with it.
 
-    May be called from a finalizer in any thread, also within the construction of another: then that thread does it.
+    May be called from a finalizer in any thread, also while another object is built: then the building thread frees it.
     """
     _dropped.append((wrapper, shape))
     free_dropped()
@@ -87,8 +98,8 @@ def _free(wrapper: Any, shape: PackedShape) -> None:
 
 
 def _give_back(phase: str, info: dict[str, int]) -> None:
-    """Return what was freed to the system after the next full collection of garbage: the rest of a model goes with its
-    kernel objects, or shortly after them, and LLaMA-Factory collects garbage when it unloads one."""
+    """Return freed memory to the system after the next full garbage collection: the rest of a model goes with its kernel objects or
+    shortly after, and LLaMA-Factory collects garbage when it unloads a model."""
     if phase == "stop" and info["generation"] == 2:
         gc.callbacks.remove(_give_back)
         give_back_memory()
@@ -101,8 +112,10 @@ def packed_buffers(moe: Any, shape: PackedShape) -> list[int]:
         UnknownLayoutError: Anything differs from what it should be.
         OSError: This process may not read its own memory, or an address was none.
     """
-    if (found := version("kt-kernel")) != KNOWN_VERSION:
-        raise UnknownLayoutError(f"kt-kernel is {found}, and {KNOWN_VERSION} is known")
+    if not INTERNAL.usable:
+        raise UnknownLayoutError(f"switched off, or kt-kernel is not {INTERNAL.versions}")
+    if (found := _build()) not in BUILDS:
+        raise UnknownLayoutError(f"kt-kernel's extension module is another build ({found})")
     with open("/proc/self/mem", "rb", buffering=0) as memory:
         (value,) = _words(memory, id(moe) + _VALUE, 1)
         buffers = [
@@ -114,6 +127,14 @@ def packed_buffers(moe: Any, shape: PackedShape) -> list[int]:
     if len(set(buffers)) != 3 * shape.num_experts * shape.pools:
         raise UnknownLayoutError("two experts share a buffer")
     return buffers
+
+
+@cache
+def _build() -> str:
+    """SHA-256 of the extension module in use."""
+    from kt_kernel import kt_kernel_ext
+
+    return file_sha256(Path(kt_kernel_ext.__file__))
 
 
 def _words(memory: BinaryIO, address: int, count: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What all of kt-kernel's kernel objects have in common."""
+"""What kt-kernel's kernel objects have in common."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .stream import Task
 
 @dataclass(frozen=True)
 class KernelKind:
-    """What a kernel object is built with and cannot change afterwards."""
+    """What is fixed when a kernel object is built."""
 
     packed: PackedShape
     num_experts_per_tok: int
     rank: int
-    """0 for one that never gets LoRA"""
+    """of the LoRA it has room for; 0 for none"""
     scaling: float
     max_chunk: int
 
 
 class KernelObject(ABC):
-    """One kernel object of kt-kernel's. It is released at the end of the process, unless it is gone before."""
+    """One kernel object. It is released at the end of the process, if not before."""
 
     wrapper: Any
 
@@ -36,7 +36,7 @@ class KernelObject(ABC):
         self._tasks: dict[tuple[int, ...], Task] = {}
 
     def _built(self) -> None:
-        """To be called last: from now on, there is something to be released."""
+        """Called last when it is built: from now on, there is something to release."""
         live_kernels.add(self)
 
     @property
@@ -52,8 +52,9 @@ class KernelObject(ABC):
         """Let go of the kernel object for good."""
 
     def task(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> Task:
-        """What computes at most ``max_chunk`` tokens: x, out [T, hidden] bf16, index [T, K] int64, scores [T, K] float32, all
-        contiguous. It holds their addresses, and is kept: they should be of buffers that are used again and again."""
+        """The task that computes at most ``max_chunk`` tokens: x, out [T, hidden] bf16, index [T, K] int64, scores [T, K] float32, all
+        contiguous. kt-kernel never frees a task's arguments, so tasks are kept, one for each set of buffers; pass buffers that are
+        used again and again."""
         count = _counts(self.kind.max_chunk).data_ptr() + 4 * x.shape[0]
         given = count, index.shape[1], index.data_ptr(), scores.data_ptr(), x.data_ptr(), out.data_ptr()
         if (task := self._tasks.get(given)) is None:
@@ -63,5 +64,5 @@ class KernelObject(ABC):
 
 @functools.cache
 def _counts(most: int) -> torch.Tensor:
-    """int32 0, 1, ... most: a task reads its number of tokens when it runs, which may be after the next was made."""
+    """int32 0, 1, ... most: a task reads its number of tokens only when it runs, maybe after the next one was made."""
     return torch.arange(most + 1, dtype=torch.int32, device="cpu")

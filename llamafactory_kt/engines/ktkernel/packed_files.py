@@ -1,13 +1,12 @@
-"""Packed expert weights on disk: kt-kernel's ``.kt`` files, with a record that says of what they were made.
+"""Packed expert weights on disk: kt-kernel's ``.kt`` files, and a record of what they were made from.
 
-A directory has ``_layer_{L}/_numa_{N}/*.kt`` for each layer, as kt-kernel writes and reads them, and
-``_layer_{L}/layer.json``, which is ours: method, sizes, a fingerprint of the checkpoint's weights, and the size and
-SHA-256 of every file. Directories of kt-kernel's own converter have no record; what can be seen of them is checked.
+A directory has ``_layer_{L}/_numa_{N}/*.kt`` for each layer, as kt-kernel writes and reads them, and our ``_layer_{L}/layer.json``: method,
+sizes, a fingerprint of the checkpoint's weights, and the size and SHA-256 of every file. Directories of kt-kernel's own converter have no
+record; of those, only the files' sizes are checked.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from typing import Any
 
 from ...adapters import ExpertsShape
 from ...ground.errors import KTModelError, KTPathError, name_some
+from ...ground.file_hash import file_sha256
 from .methods import Method
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,7 @@ def write_record(directory: Path, record: LayerRecord) -> None:
 
 
 def _facts(file: Path) -> dict[str, Any]:
-    with file.open("rb") as handle:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+    return {"size": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 def read_record(directory: Path) -> tuple[LayerRecord, dict[str, dict[str, Any]]] | None:
@@ -148,7 +147,7 @@ class PackedLayer:
             KTModelError: One has changed.
         """
         for name, facts in self._files.items():
-            if "sha256" in facts and _facts(self._directory / name)["sha256"] != facts["sha256"]:
+            if "sha256" in facts and file_sha256(self._directory / name) != facts["sha256"]:
                 raise KTModelError(
                     f"{self._directory / name} has changed since it was made (its SHA-256 differs). Remove {self._directory} and "
                     "quantise again."

@@ -35,7 +35,7 @@ def plans(backend: str, request: PlanRequest) -> list[Plan]:
     workers = choose_workers(request.num_threads, request.pools, request.on_gpu)
     most = workers if request.num_threads else max(workers, min(_room(request.pools), cores - 1))
     divided = Plan(backend, workers, fixed or max(1, cores - workers))
-    if fixed is not None or request.on_gpu or most >= cores or idle is False:
+    if fixed is not None or request.on_gpu or most >= cores or idle is False or not openmp.INTERNAL.usable:
         return [divided]  # with as many idle workers as cores, nothing moves for seconds
     shared = Plan(backend, most, cores, idle_workers=True)
     return [shared] if idle else [divided, shared]

@@ -1,4 +1,6 @@
-"""kt-kernel in this process: whether it runs, its lock, its output, and its end."""
+"""kt-kernel in this process: whether it runs, its lock, its output, and its end.
+
+Its Python wrappers keep the pool of workers and the table of kernels in private names, which this room uses."""
 
 from __future__ import annotations
 
@@ -13,10 +15,12 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+from ...ground.internals import SWITCH, Internal
 from ...ground.machine import missing_cpu_flags
-from ...ground.process import is_forked, wait
+from ...ground.process import is_forked, join_threads
 from .stream import settle
 
+INTERNAL = Internal("kt-kernel", "kt-kernel", ">=0.7.2,<0.8")
 kernel_lock = threading.Lock()
 """Held around every call into the kernel: two threads must never be in it at once."""
 
@@ -31,6 +35,8 @@ def kernel_problem(kernel: str, *, sft: bool) -> str | None:
         kernel: its name: of an SFT method, or of an inference kernel's class.
         sft: which of the two.
     """
+    if not INTERNAL.usable:
+        return f"kt-kernel is not installed, is not {INTERNAL.versions}, or is switched off ({SWITCH})"
     if sft and (problem := _lacking("avx512_bf16")):  # before kt-kernel is imported, which takes a while
         return problem
     try:
@@ -66,7 +72,7 @@ def _shut_down() -> None:
     after Python's own is closed. In a forked child, it would wait for workers that the child does not have."""
     if "kt_kernel.sft.amx" not in sys.modules:
         return
-    wait()
+    join_threads()
     with contextlib.suppress(Exception), quiet_stdout():
         from kt_kernel.sft.amx import AMXSFTMoEWrapper
 

@@ -22,11 +22,11 @@ LoraTensors = tuple[torch.Tensor, ...]
 
 
 class SftKernel(KernelObject):
-    """One of the SFT kernels with its base weights. Its memory is given back when it is no longer referenced.
+    """An SFT kernel with its base weights. Its memory is freed when nothing refers to it any more.
 
     Args:
-        weights: gate, up and down in bf16, padded; they are packed, and not needed afterwards. Or the directory with
-            the layer's ``.kt`` files.
+        weights: gate, up and down in bf16, padded, which the kernel packs and then no longer needs; or the directory with the layer's
+            ``.kt`` files.
         verbose: let the kernel write to stdout.
     """
 
@@ -85,7 +85,7 @@ class SftKernel(KernelObject):
         return tuple(tensors)
 
     def set_lora(self, tensors: LoraTensors | None) -> None:
-        """Put LoRA in place of the one before; None for the base alone."""
+        """Replace the LoRA; None for the base alone."""
         with kernel_lock:
             if tensors is None:
                 _zero_lora(self.wrapper)

@@ -1,9 +1,8 @@
-"""kt-kernel's tasks on a GPU's stream: the stream waits for the CPU, and no thread of Python's does.
+"""kt-kernel's tasks on a GPU's stream: the stream waits for the CPU, and no Python thread does.
 
-kt-kernel's ``submit_with_cuda_stream`` hands a task to its workers once the stream has come that far, and
-``sync_with_cuda_stream`` lets the stream go on when all tasks are done (both are ``cudaLaunchHostFunc``,
-``kt-kernel/cpu_backend/cpuinfer.h``). Neither takes Python's lock, which its plain ``sync`` holds while it waits: meanwhile
-Python queues what the GPU does next.
+kt-kernel's ``submit_with_cuda_stream`` hands a task to the workers once the stream has come that far, and ``sync_with_cuda_stream`` lets
+the stream go on when all tasks are done (both are ``cudaLaunchHostFunc``, ``kt-kernel/cpu_backend/cpuinfer.h``). Neither holds Python's
+global lock, as plain ``sync`` does while it waits, so Python queues the GPU's next work meanwhile.
 """
 
 from __future__ import annotations
@@ -15,24 +14,23 @@ import torch
 from ..base import Stream
 
 Task = tuple[int, int]
-"""addresses of one of kt-kernel's functions and of its arguments, which it never frees: it is made once for the same tensors,
-and submitted again (``ForwardBindings`` in kt-kernel's ext_bindings.cpp)"""
+"""addresses of one of kt-kernel's functions and of its arguments (``ForwardBindings`` in its ext_bindings.cpp); may be submitted again"""
 
 _devices: set[torch.device] = set()
 
 
 def submit(infer: Any, stream: Stream, task: Task) -> None:
-    """Queue a task; it may be queued already. What it reads and writes must stay in place until the stream has passed the next :func:`join`."""
+    """Queue a task. What it reads and writes must stay in place until the stream has passed the next :func:`join`."""
     _devices.add(stream.device)
     infer.submit_with_cuda_stream(stream.cuda_stream, task)
 
 
 def join(infer: Any, stream: Stream) -> None:
-    """Let the stream wait for the tasks that it submitted."""
+    """Let the stream wait for the tasks submitted on it."""
     infer.sync_with_cuda_stream(stream.cuda_stream)
 
 
 def settle() -> None:
-    """Wait for everything that was ever submitted, before what it reads is changed or freed."""
+    """Wait for every task that was ever submitted, before what it reads is changed or freed."""
     for device in list(_devices):
         torch.cuda.synchronize(device)

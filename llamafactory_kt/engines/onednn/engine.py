@@ -1,7 +1,6 @@
-"""Experts in torch's own kernels (oneDNN), their bfloat16 weights where those read them fastest.
+"""The engine on PyTorch's own kernels (oneDNN), with bfloat16 weights in the layout that is read fastest.
 
-kt-kernel's workers spin between layers and take the cores from torch's threads; where cores are few and torch computes
-the attention on them too, torch's own threads are faster. Packed or not, the memory is the same.
+It has no worker threads that spin between layers, which is faster where cores are few and PyTorch computes the attention on them too.
 """
 
 from __future__ import annotations
@@ -14,29 +13,30 @@ import torch
 from ...adapters import ExpertLora, ExpertsShape
 from ...checkpoint.reader import ExpertWeights
 from ...matmul.layouts import Size, faster_packed, placing
-from ...matmul.linear import computed_in, numbers, onednn_problem
+from ...matmul.linear import computed_in, numbers
+from ...matmul.mkldnn_ops import onednn_problem
 from ..base import Engine, EngineOptions, LayerMemory, Undo
-from .lora import HeldLora, lora_size
+from .lora import PackedLora, lora_size
 from .schedule import Part, compute, parts, together
 from .script import scripted_experts
 
 RESULTS = 2**26
-"""bytes, at most, of experts' results that are kept until they are added up"""
+"""most bytes of experts' outputs that are kept until they are added up"""
 
 
 def sampled(shape: ExpertsShape) -> int:
-    """Experts whose products are timed: so many that caches do not hold them."""
+    """Number of experts that are timed: more than caches hold."""
     return max(1, min(8, shape.num_experts, 2**27 // (shape.num_weights // shape.num_experts)))
 
 
 class OneDNNEngine(Engine):
-    """The checkpoint's weights in bfloat16, gate and up side by side; sums in float32 inside each product."""
+    """bfloat16 weights, gate and up side by side; float32 sums inside each product."""
 
     name = "oneDNN"
     bits = 16
     weights_dtype = torch.bfloat16
 
-    _lora: HeldLora | None = None
+    _lora: PackedLora | None = None
 
     @classmethod
     def problem(cls) -> str | None:
@@ -55,7 +55,7 @@ class OneDNNEngine(Engine):
     def load(self) -> None:
         shape = self.spec.shape
         sizes = (2 * shape.intermediate_size, shape.hidden_size), (shape.hidden_size, shape.intermediate_size)
-        experts = iter(self._read_experts(torch.bfloat16))
+        experts = iter(self.read_experts(torch.bfloat16))
         first: list[ExpertWeights] = []
 
         def sample() -> dict[Size, list[torch.Tensor]]:
@@ -72,7 +72,7 @@ class OneDNNEngine(Engine):
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:
         before = self._lora, self.lora_rank
-        self._lora = HeldLora(lora) if lora else None
+        self._lora = PackedLora(lora) if lora else None
         self.lora_rank = lora.rank if lora else 0
 
         def undo() -> None:
@@ -96,7 +96,7 @@ class OneDNNEngine(Engine):
     def _experts(
         self, x: torch.Tensor, tokens: torch.Tensor, scores: torch.Tensor, found: torch.Tensor, first: int
     ) -> Callable[[Sequence[Part], int], None]:
-        """What computes parts, with so many threads; the tensors' rows begin with the first of all parts."""
+        """A call that computes some parts with a number of threads; the tensors' rows begin with the first of all parts."""
         experts, each = scripted_experts(), self._lora.each if self._lora else None
 
         def call(some: Sequence[Part], threads: int) -> None:

@@ -1,32 +1,36 @@
-"""LoRA of a layer's experts as oneDNN's engine multiplies it."""
+"""The LoRA of a layer's experts, as the oneDNN engine multiplies it."""
 
 from __future__ import annotations
 
 import torch
 
 from ...adapters import ExpertLora, ExpertsShape
-from ...ground.paging import in_large_pages
+from ...ground.paging import in_huge_pages
 
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""of one expert: A of gate and up side by side [H, 2r], B of both on a diagonal [2r, 2I]; A of down [I, r], B [r, H]"""
+"""one expert's: A of gate and up side by side [H, 2r], B of both block-diagonal [2r, 2I]; A [I, r] and B [r, H] of down"""
 
 
 def lora_size(shape: ExpertsShape, rank: int) -> int:
-    """Bytes of a LoRA as :class:`HeldLora` holds it, float32 with gate's and up's B on a diagonal."""
+    """Bytes of a :class:`PackedLora`."""
     return 4 * shape.num_experts * rank * (3 * shape.hidden_size + 5 * shape.intermediate_size)
 
 
-class HeldLora:
-    """In float32, whose products of this size take a third of the time of bfloat16's, with the scaling in B."""
+class PackedLora:
+    """float32, which is faster than bfloat16 for products of this size, with the scaling folded into B.
+
+    Args:
+        lora: the layer's LoRA, any dtype.
+    """
 
     def __init__(self, lora: ExpertLora):
         experts, rank, hidden = lora.a["gate"].shape
         size = lora.a["down"].shape[2]
 
         def empty(*shape: int) -> torch.Tensor:
-            return in_large_pages(torch.empty(experts, *shape, dtype=torch.float32, device="cpu"))
+            return in_huge_pages(torch.empty(experts, *shape, dtype=torch.float32, device="cpu"))
 
-        # The zeros beside the diagonal are read faster than a second product is called.
+        # Reading the zeros beside the diagonal is cheaper than calling a second product.
         a, b = empty(2 * rank, hidden), empty(2 * rank, 2 * size).zero_()
         for half, projection in enumerate(("gate", "up")):
             rows = slice(half * rank, (half + 1) * rank)
@@ -36,4 +40,4 @@ class HeldLora:
         lora.folded("down", 1.0, down_b.transpose(1, 2))
         self.nbytes = sum(tensor.nbytes for tensor in (a, b, down_a, down_b))
         self.each: list[Factors] = list(zip(a.transpose(1, 2), b, down_a.transpose(1, 2), down_b, strict=True))
-        """taking an expert's out of the whole would cost every token a step"""
+        """of each expert, so that no token pays for slicing"""

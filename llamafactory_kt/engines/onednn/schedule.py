@@ -1,7 +1,7 @@
-"""Experts that torch's threads compute side by side, each thread one of them by itself.
+"""How PyTorch's threads share the experts: each thread computes experts by itself, or all compute one together.
 
-Where all threads compute an expert together, they meet at the end of each of its products, and an expert has few rows. So they
-do that only where there are fewer experts than threads, as for an answer's token on many cores.
+Threads that compute an expert together synchronise after each of its products, and an expert has few rows. So they do that only where
+there are fewer experts than threads, as for one token on many cores.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import NamedTuple
 from ...matmul.openmp import in_team
 
 FEWEST_ROWS, MOST_ROWS = 64, 256
-"""of a part. With fewer, reading the weights is what it costs; with more, a thread may be left with the last ones"""
+"""rows of a part. With fewer, reading the weights dominates; with more, one thread may be left with the last part"""
 _PARTS = 4
-"""for each thread, where there are rows enough, so that those with the last parts are not waited for long"""
+"""parts for each thread, where there are rows enough, so that nobody waits long for the last ones"""
 _BUSY = 0.7
-"""share of the threads' time that is used, at least, if they compute by themselves"""
+"""threads compute by themselves if that keeps them busy for this share of the time at least"""
 _ROWS = 64
-"""for each thread, that all of them compute together: the 1 MiB of cache of its core holds them at each step"""
+"""rows for each thread, where all compute together: the core's L2 cache holds them at each step"""
 
 
 class Part(NamedTuple):
@@ -31,10 +31,10 @@ class Part(NamedTuple):
 
 
 def parts(counts: Sequence[int], threads: int) -> list[Part]:
-    """The experts that have rows, those with many divided.
+    """The experts that have rows; those with many are divided.
 
     Args:
-        counts: rows of each expert; they lie one after the other.
+        counts: rows of each expert, which lie one after the other.
     """
     aim = max(FEWEST_ROWS, min(MOST_ROWS, sum(counts) // (_PARTS * threads)))
     found: list[Part] = []
@@ -50,7 +50,7 @@ def parts(counts: Sequence[int], threads: int) -> list[Part]:
 
 
 def together(every: Sequence[Part], most: int) -> Iterator[list[Part]]:
-    """Parts in turn, as many as have no more than so many rows, or one."""
+    """Groups of parts in order, each of at most ``most`` rows, or a single part."""
     some: list[Part] = []
     for part in every:
         if some and part.stop - some[0].start > most:
@@ -62,8 +62,8 @@ def together(every: Sequence[Part], most: int) -> Iterator[list[Part]]:
 
 
 def compute(some: Sequence[Part], threads: int, call: Callable[[Sequence[Part], int], None]) -> None:
-    """Call ``call(parts, threads that compute them)``: in all threads side by side with a part each, until none is left, or
-    with several in turn."""
+    """Compute parts with ``call(parts, threads that compute them)``: each thread takes a part after the other, or all threads compute
+    group after group together."""
     if threads == 1 or len(some) < _BUSY * threads * -(-len(some) // threads):
         for few in together(some, _ROWS * threads):
             call(few, threads)

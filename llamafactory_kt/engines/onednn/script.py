@@ -1,7 +1,7 @@
 """Some experts' rows in TorchScript.
 
-Threads that compute experts side by side (:mod:`.side_by_side`) all need Python's lock for each step that Python takes. On 16
-cores, waiting for it cost 40 microseconds a step, and a step computes little more than that; a compiled function is one step.
+Threads that compute experts by themselves (:mod:`.schedule`) would wait for Python's global lock at each of its steps, and a step computes
+little; a compiled function is one step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...matmul.linear import product
 # ruff: noqa: B905 - TorchScript's zip has no strict
 
 Lora = tuple[Tensor, Tensor, Tensor, Tensor]
-"""as :data:`~.held_lora.Factors`, which TorchScript does not find"""
+"""as :data:`~.lora.Factors`, which TorchScript does not resolve"""
 
 
 def experts(
@@ -27,18 +27,18 @@ def experts(
 ) -> None:  # fmt: skip
     """Compute ``scores * expert(hidden[tokens])`` of each expert's rows, which lie one after the other.
 
-    Each step is taken for all experts before the next one: a small product finds its instructions in the caches where
-    another small one was the last, and not where it was the reading of a weight.
+    Each step is taken for all experts before the next: after another small product, a small product finds its instructions in the
+    cache; after a weight has been read, it does not.
 
     Args:
         hidden: [T, H], bfloat16.
         tokens: [n], scores: [n, 1] float32, out: [n, H] float32, which is written.
-        rows: of each expert, n together.
-        gate_up: each expert's weight [2I, H] and down: [H, I], plain or packed, as :func:`~.products.product` takes them.
-        lora: each expert's, or none.
+        rows: number of rows of each expert, n in total.
+        gate_up: each expert's weight [2I, H] and down: [H, I], plain or packed, as :func:`~llamafactory_kt.matmul.linear.product` takes them.
+        lora: each expert's, or none at all.
         wide: compute in float32.
-        numbers: those of the larger weight.
-        threads: that compute.
+        numbers: row numbers for the larger weight (:func:`~llamafactory_kt.matmul.linear.numbers`).
+        threads: number of threads that compute.
     """
     x = hidden.index_select(0, tokens)
     if wide:

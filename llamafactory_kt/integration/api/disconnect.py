@@ -1,5 +1,8 @@
-"""Answers that nobody waits for any more: the client has gone, or the server is to end. Stock LLaMA-Factory generates an
-answer that is not streamed to its end all the same, and so does not answer others, or SIGTERM, until then.
+"""Stops answers that nobody wants any more, because the client disconnected or the server is shutting down.
+
+Stock LLaMA-Factory generates an answer that is not streamed to its end; until then it ignores other requests and SIGTERM.
+The shutdown is seen in ``AppStatus.should_exit`` of sse-starlette 3, which also ends LLaMA-Factory's streams; without it, only
+disconnects stop an answer.
 """
 
 from __future__ import annotations
@@ -10,14 +13,14 @@ from typing import Any
 
 from ..generation import Generation, generation_of_request
 
-_SECONDS_BETWEEN_LOOKS = 0.5
+_POLL_SECONDS = 0.5
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 
 
 class StopUnwanted:
-    """ASGI middleware. Each request gets a :class:`Generation`, which is stopped when the answer is not wanted any more."""
+    """ASGI middleware. Gives each request a :class:`Generation`, and stops it once nobody wants the answer."""
 
     def __init__(self, app: Any):
         self.app = app
@@ -44,13 +47,14 @@ class StopUnwanted:
 
 
 async def _stop_when_unwanted(generation: Generation, complete: asyncio.Event, receive: Receive) -> None:
-    """``receive`` says whether the client is there, once it has given the whole body away."""
-    from sse_starlette.sse import AppStatus  # LLaMA-Factory's streams end by it too
+    """After the whole body, ``receive`` returns only when the client disconnects."""
+    from sse_starlette import sse
 
+    app_status = getattr(sse, "AppStatus", None)
     await complete.wait()
-    while not AppStatus.should_exit:
+    while not getattr(app_status, "should_exit", False):
         try:
-            message = await asyncio.wait_for(receive(), _SECONDS_BETWEEN_LOOKS)
+            message = await asyncio.wait_for(receive(), _POLL_SECONDS)
         except TimeoutError:
             continue
         if message["type"] == "http.disconnect":

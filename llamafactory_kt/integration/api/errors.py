@@ -1,5 +1,6 @@
-"""What clients of ``llamafactory-cli api`` are told when something is wrong: the body that OpenAI's API has, which its clients
-turn into exceptions. https://platform.openai.com/docs/guides/error-codes
+"""Errors of ``llamafactory-cli api`` in the form of OpenAI's API, which its clients turn into exceptions.
+
+https://platform.openai.com/docs/guides/error-codes
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 logger = logging.getLogger("llamafactory_kt")
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
-"""OpenAI's code for a conversation that is too long; programs look for it"""
+"""OpenAI's code for a conversation that is too long"""
 
 
 def body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """``{"error": {...}}`` for an HTTP status.
 
     Args:
-        param: the field of the request that is wrong.
+        message: for people.
+        status: of the response.
+        param: the wrong field of the request.
         code: a word for programs.
 
     >>> body("temperature: -1 is not 0 or more.", 400, "temperature")["error"]["type"]
@@ -33,13 +36,13 @@ def body(message: str, status: int, param: str | None = None, code: str | None =
 
 
 def of_exception(error: BaseException) -> dict[str, Any]:
-    """The body for what went wrong while generating; the traceback goes to the server's log."""
+    """The body for an error while generating. Logs the traceback."""
     logger.error("The request ended with an error.", exc_info=error)
     return body(f"{type(error).__name__}: {error}", 500)
 
 
 class BadRequest(HTTPException):
-    """Becomes status 400."""
+    """The request is wrong: status 400."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None):
         super().__init__(400, message)
@@ -47,7 +50,7 @@ class BadRequest(HTTPException):
 
 
 def answer_errors(app: Any) -> None:
-    """Give every error of a FastAPI application this body: ours, LLaMA-Factory's, FastAPI's, and those nobody expected."""
+    """Give every error of a FastAPI application this body: ours, LLaMA-Factory's, FastAPI's, and uncaught exceptions."""
 
     async def refused(request: Any, error: Any) -> Any:
         code = "invalid_api_key" if error.status_code == 401 else getattr(error, "code", None)
@@ -55,7 +58,7 @@ def answer_errors(app: Any) -> None:
         return JSONResponse(content, error.status_code, headers=error.headers)
 
     async def malformed(request: Any, error: Any) -> Any:
-        # where a field is wrong: ("body", "messages", 0, "role"); where it is no JSON: ("body", position)
+        # loc: ("body", "messages", 0, "role"); for invalid JSON: ("body", position)
         problems = [
             ("", p) if p["type"] == "json_invalid" else (".".join(map(str, p["loc"][1:])), p) for p in error.errors()
         ]
@@ -67,4 +70,4 @@ def answer_errors(app: Any) -> None:
 
     app.add_exception_handler(AnyHTTPException, refused)
     app.add_exception_handler(RequestValidationError, malformed)
-    app.add_exception_handler(Exception, failed)  # Starlette raises it again for the server's log
+    app.add_exception_handler(Exception, failed)  # Starlette raises it again, into the server's log

@@ -1,8 +1,8 @@
-"""``llamafactory.api.app``: requests to a model with KT experts, in this process or in SGLang, are checked before
-anything is generated or streamed, and answers that nobody waits for are not generated to their end.
+"""``llamafactory.api.app`` 0.9.5: requests to a model with KT experts, in this process or in SGLang, are checked before
+generation, and answers that nobody wants any more are stopped.
 
-Stock LLaMA-Factory finds some mistakes only after a stream has begun (status 200, then a broken connection), others in
-the middle of generating (status 500), and calls the end of every stream ``stop``. Other models are left alone.
+Stock LLaMA-Factory finds some mistakes only after a stream has begun (status 200, then a broken connection), others while
+generating (status 500), and gives every stream the finish reason ``stop``. Other models are left alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import ModuleType
 from typing import Any
 
@@ -18,89 +18,74 @@ from fastapi import HTTPException
 
 from ...model.state import has_kt_experts
 from ..generation import Generation, generation_of_request
-from ..patching import expect, is_patched, replace
+from ..patching import expect, replace
 from ..sglang_engine import KTSGLangEngine
 from .disconnect import StopUnwanted
 from .errors import CONTEXT_LENGTH_EXCEEDED, BadRequest, answer_errors, of_exception
 
 MOST_ANSWERS = 128
-"""``n`` at most, as in OpenAI's API; without SGLang, all answers of a request are one batch in memory"""
+"""largest ``n``, as in OpenAI's API; without SGLang, all answers of a request are one batch in memory"""
 
 
 def patch(module: ModuleType) -> None:
-    """Replace what makes the application, and the two functions that its endpoint looks up when it is called."""
-    if is_patched(module):
-        return
-    whole_stock = expect(module, "create_chat_completion_response", ("request", "chat_model"))
-    stream_stock = expect(module, "create_stream_chat_completion_response", ("request", "chat_model"))
-    app_stock = expect(module, "create_app", ("chat_model",))
+    """Replace the application's factory, and the two functions that its endpoint looks up when it is called."""
+    from llamafactory.api import chat
 
-    @functools.wraps(app_stock)
+    stock_whole = expect(module, "create_chat_completion_response", "request", "chat_model")
+    stock_stream = expect(module, "create_stream_chat_completion_response", "request", "chat_model")
+    stock_app = expect(module, "create_app", "chat_model")
+    expect(chat, "_process_request", "request")
+    expect(chat, "_create_stream_chat_completion_chunk", "completion_id", "model", "delta", "index", "finish_reason")
+
     def create_app(chat_model: Any) -> Any:
-        app = app_stock(chat_model)
+        app = stock_app(chat_model)
         if _is_ours(chat_model.engine):
             app.add_middleware(StopUnwanted)
             answer_errors(app)
         return app
 
-    @functools.wraps(whole_stock)
-    async def whole(request: Any, chat_model: Any) -> Any:
+    async def create_chat_completion_response(request: Any, chat_model: Any) -> Any:
         if _is_ours(chat_model.engine):
             _check(request, chat_model)
-        answer = await whole_stock(request, chat_model)
-        _refuse_half()
+        answer = await stock_whole(request, chat_model)
+        generation = generation_of_request.get()
+        if generation is not None and generation.stopped:  # by the server, not by the model
+            raise HTTPException(status_code=503, detail="The server is shutting down; the answer was not finished.")
         return answer
 
-    @functools.wraps(stream_stock)
-    def stream(request: Any, chat_model: Any) -> AsyncIterator[str]:
+    def create_stream_chat_completion_response(request: Any, chat_model: Any) -> AsyncIterator[str]:
         if not _is_ours(chat_model.engine):
-            stock: AsyncIterator[str] = stream_stock(request, chat_model)
+            stock: AsyncIterator[str] = stock_stream(request, chat_model)
             return stock
         _check(request, chat_model)
         return _stream(request, chat_model)
 
-    replace(
-        module,
-        create_app=create_app,
-        create_chat_completion_response=whole,
-        create_stream_chat_completion_response=stream,
-    )
+    replace(module, create_app, create_chat_completion_response, create_stream_chat_completion_response)
 
 
 def _is_ours(engine: Any) -> bool:
     return isinstance(engine, KTSGLangEngine) or has_kt_experts(getattr(engine, "model", None))
 
 
-def _refuse_half() -> None:
-    """Raise HTTPException where the server, and not the model, ended the answer."""
-    generation = generation_of_request.get()
-    if generation is not None and generation.stopped:
-        raise HTTPException(status_code=503, detail="The server is shutting down; the answer was not finished.")
-
-
 def _check(request: Any, chat_model: Any) -> None:
-    """Raise HTTPException with status 400 and all that is wrong with the request."""
+    """Raise BadRequest with everything that is wrong with the request."""
     try:
         json.dumps(request.model_dump(), ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; tokenizers and answers cannot
+    except UnicodeEncodeError:  # JSON can encode half of a surrogate pair, UTF-8 cannot
         raise BadRequest("The request holds text that is not Unicode: one half of a surrogate pair.") from None
+    limits: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+        ("temperature", lambda v: v >= 0, "0 or more"),
+        ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+        ("presence_penalty", lambda v: v >= 0, "0 (none) or a repetition penalty above it"),
+        ("max_tokens", lambda v: v >= 1, "1 or more"),
+        ("n", lambda v: 1 <= v <= MOST_ANSWERS, f"between 1 and {MOST_ANSWERS}"),
+    )
     problems = [
         (name, f"{name}: {value} is not {wanted}.")
-        for name, value, right, wanted in (
-            ("temperature", request.temperature, lambda v: v >= 0, "0 or more"),
-            ("top_p", request.top_p, lambda v: 0 < v <= 1, "above 0 and at most 1"),
-            (
-                "presence_penalty",
-                request.presence_penalty,
-                lambda v: v >= 0,
-                "0 (none) or a repetition penalty above it",
-            ),
-            ("max_tokens", request.max_tokens, lambda v: v >= 1, "1 or more"),
-            ("n", request.n, lambda v: 1 <= v <= MOST_ANSWERS, f"between 1 and {MOST_ANSWERS}"),
-        )
-        if value is not None and not right(value)
+        for name, valid, wanted in limits
+        if (value := getattr(request, name)) is not None and not valid(value)
     ]
-    if request.presence_penalty == 0:  # none, in OpenAI's API; LLaMA-Factory takes it for a repetition penalty of 0
+    if request.presence_penalty == 0:  # OpenAI's "none"; for LLaMA-Factory, a repetition penalty of 0
         request.presence_penalty = None
     if request.stream and request.n > 1:
         problems.append(("n", "Cannot stream multiple responses."))
@@ -120,7 +105,7 @@ def _check(request: Any, chat_model: Any) -> None:
 
 
 def _text(message: Any) -> str | None:
-    """A message's text; None where it has neither text, parts nor tool calls."""
+    """A message's text; None if it has neither text nor tool calls."""
     if isinstance(message.content, list):
         parts = [item.text for item in message.content if item.type == "text"]
         return None if None in parts or not message.content else "".join(parts)
@@ -128,11 +113,10 @@ def _text(message: Any) -> str | None:
 
 
 def _check_length(request: Any, chat_model: Any, texts: list[str]) -> None:
-    """Compare with the model's context; images and tools, which only add to it, are not counted."""
+    """Refuse what cannot fit into the model's context. Images and tools are not counted, so the estimate is low."""
     engine = chat_model.engine
-    context: Any
     if isinstance(engine, KTSGLangEngine):
-        context = engine.context_length
+        context: Any = engine.context_length
     else:
         context = getattr(engine.model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(context, int):
@@ -148,23 +132,18 @@ def _check_length(request: Any, chat_model: Any, texts: list[str]) -> None:
 
 
 def _stream(request: Any, chat_model: Any) -> AsyncIterator[str]:
-    """Check the messages, and return the chunks of LLaMA-Factory's own stream with the reason why the answer ended."""
-    from llamafactory.api.chat import _create_stream_chat_completion_chunk as create_chunk
-    from llamafactory.api.chat import _process_request
+    """Check the messages at once; the returned stream is LLaMA-Factory's own with the true finish reason."""
+    from llamafactory.api.chat import _create_stream_chat_completion_chunk, _process_request
     from llamafactory.api.protocol import ChatCompletionMessage, Finish, Role
 
     processed = _process_request(request)
     generation = generation_of_request.get() or Generation()
-    name = f"chatcmpl-{uuid.uuid4().hex}"
-
-    def chunk(finish_reason: Any = None, **delta: Any) -> str:
-        text: str = create_chunk(
-            completion_id=name, model=request.model, delta=ChatCompletionMessage(**delta), finish_reason=finish_reason
-        )
-        return text
+    chunk = functools.partial(
+        _create_stream_chat_completion_chunk, completion_id=f"chatcmpl-{uuid.uuid4().hex}", model=request.model
+    )
 
     async def chunks() -> AsyncIterator[str]:
-        yield chunk(role=Role.ASSISTANT, content="")
+        yield chunk(delta=ChatCompletionMessage(role=Role.ASSISTANT, content=""))
         try:
             async for text in chat_model.astream_chat(
                 *processed,
@@ -177,11 +156,11 @@ def _stream(request: Any, chat_model: Any) -> AsyncIterator[str]:
                 kt_generation=generation,
             ):
                 if text:
-                    yield chunk(content=text)
-        except Exception as error:  # the status was sent long ago; the openai client raises what it finds here
+                    yield chunk(delta=ChatCompletionMessage(content=text))
+        except Exception as error:  # the status has been sent; the openai client raises this body
             yield json.dumps(of_exception(error), ensure_ascii=False)
             return
-        yield chunk(finish_reason=Finish(generation.finish_reason))
+        yield chunk(delta=ChatCompletionMessage(), finish_reason=Finish(generation.finish_reason))
         yield "[DONE]"
 
     return chunks()

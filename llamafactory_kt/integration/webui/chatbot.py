@@ -1,27 +1,26 @@
-"""``llamafactory.webui.components.chatbot``: a heat map of the experts beside the conversation, on both pages."""
+"""``llamafactory.webui.components.chatbot`` 0.9.5: a heat map of the experts beside the conversation, on both pages.
+
+Made for gradio 5: ``create_chat_box`` is checked by its parameters, the components are gradio's public ones.
+"""
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 from typing import Any
 
 from ...model.state import has_kt_experts, kt_state
-from ..patching import expect, is_patched, replace
+from ..patching import expect, replace
 
 
 def patch(module: ModuleType) -> None:
-    """Add the heat map; it is hidden unless a model is loaded whose routers are counted."""
-    if is_patched(module):
-        return
-    stock = expect(module, "create_chat_box", ("engine", "visible"))
+    """Add the heat map. It is hidden unless a model with router statistics is loaded."""
+    stock = expect(module, "create_chat_box", "engine", "visible")
 
-    @functools.wraps(stock)
     def create_chat_box(engine: Any, visible: bool = False) -> Any:
         import gradio
 
         if has_kt_experts(getattr(engine.chatter.engine, "model", None)):
-            # webchat: "en" to begin with is no change of language, and without one the page's elements get no labels
+            # webchat labels its elements only when the language changes, and with the initial "en" it would not change
             engine.manager.get_elem_by_id("top.lang").value = None
         with gradio.Row():
             with gradio.Column(scale=3):
@@ -32,8 +31,8 @@ def patch(module: ModuleType) -> None:
         def draw() -> list[Any]:
             return draw_experts(engine)
 
-        # Every piece of an answer changes the conversation. One drawing waits for the end of the answer, and of those
-        # that are asked for meanwhile the last one is done.
+        # Every piece of an answer changes the conversation. The first drawing waits for the end of the answer; of those that
+        # are requested meanwhile, only the last runs.
         for triggers in (None, chatbot.change):  # None: when a page is opened
             gradio.on(
                 triggers, draw, inputs=[], outputs=[heat_map, plot],
@@ -41,11 +40,11 @@ def patch(module: ModuleType) -> None:
             )  # fmt: skip
         return chatbot, messages, elements | {"kt_heat_map": heat_map, "kt_plot": plot}
 
-    replace(module, create_chat_box=create_chat_box)
+    replace(module, create_chat_box)
 
 
 def draw_experts(engine: Any) -> list[Any]:
-    """What the heat map's column and its plot are to show now."""
+    """New values of the heat map's column and its plot. Waits for a running answer."""
     import gradio
 
     model: Any = getattr(engine.chatter.engine, "model", None)

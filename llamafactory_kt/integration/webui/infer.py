@@ -1,9 +1,12 @@
-"""``llamafactory.webui.components.infer``: LlamaBoard's Chat tab gets a section for KTransformers and the load table."""
+"""``llamafactory.webui.components.infer`` 0.9.5: LlamaBoard's Chat tab gets a section for KTransformers and the load table.
+
+Made for gradio 5: elements are moved in ``parent.children``, and the lines of the status field are set after its creation. Uses
+``Manager.get_base_elems`` and the table ``LOCALES`` of LLaMA-Factory, which are checked.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from dataclasses import fields
 from types import ModuleType
@@ -15,14 +18,14 @@ from ...ground.errors import KTHookError
 from ...model.state import has_kt_experts
 from ...settings.keys import SCOPES, KTArguments
 from .. import bootstrap
-from ..patching import expect, is_patched, replace, versions
+from ..patching import expect, replace, versions
 from .chatbot import draw_experts
 from .texts import add_components
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(KTArguments)}
 
 _SHOWN: dict[str, Any] = {"kt_num_threads": "auto", "kt_threadpool_count": sub_pools(), "kt_weight_path": ""}
-"""how the page shows a key that is not set; an empty field means the same"""
+"""what the page shows for a key that is not set; an empty field means the same"""
 
 _KEYS = (
     "use_kt", "kt_backend", "kt_num_threads", "kt_threadpool_count", "kt_weight_path", "kt_lora_scope",
@@ -31,20 +34,18 @@ _KEYS = (
 
 
 def patch(module: ModuleType) -> None:
-    """Replace ``create_infer_tab``, which the page looks up in its package; and add our texts to LLaMA-Factory's."""
-    if is_patched(module):
-        return
-    from llamafactory.webui import chatter, locales
+    """Replace ``create_infer_tab``, which the page looks up in its package, and add our texts to LLaMA-Factory's."""
+    from llamafactory.webui import chatter, locales, manager
 
-    stock = expect(module, "create_infer_tab", ("engine",))
-    if not is_patched(chatter):  # nobody would read the section
+    stock = expect(module, "create_infer_tab", "engine")
+    expect(manager.Manager, "get_base_elems", "self")
+    if not bootstrap.is_patched(chatter):  # nothing would read the section
         raise KTHookError(
             f"{module.__name__} gets no section for KTransformers, as {chatter.__name__} could not be hooked: "
             f"{bootstrap.failures.get(chatter.__name__)}"
         )
     languages = _languages(locales)
 
-    @functools.wraps(stock)
     def create_infer_tab(engine: Any) -> dict[str, Any]:
         section = _create_section()
         with _more_inputs(engine.manager, {section[key] for key in _KEYS}):
@@ -53,13 +54,14 @@ def patch(module: ModuleType) -> None:
         return elements | section | _create_report(engine, elements, locales)
 
     add_components(locales.LOCALES, languages)
-    replace(module, create_infer_tab=create_infer_tab)
+    replace(module, create_infer_tab)
 
 
 def section_values(manager: Any, data: dict[Any, Any]) -> dict[str, Any]:
-    """The keys that the section sets, if it asks for ``use_kt``: those that are not as a configuration has them anyway.
+    """The keys that the section sets to other than their defaults; none without ``use_kt``.
 
     Args:
+        manager: LLaMA-Factory's, which knows the components.
         data: the page's components with their values.
     """
     try:
@@ -80,12 +82,11 @@ def _languages(locales: Any) -> list[str]:
     """
     try:
         languages = list(locales.LOCALES["infer_backend"])
-        wanted = {"en", "zh"} <= set(languages) and all(
-            language in texts for texts in (locales.ALERTS["info_loading"], locales.LOCALES["info_box"]) for language in languages
-        )  # fmt: skip
+        tables = locales.LOCALES["info_box"], locales.ALERTS["info_loading"]
+        valid = {"en", "zh"} <= set(languages) and all(language in table for table in tables for language in languages)
     except (AttributeError, KeyError, TypeError):
-        wanted = False
-    if not wanted:
+        valid = False
+    if not valid:
         raise KTHookError(f"{locales.__name__}.LOCALES is not a table of texts by name and language. {versions()}")
     return languages
 
@@ -110,24 +111,24 @@ def _create_section() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _more_inputs(manager: Any, elements: set[Any]) -> Iterator[None]:
-    """Let the tab's buttons send these elements' values, too."""
+    """Let the tab's buttons also send the values of these elements."""
     stock = manager.get_base_elems
     manager.get_base_elems = lambda: stock() | elements
     try:
         yield
     finally:
-        del manager.get_base_elems  # the class's own again
+        del manager.get_base_elems  # uncovers the method of its class
 
 
 def _move(element: Any, before: Any = None, after: Any = None) -> None:
-    """Put an element of the tab, created last, before or after another."""
+    """Move an element of the tab before or after a sibling."""
     siblings = element.parent.children
     siblings.remove(element)
     siblings.insert(siblings.index(before) if before else siblings.index(after) + 1, element)
 
 
 def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[str, Any]:
-    """The load table below the status line, and the heat map beside the chat; they follow what the status line says."""
+    """The load table below the status line. It and the heat map are refreshed when the status line changes."""
     import gradio as gr
 
     from ...load_report import load_markdown, load_rows
@@ -135,7 +136,7 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
     def refresh(lang: str, status: str) -> list[Any]:
         model: Any = getattr(engine.chatter.engine, "model", None)
         loaded = has_kt_experts(model)
-        # Changing the language sets the status line to "unloaded", whatever there is.
+        # A change of language resets the status line to "unloaded", even if a model is loaded.
         unloaded = status == locales.LOCALES["info_box"][lang]["value"]
         return [
             locales.ALERTS["info_loaded"][lang] if loaded and unloaded else gr.skip(),

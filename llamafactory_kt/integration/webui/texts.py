@@ -1,4 +1,4 @@
-"""What our parts of LLaMA-Factory's pages say, by language; English where a language is missing."""
+"""The texts of our parts of LLaMA-Factory's pages, in English and Chinese; other languages get English."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ COMPONENTS: dict[str, dict[str, dict[str, str]]] = {
         "zh": {"label": "专家引擎", "info": "auto：AMXBF16 与 oneDNN 中较快的一个。"},
     },
     "kt_num_threads": {
-        "en": {"label": "Threads", "info": "kt-kernel's worker threads. auto: measured."},
-        "zh": {"label": "线程数", "info": "kt-kernel 的工作线程数。auto：按实测决定。"},
+        "en": {"label": "Threads", "info": "kt-kernel's worker threads. auto: the fastest number measured."},
+        "zh": {"label": "线程数", "info": "kt-kernel 的工作线程数。auto：取实测最快的线程数。"},
     },
     "kt_threadpool_count": {
-        "en": {"label": "Sub-pools", "info": "One per NUMA node at most."},
-        "zh": {"label": "线程子池数", "info": "最多每个 NUMA 节点一个。"},
+        "en": {"label": "Sub-pools", "info": "At most one per NUMA node."},
+        "zh": {"label": "子线程池数", "info": "每个 NUMA 节点最多一个。"},
     },
     "kt_weight_path": {
-        "en": {"label": "Packed expert weights", "info": "Directory of .kt files: for AMXINT8 (needed) and AMXINT4."},
-        "zh": {"label": "打包的专家权重", "info": "存放 .kt 文件的目录，用于 AMXINT8（必填）和 AMXINT4。"},
+        "en": {
+            "label": "Packed expert weights",
+            "info": "Directory of .kt files. Required for AMXINT8, optional for AMXINT4.",
+        },
+        "zh": {"label": "打包的专家权重", "info": "存放 .kt 文件的目录。AMXINT8 必填，AMXINT4 可选。"},
     },
     "kt_lora_scope": {
-        "en": {"label": "LoRA scope", "info": "attention: without shared experts and dense layers."},
+        "en": {"label": "LoRA scope", "info": "attention: leaves out shared experts and dense layers."},
         "zh": {"label": "LoRA 范围", "info": "attention：不含共享专家和稠密层。"},
     },
     "kt_router_stats": {
-        "en": {"label": "Router statistics", "info": "Count which experts are used, and draw them."},
+        "en": {"label": "Router statistics", "info": "Count how often each expert is used, and draw a heat map."},
         "zh": {"label": "统计路由", "info": "统计各专家的使用情况并画成热力图。"},
     },
     "kt_debug": {
-        "en": {"label": "Debug mode", "info": "Log each step; stop at NaN and Inf."},
-        "zh": {"label": "调试模式", "info": "记录每一步；遇到 NaN 或 Inf 时停止。"},
+        "en": {"label": "Debug mode", "info": "Log each step; stop at the first NaN or Inf."},
+        "zh": {"label": "调试模式", "info": "记录每一步；一出现 NaN 或 Inf 就停止。"},
     },
-    "kt_report": {
-        "en": {"label": "What was loaded"},
-        "zh": {"label": "加载报告"},
-    },
+    "kt_report": {"en": {"label": "Load report"}, "zh": {"label": "加载报告"}},
 }
 """elements of the page as in LLaMA-Factory's ``LOCALES``: name -> language -> properties"""
 
@@ -56,13 +56,10 @@ MESSAGES: dict[str, dict[str, str]] = {
     },
     "waiting": {"en": "{before} {seconds:.0f} s", "zh": "{before}{seconds:.0f} 秒"},
     "switching": {"en": "Exchanging the adapter...", "zh": "正在切换 adapter……"},
-    "switched": {
-        "en": "Adapter exchanged; the model stayed loaded.",
-        "zh": "adapter 已切换，模型没有重新加载。",
-    },
+    "switched": {"en": "Adapter exchanged; the model stayed loaded.", "zh": "adapter 已切换，模型没有重新加载。"},
     "failed": {"en": "The model was not loaded. {error}", "zh": "模型未能加载。{error}"},
     "not_switched": {
-        "en": "The adapter was not exchanged, and the one before is still in place. {error}",
+        "en": "The adapter was not exchanged; the previous one is still in place. {error}",
         "zh": "adapter 未能切换，原来的 adapter 仍然生效。{error}",
     },
     "busy": {
@@ -77,12 +74,12 @@ MESSAGES: dict[str, dict[str, str]] = {
 
 
 def add_components(locales: dict[str, Any], languages: Iterable[str]) -> None:
-    """Put :data:`COMPONENTS` into LLaMA-Factory's ``LOCALES``, so that its own language switch finds them."""
+    """Add :data:`COMPONENTS` to LLaMA-Factory's ``LOCALES``, which its language switch reads."""
     for name, texts in COMPONENTS.items():
         locales[name] = {language: texts.get(language, texts["en"]) for language in languages}
 
 
 def say(name: str, language: str | None, **values: Any) -> str:
-    """One of :data:`MESSAGES`."""
+    """One of :data:`MESSAGES`, filled with ``values``."""
     texts = MESSAGES[name]
     return texts.get(language or "en", texts["en"]).format(**values)

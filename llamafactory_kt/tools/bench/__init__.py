@@ -1,1 +1,1 @@
-"""Measurements; one file a thing measured."""
+"""``llamafactory-kt bench``: configurations on this machine, and endpoints."""

@@ -1,4 +1,4 @@
-"""Real layer sizes of published models, as their ``config.json`` on the hub gives them."""
+"""Layer sizes of published models, from their ``config.json`` on the hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "norm_topk_prob": False,
         "routed_scaling_factor": 1.0,
     },
-    # deepseek-ai/DeepSeek-V3, in BF16 and without its layer for multi-token prediction
+    # deepseek-ai/DeepSeek-V3, in BF16 and without its multi-token prediction layer
     "deepseek-v3": {
         **_DEEPSEEK, "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
         "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128,
@@ -41,12 +41,12 @@ _SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _POSITIONS = 32768
-"""of the synthetic models; the published ones go further by scaling their rotary embedding, which costs nothing"""
+"""max_position_embeddings of the synthetic models; the published ones scale their rotary embedding to reach further"""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A published model's sizes with a number of layers."""
+class ModelShape:
+    """A published model's layer sizes, with a chosen number of layers."""
 
     name: str
     """for example ``deepseek-v2-lite-4``"""
@@ -55,8 +55,8 @@ class Shape:
     """keys of config.json"""
 
 
-def parse_shape(text: str) -> Shape:
-    """``deepseek-v2-lite`` or ``deepseek-v2-lite:4``, the number being all layers, dense ones included.
+def parse_shape(text: str) -> ModelShape:
+    """Parse ``deepseek-v2-lite`` or ``deepseek-v2-lite:4``; the number counts all layers, dense ones included.
 
     Raises:
         KTConfigError: The name is unknown, or the number leaves no layer with experts.
@@ -67,14 +67,11 @@ def parse_shape(text: str) -> Shape:
             f"--synthetic: unknown model {name!r}, expected {', '.join(_SHAPES)}, each with :LAYERS for fewer layers."
         )
     values = {**_SHAPES[name], "max_position_embeddings": _POSITIONS, "tie_word_embeddings": False}
-    model_type, dense, most = (
-        values.pop("model_type"),
-        values.get("first_k_dense_replace", 0),
-        values["num_hidden_layers"],
-    )
+    model_type, dense = values.pop("model_type"), values.get("first_k_dense_replace", 0)
     if colon:
+        most = values["num_hidden_layers"]
         if not number.isdecimal() or not dense < int(number) <= most:
             because = f" (its first {dense} have no routed experts)" if dense else ""
             raise KTConfigError(f"--synthetic: {name} takes {dense + 1} to {most} layers{because}, found {number!r}.")
         values["num_hidden_layers"] = int(number)
-    return Shape(f"{name}-{values['num_hidden_layers']}", model_type, values)
+    return ModelShape(f"{name}-{values['num_hidden_layers']}", model_type, values)

@@ -1,4 +1,4 @@
-"""Stock transformers as fast as it gets: the whole adapter merged into its weights, and its best experts implementation."""
+"""Stock transformers at its fastest: the whole adapter merged into the weights, and the fastest experts implementation."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ...ground.errors import KTModelError, name_some
 from ...ground.machine import available_memory
 from ...peft_side.swap import exchange_peft_layers, merge_peft_layers
 
-ENOUGH = 6.0
-"""seconds of computing after which an implementation is timed no further"""
+TIME_LIMIT = 6.0
+"""seconds after which an implementation is not timed again"""
 
 
 @torch.no_grad()
 def merge_into(model: Any, adapters: AdapterSet, scope: str = "all") -> Any:
-    """Merge adapters into a loaded stock model: PEFT's part by PEFT, the routed experts' part here.
+    """Merge adapters into a loaded stock model: PEFT merges its part, this function the routed experts.
 
     Each expert weight becomes ``W + ΔW``, summed in float32 and rounded once.
 
@@ -32,18 +32,30 @@ def merge_into(model: Any, adapters: AdapterSet, scope: str = "all") -> Any:
 
     Raises:
         KTAdapterError: An adapter does not fit the model.
-        KTModelError: accelerate keeps a part of the model on disk.
+        KTModelError: accelerate has offloaded a part of the model to disk.
     """
     if not adapters.adapters:
         return model
-    with _where_they_lie(model):
-        return _merge(model, adapters, scope)
+    with _without_offload_hooks(model):
+        moe = MoEModel(model)
+        wrapped, _ = exchange_peft_layers(model, moe.fit(adapters, scope), {})
+        model = merge_peft_layers(wrapped)
+        for module in moe.experts:
+            loras = [a.read_layer(module.layer, module.shape) for a in adapters.adapters if module.layer in a.layers]
+            experts, size = model.get_submodule(module.name), module.shape.intermediate_size
+            weights = {"gate": experts.gate_up_proj[:, :size], "up": experts.gate_up_proj[:, size:]}
+            for projection, weight in {**weights, "down": experts.down_proj}.items():
+                for number in range(module.shape.num_experts if loras else 0):
+                    total = weight[number].float()
+                    for lora in loras:
+                        total += lora.delta(projection, number).to(total.device)
+                    weight[number] = total.to(weight.dtype)
+        return model
 
 
 @contextmanager
-def _where_they_lie(model: Any) -> Iterator[None]:
-    """Where GPUs are too small, accelerate copies weights to them for each call, and its hooks hide where they lie meanwhile;
-    the hooks are taken off and put back."""
+def _without_offload_hooks(model: Any) -> Iterator[None]:
+    """Take accelerate's hooks off, and put them back: while they are on, offloaded weights are on the meta device."""
     from accelerate import dispatch_model
     from accelerate.hooks import remove_hook_from_submodules
 
@@ -53,38 +65,21 @@ def _where_they_lie(model: Any) -> Iterator[None]:
             "stock LLaMA-Factory does not find room for this model on the GPUs and in memory, and leaves a part of it on disk, "
             "which is not measured. Measure without --against stock, or a smaller model."
         )
-    if len(set(places.values())) < 2:
-        yield
-        return
-    remove_hook_from_submodules(model)
+    offloaded = len(set(places.values())) > 1
+    if offloaded:
+        remove_hook_from_submodules(model)
     yield
-    dispatch_model(model, places, skip_keys=model._skip_keys_device_placement)
+    if offloaded:
+        dispatch_model(model, places, skip_keys=model._skip_keys_device_placement)
 
 
-def _merge(model: Any, adapters: AdapterSet, scope: str) -> Any:
-    moe = MoEModel(model)
-    wrapped, _ = exchange_peft_layers(model, moe.fit(adapters, scope), {})
-    model = merge_peft_layers(wrapped)
-    for module in moe.experts:
-        loras = [a.read_layer(module.layer, module.shape) for a in adapters.adapters if module.layer in a.layers]
-        experts, size = model.get_submodule(module.name), module.shape.intermediate_size
-        weights = {"gate": experts.gate_up_proj[:, :size], "up": experts.gate_up_proj[:, size:]}
-        for projection, weight in {**weights, "down": experts.down_proj}.items():
-            for number in range(module.shape.num_experts if loras else 0):
-                total = weight[number].float()
-                for lora in loras:
-                    total += lora.delta(projection, number).to(total.device)
-                weight[number] = total.to(weight.dtype)
-    return model
-
-
-class BestExperts:
-    """Switches a model to the experts implementation of transformers (``transformers/integrations/moe.py``) that is the
-    fastest for the number of tokens that come next.
+class FastestExperts:
+    """Switches a model to the experts implementation of transformers (``transformers/integrations/moe.py``) that is
+    fastest for the number of tokens of the next forward.
 
     Args:
-        prompt_tokens: lengths of the prompts to come. For each, and for one token, all candidates are timed now; one that
-            cannot run here is left out.
+        prompt_tokens: lengths of the prompts to come. For each, and for one token, all implementations are timed now;
+            those that cannot run here are left out.
 
     Raises:
         KTModelError: None runs.
@@ -111,8 +106,8 @@ class BestExperts:
         return min(times, key=times.__getitem__)
 
     def _time(self, name: str, tokens: int) -> float | None:
-        """Median seconds of a forward, the first one apart if there are more; None if it cannot run."""
-        if name == "batched_mm" and tokens * self._copied() > available_memory() // 2:
+        """Median seconds of a forward, without the first if there are several; None if the implementation cannot run."""
+        if name == "batched_mm" and tokens * self._bytes_per_token() > available_memory() // 2:
             return None
         vocabulary = self._model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
@@ -120,7 +115,7 @@ class BestExperts:
         try:
             self._model.set_experts_implementation(name)
             with torch.inference_mode():
-                while len(times) < (3 if tokens > 1 else 9) and sum(times) < ENOUGH:
+                while len(times) < (3 if tokens > 1 else 9) and sum(times) < TIME_LIMIT:
                     ids = torch.randint(10, vocabulary, (1, tokens), generator=generator).to(self._model.device)
                     started = time.perf_counter()
                     self._model(input_ids=ids, logits_to_keep=1).logits.argmax(-1).tolist()
@@ -129,7 +124,7 @@ class BestExperts:
             return None
         return statistics.median(times[1:] or times)
 
-    def _copied(self) -> int:
+    def _bytes_per_token(self) -> int:
         """Bytes of weights that batched_mm copies for each token."""
         module = find_experts(self._model)[0]
         size: int = sum(p.nbytes for p in self._model.get_submodule(module.name).parameters())

@@ -1,7 +1,7 @@
-"""Random models of published sizes with a random adapter, so that anyone can measure without a download.
+"""Random models with published layer sizes and a random adapter, for benches without a download.
 
-Names and files are those of a published checkpoint (transformers' own conversions, backwards), one file a layer. The
-values are normally distributed with the variance that keeps activations in range, so routers spread their tokens.
+Tensor names are those of a published checkpoint: transformers' own conversions, backwards. Each layer has a file. The
+values are normally distributed, with a variance that keeps activations in range, so routers spread their tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,30 +22,30 @@ from ...ground.atomic_output import replacing
 from ...ground.errors import KTModelError
 from ...ground.machine import cache_directory, gib
 from ...ground.tensor_writer import write_safetensors
-from .room import Weights
-from .shapes import Shape
+from .memory import CheckpointBytes
+from .shapes import ModelShape
 
 RANK, ALPHA = 8, 16
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _POOL = 2**24
-"""random values that all tensors are cut from, each at another place"""
+"""random values that all tensors are cut from, each at another offset"""
 
 
 @dataclass(frozen=True)
-class Synthetic:
-    """A model and an adapter that are, or will be, below one directory."""
+class SyntheticModel:
+    """A model and an adapter in one directory, written or to be written."""
 
     directory: Path
     config: Any
     """transformers' configuration"""
     tensors: dict[str, tuple[int, ...]]
-    """of the checkpoint, with their shapes"""
+    """the checkpoint's tensors, with their shapes"""
     lora: dict[str, tuple[int, ...]]
-    """of the adapter"""
+    """the adapter's tensors, with their shapes"""
 
     @classmethod
-    def of(cls, shape: Shape) -> Synthetic:
-        """Sizes alone, on transformers' empty model; nothing is written."""
+    def of(cls, shape: ModelShape) -> SyntheticModel:
+        """Compute names and shapes on a model without weights; nothing is written."""
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.core_model_loading import revert_weight_conversion
 
@@ -75,22 +75,19 @@ class Synthetic:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The configuration for chatting."""
+        """LLaMA-Factory's keys for a chat."""
         return {
-            "model_name_or_path": str(self.model),
-            "adapter_name_or_path": str(self.adapter),
-            "template": "empty",
-            "infer_backend": "huggingface",
-            "use_kt": True,
-        }
+            "model_name_or_path": str(self.model), "adapter_name_or_path": str(self.adapter), "template": "empty",
+            "infer_backend": "huggingface", "use_kt": True,
+        }  # fmt: skip
 
     @property
-    def weights(self) -> Weights:
-        """The model's bytes."""
-        return Weights.of({name: 2 * prod(size) for name, size in self.tensors.items()})
+    def weights(self) -> CheckpointBytes:
+        """The checkpoint's bytes."""
+        return CheckpointBytes.of({name: 2 * prod(size) for name, size in self.tensors.items()})
 
     def build(self) -> Path:
-        """Write what is not there yet, each part under a temporary name that is renamed at the end.
+        """Write the model and the adapter, unless they are there already.
 
         Returns:
             A YAML for ``llamafactory-cli chat``.
@@ -100,47 +97,41 @@ class Synthetic:
         """
         import yaml
 
-        parts: dict[Path, tuple[dict[str, tuple[int, ...]], Callable[[Path, Any], None]]] = {
-            self.model: (self.tensors, self._write_model),
-            self.adapter: (self.lora, self._write_adapter),
-        }
-        missing = {path: part for path, part in parts.items() if not path.is_dir()}
+        parts = (self.model, self.tensors, self._write_model), (self.adapter, self.lora, self._write_adapter)
+        missing = [part for part in parts if not part[0].is_dir()]
         self.directory.mkdir(parents=True, exist_ok=True)
-        total = sum(2 * prod(size) for tensors, _ in missing.values() for size in tensors.values())
+        total = sum(2 * prod(size) for _, tensors, _ in missing for size in tensors.values())
         if total > (free := shutil.disk_usage(self.directory).free):
             raise KTModelError(
                 f"{self.directory}: the synthetic model takes {gib(total)}, and {gib(free)} are free on this disk. Free some, "
                 "put the cache elsewhere with XDG_CACHE_HOME, or take fewer layers (--synthetic NAME:LAYERS)."
             )
         with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Writing", disable=not total) as bar:
-            for path, (_, write) in missing.items():
+            for path, tensors, write in missing:
                 with replacing(path) as temporary:
                     temporary.mkdir()
-                    write(temporary, bar)
+                    write(temporary, _RandomTensors(tensors, bar))
         chat = self.directory / "chat.yaml"
         with replacing(chat) as temporary:
             temporary.write_text(yaml.safe_dump(self.values, sort_keys=False), encoding="utf-8")
         return chat
 
-    def _write_model(self, directory: Path, bar: Any) -> None:
+    def _write_model(self, directory: Path, random: _RandomTensors) -> None:
         files: dict[str, list[str]] = {}
         for name in self.tensors:
             layer = _LAYER.search(name)
-            files.setdefault(f"layer-{int(layer[1]):03}" if layer else "others", []).append(name)
-        random = _Random()
+            file = f"layer-{int(layer[1]):03}" if layer else "others"
+            files.setdefault(f"{file}.safetensors", []).append(name)
         for file, names in files.items():
-            made = ((name, random.weight(name, self.tensors[name])) for name in names)
-            write_safetensors(directory / f"{file}.safetensors", names, _counted(made, bar), {"format": "pt"})
-        weight_map = {name: f"{file}.safetensors" for file, names in files.items() for name in names}
+            write_safetensors(directory / file, names, random.make(names), {"format": "pt"})
+        weight_map = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": self.weights.total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
         self.config.save_pretrained(directory)
         _byte_tokenizer().save_pretrained(directory)
 
-    def _write_adapter(self, directory: Path, bar: Any) -> None:
-        random = _Random()
-        made = ((name, random.weight(name, size)) for name, size in self.lora.items())
-        write_safetensors(directory / "adapter_model.safetensors", self.lora, _counted(made, bar), {"format": "pt"})
+    def _write_adapter(self, directory: Path, random: _RandomTensors) -> None:
+        write_safetensors(directory / "adapter_model.safetensors", self.lora, random.make(self.lora), {"format": "pt"})
         targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in self.lora})
         config = {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(self.model), "bias": "none",
@@ -149,17 +140,25 @@ class Synthetic:
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-class _Random:
-    """Tensors of random values, the same in each run."""
+class _RandomTensors:
+    """Tensors of random values, the same in each run; a progress bar counts their bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Mapping[str, tuple[int, ...]], bar: Any) -> None:
         generator = torch.Generator().manual_seed(0)
         self._pool = torch.randn(_POOL, generator=generator).to(torch.bfloat16).repeat(2)
         self._start = 0
+        self._sizes, self._bar = sizes, bar
 
-    def weight(self, name: str, size: tuple[int, ...]) -> torch.Tensor:
-        """bfloat16 [*size]: norms are ones, biases and B of LoRA small, embeddings of variance 1, so that a token's own stays
-        what its router sees most of; the rest keeps the variance of what it multiplies."""
+    def make(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, bfloat16 tensor) for each name."""
+        for name in names:
+            tensor = self._tensor(name, self._sizes[name])
+            yield name, tensor
+            self._bar.update(tensor.nbytes)
+
+    def _tensor(self, name: str, size: tuple[int, ...]) -> torch.Tensor:
+        """Norms are ones; biases and LoRA's B are small. Embeddings have variance 1, so that routers see mostly the token's own
+        embedding. Other weights keep the variance of their input."""
         if name.endswith("norm.weight"):
             return torch.ones(size, dtype=torch.bfloat16)
         scale = 0.1 if len(size) == 1 or ".lora_B." in name else size[-1] ** -0.5
@@ -171,14 +170,8 @@ class _Random:
         return piece.repeat(-(-count // _POOL))[:count].reshape(size)
 
 
-def _counted(tensors: Iterator[tuple[str, torch.Tensor]], bar: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in tensors:
-        yield name, tensor
-        bar.update(tensor.nbytes)
-
-
 def _byte_tokenizer() -> Any:
-    """One token a byte; the ids above are never written, but may be read."""
+    """One token per byte; ids above them are never decoded to text, but may be in a prompt."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""What a bench of configurations shows: ratios first, then the figures."""
+"""The tables of a bench of configurations: ratios first, then the figures."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...ground.machine import gib
-from .figures import Measured, Report, Spread
+from .results import BenchReport, Spread
 
 
-def show(report: Report, console: Console) -> None:
-    """Print the ratios (where there is more than one row), the figures, and what puts them in doubt."""
+def show(report: BenchReport, console: Console) -> None:
+    """Print the ratios (if there is more than one row), the figures, and what puts them in doubt."""
     if len(report.rows) > 1:
         console.print(_ratios(report))
     console.print(_figures(report))
@@ -34,16 +34,18 @@ def show(report: Report, console: Console) -> None:
             )
 
 
-def _ratios(report: Report) -> Table:
-    table = Table(
-        "", *(escape(row.name) for row in report.rows), title="Ratios of the same round", title_justify="left"
-    )
+def _table(report: BenchReport, title: str) -> Table:
+    return Table("", *(escape(row.name) for row in report.rows), title=title, title_justify="left")
+
+
+def _ratios(report: BenchReport) -> Table:
+    table = _table(report, "Ratios of the same round")
     for reference in report.references:
         table.add_row(f"[bold]against {escape(reference.name)}[/]", *[""] * len(report.rows))
         columns = [report.ratios(row, reference) for row in report.rows]
         for title in dict.fromkeys(title for column in columns for title in column):
             cells = [
-                "1" if row is reference else _spread(column[title], 1, 2) if title in column else "-"
+                "1" if row is reference else column[title].show(digits=2) if title in column else "-"
                 for row, column in zip(report.rows, columns, strict=True)
             ]
             table.add_row(title, *cells)
@@ -51,12 +53,16 @@ def _ratios(report: Report) -> Table:
     return table
 
 
-def _figures(report: Report) -> Table:
+def _figures(report: BenchReport) -> Table:
     rows = report.rows
-    table = Table("", *(escape(row.name) for row in rows), title="Figures", title_justify="left")
+    table = _table(report, "Figures")
 
     def line(title: str, *cells: str) -> None:
         table.add_row(title, *map(escape, cells))
+
+    def shares(length: int, *, others: bool) -> list[str]:
+        medians = (report.bandwidth_share(row, length, others=others).median for row in rows)
+        return [f"{100 * share:.0f} %" for share in medians]
 
     line("experts computed by", *(row.loaded.engine for row in rows))
     line("load", *(f"{median(row.loads):.1f} s" for row in rows))
@@ -65,12 +71,12 @@ def _figures(report: Report) -> Table:
     line("expert LoRA, a layer", *("-" if (p := row.loaded.push) is None else f"{1000 * p:.1f} ms" for row in rows))
     table.add_section()
     for length in rows[0].prefill:
-        line(f"first token after {length}", *(f"{_spread(Spread.of(row.prefill[length]), 1000, 0)} ms" for row in rows))
-        line("  prefill token/s", *(_rates(row.prefill[length], length) for row in rows))
-        line("  decode token/s", *(_rates(row.decode[length], 1) for row in rows))
-        line("  ms a token", *(_spread(Spread.of(row.decode[length]), 1000, 1) for row in rows))
-        line("  of it, reading experts", *(_share(report, row, length, others=False) for row in rows))
-        line("  of it, reading weights", *(_share(report, row, length, others=True) for row in rows))
+        line(f"first token after {length}", *(f"{Spread.of(row.prefill[length]).show(1000, 0)} ms" for row in rows))
+        line("  prefill token/s", *(Spread.of(length / time for time in row.prefill[length]).show() for row in rows))
+        line("  decode token/s", *(Spread.of(1 / time for time in row.decode[length]).show() for row in rows))
+        line("  ms a token", *(Spread.of(row.decode[length]).show(1000) for row in rows))
+        line("  of it, reading experts", *shares(length, others=False))
+        line("  of it, reading weights", *shares(length, others=True))
         table.add_section()
     line("expert weights a token", *(gib(row.loaded.experts_per_token) for row in rows))
     line("  reading them, at least", *(f"{1000 * report.floor(row).median:.1f} ms" for row in rows))
@@ -84,16 +90,3 @@ def _figures(report: Report) -> Table:
         line("peak on GPU", *(gib(row.gpu_memory) for row in rows))
     line("cores busy while waiting", *(f"{median(row.idle):.3f}" if row.idle else "-" for row in rows))
     return table
-
-
-def _spread(spread: Spread, factor: float, digits: int) -> str:
-    middle, low, high = (f"{factor * value:.{digits}f}" for value in (spread.median, spread.low, spread.high))
-    return middle if low == high else f"{middle} ({low}-{high})"
-
-
-def _rates(times: list[float], tokens: int) -> str:
-    return _spread(Spread.of(tokens / seconds for seconds in times), 1, 1)
-
-
-def _share(report: Report, row: Measured, length: int, *, others: bool) -> str:
-    return f"{100 * report.bandwidth_share(row, length, others=others).median:.0f} %"

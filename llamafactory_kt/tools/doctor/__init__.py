@@ -1,6 +1,6 @@
-"""What is in the way of a chat with KT experts on this machine, in this environment, with this configuration.
+"""``llamafactory-kt doctor``: what prevents a chat with KT experts on this machine, in this environment, with this YAML.
 
-Every library is imported inside the check that needs it, so that a missing or broken one is a finding and not the end.
+Each check imports the libraries that it needs, so a missing or broken one becomes a finding.
 """
 
 from .diagnosis import diagnose

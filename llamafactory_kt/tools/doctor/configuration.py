@@ -1,9 +1,10 @@
-"""A YAML: does it parse, is everything there, does it fit together, and what would be loaded where."""
+"""A chat's YAML: does it parse, do the files exist and fit together, and what would be loaded where."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,42 +17,30 @@ if TYPE_CHECKING:
     from ...checkpoint.opening import MoEModel
 
 
-def check(config: Path, overrides: Sequence[str] = ()) -> Findings:
-    """Everything that a load checks before it reads weights, and what the load would take."""
+def configuration(config: Path, overrides: Sequence[str] = ()) -> Findings:
+    """Check everything that a load checks before it reads weights, and estimate the memory of a load."""
     from ...integration.chat_config import parse, read_yaml
 
-    heard = _Heard()
+    logged = BufferingHandler(capacity=1000)
+    logged.setLevel(logging.WARNING)
     logger = logging.getLogger("llamafactory_kt")
-    logger.addHandler(heard)
+    logger.addHandler(logged)
     try:
         args = parse(read_yaml(config, overrides))
     except Exception as problem:
-        yield error(
-            "configuration", f"{config}: {describe(problem)}", "Correct the file; docs/chat-guide.md lists all keys."
-        )
+        text = f"{config}: {describe(problem)}"
+        yield error("configuration", text, "Correct the file; docs/chat-guide.md lists all keys.")
         return
     finally:
-        logger.removeHandler(heard)
-    for text in heard.texts:
-        yield warning("configuration", text, "Remove the key for chats.")
+        logger.removeHandler(logged)
+    for record in logged.buffer:
+        yield warning("configuration", record.getMessage(), "Remove the key for chats.")
     if not args.use_kt:
-        yield warning(
-            "configuration", f"{config} does not ask for use_kt", "use_kt: true puts the experts into kt-kernel."
-        )
+        text = f"{config} does not ask for use_kt"
+        yield warning("configuration", text, "use_kt: true puts the experts into kt-kernel.")
         return
     yield ok("configuration", f"{config} parses; kt_backend: {args.kt_backend}")
     yield from _model(args)
-
-
-class _Heard(logging.Handler):
-    """Collects warnings."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
 
 
 def _model(args: Any) -> Findings:
@@ -63,24 +52,24 @@ def _model(args: Any) -> Findings:
     except KTError as problem:
         yield error("model", describe(problem), "docs/architectures.md says which models are accepted.")
         return
-    shape = moe.experts[0].shape
+    first = moe.experts[0]
     yield ok(
         "model",
-        f"{type(moe.model).__name__}: {len(moe.experts)} layers of {shape.num_experts} routed experts "
-        f"({shape.hidden_size} x {shape.intermediate_size}), {moe.experts[0].num_experts_per_tok} per token",
+        f"{type(moe.model).__name__}: {len(moe.experts)} layers of {first.shape.num_experts} routed experts "
+        f"({first.shape.hidden_size} x {first.shape.intermediate_size}), {first.num_experts_per_tok} per token",
     )
     itemsize = yield from _checkpoint(args, moe)
     adapters = yield from _adapters(args, moe)
-    yield from _placement(args, moe, adapters, itemsize)
+    yield from _memory(args, moe, adapters, itemsize)
 
 
 def _checkpoint(args: Any, moe: MoEModel) -> Any:
-    """Checks the headers; its value is the bytes of one of its expert weights."""
+    """Check the headers; returns the bytes per value of the expert weights."""
     directory = Path(args.model_name_or_path).expanduser()
     if not directory.is_dir():
         yield warning(
             "checkpoint", f"{args.model_name_or_path} is a name on the hub; its files were not looked at",
-            "Download it first, to have them checked and the first start be quick.",
+            "Download it first: then its files are checked, and the first start is fast.",
         )  # fmt: skip
         return 2
     if not moe.files:
@@ -89,7 +78,7 @@ def _checkpoint(args: Any, moe: MoEModel) -> Any:
     try:
         layout = moe.layout
     except KTError as problem:
-        yield error("checkpoint", describe(problem), "docs/troubleshooting.md has a row for each of these messages.")
+        yield error("checkpoint", describe(problem), "docs/messages.md has a row for each of these messages.")
         return 2
     size = sum(file.stat().st_size for file in moe.files)
     yield ok("checkpoint", f"{len(moe.files)} file(s), {gib(size)}, experts in {', '.join(sorted(layout.dtypes()))}")
@@ -97,7 +86,7 @@ def _checkpoint(args: Any, moe: MoEModel) -> Any:
 
 
 def _adapters(args: Any, moe: MoEModel) -> Any:
-    """Checks headers and fit; its value is the adapters that can be applied."""
+    """Check headers and fit; returns the adapters that can be applied."""
     from ...adapters import AdapterSet
     from ...integration.chat_config import open_configured
 
@@ -114,17 +103,16 @@ def _adapters(args: Any, moe: MoEModel) -> Any:
         consumed = f"{len(part.tensors)} tensors to PEFT, {len(adapter.expert_names)} to the experts"
         text = f"{adapter.directory}: {adapter.format}; {consumed}; expert LoRA in {len(adapter.layers)} layers"
         if part.left_out:
-            yield warning(
-                "adapter", f"{text}; {len(part.left_out)} left out", "kt_lora_scope: all applies the whole adapter."
-            )
+            text = f"{text}; {len(part.left_out)} left out"
+            yield warning("adapter", text, "kt_lora_scope: all applies the whole adapter.")
         elif not adapter.layers:
-            yield warning("adapter", text, "It changes no routed expert. If it should, it was trained without them.")
+            yield warning("adapter", text, "It changes no routed expert. If it should, train it with the experts.")
         else:
             yield ok("adapter", text)
     return adapters
 
 
-def _placement(args: Any, moe: MoEModel, adapters: AdapterSet, itemsize: int) -> Findings:
+def _memory(args: Any, moe: MoEModel, adapters: AdapterSet, itemsize: int) -> Findings:
     import torch
 
     from ...adapters import AdapterSet
@@ -140,23 +128,19 @@ def _placement(args: Any, moe: MoEModel, adapters: AdapterSet, itemsize: int) ->
         adapters = AdapterSet()  # merged into the weights
     need = memory_need(moe.model, moe.experts, adapters, engine, config.options, itemsize=itemsize, on_gpu=gpus > 0)
     layers = name_some([module.layer for module in moe.experts], 4)
-    how = f"{plans[0]}" if len(plans) == 1 else f"the fastest of {'; '.join(str(plan) for plan in plans)}"
+    how = f"{plans[0]}" if len(plans) == 1 else f"the fastest of {'; '.join(map(str, plans))}"
     yield ok("experts", f"layers {layers} on the CPU; {how}")
-    free, needed = available_memory(), need.on_cpu
+    free = available_memory()
     lora = f"their LoRA {gib(need.lora)}, " if need.lora else ""
+    others = "" if gpus else f", everything else {gib(need.others)}"
     text = (
-        f"about {gib(needed)} while loading (experts {gib(need.experts)}, {lora}in use only "
-        f"while they are read {gib(need.loading)}{'' if gpus else f', everything else {gib(need.others)}'}); {gib(free)} free"
+        f"about {gib(need.on_cpu)} while loading (experts {gib(need.experts)}, {lora}temporary buffers "
+        f"{gib(need.loading)}{others}); {gib(free)} free"
     )
-    if needed > free:
-        yield error("CPU memory", text, "Free memory, use a machine with more, or a smaller model.")
-    else:
-        yield ok("CPU memory", text)
-    if not gpus:
-        return
-    room = sum(torch.cuda.mem_get_info(number)[0] for number in range(gpus))
-    text = f"about {gib(need.others)} for everything but routed experts, and the cache of a chat; {gib(room)} free on {gpus}"
-    if need.others > room:
-        yield error("GPU memory", text, "Free the GPU, give it more devices, or hide it (CUDA_VISIBLE_DEVICES=).")
-    else:
-        yield ok("GPU memory", text)
+    advice = "Free memory, use a machine with more, or a smaller model."
+    yield error("CPU memory", text, advice) if need.on_cpu > free else ok("CPU memory", text)
+    if gpus:
+        free = sum(torch.cuda.mem_get_info(number)[0] for number in range(gpus))
+        text = f"about {gib(need.others)} for everything but routed experts, plus a chat's KV cache; {gib(free)} free on {gpus} GPU(s)"
+        advice = "Free GPU memory, use more GPUs, or hide them (CUDA_VISIBLE_DEVICES=)."
+        yield error("GPU memory", text, advice) if need.others > free else ok("GPU memory", text)

@@ -5,44 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 
 class Status(StrEnum):
-    """How a finding bears on a chat with KT experts."""
+    """What a finding means for a chat with KT experts."""
 
     OK = "ok"
     WARNING = "warning"
-    """works, but not as well as it could, or not as was meant"""
+    """works, but slower than it could, or not as intended"""
     ERROR = "error"
     """does not work"""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found."""
+    """The result of one check."""
 
-    subject: str
-    """what was looked at, a few words"""
     status: Status
+    subject: str
+    """what was checked, a few words"""
     text: str
     """what was found, one line"""
     advice: str = ""
-    """what to do; empty where all is well"""
+    """what to do; empty if all is well"""
 
 
 Findings = Iterator[Finding]
 
-
-def ok(subject: str, text: str) -> Finding:
-    """All is well."""
-    return Finding(subject, Status.OK, text)
-
-
-def warning(subject: str, text: str, advice: str) -> Finding:
-    """Works, but."""
-    return Finding(subject, Status.WARNING, text, advice)
-
-
-def error(subject: str, text: str, advice: str) -> Finding:
-    """Does not work."""
-    return Finding(subject, Status.ERROR, text, advice)
+ok, warning, error = (partial(Finding, status) for status in Status)

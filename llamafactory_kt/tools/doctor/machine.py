@@ -1,4 +1,4 @@
-"""CPU, memory, disk, GPU, and which engines run on them."""
+"""CPU, memory, disk, GPUs, and the engines that run on them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ...ground.machine import (
 from .finding import Findings, ok, warning
 
 LITTLE_MEMORY = 2 * 2**30
-"""Python with torch and LLaMA-Factory takes about one gibibyte before any model"""
+"""bytes; Python, torch and LLaMA-Factory need part of it before any model"""
 LITTLE_DISK = 2**30
+"""bytes"""
 
 
 def cpu() -> Findings:
-    """Model, instruction sets, cores, NUMA nodes."""
-    missing = missing_cpu_flags()
-    if missing:
+    """Check model, instruction sets, cores and NUMA nodes."""
+    if missing := missing_cpu_flags():
         yield warning(
             "CPU", f"{cpu_name()}: lacks {', '.join(missing)}, which kt-kernel's BF16 kernel needs",
             "kt_backend: auto takes an engine that does without. In a virtual machine the host may hide the instructions.",
@@ -38,43 +38,35 @@ def cpu() -> Findings:
     else:
         amx = not any(flag in AMX_FLAGS for flag in missing_cpu_flags("amx"))
         yield ok("CPU", f"{cpu_name()}: AVX-512 BF16{' and AMX' if amx else ', no AMX'}")
-    quota = cgroup_cpus()
+    quota, cores = cgroup_cpus(), usable_cores()
     limit = "" if math.isinf(quota) else f", cgroup quota {quota:g} CPUs"
-    text = f"{usable_cores()} physical, of {os.cpu_count()} CPUs{limit}; {len(numa_nodes())} NUMA node(s)"
-    if usable_cores() < 2:
-        yield warning("cores", text, "kt-kernel's workers and torch share one core; give the process more.")
-    else:
-        yield ok("cores", text)
+    text = f"{cores} physical, of {os.cpu_count()} CPUs{limit}; {len(numa_nodes())} NUMA node(s)"
+    advice = "kt-kernel's workers and torch share one core; give the process more cores."
+    yield warning("cores", text, advice) if cores < 2 else ok("cores", text)
 
 
 def memory() -> Findings:
-    """What is free, within the cgroup's limit."""
+    """Check free memory, within the cgroup's limit."""
     free, limit = available_memory(), cgroup_memory()
     text = f"{gib(free)} free{'' if math.isinf(limit) else f', cgroup limit {gib(limit)}'}"
-    if free < LITTLE_MEMORY:
-        yield warning("memory", text, "Free memory, or raise the container's limit.")
-    else:
-        yield ok("memory", text)
+    advice = "Free memory, or raise the container's limit."
+    yield warning("memory", text, advice) if free < LITTLE_MEMORY else ok("memory", text)
 
 
 def disk() -> Findings:
-    """Room where hub models and temporary files go."""
+    """Check free space for hub models and for temporary files."""
     hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub"
-    for subject, place in (
-        ("disk, hub cache", Path(hub).expanduser()),
-        ("disk, temporary", Path(tempfile.gettempdir())),
-    ):
+    for subject, path in (("disk, hub cache", hub), ("disk, temporary", tempfile.gettempdir())):
+        place = Path(path).expanduser()
         while not place.exists():
             place = place.parent
         free = shutil.disk_usage(place).free
-        if free < LITTLE_DISK:
-            yield warning(subject, f"{gib(free)} free at {place}", "Free space, or point HF_HOME (TMPDIR) elsewhere.")
-        else:
-            yield ok(subject, f"{gib(free)} free at {place}")
+        text, advice = f"{gib(free)} free at {place}", "Free space, or point HF_HOME (TMPDIR) elsewhere."
+        yield warning(subject, text, advice) if free < LITTLE_DISK else ok(subject, text)
 
 
 def gpu() -> Findings:
-    """GPUs that torch sees, against those that the driver has."""
+    """Compare the GPUs that torch sees with those that the driver has."""
     import torch
 
     listed = _nvidia_smi()
@@ -82,10 +74,9 @@ def gpu() -> Findings:
         driver = f", driver {listed[0][1]}" if listed else ""
         for number in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(number)
-            yield ok(
-                f"GPU {number}",
-                f"{torch.cuda.get_device_name(number)}: {gib(free)} of {gib(total)} free{driver}, CUDA {torch.version.cuda}",
-            )
+            name = torch.cuda.get_device_name(number)
+            text = f"{name}: {gib(free)} of {gib(total)} free{driver}, CUDA {torch.version.cuda}"
+            yield ok(f"GPU {number}", text)
     elif not listed:
         yield ok("GPU", "none; everything runs on the CPU")
     elif os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
@@ -98,7 +89,7 @@ def gpu() -> Findings:
 
 
 def _nvidia_smi() -> list[tuple[str, str]]:
-    """(name, driver version) of each GPU; none where there is no driver."""
+    """(name, driver version) of each GPU; empty without a driver."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         result = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
@@ -109,15 +100,14 @@ def _nvidia_smi() -> list[tuple[str, str]]:
 
 
 def engines() -> Findings:
-    """Which engines run here, with their builds, and which of those that ``auto`` considers do not."""
+    """List the engines that run here, with their builds, and those of ``auto`` that do not."""
     from ...engines.registry import engines as every
 
     running = [engine for engine in every() if engine.problem() is None]
-    builds = dict.fromkeys(engine.build() for engine in running)
-    text = "; ".join(
-        ", ".join(engine.name for engine in running if engine.build() == build) + (f" (build {build})" if build else "")
-        for build in builds
-    )
+    builds: dict[str, list[str]] = {}
+    for engine in running:
+        builds.setdefault(engine.build(), []).append(engine.name)
+    text = "; ".join(", ".join(names) + (f" (build {build})" if build else "") for build, names in builds.items())
     missing = [engine for engine in every() if engine.auto(merged=False) and engine not in running]
     if not missing:
         yield ok("engines", text)

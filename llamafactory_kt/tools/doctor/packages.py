@@ -1,16 +1,21 @@
-"""Python, the installed distributions, whether they import, and whether the hooks hold."""
+"""Python, the installed distributions, whether they import, and whether the hooks are in place."""
 
 from __future__ import annotations
 
 import json
 import platform
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from ...ground.errors import describe
 from .finding import Findings, error, ok
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 DISTRIBUTION = "llamafactory-kt-experts"
 
@@ -18,7 +23,7 @@ STOCK = {
     "llamafactory": "llamafactory", "transformers": "transformers", "accelerate": "accelerate", "peft": "peft",
     "trl": "trl", "torch": "torch", "kt_kernel": "kt-kernel",
 }  # fmt: skip
-"""import package -> the distribution it must come from"""
+"""import package -> the distribution that must have installed it"""
 
 LIBRARIES = ("torch", "torchvision", "torchaudio", "kt_kernel", "transformers", "peft", "llamafactory")
 """imported one after the other in a process of their own"""
@@ -26,37 +31,44 @@ LIBRARIES = ("torch", "torchvision", "torchaudio", "kt_kernel", "transformers", 
 _PROBE = """
 import importlib, json, os, sys
 out = os.dup(1)
-os.dup2(2, 1)  # what the libraries print is not ours
+os.dup2(2, 1)  # the libraries' own output
 def say(*words):
     os.write(out, (json.dumps(words) + "\\n").encode())
 for name in sys.argv[1:]:
     say("begin", name, "")
     try:
         importlib.import_module(name)
-        say("ok", name, "")
     except BaseException as error:
         say("failed", name, type(error).__name__ + ": " + " ".join(str(error).split()))
 """
 
 
 def python() -> Findings:
-    """The interpreter, against the wheels that kt-kernel has."""
+    """Compare the interpreter with the wheels that kt-kernel has."""
     found = f"{platform.python_version()} at {sys.executable}"
     if (3, 11) <= sys.version_info[:2] <= (3, 12) and platform.machine() == "x86_64" and sys.platform == "linux":
         yield ok("Python", found)
     else:
-        yield error(
-            "Python", f"{found} on {platform.system()} {platform.machine()}",
-            "kt-kernel has wheels for Linux on x86-64 with Python 3.11 and 3.12 only.",
-        )  # fmt: skip
+        text = f"{found} on {platform.system()} {platform.machine()}"
+        yield error("Python", text, "kt-kernel has wheels for Linux on x86-64 with Python 3.11 and 3.12 only.")
+
+
+def _requirements() -> dict[str, Requirement]:
+    """The requirements of this distribution without extras, by name.
+
+    Raises:
+        PackageNotFoundError: It is not installed.
+    """
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
+    return {r.name: r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})}
 
 
 def versions() -> Findings:
-    """Installed versions against the ranges that the installed distribution asks for."""
-    from packaging.requirements import Requirement
-
+    """Compare the installed versions with the ranges that this distribution requires."""
     try:
-        wanted = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
+        wanted = _requirements()
         yield ok(DISTRIBUTION, metadata.version(DISTRIBUTION))
     except metadata.PackageNotFoundError:
         yield error(
@@ -64,10 +76,8 @@ def versions() -> Findings:
             "pip install . in a clone; without it nothing is activated at `import torch`.",
         )  # fmt: skip
         return
-    for requirement in wanted:
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        name, allowed = requirement.name, str(requirement.specifier)
+    for name, requirement in wanted.items():
+        allowed = str(requirement.specifier)
         install = f'pip install "{name}{allowed}"'
         try:
             version = metadata.version(name)
@@ -81,41 +91,39 @@ def versions() -> Findings:
 
 
 def forks() -> Findings:
-    """Import packages that another distribution than the stock one has installed, or has installed too."""
+    """Look for import packages that a distribution other than the stock one has installed."""
     owners = metadata.packages_distributions()
-    strange = {
-        package: sorted(set(owners.get(package, ())) - {stock}) for package, stock in STOCK.items() if package in owners
-    }
-    for package, others in strange.items():
-        if others:
-            stock = STOCK[package]
+    installed = [package for package in STOCK if package in owners]
+    clean = True
+    for package in installed:
+        if others := sorted(set(owners[package]) - {STOCK[package]}):
+            clean = False
             yield error(
-                f"package {package}", f"installed by {', '.join(others)} over or instead of {stock}",
-                f"pip uninstall -y {' '.join(others)} && pip install --force-reinstall --no-deps {_pinned(stock)}",
+                f"package {package}", f"installed by {', '.join(others)} over or instead of {STOCK[package]}",
+                f"pip uninstall -y {' '.join(others)} && {_reinstall(STOCK[package])}",
             )  # fmt: skip
-    if not any(strange.values()):
-        yield ok("forks", f"none over {', '.join(strange)}")
+    if clean:
+        yield ok("forks", f"none over {', '.join(installed)}")
 
 
-def _pinned(name: str) -> str:
-    """The requirement of our distribution on ``name``, quoted for a shell; the bare name where it has none."""
-    from packaging.requirements import Requirement
-
+def _reinstall(name: str) -> str:
+    """The pip command for a distribution, in the range that this one requires."""
     try:
-        lines = metadata.requires(DISTRIBUTION) or []
+        requirement = _requirements().get(name)
     except metadata.PackageNotFoundError:
-        return name
-    return next((f'"{name}{r.specifier}"' for r in map(Requirement, lines) if r.name == name), name)
+        requirement = None
+    pinned = f'"{name}{requirement.specifier}"' if requirement else name
+    return f"pip install --force-reinstall --no-deps {pinned}"
 
 
 @dataclass(frozen=True)
 class Imports:
-    """What became of importing :data:`LIBRARIES`."""
+    """The result of importing :data:`LIBRARIES`."""
 
     problems: dict[str, str]
-    """library -> why it does not import; those that do are not in it"""
-    deadly: frozenset[str]
-    """libraries that end the process instead of raising; nothing here may import them"""
+    """library -> why it does not import"""
+    crashing: frozenset[str]
+    """libraries that end the process instead of raising; doctor must not import them"""
 
     def works(self, *names: str) -> bool:
         """Whether all of these import."""
@@ -125,47 +133,35 @@ class Imports:
 def try_imports() -> Imports:
     """Import the libraries in a process of their own: a build for another CPU ends it with a signal."""
     problems: dict[str, str] = {}
-    deadly: set[str] = set()
+    crashing: set[str] = set()
     left = list(LIBRARIES)
     while left:
         command = [sys.executable, "-c", _PROBE, *left]
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
         said = [json.loads(line) for line in result.stdout.splitlines()]
         problems |= {name: text for word, name, text in said if word == "failed"}
-        if not result.returncode:
+        if not (code := result.returncode):
             break
         name = said[-1][1] if said else left[0]
-        problems[name] = f"ends the process ({_ending(result.returncode)})"
-        deadly.add(name)
+        problems[name] = f"ends the process ({signal.Signals(-code).name if code < 0 else f'exit status {code}'})"
+        crashing.add(name)
         left = left[left.index(name) + 1 :]
-    return Imports(problems, frozenset(deadly))
+    return Imports(problems, frozenset(crashing))
 
 
 def libraries(imports: Imports) -> Findings:
-    """Whether the libraries import."""
+    """Report which libraries import."""
     for name in LIBRARIES:
-        if name in imports.problems:
-            yield error(f"import {name}", imports.problems[name], _repair(name))
-        else:
+        if name not in imports.problems:
             yield ok(f"import {name}", "works")
-
-
-def _ending(code: int) -> str:
-    import signal
-
-    return signal.Signals(-code).name if code < 0 else f"exit status {code}"
-
-
-def _repair(name: str) -> str:
-    stock = name.replace("_", "-")
-    if name in ("torchvision", "torchaudio"):
-        return f"It must be the release that belongs to torch: pip install --force-reinstall --no-deps {_pinned(stock)}"
-    return f"pip install --force-reinstall --no-deps {_pinned(stock)}"
+            continue
+        torchs = "It must be the release that belongs to torch: " if name in ("torchvision", "torchaudio") else ""
+        yield error(f"import {name}", imports.problems[name], f"{torchs}{_reinstall(name.replace('_', '-'))}")
 
 
 def hooks() -> Findings:
-    """Whether LLaMA-Factory is hooked in a process that imports torch, as ``llamafactory-cli`` does."""
-    import torch  # noqa: F401 (calls the entry point)
+    """Check that importing torch hooks LLaMA-Factory, as in ``llamafactory-cli``."""
+    import torch  # noqa: F401 (runs the entry point)
 
     from ...integration import bootstrap
     from ...integration.patching import require_hooks, versions

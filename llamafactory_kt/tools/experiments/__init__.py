@@ -1,4 +1,1 @@
-"""Looking at experts and running experiments: router statistics, batches, comparisons.
-
-Stands beside ``hooks/``: it loads chats through LLaMA-Factory's ``ChatModel`` and reads what ``experts/`` counts.
-"""
+"""Experiments with prompts: ``llamafactory-kt generate``, ``compare`` and ``stats``."""

@@ -1,4 +1,4 @@
-"""A file of answers that a killed run leaves usable: a line an answer, a batch at a time, continued by the next run."""
+"""The answer file of ``llamafactory-kt generate``: one line per answer, written batch by batch, so a killed run can continue."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from .generating import Answer
 
 
 class AnswerFile:
-    """JSON lines ``{"index", "key", "prompt", "answer", ...}``; ``key`` tells whether an answer is to this prompt, by
-    this configuration.
+    """JSON lines ``{"index", "key", "prompt", "answer", ...}``; ``key`` is a hash of the prompt and the configuration.
 
     Raises:
         KTDataError: The file has answers to other prompts or by another configuration, or is no file of answers.
@@ -28,15 +27,15 @@ class AnswerFile:
         self._prompts = {prompt.index: prompt for prompt in prompts}
         self._keys = {prompt.index: _key(prompt, config) for prompt in prompts}
         self.lines: dict[int, dict[str, Any]] = {} if overwrite else self._read()
-        """answers that are there, by index; errors are tried again"""
-        self._write_all()
+        """existing answers by index, without errors: these are tried again"""
+        self.sort()
 
     def _read(self) -> dict[int, dict[str, Any]]:
         if not self.path.is_file():
             return {}
         text = self.path.read_text(encoding="utf-8")
         kept = {}
-        for number, line in enumerate(text.split("\n")[:-1], start=1):  # what has no end of line was being written
+        for number, line in enumerate(text.split("\n")[:-1], start=1):  # a line without an end is torn
             try:
                 entry = json.loads(line)
                 index, key = entry["index"], entry["key"]
@@ -55,7 +54,7 @@ class AnswerFile:
         return kept
 
     def add(self, answers: list[Answer]) -> None:
-        """Append a batch; when this returns it is on the disk."""
+        """Append a batch and flush it to disk."""
         with self.path.open("a", encoding="utf-8") as file:
             for answer in answers:
                 self.lines[answer.index] = self._line(answer)
@@ -64,8 +63,9 @@ class AnswerFile:
             os.fsync(file.fileno())
 
     def sort(self) -> None:
-        """At the end: put the lines into the order of the prompts."""
-        self._write_all()
+        """Rewrite the file in the order of the prompts."""
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(_dump(self.lines[index]) for index in sorted(self.lines)), encoding="utf-8")
 
     def _line(self, answer: Answer) -> dict[str, Any]:
         prompt = self._prompts[answer.index]
@@ -81,10 +81,6 @@ class AnswerFile:
             "prompt_tokens": answer.prompt_tokens, "answer_tokens": answer.answer_tokens,
             "ms_per_token": round(answer.ms_per_token, 3), "finish_reason": answer.finish_reason,
         }  # fmt: skip
-
-    def _write_all(self) -> None:
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(_dump(self.lines[index]) for index in sorted(self.lines)), encoding="utf-8")
 
 
 def _dump(line: dict[str, Any]) -> str:

@@ -9,52 +9,49 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from math import exp, log
+from statistics import fmean
 from typing import Any
 
 from ...ground.errors import KTError
 from ...integration.prompts import Prompt
-from .measuring import Measured, Options, run_group
-from .plan import PARTS, Group, Variant, group_variants
+from .measuring import CompareOptions, VariantResult, run_group
+from .plan import PARTS, Variant, group_variants
 
 
-def compare(variants: Sequence[Variant], prompts: list[Prompt], options: Options) -> dict[str, Any]:
-    """Run all variants; the first is what the others are compared with.
+def compare_variants(variants: Sequence[Variant], prompts: list[Prompt], options: CompareOptions) -> dict[str, Any]:
+    """Run all variants; the first is the reference.
 
-    Each model gets a process of its own: kt-kernel gives memory back, and takes another number of threads, only then.
+    Each model gets its own process: only the end of a process frees kt-kernel's memory and lets it take another number
+    of threads.
 
     Returns:
-        What ``comparison.json`` holds.
+        The content of ``comparison.json``.
 
     Raises:
-        KTError: A configuration could not be loaded; nothing is reported then.
+        KTError: A configuration could not be loaded.
     """
-    measured: dict[str, Measured] = {}
+    results: dict[str, VariantResult] = {}
+    spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="llamafactory-kt-") as folder:
         for group in group_variants(variants):
-            for result in _in_own_process(group, prompts, options, folder, variants[0].name):
-                measured[result.name] = result
-    return _report(variants, prompts, [measured[variant.name] for variant in variants], options)
-
-
-def _in_own_process(
-    group: Group, prompts: list[Prompt], options: Options, folder: str, reference: str
-) -> list[Measured]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(run_group, group, prompts, options, folder, reference).result()
-        except BrokenProcessPool as error:
-            names = ", ".join(variant.name for variant in group.variants)
-            raise KTError(
-                f"The process that ran {names} was killed, most likely for memory; see what it printed last."
-            ) from error
+            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                try:
+                    found = pool.submit(run_group, group, prompts, options, folder, variants[0].name).result()
+                except BrokenProcessPool as error:
+                    names = ", ".join(variant.name for variant in group)
+                    raise KTError(
+                        f"The process that ran {names} was killed, most likely for memory; see what it printed last."
+                    ) from error
+            results |= {result.name: result for result in found}
+    return _report(variants, prompts, [results[variant.name] for variant in variants], options)
 
 
 def _report(
-    variants: Sequence[Variant], prompts: list[Prompt], measured: list[Measured], options: Options
+    variants: Sequence[Variant], prompts: list[Prompt], results: list[VariantResult], options: CompareOptions
 ) -> dict[str, Any]:
-    first = measured[0]
+    first = results[0]
     entries = []
-    for variant, result in zip(variants, measured, strict=True):
+    for variant, result in zip(variants, results, strict=True):
         rows = []
         for prompt, row, other in zip(prompts, result.rows, first.rows, strict=True):
             rows.append({
@@ -74,38 +71,33 @@ def _report(
         "first": first.name,
         "options": vars(options),
         "prompts": [{"index": p.index, "text": p.text, "reference": p.reference} for p in prompts],
-        "warnings": _warnings(variants, measured),
+        "warnings": _warnings(variants, results),
         "variants": entries,
     }
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    def mean(name: str) -> float | None:
-        values = [float(row[name]) for row in rows if row[name] is not None]
-        return sum(values) / len(values) if values else None
-
-    means = {name: mean(name) for name in ("same_as_first", "exact_match", "kl", "top1")}
+    means: dict[str, float | None] = {}
+    for name in ("same_as_first", "exact_match", "kl", "top1"):
+        values = [row[name] for row in rows if row[name] is not None]
+        means[name] = fmean(values) if values else None
     known = [row for row in rows if row["perplexity"] is not None]
     tokens = sum(row["reference_tokens"] for row in known)
     loss = sum(log(row["perplexity"]) * row["reference_tokens"] for row in known)
-    return {**means, "perplexity": exp(loss / tokens) if tokens else None}  # every token counts the same
+    return {**means, "perplexity": exp(loss / tokens) if tokens else None}  # every token has the same weight
 
 
-def _warnings(variants: Sequence[Variant], measured: list[Measured]) -> list[str]:
-    """Pairs that should differ, and give the same answers."""
+def _warnings(variants: Sequence[Variant], results: list[VariantResult]) -> list[str]:
+    """Name pairs of variants that should differ but give the same answers, and count failed answers."""
     found = []
-    for (earlier, one), (later, two) in itertools.combinations(zip(variants, measured, strict=True), 2):
+    for (earlier, one), (later, two) in itertools.combinations(zip(variants, results, strict=True), 2):
         texts = [[row.text for row in each.rows if not row.error] for each in (one, two)]
-        if _applied(earlier) == _applied(later) or texts[0] != texts[1] or not texts[0]:
+        if earlier.applied == later.applied or texts[0] != texts[1] or not texts[0]:
             continue
         if earlier.config.get("adapter_name_or_path") == later.config.get("adapter_name_or_path"):
-            why = ": what one of them has of the adapter and the other has not does not show in these answers."
+            why = ": the part of the adapter that only one of them has does not change these answers."
         else:
             why = ", although their adapters differ. Is the adapter live, and do the prompts concern what it was trained on?"
         found.append(f"{earlier.name} and {later.name} give the same answers to all {len(texts[0])} prompts{why}")
-    failed = sum(bool(row.error) for result in measured for row in result.rows)
+    failed = sum(bool(row.error) for result in results for row in result.rows)
     return [*found, *([f"{failed} answers failed; they are left out of the means."] if failed else [])]
-
-
-def _applied(variant: Variant) -> tuple[list[str], str]:
-    return variant.adapters, variant.part if variant.adapters else "off"

@@ -1,4 +1,4 @@
-"""Answering many prompts: in batches of similar length, padded on the left."""
+"""Answer many prompts, in left-padded batches of similar length."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Answer:
     text: str = ""
     prompt_tokens: int = 0
     answer_tokens: int = 0
-    """tokens generated, the end token included"""
+    """generated tokens, including the end token"""
     ms_per_token: float = 0.0
-    """time of the batch, prompt included, over its steps: what one waits for a token, however large the batch is"""
+    """time of the batch, including prefill, over its decoding steps: the wait for a token, whatever the batch size"""
     finish_reason: str = ""
-    """``stop``, or ``length`` if max_new_tokens cut it"""
+    """``stop``, or ``length`` if max_new_tokens ended it"""
     error: str = ""
     """why there is no answer; empty otherwise"""
     token_ids: list[int] = field(default_factory=list, repr=False)
@@ -42,29 +42,25 @@ class _Encoded:
 
 
 def generate(
-    chat: Mapping[str, Any] | str | Path | Any,
-    prompts: Iterable[Any],
-    *,
-    batch_size: int = 8,
-    seed: int | None = None,
+    chat: Mapping[str, Any] | str | Path | Any, prompts: Iterable[Any], *, batch_size: int = 8, seed: int | None = None,
     **generating: Any,
-) -> list[Answer]:
+) -> list[Answer]:  # fmt: skip
     """Answer prompts with LLaMA-Factory's template and generating arguments, in batches.
 
     Args:
         chat: a configuration (dictionary, or the path of a YAML file), or a LLaMA-Factory ``ChatModel``.
         prompts: texts, lists of messages (``role`` and ``content``), or rows in alpaca, sharegpt or openai form.
-        batch_size: prompts that are computed together.
-        seed: of sampling; None leaves torch's generator as it is.
-        generating: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``, ``top_k`` and the other arguments that
-            ``ChatModel.chat`` takes, in place of the configuration's.
+        batch_size: prompts per batch.
+        seed: for sampling; None leaves torch's generator as it is.
+        generating: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``, ``top_k`` and the other arguments of
+            ``ChatModel.chat``; they override the configuration's.
 
     Returns:
-        One :class:`Answer` a prompt, in their order. One whose generation failed has ``error``.
+        One :class:`Answer` per prompt, in the same order. If its generation failed, ``error`` says why.
 
     Raises:
         KTDataError: A prompt is malformed.
-        KTConfigError: A key is wrong, or batch_size.
+        KTConfigError: A key or batch_size is wrong.
 
     Example:
         >>> from llamafactory_kt import generate
@@ -80,14 +76,9 @@ def generate(
 
 
 def answer_all(
-    chat: LoadedChat,
-    prompts: Sequence[Prompt],
-    *,
-    batch_size: int = 8,
-    seed: int | None = None,
-    **generating: Any,
+    chat: LoadedChat, prompts: Sequence[Prompt], *, batch_size: int = 8, seed: int | None = None, **generating: Any
 ) -> Iterator[list[Answer]]:
-    """Batches of answers as they are done, the longest prompts first, so that what does not fit fails at once.
+    """Yield each batch of answers when it is done, the longest prompts first, so that too little memory shows at once.
 
     Prompts that cannot be used come first, as errors.
     """
@@ -101,7 +92,7 @@ def answer_all(
             if prompt.problem:
                 raise ValueError(prompt.problem)
             encoded.append(_Encoded(prompt, *chat.encode(prompt, **generating)))
-        except Exception as error:  # whatever a template makes of a row
+        except Exception as error:  # a template may raise anything
             failed.append(Answer(prompt.index, error=str(error)))
     if failed:
         yield failed
@@ -113,7 +104,7 @@ def answer_all(
 
 
 def _answer_safely(chat: LoadedChat, batch: list[_Encoded]) -> list[Answer]:
-    """A batch that fails is taken apart, so that only the prompts that fail by themselves have no answer."""
+    """Answer a batch; if it fails, answer its prompts one by one, so that only those that fail alone have no answer."""
     try:
         return _answer(chat, batch)
     except Exception as error:
@@ -133,9 +124,8 @@ def _answer(chat: LoadedChat, batch: list[_Encoded]) -> list[Answer]:
         mask[row, width - len(item.ids) :] = 1
     device = chat.model.device
     started = time.perf_counter()
-    output = chat.model.generate(inputs=ids.to(device), attention_mask=mask.to(device), generation_config=config)[
-        :, width:
-    ].cpu()
+    output = chat.model.generate(inputs=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+    output = output[:, width:].cpu()
     seconds = time.perf_counter() - started
     ends = set(config.eos_token_id)
     answers = []
@@ -145,10 +135,8 @@ def _answer(chat: LoadedChat, batch: list[_Encoded]) -> list[Answer]:
         text = tokenizer.decode(
             kept, skip_special_tokens=getattr(config, "skip_special_tokens", True), clean_up_tokenization_spaces=True
         )
-        answers.append(
-            Answer(
-                item.prompt.index, text, len(item.ids), len(kept), 1000 * seconds / max(1, output.shape[1]),
-                "length" if end is None else "stop", token_ids=kept,
-            )
-        )  # fmt: skip
+        answers.append(Answer(
+            item.prompt.index, text, len(item.ids), len(kept), 1000 * seconds / max(1, output.shape[1]),
+            "length" if end is None else "stop", token_ids=kept,
+        ))  # fmt: skip
     return answers

@@ -1,7 +1,7 @@
-"""What one variant of a comparison gives: answers, their speed, next-token distributions, perplexity.
+"""Measure the variants of a comparison: answers, their speed, next-token distributions, perplexity.
 
-The first variant of all is the reference. Its distributions are kept on the disk, for others are computed after its
-model is gone; theirs are along its answers, token by token.
+The first variant is the reference. The others are compared with its distributions along its answers. These are kept on
+disk, because the reference's model is unloaded before the others run.
 """
 
 from __future__ import annotations
@@ -11,35 +11,35 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from ...ground.errors import KTDataError
 from ...ground.machine import gib
 from ...integration.chat import LoadedChat
 from ...integration.prompts import Prompt
+from ..process_memory import peak_gpu_memory, resident_memory
 from .generating import Answer, answer_all
-from .plan import Group, Variant
+from .plan import Variant
 
 
 @dataclass(frozen=True)
-class Options:
+class CompareOptions:
     """How a comparison measures."""
 
     batch_size: int = 8
     kl_tokens: int = 64
-    """tokens of each of the reference's answers along which distributions are compared"""
+    """tokens of each reference answer along which distributions are compared"""
     seed: int = 0
 
 
 @dataclass
-class Row:
-    """One prompt, one variant."""
+class PromptResult:
+    """One prompt of one variant."""
 
     index: int
     text: str
@@ -48,72 +48,75 @@ class Row:
     kl: float | None = None
     """mean over tokens of KL(reference || this) of the next-token distributions, in nats"""
     top1: float | None = None
-    """share of tokens where both find the same token the likeliest"""
+    """share of tokens for which both have the same most likely token"""
     perplexity: float | None = None
-    """of the row's own answer"""
+    """of the prompt's own answer"""
     reference_tokens: int = 0
-    """tokens of the row's own answer"""
+    """tokens of the prompt's own answer"""
 
 
 @dataclass
-class Measured:
-    """One variant."""
+class VariantResult:
+    """All prompts of one variant."""
 
     name: str
-    rows: list[Row]
+    rows: list[PromptResult]
     load_seconds: float
-    """to load the model, or to exchange the adapter of one that was loaded"""
+    """to load the model, or to exchange the adapter of a loaded one"""
     seconds: float
     """to generate all answers"""
     memory: int
     """resident memory of the process afterwards, in bytes"""
     gpu_memory: int
-    """the most that torch had allocated on GPUs so far, in bytes"""
+    """peak memory that torch allocated on GPUs so far, in bytes"""
     notes: list[str] = field(default_factory=list)
 
 
-def run_group(group: Group, prompts: list[Prompt], options: Options, folder: str, reference: str) -> list[Measured]:
-    """Load the group's model once and measure its variants; called in a process of its own.
+def run_group(
+    group: list[Variant], prompts: list[Prompt], options: CompareOptions, folder: str, reference: str
+) -> list[VariantResult]:
+    """Load the model of a group once and measure its variants; called in its own process.
 
     Args:
+        group: variants that one loaded model can serve.
         folder: where the reference's distributions are, or will be.
         reference: name of the reference variant.
     """
-    return list(_measure_all(group, prompts, options, Path(folder), reference))
-
-
-def _measure_all(
-    group: Group, prompts: list[Prompt], options: Options, folder: Path, reference: str
-) -> Iterable[Measured]:
     started = time.perf_counter()
-    # The largest rank first, so that kernels are built with room for the others.
-    first = max(group.variants, key=_rank) if len(group.variants) > 1 else group.variants[0]
-    chat, current = LoadedChat.load(first.config), first if first.part == "on" else None
-    for variant in group.variants:
-        if current is None or _applied(variant) != _applied(current):
+    # Load the largest rank first, so that the kernels have room for the others.
+    first = max(group, key=_rank) if len(group) > 1 else group[0]
+    chat, current = LoadedChat.load(first.config), _adapter_state(first) if first.part == "on" else None
+    results = []
+    for variant in group:
+        if _adapter_state(variant) != current:
             _apply(chat.model, variant)
-        current = variant
+        current = _adapter_state(variant)
         ready = time.perf_counter() - started
-        yield _measure(chat, variant, prompts, options, folder, variant.name == reference, ready)
+        results.append(_measure(chat, variant, prompts, options, Path(folder), variant.name == reference, ready))
         started = time.perf_counter()
+    return results
 
 
 def _rank(variant: Variant) -> int:
     from ...adapters import open_adapters
 
-    adapters = open_adapters([str(Path(name).expanduser()) for name in variant.adapters])
+    adapters = open_adapters(_paths(variant))
     return max((adapters.rank(layer) for layer in adapters.layers), default=0)
 
 
-def _applied(variant: Variant) -> tuple[Any, ...]:
-    return (*variant.adapters, variant.part if variant.adapters else "off", variant.config.get("kt_lora_scope", "all"))
+def _paths(variant: Variant) -> list[str]:
+    return [str(Path(name).expanduser()) for name in variant.adapters]
+
+
+def _adapter_state(variant: Variant) -> tuple[Any, ...]:
+    return (*variant.applied, variant.config.get("kt_lora_scope", "all"))
 
 
 def _apply(model: Any, variant: Variant) -> None:
-    """Put the variant's adapters, or its part of them, in place of what the model has."""
+    """Replace the model's adapters by the variant's, or its part of them."""
     from ...apply import load_moe_lora_from_adapter, switch_adapter
 
-    paths = [str(Path(name).expanduser()) for name in variant.adapters]
+    paths = _paths(variant)
     whole = variant.part in ("on", "attention")
     switch_adapter(model, paths if whole and paths else None, variant.config.get("kt_lora_scope", "all"))
     if variant.part == "attention":
@@ -123,53 +126,51 @@ def _apply(model: Any, variant: Variant) -> None:
 
 
 def _measure(
-    chat: LoadedChat, variant: Variant, prompts: list[Prompt], options: Options, folder: Path, is_reference: bool,
-    load_seconds: float,
-) -> Measured:  # fmt: skip
+    chat: LoadedChat, variant: Variant, prompts: list[Prompt], options: CompareOptions, folder: Path,
+    is_reference: bool, load_seconds: float,
+) -> VariantResult:  # fmt: skip
     from tqdm import tqdm
 
     chat.set_generating(variant.generating)
     answers: dict[int, Answer] = {}
-    seconds = 0.0
+    started = time.perf_counter()
     with tqdm(total=len(prompts), unit="prompt", desc=variant.name) as bar:
-        started = time.perf_counter()
         for batch in answer_all(chat, prompts, batch_size=options.batch_size, seed=options.seed):
-            seconds += time.perf_counter() - started
             answers |= {answer.index: answer for answer in batch}
             bar.update(len(batch))
-            started = time.perf_counter()
+    seconds = time.perf_counter() - started
     rows = []
     for prompt in prompts:
         answer = answers[prompt.index]
-        rows.append(Row(prompt.index, answer.text, answer.error, answer.answer_tokens))
+        row = PromptResult(prompt.index, answer.text, answer.error, answer.answer_tokens)
         if prompt.reference and not answer.error:
-            rows[-1].perplexity, rows[-1].reference_tokens = perplexity(chat, prompt)
-    measured = Measured(
-        variant.name, rows, load_seconds, seconds, psutil.Process().memory_info().rss,
-        sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())),
-    )  # fmt: skip
+            row.perplexity, row.reference_tokens = perplexity(chat, prompt)
+        rows.append(row)
+    result = VariantResult(variant.name, rows, load_seconds, seconds, resident_memory(), peak_gpu_memory())
     if is_reference:
-        _keep(chat, prompts, answers, options.kl_tokens, folder)
-    _compare(chat, prompts, measured, folder)
-    return measured
+        _keep_distributions(chat, prompts, answers, options.kl_tokens, folder)
+    _compare_distributions(chat, prompts, result, folder)
+    return result
 
 
 @torch.inference_mode()
 def log_probs(chat: LoadedChat, ids: Sequence[int], count: int) -> torch.Tensor:
-    """Next-token log-probabilities of the last ``count`` of the tokens: [count, vocabulary], float32, on the CPU."""
+    """Next-token log-probabilities of the last ``count`` tokens: [count, vocabulary], float32, on the CPU."""
     tokens = torch.tensor([ids], device=chat.model.device)
     logits: torch.Tensor = chat.model(input_ids=tokens, logits_to_keep=count + 1).logits[0, -count - 1 : -1]
     return logits.float().log_softmax(-1).cpu()
 
 
 def perplexity(chat: LoadedChat, prompt: Prompt) -> tuple[float, int]:
-    """(perplexity of the row's own answer, its tokens with the template's end)."""
+    """(perplexity of the prompt's own answer, its tokens with the template's end)."""
     answer = chat.encode_reference(prompt)
     found = log_probs(chat, chat.encode(prompt)[0] + answer, len(answer))
     return math.exp(-float(found[range(len(answer)), answer].double().mean())), len(answer)
 
 
-def _keep(chat: LoadedChat, prompts: list[Prompt], answers: dict[int, Answer], limit: int, folder: Path) -> None:
+def _keep_distributions(
+    chat: LoadedChat, prompts: list[Prompt], answers: dict[int, Answer], limit: int, folder: Path
+) -> None:
     wanted = {index: answer.token_ids[:limit] for index, answer in answers.items() if not answer.error}
     size = sum(map(len, wanted.values())) * chat.model.config.get_text_config().vocab_size * 4
     if size > (free := shutil.disk_usage(folder).free):
@@ -184,11 +185,11 @@ def _keep(chat: LoadedChat, prompts: list[Prompt], answers: dict[int, Answer], l
             torch.save((tokens, found), folder / f"{prompt.index}.pt")
 
 
-def _compare(chat: LoadedChat, prompts: list[Prompt], measured: Measured, folder: Path) -> None:
+def _compare_distributions(chat: LoadedChat, prompts: list[Prompt], result: VariantResult, folder: Path) -> None:
     if (folder / "vocabulary").read_text() != _vocabulary(chat):
-        measured.notes.append("another vocabulary than the reference's: distributions are not compared")
+        result.notes.append("another vocabulary than the reference's: distributions are not compared")
         return
-    for prompt, row in zip(prompts, measured.rows, strict=True):
+    for prompt, row in zip(prompts, result.rows, strict=True):
         path = folder / f"{prompt.index}.pt"
         if path.is_file() and not row.error:
             tokens, wanted = torch.load(path, weights_only=True)
@@ -198,5 +199,6 @@ def _compare(chat: LoadedChat, prompts: list[Prompt], measured: Measured, folder
 
 
 def _vocabulary(chat: LoadedChat) -> str:
+    """A hash of the vocabulary."""
     content = [chat.model.config.get_text_config().vocab_size, sorted(chat.tokenizer.get_vocab().items())]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,11 +1,12 @@
-"""What a comparison runs: the variants that configurations, sweeps and ablations give, and which share a loaded model."""
+"""The variants of a comparison, from configurations, sweeps and ablations, and which of them share a loaded model."""
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,16 @@ PARTS = {
     "experts": "the adapter's routed experts only",
     "on": "the whole adapter",
 }
-_GENERATING = frozenset(
-    {
-        "do_sample", "temperature", "top_p", "top_k", "num_beams", "max_length", "max_new_tokens", "repetition_penalty",
-        "length_penalty", "skip_special_tokens",
-    }
-)  # fmt: skip
-"""LLaMA-Factory's GeneratingArguments"""
+_GENERATING = frozenset({
+    "do_sample", "temperature", "top_p", "top_k", "num_beams", "max_length", "max_new_tokens", "repetition_penalty",
+    "length_penalty", "skip_special_tokens",
+})  # fmt: skip
+"""the keys of LLaMA-Factory's GeneratingArguments"""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One column of a comparison."""
+    """One configuration of a comparison, with a part of its adapter."""
 
     name: str
     config: Mapping[str, Any]
@@ -44,25 +43,23 @@ class Variant:
         return [str(name).strip() for name in names]
 
     @property
+    def applied(self) -> tuple[list[str], str]:
+        """The adapters and their part; equal if two variants of one model have the same adapter weights."""
+        return self.adapters, self.part if self.adapters else "off"
+
+    @property
     def generating(self) -> dict[str, Any]:
-        """The keys that say how answers are generated."""
+        """The generating keys."""
         return {key: value for key, value in self.config.items() if key in _GENERATING}
 
 
-@dataclass
-class Group:
-    """Variants that one loaded model serves: only adapters and generating keys differ."""
-
-    variants: list[Variant] = field(default_factory=list)
-
-
 def plan_variants(paths: Sequence[Path], overrides: Sequence[str] = (), ablate: bool = False) -> list[Variant]:
-    """The variants of configurations, in order; the first one is what the others are compared with.
+    """Read configurations into variants, in order; the first one is the reference.
 
-    Lists under ``sweep:`` are multiplied out. With ``ablate``, a configuration gives four, from no adapter to all of it.
+    Lists under ``sweep:`` are multiplied out. With ``ablate``, each configuration gives one variant for each of :data:`PARTS`.
 
     Raises:
-        KTConfigError: A sweep is malformed, there is nothing to compare, or nothing to take apart.
+        KTConfigError: A sweep is malformed, there is nothing to compare, or no adapter to ablate.
     """
     variants = [variant for path in paths for variant in _sweep(path.stem, read_yaml(path, overrides))]
     if ablate:
@@ -71,13 +68,12 @@ def plan_variants(paths: Sequence[Path], overrides: Sequence[str] = (), ablate: 
         raise KTConfigError(
             "There is one configuration and nothing to compare it with; give more, a sweep, or --ablate."
         )
-    seen: dict[str, int] = {}
-    unique = []
-    for variant in variants:  # files of one name in several directories
-        seen[variant.name] = seen.get(variant.name, 0) + 1
-        name = variant.name if seen[variant.name] == 1 else f"{variant.name} ({seen[variant.name]})"
-        unique.append(Variant(name, variant.config, variant.part))
-    return unique
+    seen: Counter[str] = Counter()
+    for number, variant in enumerate(variants):  # files in several directories may have the same name
+        seen[variant.name] += 1
+        if (count := seen[variant.name]) > 1:
+            variants[number] = replace(variant, name=f"{variant.name} ({count})")
+    return variants
 
 
 def _sweep(name: str, config: dict[str, Any]) -> list[Variant]:
@@ -100,20 +96,20 @@ def _short(value: Any) -> str:
 def _ablate(variant: Variant) -> list[Variant]:
     if variant.config.get("kt_merge_adapter"):
         raise KTConfigError(
-            f"{variant.name}: --ablate takes the adapter apart, which a merged one is no more; remove kt_merge_adapter."
+            f"{variant.name}: --ablate takes the adapter apart, but a merged adapter has no parts; remove kt_merge_adapter."
         )
     if variant.config.get("use_kt") is not True or not variant.adapters or variant.config.get("kt_moe_lora_path"):
         raise KTConfigError(f"{variant.name}: --ablate needs use_kt: true and an adapter in adapter_name_or_path.")
     return [Variant(f"{variant.name}: {part}", variant.config, part) for part in PARTS]
 
 
-def group_variants(variants: Sequence[Variant]) -> list[Group]:
-    """Variants by the model that serves them, in order of first appearance."""
-    groups: dict[str, Group] = {}
+def group_variants(variants: Sequence[Variant]) -> list[list[Variant]]:
+    """Group variants that one loaded model can serve: only adapters and generating keys differ."""
+    groups: dict[str, list[Variant]] = {}
     for variant in variants:
         ignored = _GENERATING | ({"adapter_name_or_path", "kt_lora_scope"} if _can_switch(variant) else frozenset())
         key = json.dumps({k: v for k, v in variant.config.items() if k not in ignored}, sort_keys=True, default=str)
-        groups.setdefault(f"{_can_switch(variant)} {key}", Group()).variants.append(variant)
+        groups.setdefault(f"{_can_switch(variant)} {key}", []).append(variant)
     return list(groups.values())
 
 

@@ -1,4 +1,4 @@
-"""The report of a comparison as one file of HTML that needs no other, and no network."""
+"""The report of a comparison: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ class _Column:
     key: str
     title: str
     help: str
-    read: Callable[[dict[str, Any]], Any]
     form: Callable[[Any], str]
+
+    def read(self, variant: dict[str, Any]) -> Any:
+        """The variant's value, or None."""
+        value = variant["mean"][self.key] if self.key in variant["mean"] else variant[self.key]
+        return None if self.key == "gpu_memory" and not value else value
 
     def show(self, variant: dict[str, Any]) -> str:
         value = self.read(variant)
         return "-" if value is None else self.form(value)
 
 
-def _mean(key: str) -> Callable[[dict[str, Any]], Any]:
-    return lambda variant: variant["mean"][key]
-
-
 COLUMNS = (
-    _Column("same_as_first", "same answers", "share of answers equal to the first configuration's", _mean("same_as_first"), "{:.1%}".format),
-    _Column("kl", "KL", "mean divergence of the next-token distributions from the first configuration's, along its answers, in nats a token", _mean("kl"), "{:.4g}".format),
-    _Column("top1", "top-1 agreement", "share of those tokens where both find the same token the likeliest", _mean("top1"), "{:.1%}".format),
-    _Column("exact_match", "exact match", "share of answers equal to the prompts' own", _mean("exact_match"), "{:.1%}".format),
-    _Column("perplexity", "perplexity", "of the prompts' own answers, over all their tokens", _mean("perplexity"), "{:.4g}".format),
-    _Column("tokens_per_second", "tokens/s", "generated in batches, prompts included", lambda v: v["tokens_per_second"], "{:.1f}".format),
-    _Column("load_seconds", "ready after", "seconds to load the model, or to exchange the adapter of a loaded one", lambda v: v["load_seconds"], "{:.1f} s".format),
-    _Column("memory", "memory", "resident memory of the process after the answers; variants of one model share a process", lambda v: v["memory"], gib),
-    _Column("gpu_memory", "GPU memory", "the most that torch had allocated", lambda v: v["gpu_memory"] or None, gib),
+    _Column("same_as_first", "same answers", "share of answers equal to the first configuration's", "{:.1%}".format),
+    _Column("kl", "KL", "mean divergence of the next-token distributions from the first configuration's, along its answers, in nats per token", "{:.4g}".format),
+    _Column("top1", "top-1 agreement", "share of those tokens for which both have the same most likely token", "{:.1%}".format),
+    _Column("exact_match", "exact match", "share of answers equal to the prompts' own", "{:.1%}".format),
+    _Column("perplexity", "perplexity", "of the prompts' own answers, over all their tokens", "{:.4g}".format),
+    _Column("tokens_per_second", "tokens/s", "generated in batches, including prefill", "{:.1f}".format),
+    _Column("load_seconds", "ready after", "seconds to load the model, or to exchange the adapter of a loaded one", "{:.1f} s".format),
+    _Column("memory", "memory", "resident memory of the process after the answers; variants of one model share a process", gib),
+    _Column("gpu_memory", "GPU memory", "peak memory that torch allocated on GPUs", gib),
 )  # fmt: skip
 
 
 def shown_columns(data: dict[str, Any]) -> list[_Column]:
-    """Columns for which any variant has a value."""
+    """The columns for which any variant has a value."""
     return [column for column in COLUMNS if any(column.read(variant) is not None for variant in data["variants"])]
 
 
 def write_report(data: dict[str, Any], path: Path) -> None:
-    """Write what :func:`~llamafactory_kt.tools.experiments.comparing.compare` returned."""
+    """Write the result of :func:`~llamafactory_kt.tools.experiments.comparing.compare_variants` as HTML."""
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
 
@@ -63,21 +63,19 @@ def write_report(data: dict[str, Any], path: Path) -> None:
 
 
 def _plots(data: dict[str, Any]) -> dict[str, str]:
-    """Bars of every measure that differs between variants."""
+    """Title -> bar plot of each measure that differs between variants."""
     found = {}
     for column in shown_columns(data):
-        known = [(v["name"], column.read(v)) for v in data["variants"] if column.read(v) is not None]
-        if column.key in ("kl", "top1", "perplexity", "tokens_per_second") and len({value for _, value in known}) > 1:
-            names, values = zip(*known, strict=True)
-            figure = bars(names, {column.title: values}, column.title)
-            found[column.title] = data_uri(figure)
+        known = {v["name"]: column.read(v) for v in data["variants"] if column.read(v) is not None}
+        if column.key in ("kl", "top1", "perplexity", "tokens_per_second") and len(set(known.values())) > 1:
+            found[column.title] = data_uri(bars(list(known), list(known.values()), column.title))
     return found
 
 
 def _differences(data: dict[str, Any]) -> dict[str, list[str]]:
+    """Key -> its value in each configuration, for the keys that differ."""
     configs = [variant["config"] for variant in data["variants"]]
-    keys = dict.fromkeys(key for config in configs for key in config)
-    rows = {key: [str(config.get(key, "")) for config in configs] for key in keys}
+    rows = {key: [str(config.get(key, "")) for config in configs] for config in configs for key in config}
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
 
 

@@ -1,4 +1,4 @@
-"""Which experts a set of prompts uses: counted over all of them, and by a field of theirs."""
+"""``llamafactory-kt stats``: the experts that a set of prompts uses, in total and by a field of the prompts."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ Stats = dict[int, LayerStats]
 
 
 @dataclass
-class Usage:
-    """What was counted."""
+class ExpertUsage:
+    """The router statistics of a set of prompts."""
 
     prompts: int
     failed: list[Answer]
     total: Stats
     groups: dict[str, Stats]
-    """by the value of the field, in order of first appearance; empty without one"""
+    """by the field's value, in order of first appearance; empty without a field"""
     norms: dict[int, list[float]]
-    """layer -> ‖ΔW‖ per expert, of the adapter; empty without one"""
+    """layer -> ‖ΔW‖ of the adapter per expert; empty without an adapter"""
     num_layers: int
 
     def correlation(self, layer: int) -> float | None:
-        """Pearson's correlation between the tokens and ‖ΔW‖ of a layer's experts; None where either is constant."""
+        """Pearson's correlation between the tokens and ‖ΔW‖ of a layer's experts; None if either is constant."""
         pair = np.array([self.total[layer].counts, self.norms.get(layer, [0.0] * len(self.total[layer].counts))])
         if not pair.std(axis=1).all():
             return None
@@ -61,7 +61,7 @@ class Usage:
 
 
 def split_prompts(prompts: list[Prompt], field: str | None) -> dict[str, list[Prompt]]:
-    """Prompts by the value of a field of their rows, all under ``""`` without one.
+    """Group prompts by a field of their rows; without a field, all are under ``""``.
 
     Raises:
         KTDataError: A row has no such field.
@@ -79,8 +79,11 @@ def split_prompts(prompts: list[Prompt], field: str | None) -> dict[str, list[Pr
 def count_usage(
     config: Mapping[str, Any], prompts: list[Prompt], field: str | None = None, batch_size: int = 8,
     progress: Callable[[int], Any] = lambda done: None,
-) -> Usage:  # fmt: skip
+) -> ExpertUsage:  # fmt: skip
     """Answer all prompts with a configuration, and count what its routers choose.
+
+    Args:
+        progress: called with the number of prompts of each batch.
 
     Raises:
         KTConfigError: The configuration does not use KT experts, or is wrong.
@@ -102,13 +105,13 @@ def count_usage(
         raise KTDataError(
             f"none of the {len(prompts)} prompts could be answered; the first error is: {failed[0].error}"
         )
-    norms = {}
-    for wrapper in kt_state(chat.model).wrappers:
-        if lora := kt_state(chat.model).expert_adapters.read_layer(wrapper.layer_idx, wrapper.info.shape):
+    state, norms = kt_state(chat.model), {}
+    for wrapper in state.wrappers:
+        if lora := state.expert_adapters.read_layer(wrapper.layer_idx, wrapper.info.shape):
             norms[wrapper.layer_idx] = lora.norms().tolist()
     total = {layer: _sum([stats[layer] for stats in parts.values()]) for layer in next(iter(parts.values()))}
     layers = chat.model.config.get_text_config().num_hidden_layers
-    return Usage(len(prompts), failed, total, parts if field else {}, norms, layers)
+    return ExpertUsage(len(prompts), failed, total, parts if field else {}, norms, layers)
 
 
 def _sum(parts: list[LayerStats]) -> LayerStats:
@@ -119,8 +122,8 @@ def _sum(parts: list[LayerStats]) -> LayerStats:
     )  # fmt: skip
 
 
-def write_usage(usage: Usage, output: Path, title: str) -> None:
-    """``stats.json``, ``stats.csv``, a heat map for all and for each group, and ``experts_frequency.pt``.
+def write_usage(usage: ExpertUsage, output: Path, title: str) -> None:
+    """Write ``stats.json``, ``stats.csv``, heat maps of all prompts and of each group, and ``experts_frequency.pt``.
 
     Raises:
         KTAdapterError: The directory is not empty.
@@ -138,7 +141,7 @@ def write_usage(usage: Usage, output: Path, title: str) -> None:
         _write_frequency(usage, folder / "experts_frequency.pt")
 
 
-def _write_csv(usage: Usage, path: Path) -> None:
+def _write_csv(usage: ExpertUsage, path: Path) -> None:
     columns = ("group", "layer", "expert", "prompt_tokens", "answer_tokens", "prompt_weight", "answer_weight", "balance", "lora_norm")  # fmt: skip
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -154,13 +157,13 @@ def _write_csv(usage: Usage, path: Path) -> None:
                     ])  # fmt: skip
 
 
-def _write_frequency(usage: Usage, path: Path) -> None:
-    """The file that sglang-kt 0.7.2 reads with ``--kt-expert-placement-strategy frequency --init-expert-location FILE.pt``:
-    ``{"logical_count": int64 [1, num_layers, num_experts]}``, dense layers zero (``kt_ep_wrapper.py``)."""
+def _write_frequency(usage: ExpertUsage, path: Path) -> None:
+    """Write what sglang-kt 0.7.2 reads with ``--kt-expert-placement-strategy frequency --init-expert-location FILE.pt``:
+    ``{"logical_count": int64 [1, num_layers, num_experts]}``, zero for dense layers (``kt_ep_wrapper.py``)."""
     import torch
 
     sizes = {len(entry.counts) for entry in usage.total.values()}
-    if len(sizes) > 1:  # SGLang's tensor has one size for all layers
+    if len(sizes) > 1:  # SGLang's tensor has the same size for all layers
         return
     counts = torch.zeros(1, usage.num_layers, sizes.pop(), dtype=torch.int64)
     for layer, entry in usage.total.items():

@@ -1,6 +1,5 @@
-"""Do the experts in the engine compute what the checkpoint and the adapter say? Checked layer by layer on a loaded model."""
+"""``llamafactory-kt verify``: do a loaded model's experts compute what checkpoint and adapter say, layer by layer?"""
 
-from .layers import LayerResult, verify_layers
-from .states import Inputs, record_inputs
+from .layers import ExpertsInputs, LayerResult, record_inputs, verify_layers
 
-__all__ = ["Inputs", "LayerResult", "record_inputs", "verify_layers"]
+__all__ = ["ExpertsInputs", "LayerResult", "record_inputs", "verify_layers"]

@@ -1,7 +1,7 @@
-"""An engine's output against float32: how far they are apart, and whether that is within bounds.
+"""Compare an engine's output with float32, and judge the difference by bounds.
 
-The LoRA effect is a difference of two outputs, so it is seen through the rounding of both. What that takes from its cosine and
-its strength is allowed for by the rounding measured on the same rows without LoRA; an effect that drowns in it is not judged.
+The LoRA effect is the difference of two outputs, so it has the rounding errors of both. The bounds on its cosine and strength
+are relaxed by the rounding error measured on the same rows without LoRA. An effect smaller than that error is not judged.
 """
 
 from __future__ import annotations
@@ -16,34 +16,33 @@ from ...engines.bounds import Bounds
 
 @dataclass(frozen=True)
 class Comparison:
-    """An engine's output on some rows against float32."""
+    """An engine's output on some rows, compared with float32."""
 
     base: float
     """relative error without LoRA"""
     total: float
     """relative error with LoRA"""
     effect: float
-    """size of the effect of LoRA in float32, as a part of the output's; 0 where there is none"""
+    """norm of the LoRA effect in float32, relative to the output's; 0 without LoRA"""
     cosine: float | None
-    """between the two effects; None where there is none in float32"""
+    """between the engine's LoRA effect and float32's; None if float32 has none"""
     strength: float | None
-    """the engine's effect along the one in float32, 1 where they are equal"""
+    """the engine's effect projected on float32's; 1 if they are equal"""
     problem: str
-    """why it does not pass; empty where it does"""
+    """why it fails; empty if it passes"""
 
 
-def compare(
-    found: tuple[torch.Tensor, torch.Tensor],
-    wanted: tuple[torch.Tensor, torch.Tensor],
-    bounds: Bounds,
-    rounding: float = 0.0,
-) -> Comparison:
-    """Compare rows [N, H], each given as (without, with) LoRA.
+Outputs = tuple[torch.Tensor, torch.Tensor]
+"""(without LoRA, with LoRA), both [N, H]"""
 
-    Every row counts the same, whatever its norm: some tokens have hidden states a hundred times larger than others.
+
+def compare(found: Outputs, wanted: Outputs, bounds: Bounds, rounding: float = 0.0) -> Comparison:
+    """Compare an engine's outputs with float32's.
+
+    Every row has the same weight, whatever its norm: the hidden states of some tokens are far larger than others'.
 
     Args:
-        rounding: relative error of the engine's rounding, where more rows than these have told it.
+        rounding: relative rounding error of the engine, if it was measured on more rows than these.
     """
     norm = wanted[1].float().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     rows, size = norm.shape[0], found[0].numel()
@@ -52,7 +51,7 @@ def compare(
     total_error = float((total - total_wanted).norm() / math.sqrt(rows))
     effect, effect_wanted = total - base, total_wanted - base_wanted
     size_found, size_wanted = float(effect.norm()), float(effect_wanted.norm())
-    # Two outputs, each off by the rounding that was measured; at least by what rounding the result once takes.
+    # Both outputs have the measured rounding error, and at least that of rounding the result once.
     noise = 2 * max(min(base_error, bounds.relative), rounding, 2.0**-10) * float(base_wanted.norm())
     cosine = strength = None
     problem = ""
@@ -71,7 +70,7 @@ def compare(
         allowed = bounds.strength + 4 * ratio / math.sqrt(size)
         least = bounds.cosine / math.sqrt(1 + ratio**2)
         if allowed > 0.5:
-            pass  # smaller than the rounding of the output, which says nothing about it
+            pass  # the effect is smaller than the rounding error
         elif size_found <= max(noise, allowed * size_wanted) and abs(strength) <= allowed:
             problem = "the adapter's LoRA has no effect"
         elif cosine < least or abs(strength - 1) > allowed:

@@ -1,28 +1,38 @@
-"""One layer after the other: what its engine gives, and what it should."""
+"""Record what each layer's experts get for a prompt, and compare what the engine computes from it with float32."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ...engines.bounds import Bounds
 from ...model.state import KTState, kt_state
 from .compare import Comparison, compare
 from .reference import Reference
-from .states import Inputs
+
+
+@dataclass(frozen=True)
+class ExpertsInputs:
+    """The arguments of one experts module for a prompt of T tokens, on the CPU."""
+
+    hidden: torch.Tensor
+    """[T, H], in the model's dtype"""
+    index: torch.Tensor
+    """[T, K] int64"""
+    weights: torch.Tensor
+    """[T, K], float"""
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What was found in one layer."""
+    """The comparisons of one layer."""
 
     layer: int
     engine: str
     prompt: Comparison
-    """on the prompt's tokens, routed as the model's router did"""
+    """the prompt's tokens, routed as the model's router did"""
     experts: list[Comparison]
     """each expert alone, on one of the prompt's hidden states"""
 
@@ -33,8 +43,13 @@ class LayerResult:
         return max(range(len(self.experts)), key=key)
 
     @property
+    def worst(self) -> Comparison:
+        """The comparison of :attr:`worst_expert`."""
+        return self.experts[self.worst_expert]
+
+    @property
     def problem(self) -> str:
-        """Why the layer does not pass; empty where it does."""
+        """Why the layer fails; empty if it passes."""
         failed = [number for number, found in enumerate(self.experts) if found.problem]
         if not failed:
             return self.prompt.problem
@@ -42,30 +57,50 @@ class LayerResult:
         return f"{text} (and {len(failed) - 1} more experts)" if len(failed) > 1 else text
 
 
-def verify_layers(
-    model: Any, inputs: Mapping[int, Inputs], reference: Reference, bounds: Bounds | None = None
-) -> Iterator[LayerResult]:
-    """Check the layers that there are inputs for, while no generation runs.
+def record_inputs(model: Any, token_ids: Sequence[int]) -> dict[int, ExpertsInputs]:
+    """Run the model over a prompt once and keep the inputs of each layer's experts.
 
-    The engine's LoRA is taken away for the base and put back. Where it is merged into the weights, base and effect cannot
-    be told apart: both are then the whole.
+    Returns:
+        layer -> its inputs.
+    """
+    inputs: dict[int, ExpertsInputs] = {}
+
+    def keep(module: Any, arguments: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        given = {**dict(zip(names, arguments, strict=False)), **named}
+        inputs[module.layer_idx] = ExpertsInputs(*(given[name].detach().cpu().clone() for name in names))
+
+    handles = [wrapper.register_forward_pre_hook(keep, with_kwargs=True) for wrapper in kt_state(model).wrappers]
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([list(token_ids)], device=model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
+def verify_layers(model: Any, inputs: Mapping[int, ExpertsInputs], reference: Reference) -> Iterator[LayerResult]:
+    """Verify the layers in ``inputs``; no generation may run.
+
+    The engine's LoRA is removed to compute the base output, and put back. If it is merged into the weights, base and effect
+    cannot be told apart; both comparisons then use the merged output.
 
     Args:
         model: loaded with KT experts, its adapters applied.
-        inputs: from :func:`~llamafactory_kt.tools.verify.states.record_inputs`.
+        inputs: from :func:`record_inputs`.
     """
     state = kt_state(model)
     for wrapper in state.wrappers:
         if wrapper.layer_idx in inputs:
-            chosen = bounds or wrapper.engine.bounds
-            yield _verify(state, wrapper, inputs[wrapper.layer_idx], reference, chosen)
+            yield _verify(state, wrapper, inputs[wrapper.layer_idx], reference)
 
 
-def _verify(state: KTState, wrapper: Any, given: Inputs, reference: Reference, bounds: Bounds) -> LayerResult:
-    tokens = len(given.index)
-    alone = _each_alone(given, wrapper.num_experts)
-    hidden, index, weights = (torch.cat(pair) for pair in zip(_parts(given), _parts(alone), strict=True))
-    merged = state.merged is not None
+def _verify(state: KTState, wrapper: Any, given: ExpertsInputs, reference: Reference) -> LayerResult:
+    tokens, experts, bounds = len(given.index), wrapper.num_experts, wrapper.engine.bounds
+    alone = _each_alone(given, experts)
+    hidden, index = torch.cat([given.hidden, alone.hidden]), torch.cat([given.index, alone.index])
+    weights = torch.cat([given.weights.float(), alone.weights])
     with state.lock.exchange(), torch.inference_mode():
         with_lora = wrapper.engine.forward(hidden, index, weights)
         undo = wrapper.engine.set_lora(None)
@@ -75,29 +110,23 @@ def _verify(state: KTState, wrapper: Any, given: Inputs, reference: Reference, b
             undo()
     with torch.inference_mode():
         wanted = reference.compute(wrapper.layer_idx, hidden, index, weights)
-    if merged:
+    if state.merged is not None:
         wanted = wanted[1], wanted[1]
 
     def rows(part: slice, rounding: float = 0.0) -> Comparison:
         return compare((found[0][part], found[1][part]), (wanted[0][part], wanted[1][part]), bounds, rounding)
 
     prompt = rows(slice(0, tokens))
-    experts = [
-        rows(slice(row, row + 1), min(prompt.base, bounds.relative))
-        for row in range(tokens, tokens + wrapper.num_experts)
-    ]
-    return LayerResult(wrapper.layer_idx, wrapper.engine.name, prompt, experts)
+    rounding = min(prompt.base, bounds.relative)
+    each = [rows(slice(row, row + 1), rounding) for row in range(tokens, tokens + experts)]
+    return LayerResult(wrapper.layer_idx, wrapper.engine.name, prompt, each)
 
 
-def _parts(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return inputs.hidden, inputs.index, inputs.weights.float()
-
-
-def _each_alone(given: Inputs, experts: int) -> Inputs:
-    """A row for each expert, which gets weight 1, and the others in the row none: no prompt reaches all experts."""
+def _each_alone(given: ExpertsInputs, experts: int) -> ExpertsInputs:
+    """One row per expert: that expert has weight 1, the others in the row 0. No prompt reaches all experts."""
     tokens, top_k = given.index.shape
     numbers = torch.arange(experts)
     weights = torch.zeros(experts, top_k)
     weights[:, 0] = 1
     index = (numbers[:, None] + torch.arange(top_k)) % experts
-    return Inputs(given.hidden[numbers % tokens], index, weights)
+    return ExpertsInputs(given.hidden[numbers % tokens], index, weights)

@@ -1,6 +1,6 @@
-"""The arithmetic that engines are checked against: float32, one expert at a time, from the files and nothing else.
+"""The reference for engines: float32, one expert at a time, read from the files.
 
-It shares no code with the engines and nothing that they hold. Names of tensors are found by the same headers.
+It shares no code and no weights with the engines; only the lookup of tensor names is the same.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ...adapters import AdapterSet, ExpertLora
 from ...checkpoint.discovery import ExpertsModule
 from ...checkpoint.opening import open_checkpoint
 
-Expert = dict[str, torch.Tensor]
+ExpertWeights = dict[str, torch.Tensor]
 """``gate`` and ``up`` [I, H], ``down`` [H, I], float32"""
 
 
 class Reference:
-    """A checkpoint and the adapters that were applied to it.
+    """A checkpoint with its adapters.
 
     Args:
         directory: a local checkpoint in safetensors.
@@ -29,7 +29,7 @@ class Reference:
 
     Raises:
         KTPathError: There are no safetensors files.
-        KTModelError: The checkpoint is not one that can be read.
+        KTModelError: The checkpoint cannot be read.
         KTAdapterError: An adapter does not fit it.
     """
 
@@ -38,29 +38,31 @@ class Reference:
         self.modules: dict[int, ExpertsModule] = {module.layer: module for module in moe.experts}
         self.adapters = adapters
         adapters.check_fits(moe.shapes)
-        self._names, self._block = moe.layout.names(), moe.layout.block
+        self._block = moe.layout.block
+        names = moe.layout.names()
+        self._tensors = {m.layer: {place: name for name, place in names[m.name].items()} for m in moe.experts}
+        """layer -> (projection, expert), or (fused weight, None) -> tensor of the checkpoint"""
         self._files: dict[str, Path] = {}
         for file in moe.files:
             with safe_open(file, framework="pt") as handle:
                 self._files |= dict.fromkeys(handle.keys(), file)
 
     def lora(self, layer: int) -> ExpertLora | None:
-        """A layer's LoRA, read from the adapters' files."""
+        """Read a layer's LoRA from the adapters' files."""
         return self.adapters.read_layer(layer, self.modules[layer].shape)
 
     def compute(
         self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layer's experts give for the inputs of :meth:`~llamafactory_kt.engines.base.Engine.forward`.
+        """Compute a layer's experts; the arguments are those of :meth:`~llamafactory_kt.engines.base.Engine.forward`.
 
         Returns:
-            Without and with LoRA, both [T, H] float32.
+            The output without and with LoRA, both [T, H] float32.
         """
         x, scores, lora = hidden.float(), weights.float(), self.lora(layer)
         outs = torch.zeros_like(x), torch.zeros_like(x)
-        pieces = self._pieces(layer)
         for expert in index.unique().tolist():
-            base = self._read(layer, pieces, expert)
+            base = self._read(layer, expert)
             token, slot = torch.where(index == expert)
             share = scores[token, slot, None]
             outs[0].index_add_(0, token, share * _gated(base, x[token]))
@@ -68,12 +70,8 @@ class Reference:
             outs[1].index_add_(0, token, share * _gated(changed, x[token]))
         return outs
 
-    def _pieces(self, layer: int) -> dict[tuple[str, int | None], str]:
-        """(projection, expert), or (fused weight, None), -> tensor of the checkpoint."""
-        return {place: name for name, place in self._names[self.modules[layer].name].items()}
-
-    def _read(self, layer: int, pieces: dict[tuple[str, int | None], str], expert: int) -> Expert:
-        shape = self.modules[layer].shape
+    def _read(self, layer: int, expert: int) -> ExpertWeights:
+        shape, names = self.modules[layer].shape, self._tensors[layer]
 
         def stored(name: str, slice_of: int | None) -> torch.Tensor:
             with safe_open(self._files[name], framework="pt") as handle:
@@ -88,25 +86,25 @@ class Reference:
             factors = stored(scales, slice_of).repeat_interleave(self._block[0], 0).repeat_interleave(self._block[1], 1)
             return value * factors[: value.shape[0], : value.shape[1]]
 
-        if ("gate", expert) in pieces:
-            return {projection: tensor(pieces[projection, expert], None) for projection in ("gate", "up", "down")}
-        fused = {name: tensor(pieces[name, None], expert) for name in ("gate_up_proj", "down_proj")}
-        wanted = {
-            "gate_up_proj": (2 * shape.intermediate_size, shape.hidden_size),
-            "down_proj": (shape.hidden_size, shape.intermediate_size),
-        }
-        fused = {n: value if tuple(value.shape) == wanted[n] else value.T for n, value in fused.items()}
-        gate, up = fused["gate_up_proj"].chunk(2)
-        return {"gate": gate, "up": up, "down": fused["down_proj"]}
+        if ("gate", expert) in names:
+            return {projection: tensor(names[projection, expert], None) for projection in ("gate", "up", "down")}
+        gate_up, down = (tensor(names[fused, None], expert) for fused in ("gate_up_proj", "down_proj"))
+        hidden, intermediate = shape.hidden_size, shape.intermediate_size
+        if gate_up.shape != (2 * intermediate, hidden):
+            gate_up = gate_up.T
+        if down.shape != (hidden, intermediate):
+            down = down.T
+        gate, up = gate_up.chunk(2)
+        return {"gate": gate, "up": up, "down": down}
 
 
-def _gated(expert: Expert, x: torch.Tensor) -> torch.Tensor:
-    """``down(silu(gate x) * up x)``."""
+def _gated(expert: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
+    """``down(silu(gate x) * up x)``"""
     return F.linear(F.silu(F.linear(x, expert["gate"])) * F.linear(x, expert["up"]), expert["down"])
 
 
-def _merged(expert: Expert, lora: ExpertLora, number: int) -> Expert:
-    """The weights with ``scaling * B @ A`` added: the very matrix, where engines multiply by A and B apart."""
+def _merged(expert: ExpertWeights, lora: ExpertLora, number: int) -> ExpertWeights:
+    """The weights with ``scaling * B @ A`` added; engines multiply by A and B instead."""
     return {
         projection: weight
         + (lora.b[projection][number].float() * lora.scaling[projection][number].float())

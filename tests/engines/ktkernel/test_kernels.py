@@ -1,4 +1,4 @@
-"""kt-kernel's kernels, one layer at a time, against a float64 sum."""
+"""kt-kernel's kernels, one layer at a time, compared with a float64 sum."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from helpers.marks import needs_base_kernel, needs_kernel
 from helpers.references import rel
 
 from llamafactory_kt.adapters import ExpertsShape
+
+pytestmark = pytest.mark.usefixtures("worker_threads")
 
 
 @needs_kernel
@@ -35,7 +37,7 @@ def test_threads_take_turns_in_the_kernel():
 @pytest.mark.parametrize("shape", [ExpertsShape(5, 64, 96), ExpertsShape(6, 72, 40), ExpertsShape(4, 33, 7)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 16, 37])
 def test_the_base_kernel_against_float64(shape, tokens):
-    """Sizes it takes and sizes it would crash on; fewer, exactly and more tokens than a chunk."""
+    """Sizes it takes and sizes it would crash on; fewer tokens than a chunk, exactly as many, and more."""
     weights = layer(shape)
     engine = make_engine("AVX2BF16", shape, weights, rank=0)
     x, index, scores = batch(shape, tokens)
@@ -56,7 +58,7 @@ def test_int4_against_float64(shape, tokens):
 
 
 def compare(engine, weights, lora, shape, tokens, method):
-    """Base and whole against float64; the LoRA effect against the same base weights' effect."""
+    """The base and the whole are compared with float64, LoRA's effect with its effect on the same base weights."""
     x, index, scores = batch(shape, tokens)
     base = engine.forward(x, index, scores).double()
     engine.set_lora(lora)

@@ -1,4 +1,4 @@
-"""Models whose experts are read from packed files, and files that are wrong."""
+"""Models whose experts are read from packed files, and packed files that are wrong."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import json
 
 import pytest
 import torch
-from helpers.adapters import make_adapter
 from helpers.loading import answer, load
 from helpers.marks import needs_kernel
-from helpers.models import make_model
+from helpers.quantized import quantized_model
 from helpers.references import merged_float32, per_token
 
 from llamafactory_kt import KTModelError, KTPathError, apply_adapter, switch_adapter
 from llamafactory_kt.engines.ktkernel.packed_files import read_record
-from llamafactory_kt.tools.quantize import quantize_model
+from llamafactory_kt.model.state import kt_state
 
-pytestmark = needs_kernel
+pytestmark = [needs_kernel, pytest.mark.usefixtures("worker_threads")]
 
 
 # Errors on random weights, which have no outliers and no structure; LoRA is bf16 in all of them.
@@ -25,18 +24,13 @@ BOUNDS = {"AMXINT8": 0.03, "AMXINT4": 0.25}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    root = tmp_path_factory.mktemp("packed")
-    model = make_model(root / "model", "deepseek_v2")
-    adapter = make_adapter(root / "adapter", model, rank=4)
-    for method in ("int8", "int4"):
-        report = quantize_model(model, root / method, method)
-        assert (report.layers, report.kept) == (2, 0)
-    return root, model, adapter
+    return quantized_model(tmp_path_factory.mktemp("packed"))
 
 
 @pytest.mark.parametrize("method", BOUNDS)
 def test_a_model_on_packed_weights(files, method):
-    """From the files as from the checkpoint; with an adapter, near the float32 model; and used again by a second load."""
+    """The same as from the checkpoint; with an adapter, close to the float32 model; and a second load uses the files
+    again."""
     root, path, adapter = files
     weights = str(root / method[3:].lower())
     keys = {"backend": method, "adapter": str(adapter), "weight_path": weights}
@@ -53,8 +47,7 @@ def test_a_model_on_packed_weights(files, method):
     # the rest of the model is bf16 and the routers see other inputs, so a model's bound is wider than a layer's
     assert per_token(base.float(), float32[0]) < 3 * BOUNDS[method]
     assert per_token(whole.float(), float32[1]) < 3 * BOUNDS[method]
-    expected = model._kt_wrappers[0].engine.nbytes
-    assert expected < 0.6 * 3 * 6 * 128 * 128 * 2
+    assert kt_state(model).wrappers[0].engine.nbytes < 0.6 * 3 * 6 * 128 * 128 * 2
     switch_adapter(model, None)
     assert torch.equal(answer(model), base)
     del model
@@ -112,7 +105,7 @@ def test_packed_weights_that_are_wrong(files, packed, change, error, message):
 
 
 def test_weights_of_kt_kernels_own_converter(packed, files, kt_log):
-    """They have no record: what their names and sizes tell is checked."""
+    """They have no record, so only their names and sizes are checked."""
     for path in packed.glob("_layer_*/layer.json"):
         path.unlink()
     wanted = answer(load(files[1], backend="AMXINT8", weight_path=str(files[0] / "int8")))

@@ -1,27 +1,14 @@
-"""kt-kernel where it is missing, or was built for another CPU."""
+"""Where kt-kernel is missing or was built for another CPU."""
 
 from __future__ import annotations
 
 import sys
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
+from helpers.chats import chat_model
+from helpers.loading import load
 
-from llamafactory_kt import KTExpertsConfig
-
-
-def load(path, backend="torch", **keys):
-    config = KTExpertsConfig(backend=backend)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=config, **keys)
-
-
-def chat_model(path, **keys):
-    from llamafactory.chat import ChatModel
-
-    return ChatModel(
-        {"model_name_or_path": str(path), "template": "deepseek", "use_kt": True, "do_sample": False, **keys}
-    )
+from llamafactory_kt.model.state import kt_state
 
 
 def test_kernel_missing_or_made_for_another_cpu(demo, monkeypatch, tmp_path):
@@ -43,10 +30,10 @@ def test_kernel_missing_or_made_for_another_cpu(demo, monkeypatch, tmp_path):
     with pytest.raises(KTKernelError, match="kt-kernel is not installed or does not load"):
         chat_model(demo / "model", kt_backend="AMXBF16")
     with pytest.raises(KTKernelError, match="pip install kt-kernel"):
-        load(demo / "model", backend="AMXBF16")
+        load(demo / "model", "AMXBF16")
     with pytest.raises(KTKernelError, match="cannot pack int8 weights here: kt-kernel is not installed"):
         quantize_model(demo / "model", tmp_path / "packed", "int8")
     assert not (tmp_path / "packed").exists()
-    summary = load(demo / "model", backend="auto")._kt_summary
-    assert summary["engine"] == "oneDNN"
-    assert summary["reason"].startswith("AMXBF16 cannot run: kt-kernel is not installed")
+    state = kt_state(load(demo / "model"))
+    assert state.engine.name == "oneDNN"
+    assert state.reason.startswith("AMXBF16 cannot run: kt-kernel is not installed")

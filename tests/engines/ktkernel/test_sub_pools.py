@@ -1,4 +1,4 @@
-"""How many sub-pools kt-kernel gets."""
+"""The number of kt-kernel's sub-pools."""
 
 from __future__ import annotations
 

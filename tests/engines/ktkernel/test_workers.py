@@ -1,5 +1,8 @@
-"""Where kt-kernel's workers run, and sub-pools on two NUMA nodes, which divide each expert's intermediate size between them: with
-and without an adapter, against the float32 model. kt-kernel keeps one pool in a process, so each test has a process of its own."""
+"""Where kt-kernel's workers run, and sub-pools on two NUMA nodes, which divide each expert's intermediate size between
+them: with and without an adapter, compared with the float32 model.
+
+kt-kernel keeps one pool per process, so each test starts a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,13 @@ from helpers.references import merged_float32, per_token
 from llamafactory_kt.ground.machine import numa_nodes
 
 needs_two_nodes = pytest.mark.skipif(len(numa_nodes()) < 2, reason="this machine has one NUMA node")
-
-
 CHAT = """
 import json, os, sys
 import torch
 from helpers.loading import answer, load
 from llamafactory_kt import apply_adapter, switch_adapter
 from llamafactory_kt.engines.ktkernel.cpuinfer import worker_threads
+from llamafactory_kt.model.state import kt_state
 from llamafactory_kt.tools.quantize import quantize_model
 
 model, adapter, out, keys = *sys.argv[1:4], json.loads(sys.argv[4])
@@ -36,25 +38,19 @@ if keys["backend"] == "AMXINT8":
     quantize_model(model, keys["weight_path"], "int8", threads=2)
 loaded, _ = apply_adapter(load(model, adapter=adapter, **keys), adapter)
 whole = answer(loaded)
-if loaded._kt_merged is None:
+if kt_state(loaded).merged is None:
     switch_adapter(loaded, None)
 else:
     loaded = load(model, **keys)
 torch.save((answer(loaded), whole), out + "/answers")
 workers = [(node, sorted(os.sched_getaffinity(thread))) for thread, node in worker_threads()]
-print(json.dumps({"pools": loaded._kt_wrappers[0].engine._kernel.kind.packed.pools, "workers": workers}))
+print(json.dumps({"pools": kt_state(loaded).options.pools, "workers": workers}))
 """
-
-
 SFT_KERNELS = "AMXBF16", "AMXINT8", "AMXINT4"
-
-
 ENGINES = [
     *(pytest.param(name, marks=needs_kernel) for name in SFT_KERNELS),
     pytest.param("AVX2BF16", marks=needs_base_kernel),
 ]
-
-
 BOUNDS = {"AMXINT8": 0.09, "AMXINT4": 0.75}
 """of a whole model; others 0.05"""
 
@@ -67,8 +63,8 @@ def files(tmp_path_factory):
 
 
 def chat(files, out, backend, cpus, **keys):
-    """Answers near the float32 model's, of a process with that affinity. Gives its number of sub-pools, and the NUMA node and the
-    CPUs of each of its workers."""
+    """Run a process with this affinity and compare its answers with the float32 model's. Returns its number of sub-
+    pools, and the NUMA node and the CPUs of each worker."""
     model, adapter = files
     run = subprocess.run(
         [sys.executable, "-c", CHAT, model, adapter, out, json.dumps({"backend": backend, "cpus": sorted(cpus), **keys})],

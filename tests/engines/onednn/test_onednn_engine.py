@@ -1,4 +1,4 @@
-"""The oneDNN engine, one layer at a time, against a float64 sum."""
+"""The oneDNN engine, one layer at a time, compared with a float64 sum."""
 
 from __future__ import annotations
 
@@ -20,16 +20,29 @@ from llamafactory_kt.engines.onednn import schedule
 from llamafactory_kt.engines.onednn.engine import OneDNNEngine, sampled
 from llamafactory_kt.ground.paging import give_back_memory
 from llamafactory_kt.matmul import column_tiles, linear
-from llamafactory_kt.matmul.layouts import is_packed, unpack
 from llamafactory_kt.matmul.openmp import in_team
-from llamafactory_kt.tools.bench.process import resident_memory
+from llamafactory_kt.tools.process_memory import peak_resident_memory, resident_memory
+
+
+@pytest.fixture
+def placed(monkeypatch):
+    """The sizes of the weights that the engine packs."""
+    stock, sizes = onednn_engine.placing, set()
+
+    def placing(size, count, packed):
+        if packed:
+            sizes.add(size)
+        return stock(size, count, packed)
+
+    monkeypatch.setattr(onednn_engine, "placing", placing)
+    return sizes
 
 
 @needs_onednn
 @pytest.mark.parametrize(
     "packed", [set(), *(pytest.param({size}, marks=needs_bfloat16_kernels) for size in [(14, 33), (33, 7)])], ids=str
 )
-def test_onednn_with_weights_that_are_not_packed(monkeypatch, packed):
+def test_onednn_with_weights_that_are_not_packed(monkeypatch, placed, packed):
     monkeypatch.setattr(onednn_engine, "faster_packed", lambda sizes, sample: packed & set(sizes))
     shape = ExpertsShape(4, 33, 7)
     weights, lora, given = layer(shape), lora_for(shape, rank=5, scaling=3.2), batch(shape, 37)
@@ -37,13 +50,13 @@ def test_onednn_with_weights_that_are_not_packed(monkeypatch, packed):
     assert rel(engine.forward(*given), reference(weights, None, *given)) < 0.01
     engine.set_lora(lora)
     assert rel(engine.forward(*given), reference(weights, lora, *given)) < 0.01
-    assert {tuple(w.shape) for pair in engine._weights for w in pair if is_packed(w)} == packed
+    assert placed == packed
 
 
 @needs_onednn
 @pytest.mark.parametrize("packed", [set(), {(32, 48)}, {(48, 16)}], ids=str)
-def test_onednn_without_bfloat16_kernels(monkeypatch, packed):
-    """Experts with few rows, and with many, plain or in columns."""
+def test_onednn_without_bfloat16_kernels(monkeypatch, placed, packed):
+    """Experts with few and with many rows, plain or in column tiles."""
     pretend_no_bfloat16_kernels(monkeypatch)
     monkeypatch.setattr(onednn_engine, "faster_packed", lambda sizes, sample: packed & set(sizes))
     monkeypatch.setattr(column_tiles, "WIDTH", 16)
@@ -54,7 +67,7 @@ def test_onednn_without_bfloat16_kernels(monkeypatch, packed):
     rows = torch.bincount(index.flatten(), minlength=7)
     assert min(rows) < linear.FEW_ROWS < max(rows)
     engine = make_engine("oneDNN", shape, weights)
-    assert {tuple(unpack(w).shape) for pair in engine._weights for w in pair if is_packed(w)} == packed
+    assert placed == packed
     assert rel(engine.forward(x, index, scores), reference(weights, None, x, index, scores)) < 0.01
     engine.set_lora(lora)
     assert rel(engine.forward(x, index, scores), reference(weights, lora, x, index, scores)) < 0.01
@@ -63,7 +76,7 @@ def test_onednn_without_bfloat16_kernels(monkeypatch, packed):
 @needs_onednn
 @pytest.mark.parametrize("packed", [True, False])
 def test_onednn_without_bfloat16_kernels_rounds_nothing_between_products(monkeypatch, packed):
-    """Where every expert has many rows, and the caller takes float32."""
+    """Every expert has many rows, and the caller takes float32."""
     pretend_no_bfloat16_kernels(monkeypatch)
     monkeypatch.setattr(column_tiles, "WIDTH", 16)
     monkeypatch.setattr(onednn_engine, "faster_packed", lambda sizes, sample: {size for size in sizes if packed})
@@ -78,7 +91,7 @@ def test_onednn_without_bfloat16_kernels_rounds_nothing_between_products(monkeyp
 
 @pytest.fixture
 def two_threads():
-    """Tests beside each other have one each."""
+    """Tests that run in parallel have one thread each otherwise."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -90,12 +103,14 @@ def two_threads():
 @pytest.mark.parametrize("kept", [1, 30, 10**6])
 @pytest.mark.parametrize("alone", [True, False])
 def test_onednn_computes_experts_side_by_side(monkeypatch, two_threads, alone, kept, kernels):
-    """By threads of their own or all together; their results added up expert by expert, some at a time, and all at once."""
+    """Each thread an expert, or all threads together; results are added up one expert at a time, a few at a time, or
+    all at once."""
     if not kernels:
         pretend_no_bfloat16_kernels(monkeypatch)
     shape = ExpertsShape(7, 33, 8)
     monkeypatch.setattr(onednn_engine, "RESULTS", kept * 4 * shape.hidden_size)
     monkeypatch.setattr(schedule, "FEWEST_ROWS", 7)
+    # private: with so few parts, how many experts there are would decide
     monkeypatch.setattr(schedule, "_BUSY", 0.0 if alone else 2.0)
     weights, lora, (x, index, scores) = layer(shape), lora_for(shape, rank=5, scaling=3.2), batch(shape, 37)
     index[:30, 0] = 3  # most tokens choose this expert (some of them twice), and none the last one
@@ -115,7 +130,7 @@ MB = 2**20
 @needs_onednn
 @pytest.mark.parametrize("packed", [True, False])
 def test_onednn_takes_one_expert_at_a_time(packed, monkeypatch):
-    """On top of the weights there are an expert and those that are timed."""
+    """Loading takes no more than the weights, one expert, and the experts that are timed."""
     monkeypatch.setattr(onednn_engine, "faster_packed", lambda sizes, sample: {size for size in sample() if packed})
     shape, least = ExpertsShape(64, 1024, 1024), 384 * MB
     one = layer(ExpertsShape(1, 1024, 1024))
@@ -138,5 +153,5 @@ def test_onednn_takes_one_expert_at_a_time(packed, monkeypatch):
         pytest.skip(f"this system does not forget the most memory there was: {error}")
     before = resident_memory()
     engine = load()
-    assert least < resident_memory("VmHWM") - before < least + 4 * sampled(shape) * 6 * MB, "as MemoryNeed has it"
+    assert least < peak_resident_memory() - before < least + 4 * sampled(shape) * 6 * MB, "as MemoryNeed has it"
     assert engine.nbytes == least

@@ -1,4 +1,4 @@
-"""How the rows of experts are divided among threads, and who computes them."""
+"""How the experts' rows are divided among threads, and which threads compute them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llamafactory_kt.engines.onednn.schedule import Part, compute, parts, togeth
 
 
 def test_parts():
-    """Experts without rows have none, and those with many several of about as many rows."""
+    """Experts without rows get no part; experts with many rows get several parts of similar size."""
     assert parts([0, 3, 0, 1, 0], threads=2) == [Part(1, 0, 3), Part(3, 3, 4)]
     assert parts([90, 95, 160], threads=16) == [Part(0, 0, 90), Part(1, 90, 185), Part(2, 185, 265), Part(2, 265, 345)]
     assert [part.stop - part.start for part in parts([1000, 1, 47], threads=1)] == [250, 250, 250, 250, 1, 47]
@@ -38,11 +38,10 @@ def test_few_experts_are_computed_by_all_threads(monkeypatch, number, threads, a
         work()
 
     monkeypatch.setattr(schedule, "in_team", team)
-    some, computed = [Part(expert, expert, 2 * expert + 1) for expert in range(number)], []
-    monkeypatch.setattr(schedule, "_ROWS", 1)
+    some, computed = [Part(expert, 64 * expert, 64 * (2 * expert + 1)) for expert in range(number)], []
     compute(some, threads, lambda *given: computed.append(given))
     assert teams == [threads] * alone
     if alone:
         assert computed == [([part], 1) for part in reversed(some)], "the longest first"
     else:
-        assert computed == [(few, threads) for few in together(some, threads)]
+        assert computed == [(few, threads) for few in together(some, 64 * threads)]

@@ -1,4 +1,4 @@
-"""What goes wrong while an answer is made."""
+"""Errors while an answer is generated."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import openai
 import pytest
 from helpers.api import ask
 
+from llamafactory_kt.model.state import set_kt_state
+
 
 def test_what_goes_wrong_while_generating(tmp_path):
-    """The endpoint with an engine that breaks in the middle; the model itself cannot be made to."""
+    """The engine breaks in the middle of an answer, which the model itself cannot be made to do."""
     from fastapi.testclient import TestClient
     from llamafactory.api import app as module
 
@@ -26,10 +28,10 @@ def test_what_goes_wrong_while_generating(tmp_path):
             can_generate, name = True, None
             tokenizer = SimpleNamespace(encode=lambda text, **keys: [1])
             model = SimpleNamespace(
-                _kt_gate=True,
-                config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=9)),
+                config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=9))
             )
 
+    set_kt_state(Broken.engine.model, SimpleNamespace())
     http = TestClient(module.create_app(Broken()), raise_server_exceptions=False)
     client = openai.OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=http)
     with pytest.raises(openai.InternalServerError, match="RuntimeError: broken on purpose"):

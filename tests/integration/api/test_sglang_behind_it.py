@@ -17,8 +17,8 @@ from llamafactory_kt.serving.server import free_port
 
 
 def test_llamafactorys_own_api(standin):
-    """``llamafactory-cli api`` in front of SGLang: bad requests get status 400, ``n`` answers, and ``bench`` measures it
-    although it does not say how many tokens it made."""
+    """Bad requests get status 400, ``n`` gives several answers, and ``bench`` can measure it although it does not
+    report token counts."""
     path, _ = standin()
     port = free_port()
     env = {**os.environ, "API_PORT": str(port), "API_HOST": "127.0.0.1"}

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.api import ask
 from helpers.chats import EXPECTED, PROMPTS, config
-from helpers.pages import choose, choose_language, field, open_page, press, redrawn, serve, status
+from helpers.pages import ask, choose, choose_language, field, open_page, press, redrawn, serve, status
 from helpers.places import CHROMIUM
 
 
@@ -64,7 +63,8 @@ def test_webchat(browser, webchat, shots):
 
 
 def test_board(browser, board, demo, shots):
-    """A load that fails, one that works, and its answers; another language, another adapter; and nothing is left."""
+    """A load that fails; one that works, and its answers; another language, another adapter; and nothing is left after
+    unloading."""
     page = open_page(browser, board)
     page.get_by_role("tab", name="Chat").click()
     choose(page, "Model name", "Custom")
@@ -125,7 +125,7 @@ def test_board(browser, board, demo, shots):
 
 
 def test_board_left_while_it_loads(browser, board, demo):
-    """The load goes on, and the next page that asks for one follows it to its end."""
+    """The load goes on, and the next page that asks for one follows it to the end."""
     left, stayed = open_page(browser, board), open_page(browser, board)
     for page in (left, stayed):  # both before the load begins: it is over sooner than a page is filled in
         page.get_by_role("tab", name="Chat").click()
@@ -144,44 +144,3 @@ def test_board_left_while_it_loads(browser, board, demo):
     press(stayed, "卸载模型")
     status(stayed, "模型已卸载")
     stayed.close()
-
-
-class Board:
-    """LlamaBoard's Chat tab without a browser."""
-
-    def __init__(self, demo: Path):
-        import gradio
-        from llamafactory.webui.components import create_infer_tab, create_top
-        from llamafactory.webui.engine import Engine
-
-        with gradio.Blocks():
-            self.engine = Engine()
-            self.manager = self.engine.manager
-            self.manager.add_elems("top", create_top())
-            self.manager.add_elems("infer", create_infer_tab(self.engine))
-        self.chatter = self.engine.chatter
-        self.data = {element: getattr(element, "value", None) for element in self.manager.get_elem_list()}
-        self.set("top", lang="en", model_name="Custom", model_path=str(demo / "model"), template="deepseek")
-        self.set("infer", use_kt=True, kt_backend="torch", extra_args='{"do_sample": false}')
-
-    def set(self, tab: str, **values: Any) -> None:
-        self.data |= {self.manager.get_elem_by_id(f"{tab}.{name}"): value for name, value in values.items()}
-
-    def load(self) -> str:
-        return list(self.chatter.load_model(self.data))[-1]
-
-    def unload(self) -> str:
-        return list(self.chatter.unload_model(self.data))[-1]
-
-    def ask(self, prompt: str, **changes: Any) -> Iterator[Any]:
-        asked = {"max_new_tokens": 1024, "top_p": 0.7, "temperature": 0.95, "skip_special_tokens": True, **changes}
-        messages = [{"role": "user", "content": prompt}]
-        return self.chatter.stream([], messages, "en", "", "", None, None, None, *asked.values(), True, True)
-
-
-@pytest.fixture
-def tab(tmp_path, demo, monkeypatch) -> Iterator[Board]:
-    monkeypatch.chdir(tmp_path)  # LlamaBoard writes its settings there
-    board = Board(demo)
-    yield board
-    board.unload()

@@ -9,26 +9,24 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from llamafactory_kt.tools.bench.figures import Loaded, Machine, Measured, Report, Spread, ratio
+from llamafactory_kt.tools.bench.results import BenchMachine, BenchReport, ConfigResult, LoadStats, Spread, ratio
 from llamafactory_kt.tools.bench.tables import show
 
 GIB = 2**30
-
-
-LOADED = Loaded("torch; torch 2", 2.0, 1 * GIB, 4 * GIB, 5 * GIB, 2 * GIB, 500_000_000, 250_000_000, push=0.25)
-
-
+LOADED = LoadStats("torch; torch 2", 2.0, 1 * GIB, 4 * GIB, 5 * GIB, 2 * GIB, 500_000_000, 250_000_000, push=0.25)
 SLOW, FAST = [0.2, 0.4, 0.2], [0.1, 0.2, 0.05]
 
 
-def made_up() -> Report:
+def made_up() -> BenchReport:
     """In the second round the machine was twice as slow, and its memory too."""
     stock = replace(LOADED, engine="transformers", load=1.0, resident=3 * GIB, push=None)
-    return Report(
-        Machine("a CPU", 4, [50e9, 25e9, 50e9], checkpoint=8_000_000_000),
+    return BenchReport(
+        BenchMachine("a CPU", 4, [50e9, 25e9, 50e9], checkpoint=8_000_000_000),
         [
-            Measured("as configured", LOADED, [2.0, 6.0], {128: SLOW}, {128: SLOW}, [0.0, 0.9, 0.01], 6 * GIB, 7 * GIB),
-            Measured("stock", stock, [1.0, 2.0], {128: FAST}, {128: FAST}, [0.4, 0.3], 6 * GIB),
+            ConfigResult(
+                "as configured", LOADED, [2.0, 6.0], {128: SLOW}, {128: SLOW}, [0.0, 0.9, 0.01], 6 * GIB, 7 * GIB
+            ),
+            ConfigResult("stock", stock, [1.0, 2.0], {128: FAST}, {128: FAST}, [0.4, 0.3], 6 * GIB),
         ],
     )
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import pytest
 
 from llamafactory_kt import KTConfigError
-from llamafactory_kt.tools.bench.rows import rows
+from llamafactory_kt.tools.bench.configs import bench_configs
 
 CONFIG = {"model_name_or_path": "m", "adapter_name_or_path": "a", "use_kt": True, "kt_backend": "torch"}
 
 
-def test_rows():
-    found = {row.name: row for row in rows(CONFIG, ["stock", "kt_num_threads=4", "kt_debug=true", "base"])}
+def test_bench_configs():
+    found = {row.name: row for row in bench_configs(CONFIG, ["stock", "kt_num_threads=4", "kt_debug=true", "base"])}
     assert list(found) == ["as configured", "base", "stock", "kt_num_threads=4", "kt_debug=true"]
     assert found["as configured"].loaded_config == CONFIG and "adapter_name_or_path" not in found["base"].loaded_config
     assert found["stock"].loaded_config == {"model_name_or_path": "m"} and found["stock"].config == CONFIG
     assert found["kt_num_threads=4"].config["kt_num_threads"] == 4 and found["kt_debug=true"].config["kt_debug"] is True
-    assert [row.name for row in rows(CONFIG, base=False)] == ["as configured"]
-    assert [row.name for row in rows({"model_name_or_path": "m"})] == ["as configured"], "no adapter to leave out"
+    assert [row.name for row in bench_configs(CONFIG, base=False)] == ["as configured"]
+    assert [row.name for row in bench_configs({"model_name_or_path": "m"})] == ["as configured"], (
+        "no adapter to leave out"
+    )
     with pytest.raises(KTConfigError, match="unknown word 'fast', expected base, stock or key=value"):
-        rows(CONFIG, ["fast"])
+        bench_configs(CONFIG, ["fast"])

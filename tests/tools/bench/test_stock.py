@@ -9,16 +9,17 @@ from helpers.adapters import make_adapter
 from helpers.models import make_model
 from helpers.references import merged_float32
 from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llamafactory_kt import KTModelError
 from llamafactory_kt.adapters import open_adapters
 from llamafactory_kt.tools.bench import stock
-from llamafactory_kt.tools.bench.sizes import Sizes
-from llamafactory_kt.tools.bench.stock import BestExperts, merge_into
+from llamafactory_kt.tools.bench.memory import ModelBytes
+from llamafactory_kt.tools.bench.stock import FastestExperts, merge_into
 
 
 @torch.no_grad()
-def test_stock_with_the_adapter_merged(tmp_path):
+def test_stock_with_the_adapter_merged(tmp_path, monkeypatch):
     """The experts are the float32 sum rounded once, bit by bit; the rest is PEFT's merge in bfloat16."""
     model = make_model(tmp_path / "model", "deepseek_v2")
     adapters = [make_adapter(tmp_path / f"a{r}", model, rank=r, alpha=7, skip_layers=(r - 3,), seed=r) for r in (4, 5)]
@@ -38,9 +39,11 @@ def test_stock_with_the_adapter_merged(tmp_path):
         [n for n in found if "norm" not in n and "embed" not in n and "lm_head" not in n and "gate.weight" not in n]
     )
 
-    best = BestExperts(merged, [5, 9])
-    assert set(best.best) == {1, 5, 9} and set(best.best.values()) <= {"eager", "grouped_mm", "batched_mm"}
-    assert best._time("made for others", 5) is None, "an implementation that cannot run here is left out"
+    implementations = ALL_EXPERTS_FUNCTIONS.valid_keys()
+    monkeypatch.setattr(type(ALL_EXPERTS_FUNCTIONS), "valid_keys", lambda _: [*implementations, "made for others"])
+    best = FastestExperts(merged, [5, 9])
+    assert set(best.best) == {1, 5, 9}
+    assert set(best.best.values()) <= {"eager", "grouped_mm", "batched_mm"}, "without what cannot run here"
     best.best[5] = "batched_mm"
     best(5)
     assert merged.config._experts_implementation == "batched_mm"
@@ -58,7 +61,7 @@ def test_stock_that_a_gpu_does_not_hold(tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     ids = torch.arange(2, 20)[None]
     unlike = model(input_ids=ids).logits
-    sizes = Sizes.of(model)
+    sizes = ModelBytes.of(model)
 
     def dispatch(model, places, **_):
         assert places == {"lm_head": 0, "model": "cpu"}
@@ -71,7 +74,7 @@ def test_stock_that_a_gpu_does_not_hold(tmp_path, monkeypatch):
     assert {weight.is_meta for weight in merged.model.layers[1].mlp.experts.parameters()} == {True}
     logits = merged(input_ids=ids).logits
     assert torch.equal(logits, whole(input_ids=ids).logits) and not torch.equal(logits, unlike)
-    copied = Sizes.of(merged)
+    copied = ModelBytes.of(merged)
     assert copied.weights == sizes.weights and copied.others_per_token == sizes.others_per_token
     assert copied.experts_per_token == sizes.experts_per_token * 6 // 3, "all experts are copied, not only those chosen"
 
@@ -84,10 +87,12 @@ def test_a_slow_implementation_is_timed_once(monkeypatch, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model", "deepseek_v2"))
     calls: list[int] = []
     model.register_forward_pre_hook(lambda _, __, given: calls.append(given["input_ids"].shape[1]), with_kwargs=True)
-    assert BestExperts(model, [5])._time("eager", 5) > 0
-    assert calls[-3:] == [5, 5, 5]
+    with monkeypatch.context() as few:
+        few.setattr(type(ALL_EXPERTS_FUNCTIONS), "valid_keys", lambda _: [])
+        assert FastestExperts(model, [5]).best == {5: "eager", 1: "eager"}
+    assert calls == [5] * 3 + [1] * 9
     calls.clear()
-    monkeypatch.setattr(stock, "ENOUGH", 1e-9)
-    best = BestExperts(model, [5])
+    monkeypatch.setattr(stock, "TIME_LIMIT", 1e-9)
+    best = FastestExperts(model, [5])
     assert set(best.best) == {1, 5}
     assert calls == [5, 5, 5, 1, 1, 1], "once for each implementation, the slow ones too"

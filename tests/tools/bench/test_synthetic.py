@@ -12,8 +12,8 @@ from llamafactory_kt.adapters import open_adapters
 from llamafactory_kt.checkpoint.discovery import find_experts
 from llamafactory_kt.peft_side.split import check_peft_part
 from llamafactory_kt.tools.bench import synthetic
-from llamafactory_kt.tools.bench.shapes import Shape, parse_shape
-from llamafactory_kt.tools.bench.synthetic import Synthetic
+from llamafactory_kt.tools.bench.shapes import ModelShape, parse_shape
+from llamafactory_kt.tools.bench.synthetic import SyntheticModel
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from llamafactory_kt.tools.bench.synthetic import Synthetic
     ],
 )
 def test_synthetic_sizes_are_the_published_ones(name, parameters):
-    assert Synthetic.of(parse_shape(name)).weights.total == 2 * parameters
+    assert SyntheticModel.of(parse_shape(name)).weights.total == 2 * parameters
 
 
 def test_synthetic_names():
@@ -40,9 +40,9 @@ def test_synthetic_names():
             parse_shape(f"deepseek-v3:{wrong}")
 
 
-def tiny(architecture: str) -> Synthetic:
+def tiny(architecture: str) -> SyntheticModel:
     values = {key: value for key, value in ARCHITECTURES[architecture].items() if not key.endswith("token_id")}
-    return Synthetic.of(Shape("tiny-3", architecture, values))
+    return SyntheticModel.of(ModelShape("tiny-3", architecture, values))
 
 
 @pytest.mark.parametrize("architecture", ["deepseek_v2", "deepseek_v3", "mixtral", "qwen3_moe"])

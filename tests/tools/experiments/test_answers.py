@@ -1,4 +1,4 @@
-"""The file of answers, which a run that was killed goes on with."""
+"""The file of answers, which a run continues after it was killed."""
 
 from __future__ import annotations
 

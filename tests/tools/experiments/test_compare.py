@@ -1,4 +1,4 @@
-"""``llamafactory-kt compare``: what it measures against a direct computation with stock transformers, and its report."""
+"""``llamafactory-kt compare``: its measures against stock transformers, and its report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from llamafactory_kt import KTConfigError
 from llamafactory_kt.cli import app
 from llamafactory_kt.tools.experiments.comparing import _warnings
-from llamafactory_kt.tools.experiments.measuring import Measured, Row
+from llamafactory_kt.tools.experiments.measuring import PromptResult, VariantResult
 from llamafactory_kt.tools.experiments.plan import Variant, group_variants, plan_variants
 
 ROWS = [
@@ -96,7 +96,7 @@ def test_measures_against_stock_transformers(compared):
 
 
 def test_report_in_a_browser(compared):
-    """It opens without errors and without the network, and shows the numbers of the JSON."""
+    """It opens without errors and without the network, and shows the numbers of the JSON file."""
     playwright = pytest.importorskip("playwright.sync_api")
     if not CHROMIUM.is_file():
         pytest.skip(f"{CHROMIUM} is not installed")
@@ -136,7 +136,7 @@ def variants(tmp_path, *configs, **keys):
 
 
 def test_plan(tmp_path):
-    """Sweeps are multiplied out; adapters and generating keys share a model, everything else does not."""
+    """Sweeps are multiplied out. Variants that differ in adapters or generating keys share a model; others do not."""
     (tmp_path / "a").mkdir()
     adapter = str(tmp_path / "a")
     sweep = {"sweep": {"kt_num_threads": [1, 2], "adapter_name_or_path": [None, adapter]}, "do_sample": False}
@@ -147,7 +147,7 @@ def test_plan(tmp_path):
     ]  # fmt: skip
     assert [v.adapters for v in found] == [[], [adapter], [], [adapter], []]
     assert "sweep" not in found[0].config and "adapter_name_or_path" not in found[0].config
-    assert [[v.name[-1] for v in group.variants] for group in group_variants(found)] == [["l", "a", "1"], ["l", "a"]]
+    assert [[v.name[-1] for v in group] for group in group_variants(found)] == [["l", "a", "1"], ["l", "a"]]
     plain = variants(tmp_path, {"use_kt": False}, {"use_kt": False, "adapter_name_or_path": adapter})
     assert len(group_variants(plain)) == 2, "adapters of stock chats cannot be exchanged"
     assert [v.part for v in variants(tmp_path, {"adapter_name_or_path": adapter}, ablate=True)] == [
@@ -174,7 +174,7 @@ def test_plans_that_make_no_sense(tmp_path, config, keys, message):
 
 def test_an_adapter_without_effect_is_called_out():
     def measured(name, *texts):
-        return Measured(name, [Row(i, text, "", 1) for i, text in enumerate(texts)], 0, 1, 1, 0)
+        return VariantResult(name, [PromptResult(i, text, "", 1) for i, text in enumerate(texts)], 0, 1, 1, 0)
 
     base, adapter = Variant("base", {}), Variant("tuned", {"adapter_name_or_path": "a"})
     [warning] = _warnings([base, adapter], [measured("base", "x", "y"), measured("tuned", "x", "y")])

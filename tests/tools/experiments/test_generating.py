@@ -1,4 +1,5 @@
-"""Answering prompts in batches: equal to single answers, resumed after a kill, and what fails costs only itself."""
+"""Answering prompts in batches: the answers equal single ones, a run can be resumed, and a failure costs only its own
+prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +19,6 @@ from llamafactory_kt import KTConfigError, KTDataError, generate
 from llamafactory_kt.cli import app
 from llamafactory_kt.integration.chat import LoadedChat
 from llamafactory_kt.integration.prompts import make_prompts
-from llamafactory_kt.tools.experiments import generating
 
 TEXTS = ["Hello, who are you?", "什么是 LoRA？", "Tell me a joke.", "你好，请介绍一下你自己。", "什么是混合专家模型？"]
 
@@ -39,8 +39,8 @@ def chat_model(config):
 
 
 def test_batched_answers_equal_single_ones(chat_model, config):
-    """Against LLaMA-Factory's own chat, one at a time. In bfloat16 a tie may go the other way; ties are counted, and each
-    must be one: the two tokens' logits differ by no more than bfloat16's step."""
+    """Compared with LLaMA-Factory's own chat, one prompt at a time. In bfloat16 a tie may go the other way: ties are
+    counted, and each must be one, with logits that differ by no more than bfloat16's step."""
     texts = [*TEXTS, *(f"{text} {text}" for text in TEXTS)]
     single = [chat_model.chat([{"role": "user", "content": text}])[0] for text in texts]
     batched = generate(chat_model, texts, batch_size=4)
@@ -63,7 +63,7 @@ def test_batched_answers_equal_single_ones(chat_model, config):
 
 
 def test_padding_has_no_part_in_answers(tmp_path):
-    """A random model in float32, which has no ties: every token of the batch is the token of the single answer."""
+    """A random model in float32, which has no ties: every token equals the single answer's token."""
     from llamafactory.chat import ChatModel
 
     path = make_model(tmp_path / "model", "qwen3_moe", dtype=torch.float32)
@@ -88,14 +88,16 @@ def test_python(chat_model):
 
 
 def test_a_batch_that_fails_costs_only_the_prompt_that_fails(chat_model, monkeypatch):
-    real = generating._answer
+    model, tokenizer = chat_model.engine.model, chat_model.engine.tokenizer
+    stock = model.generate
 
-    def failing(chat, batch):
-        if any("joke" in item.prompt.text for item in batch):
+    def failing(*args, **keys):
+        ids = next(value for value in (*args, *keys.values()) if isinstance(value, torch.Tensor))
+        if any("joke" in text for text in tokenizer.batch_decode(ids)):
             raise RuntimeError("too long")
-        return real(chat, batch)
+        return stock(*args, **keys)
 
-    monkeypatch.setattr(generating, "_answer", failing)
+    monkeypatch.setattr(model, "generate", failing)
     answers = generate(chat_model, TEXTS, max_new_tokens=3, batch_size=5)
     assert [bool(a.error) for a in answers] == [False, False, True, False, False]
     assert answers[2].error == "RuntimeError: too long"
@@ -111,7 +113,7 @@ def write(tmp_path, config, rows):
 
 
 def test_resumed_after_a_kill(tmp_path, config):
-    """Killed after the first batches of a real run; what they answered is not computed again."""
+    """A real run is killed after its first batches; their answers are not computed again."""
     words = write(
         tmp_path, config, [{"id": f"q{n}", "instruction": f"{text} {n}"} for n in range(12) for text in TEXTS]
     )
@@ -134,8 +136,8 @@ def test_resumed_after_a_kill(tmp_path, config):
 
 
 def test_lines_that_are_malformed(tmp_path, config):
-    """They become errors of their lines, the others are answered; the exit code tells. Nothing is loaded for a second run
-    that has nothing to do."""
+    """They give errors in their own lines, the others are answered, and the exit code tells. A second run with nothing
+    to do loads nothing."""
     rows = [{"instruction": TEXTS[0]}, "{not json", {"messages": "no list"}, "", {"instruction": TEXTS[2]}]
     words = write(tmp_path, config, rows)
     result = CliRunner().invoke(app, [*words[:2], "max_new_tokens=4", *words[2:]])

@@ -1,4 +1,4 @@
-"""``llamafactory-kt stats``: the files it writes tell the same as the counts, which other tests compare with stock routers."""
+"""``llamafactory-kt stats``: its files agree with the counts, which other tests compare with stock routers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``llamafactory-kt verify``: does every layer compute what checkpoint and adapter say?"""
+"""``llamafactory-kt doctor`` and ``verify``: what prevents a chat here, and do its experts compute the right thing?"""
 
 from __future__ import annotations
 
@@ -20,33 +20,62 @@ from ..ground.errors import KTConfigError, name_some
 if TYPE_CHECKING:
     from ..tools.verify import LayerResult
 
+_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 PROMPT = (
     "Explain in a few sentences what a mixture of experts is, and give one example. 请用中文再说一遍，并举一个例子。 "
     "Then write a Python function that adds 17 and 25."
 )
+_OVERRIDES = typer.Argument(None, metavar="[KEY=VALUE]...", help="Keys that replace the YAML's.")
+_JSON = typer.Option(False, "--json", help="Print JSON.")
+
+
+def doctor(
+    config: Path = typer.Argument(None, help="Also check this YAML for llamafactory-cli chat."),
+    overrides: list[str] = _OVERRIDES,
+    as_json: bool = _JSON,
+) -> None:
+    """Check packages, hooks, CPU, memory, GPU and environment variables; with a YAML also model, adapter and their fit."""
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")  # its warnings are findings already
+    from ..tools.doctor import Status, diagnose
+
+    with contextlib.redirect_stdout(sys.stderr):  # LLaMA-Factory logs to stdout
+        findings = diagnose(config, overrides or ())
+    count: dict[str, Any] = {status.value: sum(finding.status is status for finding in findings) for status in Status}
+    if as_json:
+        content = {**count, "findings": [asdict(finding) for finding in findings]}
+        typer.echo(json.dumps(content, ensure_ascii=False, indent=2))
+    else:
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for finding in findings:
+            colour = _COLOURS[finding.status]
+            text = escape(finding.text) + (f"\n[bold]→[/] {escape(finding.advice)}" if finding.advice else "")
+            table.add_row(f"[{colour}]{finding.status}[/]", escape(finding.subject), text)
+        console = Console()
+        console.print(table)
+        console.print(f"{count[Status.ERROR]} error(s), {count[Status.WARNING]} warning(s)", highlight=False)
+    if count[Status.ERROR]:
+        raise typer.Exit(1)
 
 
 def verify(
     config: Path = typer.Argument(..., help="YAML for llamafactory-cli chat."),
-    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Keys that replace the YAML's."),
-    layers: str = typer.Option(
-        None, help="Layers to check, for example 1,3-5; default: all with routed experts.", show_default=False
-    ),
+    overrides: list[str] = _OVERRIDES,
+    layers: str = typer.Option(None, help="Layers to check, for example 1,3-5; default: all with routed experts."),
     prompt: str = typer.Option(PROMPT, help="The text whose hidden states are used.", show_default=False),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    as_json: bool = _JSON,
 ) -> None:
     """Load the model as a chat would, and compare each layer's experts with float32 arithmetic from the files."""
     with contextlib.redirect_stdout(sys.stderr):  # LLaMA-Factory logs to stdout
         results, skipped, merged = _verify(config, overrides or [], layers, prompt)
     failed = [result for result in results if result.problem]
-    worst = max(results, key=lambda result: (bool(result.problem), _farthest(result)))
+    worst = max(results, key=lambda result: (bool(result.problem), max(result.prompt.total, result.worst.total)))
     if as_json:
         content = {"passed": not failed, "worst_layer": worst.layer, "layers": [_to_dict(result) for result in results]}
         typer.echo(json.dumps(content, ensure_ascii=False, indent=2))
     else:
-        _show(results, worst, skipped)
+        _show(results, failed, worst, skipped)
         if merged:
-            typer.echo("The adapter is merged into the weights: compared as a whole, its effect is not seen apart.")
+            typer.echo("The adapter is merged into the weights: compared as a whole, without its separate effect.")
     if failed:
         raise typer.Exit(1)
 
@@ -66,7 +95,7 @@ def _verify(
 
     chat = LoadedChat.load_yaml(config, overrides)
     reference = Reference(chat.checkpoint, chat.adapters)
-    wanted = _numbers(layers, list(reference.modules))
+    wanted = _parse_layers(layers, list(reference.modules))
     ids, _ = chat.encode(Prompt(0, messages=[{"role": "user", "content": prompt}]))
     inputs = record_inputs(chat.model, ids)
     chosen = {layer: inputs[layer] for layer in wanted}
@@ -76,10 +105,10 @@ def _verify(
     return results, len(chosen) < len(inputs), merged
 
 
-def _numbers(text: str | None, known: list[int]) -> list[int]:
-    """``1,3-5`` as numbers.
+def _parse_layers(text: str | None, known: list[int]) -> list[int]:
+    """Parse ``--layers``; None means all.
 
-    >>> _numbers("1,3-5", [1, 2, 3, 4, 5])
+    >>> _parse_layers("1,3-5", [1, 2, 3, 4, 5])
     [1, 3, 4, 5]
     """
     if text is None:
@@ -97,10 +126,6 @@ def _numbers(text: str | None, known: list[int]) -> list[int]:
     return sorted(numbers)
 
 
-def _farthest(result: LayerResult) -> float:
-    return max(result.prompt.total, result.experts[result.worst_expert].total)
-
-
 def _to_dict(result: LayerResult) -> dict[str, Any]:
     return {
         "layer": result.layer,
@@ -108,32 +133,26 @@ def _to_dict(result: LayerResult) -> dict[str, Any]:
         "passed": not result.problem,
         "problem": result.problem or None,
         "prompt": asdict(result.prompt),
-        "worst_expert": {"expert": result.worst_expert, **asdict(result.experts[result.worst_expert])},
+        "worst_expert": {"expert": result.worst_expert, **asdict(result.worst)},
     }
 
 
-def _show(results: list[LayerResult], worst: LayerResult, skipped: bool) -> None:
+def _show(results: list[LayerResult], failed: list[LayerResult], worst: LayerResult, skipped: bool) -> None:
     console = Console()
     table = Table("layer", "base", "with LoRA", "effect", "strength", "cosine", "expert", "error", "", padding=(0, 1))
     for result in results:
-        found, expert = result.prompt, result.experts[result.worst_expert]
-        table.add_row(
-            str(result.layer),
-            f"{found.base:.4f}",
-            f"{found.total:.4f}" if found.strength is not None else "-",
-            f"{found.effect:.3g}" if found.strength is not None else "none",
-            f"{found.strength:.3f}" if found.strength is not None else "-",
-            f"{found.cosine:.4f}" if found.cosine is not None else "-",
-            str(result.worst_expert),
-            f"{expert.total:.4f}",
-            "[bold red]wrong[/]" if result.problem else "[green]right[/]",
-        )
+        found = result.prompt
+        lora = ["-", "none", "-"]
+        if found.strength is not None:
+            lora = [f"{found.total:.4f}", f"{found.effect:.3g}", f"{found.strength:.3f}"]
+        cosine = f"{found.cosine:.4f}" if found.cosine is not None else "-"
+        mark = "[bold red]wrong[/]" if result.problem else "[green]right[/]"
+        expert = [str(result.worst_expert), f"{result.worst.total:.4f}"]
+        table.add_row(str(result.layer), f"{found.base:.4f}", *lora, cosine, *expert, mark)
     console.print(table)
-    for result in results:
-        if result.problem:
-            console.print(f"layer {result.layer}: {escape(result.problem)}", highlight=False, soft_wrap=True)
-    failed = sum(bool(result.problem) for result in results)
-    verdict = f"{failed} of {len(results)} layers are wrong" if failed else f"All {len(results)} layers are right"
+    for result in failed:
+        console.print(f"layer {result.layer}: {escape(result.problem)}", highlight=False, soft_wrap=True)
+    verdict = f"{len(failed)} of {len(results)} layers are wrong" if failed else f"All {len(results)} layers are right"
     more = " (others were not asked for)" if skipped else ""
     console.print(
         f"{verdict}{more}; engine {worst.engine}; worst: layer {worst.layer}.", highlight=False, soft_wrap=True

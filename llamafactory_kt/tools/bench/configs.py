@@ -1,4 +1,4 @@
-"""Which configurations a bench measures."""
+"""The configurations that a bench measures."""
 
 from __future__ import annotations
 
@@ -13,59 +13,58 @@ _ADAPTER_KEYS = ("adapter_name_or_path", "kt_moe_lora_path")
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchConfig:
     """One configuration to measure."""
 
     name: str
     config: dict[str, Any]
-    """of LLaMA-Factory, for chatting"""
+    """LLaMA-Factory's keys for a chat"""
     stock: bool = False
-    """by stock transformers with the adapter merged, whatever the configuration says of KT"""
+    """stock transformers with the adapter merged; ``use_kt`` and the ``kt_*`` keys are ignored"""
 
     @property
     def loaded_config(self) -> dict[str, Any]:
-        """What LLaMA-Factory gets. Stock's has neither KT nor an adapter, which is merged after the load."""
+        """The keys that LLaMA-Factory loads. Stock loads the base model without KT; its adapter is merged afterwards."""
         if not self.stock:
             return self.config
-        return {k: v for k, v in without_adapter(self.config).items() if k != "use_kt" and not k.startswith("kt_")}
+        return {k: v for k, v in _without_adapter(self.config).items() if k != "use_kt" and not k.startswith("kt_")}
 
 
-def without_adapter(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of the base model."""
+def _without_adapter(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _ADAPTER_KEYS}
 
 
-def rows(config: Mapping[str, Any], against: Sequence[str] = (), *, base: bool = True) -> list[Row]:
-    """The configuration, the same without its adapter if it has one, and one row for each word of ``against``.
+def bench_configs(config: Mapping[str, Any], against: Sequence[str] = (), *, base: bool = True) -> list[BenchConfig]:
+    """The configuration, the same without its adapter if it has one, and one more for each word of ``against``.
 
     Args:
         against: ``base``, ``stock``, or ``key=value``.
-        base: whether the row without the adapter is wanted.
+        base: whether to measure the base model too.
 
     Raises:
         KTConfigError: A word is none of these.
     """
-    found = [Row(CONFIGURED, dict(config))]
+    found = [BenchConfig(CONFIGURED, dict(config))]
     words = [BASE] if base and any(config.get(key) for key in _ADAPTER_KEYS) else []
     for word in dict.fromkeys([*words, *against]):
         if word == BASE:
-            found.append(Row(word, without_adapter(config)))
+            found.append(BenchConfig(word, _without_adapter(config)))
         elif word == STOCK:
-            found.append(Row(word, dict(config), stock=True))
+            found.append(BenchConfig(word, dict(config), stock=True))
         elif "=" in word:
-            found.append(Row(word, {**config, **overrides([word])}))
+            found.append(BenchConfig(word, {**config, **parse_overrides([word])}))
         else:
             raise KTConfigError(f"--against: unknown word {word!r}, expected base, stock or key=value.")
     return found
 
 
-def overrides(words: Sequence[str]) -> dict[str, Any]:
-    """The keys and values of ``key=value`` words; values are YAML.
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Parse ``key=value`` words; values are YAML.
 
     Raises:
-        KTConfigError: A word is none.
+        KTConfigError: A word has no ``=``.
 
-    >>> overrides(["kt_num_threads=4", "kt_backend=AMXINT4"])
+    >>> parse_overrides(["kt_num_threads=4", "kt_backend=AMXINT4"])
     {'kt_num_threads': 4, 'kt_backend': 'AMXINT4'}
     """
     import yaml

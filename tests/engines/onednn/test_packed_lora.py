@@ -1,4 +1,4 @@
-"""An expert's LoRA as the oneDNN engine holds it."""
+"""An expert's LoRA as the oneDNN engine multiplies it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 from helpers.experts import lora_for
 
 from llamafactory_kt.adapters import ExpertsShape
-from llamafactory_kt.engines.onednn.lora import HeldLora, lora_size
+from llamafactory_kt.engines.onednn.lora import PackedLora, lora_size
 
 
 def test_against_each_experts_change_of_its_weights():
-    """With ΔW in float64."""
+    """Compared with ΔW in float64."""
     shape = ExpertsShape(9, 40, 24)
     lora = lora_for(shape, rank=5, scaling=3.2)
-    held = HeldLora(lora)
-    assert held.nbytes == lora_size(shape, rank=5), "as MemoryNeed has it"
-    for expert, (a, b, down_a, down_b) in enumerate(held.each):
+    packed = PackedLora(lora)
+    assert packed.nbytes == lora_size(shape, rank=5), "as MemoryNeed has it"
+    for expert, (a, b, down_a, down_b) in enumerate(packed.each):
         assert {factor.dtype for factor in (a, b, down_a, down_b)} == {torch.float32}
         for found, projections in (
             (a.double() @ b.double(), ("gate", "up")),

@@ -1,4 +1,4 @@
-"""``llamafactory-cli api`` with the official ``openai`` client: answers, one at a time and many at once, and the server's end."""
+"""``llamafactory-cli api`` with the official ``openai`` client."""
 
 from __future__ import annotations
 
@@ -6,15 +6,33 @@ import asyncio
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import openai
 import psutil
 import pytest
 from helpers.api import ask, serving
 from helpers.chats import EXPECTED, PROMPTS, config
+from helpers.marks import FASTEST
 from helpers.models import make_model
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, demo) -> Iterator[str]:
+    """The address of a server with the demo's adapter, which handles four requests at a time."""
+    directory = tmp_path_factory.mktemp("server")
+    keys = {"kt_backend": FASTEST, "kt_num_threads": None, "adapter_name_or_path": str(demo / "adapter")}
+    with serving(config(directory, demo, **keys), directory / "log", MAX_CONCURRENT="4") as (address, _):
+        yield address
+
+
+@pytest.fixture
+def client(server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=120)
+
 
 QUESTIONS = [*EXPECTED][:8]
 
@@ -53,7 +71,7 @@ def test_stop(client, stream):
 
 
 def test_eight_clients_at_once_get_what_they_get_alone(server, client):
-    """Half of them stream. The server answers four at a time, the kernel one."""
+    """Half of them stream. The server handles four requests at a time, the kernel one."""
     alone = [ask(client, question).choices[0].message.content for question in QUESTIONS]
     assert len(set(alone)) == len(QUESTIONS) == 8
 
@@ -73,7 +91,7 @@ def test_eight_clients_at_once_get_what_they_get_alone(server, client):
 
 
 def ends(process: subprocess.Popen, log: Path) -> None:
-    """SIGTERM ends the server at once, without a word of complaint and with nothing left behind."""
+    """SIGTERM ends the server at once, without complaints and without leaving anything behind."""
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     status, text = process.wait(60), log.read_text()
@@ -84,8 +102,9 @@ def ends(process: subprocess.Popen, log: Path) -> None:
 
 
 def test_one_worker(tmp_path, demo):
-    """A model that goes on and on, one request at a time: who comes after one that left is answered; eight at once are all
-    answered, as they are alone; and the end comes in the middle of two answers, one of which waits for the other."""
+    """A model whose answers never end, one request at a time. A client that comes after one that left gets its answer;
+    eight at once get the answers they get alone; and the server ends during two answers, one of which waits for the
+    other."""
     model = make_model(tmp_path / "model", "deepseek_v2", max_position_embeddings=100_000)
     path = config(tmp_path, demo, model_name_or_path=str(model), kt_backend="torch", kt_num_threads=None)
     log = tmp_path / "log"
@@ -117,3 +136,62 @@ def test_one_worker(tmp_path, demo):
             ends(process, log)
             with pytest.raises(openai.InternalServerError, match="The server is shutting down"):
                 whole.result()
+
+
+MESSAGES = [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"messages": []}, "Invalid length"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "Invalid role"),
+        ({"messages": MESSAGES * 2}, "Only supports u/a/u/a/u"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0] has no content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0] has no content"),
+        ({"max_tokens": 10**9}, "The model's context has 1024 tokens; the messages take"),
+        ({"messages": [{"role": "user", "content": "word " * 3000}]}, "The model's context has 1024 tokens"),
+        ({"max_tokens": -1}, "max_tokens: -1 is not 1 or more"),
+        ({"max_tokens": -(10**400)}, "max_tokens: -1000"),
+        ({"temperature": -1, "top_p": 2}, "temperature: -1.0 is not 0 or more. top_p: 2.0 is not above 0"),
+        ({"n": 0}, "n: 0 is not between 1 and 128"),
+        ({"n": 10**6}, "n: 1000000 is not between"),
+        ({"presence_penalty": -1}, "presence_penalty: -1.0 is not"),
+    ],
+)
+def test_bad_requests(client, keys, named, stream):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{"model": "any", "messages": MESSAGES, "stream": stream, **keys})
+    assert named in caught.value.body["message"]
+    assert caught.value.param in {None, *keys} and caught.value.type == "invalid_request_error"
+    assert (caught.value.code == "context_length_exceeded") == ("context" in named)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "body: JSON decode error"),
+        (b'{"model": "\xff\xfe", "messages": []}', "error parsing the body"),
+        (b'{"model": "any", "messages": [{"role": "user", "content": "\\ud800"}]}', "not Unicode"),
+        (b'{"model": "any", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature: nan"),
+        (b"[" * 100_000, "error parsing the body"),
+        (b"", "Field required"),
+        (b'{"model": "any"}', "messages: Field required"),
+        (b"[1]", "body: "),
+        (b'{"messages": 3}', "model: Field required; messages: Input should be a valid list"),
+    ],
+)
+def test_requests_that_are_no_requests(server, client, content, said):
+    answer = httpx.post(f"{server}/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and said in error["message"], answer.text
+    assert error["type"] == "invalid_request_error" and error.keys() == {"message", "type", "param", "code"}
+
+
+def test_the_server_lives(server, client):
+    """It still answers after all these requests, also to a path that does not exist."""
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("none")
+    assert caught.value.body["message"] == "Not Found"
+    assert ask(client, PROMPTS[2]).choices[0].message.content == EXPECTED[PROMPTS[2]]["adapter"]

@@ -1,0 +1,71 @@
+"""``llamafactory-kt convert``, ``merge`` and ``quantize``: adapters and checkpoints into other forms."""
+
+from __future__ import annotations
+
+import logging
+from enum import StrEnum
+from pathlib import Path
+
+import typer
+
+_MODEL = typer.Option(..., help="Checkpoint directory (safetensors).")
+
+
+class Format(StrEnum):
+    """Layouts of an output directory."""
+
+    peft = "peft"
+    kt_bundle = "kt-bundle"
+    sglang = "sglang"
+    sglang_merged = "sglang-merged"
+
+
+def convert(
+    input: Path = typer.Option(..., help="Adapter directory, or its tensor file."),
+    output: Path = typer.Option(..., help="moe_lora.pt, a .safetensors file, or a directory (with --format)."),
+    config: Path = typer.Option(None, help="adapter_config.json; default: the one beside the input."),
+    lora_alpha: float = typer.Option(None, help="lora_alpha where no adapter_config.json gives one (32 by default)."),
+    format: Format = typer.Option(None, help="Layout of an output directory."),
+    verbose: bool = typer.Option(False, "--verbose", help="Log details."),
+) -> None:
+    """Convert an adapter's routed-expert LoRA, for SGLang, kt-kernel or PEFT."""
+    level = logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(level=level, format="%(levelname)s:%(name)s:%(message)s", force=True)
+    from ..tools.convert import convert_peft_to_kt_format
+
+    convert_peft_to_kt_format(input, output, lora_alpha, config, format.value if format else None)
+
+
+def merge(
+    model: Path = _MODEL,
+    adapter: Path = typer.Option(..., help="Adapter directory, any layout."),
+    output: Path = typer.Option(..., help="Directory to write; must not exist or be empty."),
+) -> None:
+    """Merge attention, dense, shared-expert, router and routed-expert LoRA; stock transformers loads the result."""
+    from ..tools.merge import merge_adapter
+
+    report = merge_adapter(model, adapter, output)
+    typer.echo(
+        f"Wrote {report.output}: {report.tensors} tensors in {report.files} file(s), {report.merged} of them changed; "
+        f"merged {report.adapter_tensors} of {report.adapter_tensors} adapter tensors."
+    )
+
+
+def quantize(
+    model: Path = _MODEL,
+    output: Path = typer.Option(..., help="Directory for kt_weight_path; complete layers in it are kept."),
+    method: str = typer.Option("int8", help="int8 or int4."),
+    threadpool_count: int = typer.Option(
+        None,
+        min=1,
+        help="NUMA sub-pools, the kt_threadpool_count of later chats; default: one per NUMA node.",
+    ),
+    threads: int = typer.Option(None, min=1, help="Worker threads; default: the physical cores."),
+) -> None:
+    """Pack the routed experts with kt-kernel, layer by layer, for kt_weight_path; continues an interrupted run."""
+    from ..ground.machine import gib
+    from ..tools.quantize import quantize_model
+
+    report = quantize_model(model, output, method, pools=threadpool_count, threads=threads)
+    kept = f", {report.kept} were there already" if report.kept else ""
+    typer.echo(f"{report.output}: {report.layers} layers packed as {report.method}{kept}; {gib(report.nbytes)} in all.")

@@ -1,0 +1,91 @@
+"""From names in a checkpoint or an adapter to names in a model, by transformers' own rules.
+
+transformers 5.6 has no public function for this. ``transformers.conversion_mapping`` and ``transformers.core_model_loading``
+are used here alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..ground.errors import KTModelError
+from ..ground.internals import SWITCH, Internal
+
+INTERNAL = Internal("transformers-names", "transformers", ">=5.6,<5.7")
+
+
+def _conversion_rules(model: Any, **options: bool) -> list[Any]:
+    if not INTERNAL.usable:
+        raise KTModelError(
+            f"Names in checkpoints are mapped by rules of transformers {INTERNAL.versions}; another version is installed, or {SWITCH} "
+            "switches this off."
+        )
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    rules: list[Any] = get_model_conversion_mapping(model, **options)
+    return rules
+
+
+class Target(NamedTuple):
+    """What transformers makes of one tensor of a checkpoint."""
+
+    name: str
+    """parameter of the model"""
+    operations: list[str]
+    """class names of the conversions on the way, such as ``MergeModulelist``; empty for a tensor that is only renamed"""
+    source: int
+    """which of the converter's sources the tensor is, counted from 0"""
+
+
+class CheckpointNames:
+    """The names of a model's checkpoints.
+
+    Args:
+        model: empty or loaded, with the parameters that the checkpoint fills.
+    """
+
+    def __init__(self, model: Any):
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        rules = _conversion_rules(model)
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._by_pattern = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
+        self._prefix, self._state = model.base_model_prefix, model.state_dict()
+
+    def renamed(self, name: str) -> str:
+        """The parameter that the checkpoint's tensor is, or its own name where it is converted on the way."""
+        target = self.target(name)
+        return name if target.operations else target.name
+
+    def target(self, name: str) -> Target:
+        """Where the checkpoint's tensor goes."""
+        from transformers.core_model_loading import rename_source_key
+
+        target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+        if pattern is None:
+            return Target(target, [], 0)
+        rule = self._by_pattern[pattern]
+        return Target(target, [type(each).__name__ for each in rule.operations], rule.source_patterns.index(pattern))
+
+
+class ModuleNames:
+    """The names of a model's modules, in an adapter trained with this or an older transformers."""
+
+    def __init__(self, model: Any):
+        from transformers.core_model_loading import WeightRenaming
+
+        rules = _conversion_rules(model, add_legacy=False)
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self.known = {name for name, _ in model.named_modules()}
+
+    def find(self, module: str) -> str | None:
+        """The model's module of that name, also by an old name (Mixtral's ``block_sparse_moe``) or without ``model.``."""
+        if module in self.known:
+            return module
+        renamed = f"{module}.weight"
+        for rule in self._renamings:
+            renamed, _ = rule.rename_source_key(renamed)
+        renamed = renamed.removesuffix(".weight")
+        candidates = (renamed, f"model.{renamed}", renamed.removeprefix("model."))
+        return next((candidate for candidate in candidates if candidate in self.known), None)

@@ -1,0 +1,144 @@
+"""Bytes that a model's weights take: in its checkpoint, in CPU memory, for each token; and whether all configurations fit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ...checkpoint.discovery import ExpertsModule, find_experts
+from ...checkpoint.opening import weight_files
+from ...engines.registry import AUTO, find_engine
+from ...ground.errors import KTMemoryError
+from ...ground.machine import available_memory, gib
+from ...ground.tensor_files import SafetensorsStore
+from ...model.state import has_kt_experts, kt_state
+from ...peft_side.split import non_expert_nbytes
+from .configs import BenchConfig
+from .results import BANDWIDTH_BUFFER
+
+PROCESS_OVERHEAD = 2**29
+"""bytes that a process takes besides the weights: torch, transformers, buffers, a conversation"""
+
+
+class CheckpointBytes(NamedTuple):
+    """Bytes of a checkpoint's tensors."""
+
+    experts: int
+    """routed experts"""
+    others: int
+    layer: int
+    """the largest layer's experts, which a load holds beside the packed ones"""
+
+    @property
+    def total(self) -> int:
+        """All tensors."""
+        return self.experts + self.others
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, int]) -> CheckpointBytes:
+        """Add up tensors, by their names in the checkpoint."""
+        layers: Counter[str] = Counter()
+        for name, size in sizes.items():
+            before, experts, _ = name.partition(".experts.")
+            layers[before if experts else ""] += size
+        others = layers.pop("", 0)
+        return cls(layers.total(), others, max(layers.values(), default=0))
+
+
+def checkpoint_bytes(model: str) -> CheckpointBytes | None:
+    """Read a local checkpoint's headers; None if there is no local checkpoint."""
+    files = weight_files(model)
+    if not files:
+        return None
+    return CheckpointBytes.of({name: info.nbytes for name, info in SafetensorsStore(files[0], files).infos.items()})
+
+
+def check_fit(configs: Sequence[BenchConfig], weights: CheckpointBytes, gpu_memory: int) -> dict[str, int]:
+    """Check that all configurations fit into CPU memory together.
+
+    Args:
+        gpu_memory: bytes of all GPUs, 0 without any.
+
+    Returns:
+        name -> bytes of each configuration's weights.
+
+    Raises:
+        KTMemoryError: They need more than is free.
+    """
+    needs = {config.name: _need(config, weights, gpu_memory) for config in configs}
+    beside = BANDWIDTH_BUFFER + weights.layer + PROCESS_OVERHEAD * (len(configs) + 1)
+    if (total := sum(needs.values()) + beside) > (free := available_memory()):
+        each = ", ".join(f"{name} {gib(size)}" for name, size in needs.items())
+        raise KTMemoryError(
+            f"All configurations are in memory together, and take {gib(total)} ({each}, {gib(beside)} for their processes, the "
+            f"layer being read and the bandwidth measurement); {gib(free)} are free. Measure fewer at once (--no-base, fewer "
+            "--against), or a smaller model."
+        )
+    return needs
+
+
+def _need(config: BenchConfig, weights: CheckpointBytes, gpu_memory: int) -> int:
+    if config.stock or not config.config.get("use_kt"):
+        return max(0, weights.total - gpu_memory)  # what the GPUs do not hold is offloaded to the CPU
+    engine = find_engine(config.config.get("kt_backend", AUTO))
+    bits = engine.bits if engine is not None and engine.bits is not None else 16
+    return weights.experts * bits // 16 + (0 if gpu_memory else weights.others)
+
+
+def warm_page_cache(model: str) -> int:
+    """Read a local checkpoint once, so that every load finds it in the page cache; skipped if it would not fit there.
+
+    Returns:
+        The checkpoint's bytes, 0 if there is no local one.
+    """
+    files = weight_files(model)
+    total = sum(file.stat().st_size for file in files)
+    if total < available_memory() // 2:
+        for file in files:
+            with file.open("rb", buffering=0) as handle:
+                while handle.read(2**24):
+                    pass
+    return total
+
+
+class ModelBytes(NamedTuple):
+    """Bytes of a loaded model's weights in CPU memory, as in :class:`~.results.LoadStats`."""
+
+    weights: int
+    experts_per_token: int
+    others_per_token: int
+
+    @classmethod
+    def of(cls, model: Any) -> ModelBytes:
+        """Measure a model with KT experts, or one of stock transformers."""
+        others, experts, lora, per_token = _in_cpu_memory(model), 0, 0, 0
+        if has_kt_experts(model):
+            for wrapper in kt_state(model).wrappers:
+                experts += wrapper.engine.nbytes
+                per_token += _active(wrapper.engine.nbytes, wrapper.info)
+                lora += wrapper.engine.lora_nbytes
+        else:
+            for info in find_experts(model):
+                module = model.get_submodule(info.name)
+                size = _in_cpu_memory(module)
+                offloaded = any(parameter.is_meta for parameter in module.parameters())
+                experts += size
+                per_token += size if offloaded else _active(size, info)
+            others -= experts
+        embedding = model.get_input_embeddings()
+        tied = embedding.weight is getattr(model.get_output_embeddings(), "weight", None)
+        return cls(experts + lora + others, per_token, others - (0 if tied else _in_cpu_memory(embedding)))
+
+
+def _in_cpu_memory(module: nn.Module) -> int:
+    """Weights on the meta device count too: accelerate keeps them on the CPU and copies them to a GPU for each forward."""
+    sizes = non_expert_nbytes(module)
+    return sizes.get("cpu", 0) + sizes.get("meta", 0)
+
+
+def _active(size: int, info: ExpertsModule) -> int:
+    """The part of all experts' bytes that one token's experts have."""
+    return size * info.num_experts_per_tok // info.shape.num_experts

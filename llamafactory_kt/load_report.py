@@ -12,7 +12,7 @@ from torch import nn
 
 from .ground.machine import gib
 from .model.state import kt_state
-from .peft_side.split import count_lora, non_expert_nbytes
+from .peft_side.split import count_lora, nbytes_by_device
 
 TITLE = "KTransformers experts"
 
@@ -26,9 +26,9 @@ def load_rows(model: nn.Module) -> Rows:
     wrappers, engine, report = state.wrappers, state.engine, state.report
     experts_bytes = sum(w.engine.nbytes for w in wrappers)
     lora_bytes = sum(w.engine.lora_nbytes for w in wrappers)
-    torch_bytes = non_expert_nbytes(model)
+    torch_bytes = nbytes_by_device(model)
     torch_params = sum(p.numel() for p in model.parameters())
-    peft_params = count_lora(model)[1]
+    peft_params = count_lora(model)
 
     rows = [("Layers wrapped", f"{len(wrappers)} ({_ranges([w.layer_idx for w in wrappers])})")]
     if kinds := layer_kinds(model):

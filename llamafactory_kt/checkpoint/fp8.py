@@ -2,7 +2,7 @@
 
 Each weight in float8_e4m3fn [out, in] comes with ``weight_scale_inv`` [ceil(out / 128), ceil(in / 128)]. A weight is the stored
 number times the scale of its block (README_WEIGHTS.md of DeepSeek-V3). Blocks at the lower and right edges may be smaller, as
-in ``kv_a_proj_with_mqa`` of the official checkpoints (576 rows); transformers 5.6 cannot dequantise those.
+in ``kv_a_proj_with_mqa`` of the official checkpoints (576 rows); transformers 5.6 cannot dequantize those.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Block = tuple[int, int]
 
 
 def block_size(stored: Any) -> Block | None:
-    """The block size of an FP8 checkpoint; None for a checkpoint that is not quantised.
+    """The block size of an FP8 checkpoint; None for a checkpoint that is not quantized.
 
     Args:
         stored: a model configuration's ``quantization_config``, a dictionary or transformers' object.
 
     Raises:
-        KTModelError: The checkpoint is quantised in another way.
+        KTModelError: The checkpoint is quantized in another way.
     """
     if getattr(stored, "quant_method", None) == "kt_experts":  # ours replaces the checkpoint's own
         stored = stored.checkpoint
@@ -40,7 +40,7 @@ def block_size(stored: Any) -> Block | None:
     method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
     if method != "fp8":
         raise KTModelError(
-            f"The model is a quantised checkpoint (quant_method: {method} in config.json); use_kt takes bfloat16, float16 and "
+            f"The model is a quantized checkpoint (quant_method: {method} in config.json); use_kt takes bfloat16, float16 and "
             "float32 checkpoints, and FP8 with a scale for each block. Use one of these."
         )
     block, form = values.get("weight_block_size"), values.get("fmt", "e4m3")

@@ -5,7 +5,6 @@ Everything that reads a checkpoint, or checks an adapter against a model, starts
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 
 from ..adapters import Adapter, AdapterSet, ExpertsShape
 from ..ground.errors import KTModelError, KTPathError, first_line
+from ..ground.tensor_files import shards
 from ..peft_side.split import PeftPart, check_peft_part
 from .discovery import find_experts
 from .fp8 import block_size
@@ -95,7 +95,7 @@ def open_checkpoint(directory: str | Path, *, fp8: bool = False) -> MoEModel:
 
     Raises:
         KTPathError: There are no safetensors files, or no model that can be opened.
-        KTModelError: The checkpoint is quantised in a way that is not accepted; or as :func:`find_experts`.
+        KTModelError: The checkpoint is quantized in a way that is not accepted; or as :func:`find_experts`.
     """
     files = weight_files(directory)
     if not files:
@@ -104,25 +104,29 @@ def open_checkpoint(directory: str | Path, *, fp8: bool = False) -> MoEModel:
 
 
 def weight_files(directory: str | Path) -> list[Path]:
-    """A checkpoint's safetensors files: those in its index, else all; none if there is no such directory."""
+    """A checkpoint's safetensors files: those in its index, else all; none if there is no such directory.
+
+    Raises:
+        KTModelError: The index is damaged, or a file that it names is missing.
+    """
     directory = Path(directory).expanduser()
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return shards(index, KTModelError)
     return sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
 
 
-def empty_model(name: str | Path, *, fp8: bool = False, quantised: bool = False) -> Any:
+def empty_model(name: str | Path, *, fp8: bool = False, quantized: bool = False) -> Any:
     """Build the model on the meta device from its ``config.json``.
 
     Args:
         name: checkpoint directory (``~`` is expanded), or a name on the hub.
         fp8: also accept FP8 with a scale per block.
-        quantised: accept any quantised checkpoint, and build the unquantised model.
+        quantized: accept any quantized checkpoint, and build the unquantized model.
 
     Raises:
         KTPathError: There is no such model.
-        KTModelError: The checkpoint is quantised in a way that is not accepted.
+        KTModelError: The checkpoint is quantized in a way that is not accepted.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -131,7 +135,7 @@ def empty_model(name: str | Path, *, fp8: bool = False, quantised: bool = False)
         config = AutoConfig.from_pretrained(directory if directory.is_dir() else name)
     except (OSError, ValueError) as error:
         raise KTPathError(f"{name} is not a model that can be opened: {first_line(error)}") from error
-    if not quantised and block_size(getattr(config, "quantization_config", None)) is not None and not fp8:
+    if not quantized and block_size(getattr(config, "quantization_config", None)) is not None and not fp8:
         raise KTModelError(f"{name} is an FP8 checkpoint; bfloat16, float16 or float32 weights are needed here.")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)

@@ -1,4 +1,4 @@
-"""Reading one layer's expert tensors from a checkpoint. FP8 weights are dequantised on the way."""
+"""Reading one layer's expert tensors from a checkpoint. FP8 weights are dequantized on the way."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .fp8 import FP8, Block, dequantize
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, FP8: 1}
 """bytes per element of each dtype that experts may be stored in, by safetensors' names"""
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, FP8: torch.bfloat16}
-"""dtype in memory if no conversion is asked for; for FP8 as LLaMA-Factory dequantises it"""
+"""dtype in memory if no conversion is asked for; for FP8 as LLaMA-Factory dequantizes it"""
 
 
 FUSED = ("gate_up_proj", "down_proj")

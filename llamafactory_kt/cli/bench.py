@@ -94,8 +94,8 @@ def _lengths(text: str) -> list[int]:
 def _configs(words: list[str], synthetic: str | None, against: list[str], base: bool) -> list[BenchConfig]:
     """The configurations to measure, after a check that they fit into memory; writes a synthetic model if it is missing."""
     from ..ground.machine import gib
-    from ..integration.chat_config import read_yaml
-    from ..tools.bench.configs import bench_configs, parse_overrides
+    from ..integration.chat_config import overridden, read_yaml
+    from ..tools.bench.configs import bench_configs
     from ..tools.bench.memory import checkpoint_bytes
 
     if synthetic is None:
@@ -106,7 +106,7 @@ def _configs(words: list[str], synthetic: str | None, against: list[str], base: 
     from ..tools.bench.synthetic import SyntheticModel
 
     made = SyntheticModel.of(parse_shape(synthetic))
-    configs = bench_configs({**made.values, **parse_overrides(words)}, against, base=base)
+    configs = bench_configs(overridden(made.values, words), against, base=base)
     needs = _check_fit(configs, made.weights)
     each = ", ".join(f"{name} {gib(size)}" for name, size in needs.items())
     typer.echo(f"{made.directory}: {gib(made.weights.total)} on disk; in memory: {each}.", err=True)

@@ -10,7 +10,7 @@ import typer
 _OVERRIDES = typer.Argument(None, help="key=value, in place of the YAML's values.")
 _PROMPTS = typer.Option(..., help="Prompts, .jsonl or .json: alpaca, sharegpt or openai form.")
 _OUTPUT = typer.Option(..., help="Directory to write; must not exist or be empty.")
-_BATCH_SIZE = typer.Option(8, help="Prompts computed together.")
+_BATCH_SIZE = typer.Option(8, min=1, help="Prompts computed together.")
 
 
 def generate(
@@ -25,15 +25,12 @@ def generate(
     """Answer prompts with the YAML's model, adapter, template and sampling keys; continues an interrupted run."""
     from tqdm import tqdm
 
-    from ..ground.errors import KTConfigError
     from ..integration.chat import LoadedChat
     from ..integration.chat_config import read_yaml
     from ..integration.prompts import read_prompts
     from ..tools.experiments.answers import AnswerFile
     from ..tools.experiments.generating import answer_all
 
-    if batch_size < 1:
-        raise KTConfigError(f"--batch-size must be at least 1, found {batch_size}.")
     keys = read_yaml(config, overrides or [])
     prompts = read_prompts(input)
     answers = AnswerFile(output, prompts, {**keys, "seed": seed}, overwrite)
@@ -69,7 +66,7 @@ def compare(
     ),
     set_: list[str] = typer.Option(None, "--set", help="key=value for all configurations."),
     batch_size: int = _BATCH_SIZE,
-    kl_tokens: int = typer.Option(64, help="Tokens of each answer along which distributions are compared."),
+    kl_tokens: int = typer.Option(64, min=1, help="Tokens of each answer along which distributions are compared."),
     seed: int = typer.Option(0, help="Sampling seed."),
 ) -> None:
     """Compare answers, distributions, perplexity, speed and memory; writes report.html and comparison.json."""
@@ -78,15 +75,12 @@ def compare(
     from rich.table import Table
 
     from ..ground.atomic_output import check_free, replacing
-    from ..ground.errors import KTConfigError
     from ..integration.prompts import read_prompts
     from ..tools.experiments.comparing import compare_variants
     from ..tools.experiments.measuring import CompareOptions
     from ..tools.experiments.plan import plan_variants
     from ..tools.experiments.report_html import shown_columns, write_report
 
-    if batch_size < 1 or kl_tokens < 1:
-        raise KTConfigError("--batch-size and --kl-tokens must be at least 1.")
     variants = plan_variants(configs, set_ or [], ablate)
     rows = read_prompts(prompts)
     check_free(output)

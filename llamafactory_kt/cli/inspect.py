@@ -55,7 +55,7 @@ def _check_model(name: str, adapter: Any) -> tuple[Any, str]:
     from ..adapters import AdapterSet
     from ..checkpoint.opening import MoEModel, empty_model
 
-    moe = MoEModel(empty_model(name, quantised=True))
+    moe = MoEModel(empty_model(name, quantized=True))
     try:
         moe.fit(AdapterSet((adapter,)))
     except KTError as error:

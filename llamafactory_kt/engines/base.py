@@ -102,14 +102,14 @@ class Engine(ABC):
     reads_packed_files: ClassVar[bool] = False
     """can read ``kt_weight_path``"""
     needs_packed_files: ClassVar[bool] = False
-    """cannot do without"""
+    """cannot run without ``kt_weight_path``"""
     fallback: ClassVar[bool] = False
     """``auto`` takes it only where no other engine runs"""
 
     def __init__(self, spec: EngineSpec, read_experts: ReadExperts, options: EngineOptions = DEFAULT_OPTIONS):
         self.spec, self.options = spec, options
         self.lora_rank = 0
-        """rank of the LoRA in place, 0 for none"""
+        """rank of the LoRA in place, 0 for none; :meth:`set_lora` keeps it true"""
         self.read_experts = read_experts
 
     @classmethod

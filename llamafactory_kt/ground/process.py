@@ -66,10 +66,10 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def join_threads(seconds: float = 5.0) -> None:
-    """Stop the threads that compute experts at their next layer, and wait for all of them, ``seconds`` at most."""
+def join_threads() -> None:
+    """Stop the threads that compute experts at their next layer, and wait for all of them, 5 seconds at most."""
     _closing.set()
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 5.0
     for thread in list(_callers):
         if thread is not threading.current_thread():
             thread.join(max(0.0, deadline - time.monotonic()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import KTAdapterError, first_line, name_some
+from .errors import KTAdapterError, KTError, first_line, name_some
 
 SAFETENSORS, INDEX, PICKLED = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"
 
@@ -181,19 +180,24 @@ def open_store(directory: Path) -> TensorStore:
     if (directory / SAFETENSORS).is_file():
         return SafetensorsStore(directory / SAFETENSORS)
     if (directory / INDEX).is_file():
-        return SafetensorsStore(directory / INDEX, list(_shards(directory)))
+        return SafetensorsStore(directory / INDEX, shards(directory / INDEX, KTAdapterError))
     if (directory / PICKLED).is_file():
         return PickledStore(directory / PICKLED)
     found = name_some(sorted(p.name for p in directory.iterdir())) or "nothing"
     raise KTAdapterError(f"{directory} holds no {SAFETENSORS} (nor {INDEX}, {PICKLED}); it holds {found}.")
 
 
-def _shards(directory: Path) -> Iterator[Path]:
+def shards(index: Path, error: type[KTError]) -> list[Path]:
+    """The files that a safetensors index names, all of them beside it.
+
+    Raises:
+        KTError: ``error``, if the index is damaged or a file is missing.
+    """
     try:
-        names = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise KTAdapterError(f"{directory / INDEX} is not a safetensors index: {error!r}.") from error
-    for name in sorted(names):
-        if Path(name).name != name or not (directory / name).is_file():
-            raise KTAdapterError(f"{directory / INDEX} names the shard {name!r}, which is not a file beside it.")
-        yield directory / name
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as problem:
+        raise error(f"{index} is not a safetensors index: {problem!r}.") from problem
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise error(f"{index} names the shard {name!r}, which is not a file beside it.")
+    return [index.parent / name for name in names]

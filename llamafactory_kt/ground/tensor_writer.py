@@ -40,8 +40,8 @@ def write_safetensors(
             header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
             offset = end
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-        if header.keys() - {"__metadata__"} != set(names):
-            raise ValueError(f"{path}: {len(names)} tensors were announced, {len(header)} came")
+        if (came := header.keys() - {"__metadata__"}) != set(names):
+            raise ValueError(f"{path}: {len(names)} tensors were announced, {len(came)} came")
         file.seek(0)
         file.write(room.to_bytes(8, "little"))
         file.write(json.dumps(header, separators=(",", ":")).encode().ljust(room))

@@ -30,8 +30,6 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    if wrong := [word for word in overrides if "=" not in word]:
-        raise KTConfigError(f"expected key=value after the configuration, found {wrong[0]!r}.")
     path = Path(path).expanduser()
     if not path.is_file():
         raise KTPathError(f"{path}: the configuration does not exist or is not a file.")
@@ -39,11 +37,26 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         loaded = OmegaConf.load(path)
         if not OmegaConf.is_dict(loaded):
             raise KTConfigError(f"{path} must be a mapping of keys to values.")
-        merged = OmegaConf.merge(loaded, OmegaConf.from_cli(list(overrides)))
-        values: Any = OmegaConf.to_container(merged, resolve=True)
+        return overridden(loaded, overrides)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise KTConfigError(f"{path} is not valid YAML: {one_line(error)}") from error
-    return {str(key): value for key, value in values.items()}
+
+
+def overridden(values: Any, words: Sequence[str]) -> dict[str, Any]:
+    """Keys with ``key=value`` words in their place, as on LLaMA-Factory's command line: values are YAML, dots name nested keys.
+
+    Raises:
+        KTConfigError: A word has no ``=``.
+
+    >>> overridden({"kt_num_threads": 2, "kt_config": {"kt_tp_enabled": True}}, ["kt_num_threads=4", "kt_config.kt_backend=AMXINT4"])
+    {'kt_num_threads': 4, 'kt_config': {'kt_tp_enabled': True, 'kt_backend': 'AMXINT4'}}
+    """
+    from omegaconf import OmegaConf
+
+    if wrong := [word for word in words if "=" not in word]:
+        raise KTConfigError(f"expected key=value, found {wrong[0]!r}.")
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(values, OmegaConf.from_cli(list(words))), resolve=True)
+    return {str(key): value for key, value in merged.items()}
 
 
 def parse(values: dict[str, Any]) -> Any:

@@ -101,7 +101,7 @@ def more_rows(x: Tensor, columns: Tensor, threads: int, block: int = BLOCK, many
 
 
 NONE = torch.empty(0, dtype=torch.int32)
-"""what weights that are in no columns have"""
+"""for weights that are not in column tiles"""
 _counted = NONE
 
 

@@ -1,4 +1,4 @@
-"""``transformers.quantizers.auto.AutoHfQuantizer``: a :class:`KTExpertsConfig` goes with a checkpoint that is quantised itself.
+"""``transformers.quantizers.auto.AutoHfQuantizer``: a :class:`KTExpertsConfig` goes with a checkpoint that is quantized itself.
 
 transformers has one quantizer for a model and refuses two; ours reads the checkpoint's format too. Other quantizers are left
 alone.
@@ -15,10 +15,10 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from ..ground.internals import Internal
 from .config import KTExpertsConfig
 
-INTERNAL = Internal("quantised-checkpoints", "transformers", ">=5.6,<5.7")
+INTERNAL = Internal("quantized-checkpoints", "transformers", ">=5.6,<5.7")
 
 
-def accept_quantised_checkpoints() -> None:
+def accept_quantized_checkpoints() -> None:
     """Let ``from_pretrained`` put the checkpoint's own configuration into ours. Elsewhere transformers refuses the two."""
     if not INTERNAL.usable:
         return

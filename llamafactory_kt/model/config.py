@@ -22,7 +22,7 @@ DEFAULT_LORA_RANK = 16
 @dataclass
 class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Routed experts on the CPU. This is transformers' extension point for replacing modules; only the AMXINT
-    backends quantise.
+    backends quantize.
 
     Args:
         backend: ``AMXBF16``, ``AMXINT8``, ``AMXINT4`` or ``AVX2BF16`` (kt-kernel), ``oneDNN`` (torch's own kernels), ``torch`` (float32

@@ -11,7 +11,7 @@ from ..checkpoint.fp8 import SCALE_SUFFIX, Block, dequantize
 
 
 class Fp8Dequantize(ConversionOps):  # type: ignore[misc]
-    """Dequantises a weight while transformers loads it, to the dtype of the model's parameter."""
+    """Dequantizes a weight while transformers loads it, to the dtype of the model's parameter."""
 
     def __init__(self, block: Block):
         self._block = block

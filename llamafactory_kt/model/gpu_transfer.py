@@ -37,10 +37,10 @@ class DeviceStream(Stream, Protocol):
         """Queue a copy; nothing is waited for. Returns the target."""
 
     def record(self) -> None:
-        """Mark the point that the stream has been queued to."""
+        """Record an event after the work queued so far."""
 
     def synchronize(self) -> None:
-        """Wait until the stream has passed the mark."""
+        """Wait for that event."""
 
 
 class CudaStream:

@@ -14,7 +14,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..checkpoint.fp8 import block_size
-from .auto_hf_quantizer import accept_quantised_checkpoints
+from .auto_hf_quantizer import accept_quantized_checkpoints
 from .config import QUANT_METHOD, KTExpertsConfig
 from .experts_module import KTExperts
 from .fp8_rules import loading_rules
@@ -22,7 +22,7 @@ from .load import ExpertsLoad
 
 __all__ = ["KTExperts", "KTExpertsConfig", "KTExpertsQuantizer"]
 
-accept_quantised_checkpoints()
+accept_quantized_checkpoints()
 
 
 @register_quantizer(QUANT_METHOD)

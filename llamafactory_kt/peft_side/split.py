@@ -143,13 +143,12 @@ def _check_shapes(model: nn.Module, adapter: Adapter, modules: dict[str, list[st
                 )
 
 
-def count_lora(model: nn.Module) -> tuple[int, int]:
-    """(tensors, parameters) of PEFT's LoRA in the model."""
-    lora = [p for n, p in model.named_parameters() if "lora_" in n]
-    return len(lora), sum(p.numel() for p in lora)
+def count_lora(model: nn.Module) -> int:
+    """Parameters of PEFT's LoRA in the model."""
+    return sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
 
 
-def non_expert_nbytes(model: nn.Module) -> dict[str, int]:
+def nbytes_by_device(model: nn.Module) -> dict[str, int]:
     """Bytes of parameters and buffers per device type."""
     sizes: Counter[str] = Counter()
     for tensor in chain(model.parameters(), model.buffers()):

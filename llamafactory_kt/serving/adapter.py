@@ -11,7 +11,7 @@ from ..adapters.keys import split_module
 from ..adapters.uniform import Uniform
 from ..adapters.writing import write_moe_lora, write_sglang, write_sglang_merged, write_sglang_rest
 from ..checkpoint.opening import MoEModel, empty_model
-from ..engines.ktkernel import ENGINES
+from ..engines.ktkernel import packing_of
 from ..ground.errors import KTAdapterError, KTConfigError, KTServerError, name_some
 from ..settings.keys import adapter_directories, expanded, threadpool_count
 from ..settings.sglang_keys import serving_method
@@ -66,7 +66,7 @@ def serve_adapter(args: Any, options: ServerOptions, *, mla: bool) -> ServedAdap
         )
     method = serving_method(args)
     _check_kernel(args, method)
-    moe = MoEModel(empty_model(args.model_name_or_path, quantised=not method.backend))
+    moe = MoEModel(empty_model(args.model_name_or_path, quantized=not method.backend))
     moe.fit(AdapterSet((adapter,)))
     _check_sizes(args, method, moe.experts[0].shape)
     uniform = Uniform.of(adapter, moe.shapes)  # of all layers with experts: the server wants tensors for each
@@ -148,7 +148,7 @@ def _check_fused(adapter: Adapter, mla: bool) -> None:
 
 def _check_sizes(args: Any, method: SGLangMethod, shape: ExpertsShape) -> None:
     """The kernel must accept the experts' sizes unpadded: SGLang pads nothing."""
-    packing = next((engine.method for engine in ENGINES if engine.name == method.backend), None)
+    packing = packing_of(method.backend)
     if packing is None:  # unknown multiples
         return
     pools = threadpool_count(args)

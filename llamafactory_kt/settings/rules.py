@@ -42,6 +42,6 @@ def experts_problems(
     if merge_adapter and weight_path:
         problems.append(
             f"{prefix}merge_adapter: true cannot change the packed weights of {prefix}weight_path. Merge the adapter into the "
-            f"checkpoint (llamafactory-kt merge) and quantise that, or remove {prefix}merge_adapter."
+            f"checkpoint (llamafactory-kt merge) and quantize that, or remove {prefix}merge_adapter."
         )
     return problems

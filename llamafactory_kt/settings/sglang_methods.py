@@ -22,7 +22,7 @@ class SGLangMethod:
     weights_from: str = ""
     """what writes the weights of kt_weight_path; empty: the method reads the checkpoint"""
     backend: str = ""
-    """the ``kt_backend`` for the same weights; empty: the checkpoint is quantised already"""
+    """the ``kt_backend`` for the same weights; empty: the checkpoint is quantized already"""
     lora_reads_kt_files: bool = False
     """the kernel for expert LoRA reads only ``.kt`` files"""
 

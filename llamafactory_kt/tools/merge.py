@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..adapters import Adapter, AdapterSet, ExpertLora, open_adapter
 from ..adapters.keys import split_module
 from ..checkpoint.opening import MoEModel, open_checkpoint
-from ..ground.atomic_output import replacing
+from ..ground.atomic_output import check_free, replacing
 from ..ground.errors import KTAdapterError, KTModelError, name_some
 from ..ground.tensor_files import SafetensorsStore
 from ..ground.tensor_writer import write_safetensors
@@ -58,6 +58,7 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
             behind.
     """
     source = Path(model_path).expanduser()
+    check_free(Path(output))
     moe, adapter = open_checkpoint(source), open_adapter(adapter_path)
     plan = _MergePlan(moe, adapter)
     with replacing(Path(output)) as temporary:
@@ -72,7 +73,7 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
                 shutil.copy2(file, temporary / file.name)
         if plan.todo:
             raise KTAdapterError(
-                f"{len(plan.todo)} weights were not met while merging, first {name_some(sorted(plan.todo), 3)}."
+                f"{len(plan.todo)} weights that the adapter changes are missing from the checkpoint, first {name_some(sorted(plan.todo), 3)}."
             )
     count = sum(len(store.infos) for store in plan.stores)
     return MergeReport(str(output), len(moe.files), count, plan.merged, len(adapter.store.infos))

@@ -108,7 +108,7 @@ def _pack_all(
     tasks = max(1, _LEAK // max(sizes.values()))
     with (
         ProcessPoolExecutor(1, get_context("spawn"), _begin, max_tasks_per_child=tasks) as pool,
-        tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, unit_divisor=1024, desc="Quantising") as bar,
+        tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, unit_divisor=1024, desc="Quantizing") as bar,
     ):
         for number, (layer, size) in enumerate(sizes.items(), start=1):
             bar.set_postfix_str(f"layer {number} of {len(sizes)}", refresh=True)

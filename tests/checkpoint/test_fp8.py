@@ -1,5 +1,5 @@
-"""FP8 checkpoints, with attention and experts quantised in blocks, compared with stock transformers on weights that a
-plain loop dequantised."""
+"""FP8 checkpoints, with attention and experts quantized in blocks, compared with stock transformers on weights that a
+plain loop dequantized."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def base_and_whole(path, adapter, backend):
 @pytest.mark.parametrize("backend", ENGINES)
 def test_logits_against_stock_in_float32(files, backend):
     """The base, the whole, and the adapter's effect. In float32 only the experts are rounded, so the bounds are tight,
-    except for 4 bits over three layers; those are compared with the same engine on the dequantised weights."""
+    except for 4 bits over three layers; those are compared with the same engine on the dequantized weights."""
     fp8, plain, adapter = files
     base, whole = base_and_whole(fp8, adapter, backend)
     wanted = answer(merged_float32(plain, None)), answer(merged_float32(plain, adapter))
@@ -78,7 +78,7 @@ def test_logits_against_stock_in_float32(files, backend):
         assert rel(base, same[0]) < 1e-3 and rel(whole, same[1]) < 1e-3
 
 
-def test_everything_but_the_experts_is_the_dequantised_weight_rounded_once(files):
+def test_everything_but_the_experts_is_the_dequantized_weight_rounded_once(files):
     fp8, plain, _ = files
     weights = dict(load(fp8, backend="torch").named_parameters())
     wanted = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).named_parameters()
@@ -116,8 +116,8 @@ def test_chat_verify_and_doctor(files):
 
 
 @needs_kernel
-def test_quantised_from_fp8(files, tmp_path):
-    """The packed files hold the dequantised weights and fit this checkpoint only."""
+def test_quantized_from_fp8(files, tmp_path):
+    """The packed files hold the dequantized weights and fit this checkpoint only."""
     fp8, plain, _ = files
     quantize_model(fp8, tmp_path / "int8")
     model = load(fp8, backend="AMXINT8", weight_path=str(tmp_path / "int8"))
@@ -156,7 +156,7 @@ def test_what_is_wrong_is_said_before_weights_are_read(files, tmp_path):
         (cut, {}, r"o_proj.weight_scale_inv is F32 \(1, 1\), wanted F32"),
         (None, {"weight_block_size": None}, "weight_block_size: None"),
         (None, {"fmt": "e5m2"}, "fmt: e5m2"),
-        (None, {"quant_method": "gptq", "bits": 4}, "quantised checkpoint .quant_method: gptq"),
+        (None, {"quant_method": "gptq", "bits": 4}, "quantized checkpoint .quant_method: gptq"),
     ]):  # fmt: skip
         with pytest.raises(KTModelError, match=message):
             load(edited(tmp_path / str(number), fp8, change, **keys), backend="torch")

@@ -61,7 +61,23 @@ def test_no_files(model, tmp_path):
         _ = moe.layout
 
 
-def test_quantised_checkpoints_are_opened_where_they_may_be(tmp_path):
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "model.safetensors.index.json is not a safetensors index"),
+        ('{"weight_map": ["a"]}', "model.safetensors.index.json is not a safetensors index"),
+        ('{"weight_map": {"a": "no.safetensors"}}', "names the shard 'no.safetensors', which is not a file beside it"),
+        ('{"weight_map": {"a": "../m/config.json"}}', "names the shard '../m/config.json'"),
+    ],
+)
+def test_a_wrong_index(model, tmp_path, index, message):
+    path = shutil.copytree(model, tmp_path / "m")
+    (path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(KTModelError, match=message):
+        open_checkpoint(path)
+
+
+def test_quantized_checkpoints_are_opened_where_they_may_be(tmp_path):
     fp8, _ = make_fp8(tmp_path / "fp8", make_model(tmp_path / "m", "deepseek_v2", dtype=torch.float32), [32, 48])
     with pytest.raises(KTModelError, match="is an FP8 checkpoint; bfloat16, float16 or float32 weights are needed"):
         open_checkpoint(fp8)
@@ -70,9 +86,9 @@ def test_quantised_checkpoints_are_opened_where_they_may_be(tmp_path):
     config = json.loads((fp8 / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (fp8 / "config.json").write_text(json.dumps(config))
-    with pytest.raises(KTModelError, match="is a quantised checkpoint"):
+    with pytest.raises(KTModelError, match="is a quantized checkpoint"):
         empty_model(fp8, fp8=True)
-    assert MoEModel(empty_model(fp8, quantised=True)).shapes == moe.shapes
+    assert MoEModel(empty_model(fp8, quantized=True)).shapes == moe.shapes
 
 
 def test_an_adapter_that_fits(model, adapter):

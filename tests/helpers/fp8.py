@@ -1,4 +1,4 @@
-"""Checkpoints quantised to FP8 as DeepSeek's are."""
+"""Checkpoints quantized to FP8 as DeepSeek's are."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-def quantised(name: str) -> bool:
-    """Whether DeepSeek quantises this weight: every linear layer but the output layer and the routers."""
+def quantized(name: str) -> bool:
+    """Whether DeepSeek quantizes this weight: every linear layer but the output layer and the routers."""
     plain = ("embed", "lm_head", "norm", ".gate.weight")
     return name.endswith(".weight") and not any(part in name for part in plain)
 
@@ -23,11 +23,11 @@ def blocks(weight: torch.Tensor, block: list[int]):
 
 
 def make_fp8(directory, source, block):
-    """Quantise a float32 checkpoint as DeepSeek does, and dequantise it again with a plain loop. Returns both."""
+    """Quantize a float32 checkpoint as DeepSeek does, and dequantize it again with a plain loop. Returns both."""
     fp8, plain = {}, {}
     for name, weight in load_file(source / "model.safetensors").items():
         fp8[name] = plain[name] = weight
-        if not quantised(name):
+        if not quantized(name):
             continue
         stored = torch.zeros(weight.shape, dtype=torch.float8_e4m3fn)
         scale = torch.zeros(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))

@@ -18,14 +18,14 @@ from llamafactory_kt.model.state import kt_state
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 
 
-def test_missing_model_and_quantised_model(tmp_path, demo):
+def test_missing_model_and_quantized_model(tmp_path, demo):
     with pytest.raises(KTPathError, match=r"model_name_or_path: .*nowhere does not exist"):
         chat_model(tmp_path / "nowhere")
     path = shutil.copytree(demo / "model", tmp_path / "gptq")
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(KTModelError, match="is a quantised checkpoint"):
+    with pytest.raises(KTModelError, match="is a quantized checkpoint"):
         chat_model(path)
 
 

@@ -68,7 +68,7 @@ def read_record(directory: Path) -> tuple[LayerRecord, dict[str, dict[str, Any]]
             raise ValueError("files must have size and sha256")
         return LayerRecord(**content), files
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KTModelError(f"{path} is damaged ({error}); remove {directory} and quantise again.") from error
+        raise KTModelError(f"{path} is damaged ({error}); remove {directory} and quantize again.") from error
 
 
 class PackedLayer:
@@ -106,7 +106,7 @@ class PackedLayer:
         if wrong:
             raise KTModelError(
                 f"{self._directory}: {len(wrong)} of {len(self._files)} files are missing, truncated or of another size, first "
-                f"{name_some(wrong, 2)}. Remove the layer's directory and quantise again."
+                f"{name_some(wrong, 2)}. Remove the layer's directory and quantize again."
             )
 
     def _compare(self, found: LayerRecord, wanted: LayerRecord) -> None:
@@ -117,12 +117,12 @@ class PackedLayer:
         ]
         if differs:
             raise KTModelError(
-                f"{self._directory} was made with {'; '.join(differs)}. Quantise the model for this use."
+                f"{self._directory} was made with {'; '.join(differs)}. Quantize the model for this use."
             )
         if found.fingerprint != wanted.fingerprint:
             raise KTModelError(
                 f"{self._directory} was made from other weights than the checkpoint's, although the sizes are the same: "
-                "another model, or another version of it. Quantise this one."
+                "another model, or another version of it. Quantize this one."
             )
 
     @staticmethod
@@ -150,7 +150,7 @@ class PackedLayer:
             if "sha256" in facts and file_sha256(self._directory / name) != facts["sha256"]:
                 raise KTModelError(
                     f"{self._directory / name} has changed since it was made (its SHA-256 differs). Remove {self._directory} and "
-                    "quantise again."
+                    "quantize again."
                 )
 
 

@@ -22,7 +22,8 @@ from .stream import settle
 
 INTERNAL = Internal("kt-kernel", "kt-kernel", ">=0.7.2,<0.8")
 kernel_lock = threading.Lock()
-"""Held around every call into the kernel: two threads must never be in it at once."""
+"""Held while a thread builds, calls or drops a kernel object: two must never be in the kernel at once. Tasks on a GPU's stream need no
+lock: kt-kernel's pool takes one after the other from its queue."""
 
 live_kernels: weakref.WeakSet[Any] = weakref.WeakSet()
 """every :class:`~.kernel.KernelObject` in use"""
@@ -45,7 +46,7 @@ def kernel_problem(kernel: str, *, sft: bool) -> str | None:
             from kt_kernel import kt_kernel_ext
             from kt_kernel.sft.amx import _SFT_METHOD_TO_CLASS
     except ImportError as error:
-        return f"kt-kernel is not installed or does not load ({error}); pip install kt-kernel"
+        return f"kt-kernel is not installed or does not load ({error}); pip install 'kt-kernel{INTERNAL.versions}'"
     variant, forced = kt_kernel.__cpu_variant__, os.environ.get("KT_KERNEL_CPU_VARIANT")
     because = f" (its variant is forced by KT_KERNEL_CPU_VARIANT={forced}; unset that)" if forced else ""
     if problem := _lacking(variant):  # a forced variant would kill the process with SIGILL

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...ground.errors import KTConfigError
+from ...integration.chat_config import overridden
 
 CONFIGURED, BASE, STOCK = "as configured", "base", "stock"
 _ADAPTER_KEYS = ("adapter_name_or_path", "kt_moe_lora_path")
@@ -52,23 +53,7 @@ def bench_configs(config: Mapping[str, Any], against: Sequence[str] = (), *, bas
         elif word == STOCK:
             found.append(BenchConfig(word, dict(config), stock=True))
         elif "=" in word:
-            found.append(BenchConfig(word, {**config, **parse_overrides([word])}))
+            found.append(BenchConfig(word, overridden(config, [word])))
         else:
             raise KTConfigError(f"--against: unknown word {word!r}, expected base, stock or key=value.")
     return found
-
-
-def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Parse ``key=value`` words; values are YAML.
-
-    Raises:
-        KTConfigError: A word has no ``=``.
-
-    >>> parse_overrides(["kt_num_threads=4", "kt_backend=AMXINT4"])
-    {'kt_num_threads': 4, 'kt_backend': 'AMXINT4'}
-    """
-    import yaml
-
-    if wrong := [word for word in words if "=" not in word]:
-        raise KTConfigError(f"expected key=value, found {wrong[0]!r}.")
-    return {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words)}

@@ -15,7 +15,7 @@ from ...ground.errors import KTMemoryError
 from ...ground.machine import available_memory, gib
 from ...ground.tensor_files import SafetensorsStore
 from ...model.state import has_kt_experts, kt_state
-from ...peft_side.split import non_expert_nbytes
+from ...peft_side.split import nbytes_by_device
 from .configs import BenchConfig
 from .results import BANDWIDTH_BUFFER
 
@@ -135,7 +135,7 @@ class ModelBytes(NamedTuple):
 
 def _in_cpu_memory(module: nn.Module) -> int:
     """Weights on the meta device count too: accelerate keeps them on the CPU and copies them to a GPU for each forward."""
-    sizes = non_expert_nbytes(module)
+    sizes = nbytes_by_device(module)
     return sizes.get("cpu", 0) + sizes.get("meta", 0)
 
 

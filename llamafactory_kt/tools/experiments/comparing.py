@@ -71,7 +71,7 @@ def _report(
         "first": first.name,
         "options": vars(options),
         "prompts": [{"index": p.index, "text": p.text, "reference": p.reference} for p in prompts],
-        "warnings": _warnings(variants, results),
+        "warnings": warnings_about(variants, results),
         "variants": entries,
     }
 
@@ -87,7 +87,7 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, float | None]:
     return {**means, "perplexity": exp(loss / tokens) if tokens else None}  # every token has the same weight
 
 
-def _warnings(variants: Sequence[Variant], results: list[VariantResult]) -> list[str]:
+def warnings_about(variants: Sequence[Variant], results: list[VariantResult]) -> list[str]:
     """Name pairs of variants that should differ but give the same answers, and count failed answers."""
     found = []
     for (earlier, one), (later, two) in itertools.combinations(zip(variants, results, strict=True), 2):

@@ -90,7 +90,7 @@ def record(**changes):
         (truncate, KTModelError, r"1 of 36 files are missing, truncated or of another size, first _numa_0/INT8_down_0"),
         (lambda packed: first_file(packed).unlink(), KTModelError, r"1 of 36 files are missing"),
         (flip, KTModelError, r"INT8_down_0.* has changed since it was made \(its SHA-256 differs\)"),
-        (record(method="AMXINT4"), KTModelError, r"was made with method AMXINT4, wanted AMXINT8\. Quantise"),
+        (record(method="AMXINT4"), KTModelError, r"was made with method AMXINT4, wanted AMXINT8\. Quantize"),
         (record(pools=2, hidden_size=96), KTModelError, r"made with pools 2, wanted 1; hidden_size 96, wanted 64"),
         (record(fingerprint="0"), KTModelError, r"made from other weights than the checkpoint's"),
         (record(files=[]), KTModelError, r"layer\.json is damaged"),

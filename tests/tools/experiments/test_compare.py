@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from llamafactory_kt import KTConfigError
 from llamafactory_kt.cli import app
-from llamafactory_kt.tools.experiments.comparing import _warnings
+from llamafactory_kt.tools.experiments.comparing import warnings_about
 from llamafactory_kt.tools.experiments.measuring import PromptResult, VariantResult
 from llamafactory_kt.tools.experiments.plan import Variant, group_variants, plan_variants
 
@@ -177,7 +177,7 @@ def test_an_adapter_without_effect_is_called_out():
         return VariantResult(name, [PromptResult(i, text, "", 1) for i, text in enumerate(texts)], 0, 1, 1, 0)
 
     base, adapter = Variant("base", {}), Variant("tuned", {"adapter_name_or_path": "a"})
-    [warning] = _warnings([base, adapter], [measured("base", "x", "y"), measured("tuned", "x", "y")])
+    [warning] = warnings_about([base, adapter], [measured("base", "x", "y"), measured("tuned", "x", "y")])
     assert warning.startswith("base and tuned give the same answers to all 2 prompts, although their adapters differ.")
-    assert not _warnings([base, adapter], [measured("base", "x", "y"), measured("tuned", "x", "z")])
-    assert not _warnings([base, base], [measured("base", "x"), measured("base", "x")])
+    assert not warnings_about([base, adapter], [measured("base", "x", "y"), measured("tuned", "x", "z")])
+    assert not warnings_about([base, base], [measured("base", "x"), measured("base", "x")])

@@ -57,7 +57,7 @@ def load_moe_lora_from_adapter(model: nn.Module, adapter_path: Adapters) -> Load
     report = _report(adapters)
     with state.lock.exchange():
         _exchange_experts(state, adapters)
-        state.expert_adapters, state.report = adapters, _with_experts_of(state.report, report)
+        state.expert_adapters, state.report = adapters, _with_experts_of(state, report)
     return report
 
 
@@ -213,18 +213,15 @@ def _report(adapters: AdapterSet, parts: Sequence[tuple[Adapter, PeftPart]] = ()
     )
 
 
-def _with_experts_of(before: LoadReport | None, experts: LoadReport) -> LoadReport | None:
-    """What a model has whose experts' part alone was exchanged."""
-    if before is None:
+def _with_experts_of(state: KTState, experts: LoadReport) -> LoadReport | None:
+    """What the model has, once the experts' part alone is that of another adapter."""
+    if state.report is None or not state.adapters.adapters:
         return experts if experts.experts else None
-    names = (
-        before.adapter
-        if experts.adapter == before.adapter
-        else f"{before.adapter}, experts of {experts.adapter or 'none'}"
-    )
+    whole = _report(state.adapters)
+    others = "" if experts.adapter == whole.adapter else f", experts of {experts.adapter or 'none'}"
     return replace(
-        before, adapter=names, total=before.total - before.experts + experts.experts, experts=experts.experts,
-        layers=experts.layers, max_rank=experts.max_rank, expert_params=experts.expert_params,
+        state.report, adapter=whole.adapter + others, total=whole.total - whole.experts + experts.experts,
+        experts=experts.experts, layers=experts.layers, max_rank=experts.max_rank, expert_params=experts.expert_params,
     )  # fmt: skip
 
 

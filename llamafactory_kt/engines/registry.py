@@ -8,13 +8,17 @@ A distribution registers engines as entry points of the group ``llamafactory_kt.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 
-from ..ground.errors import KTConfigError
+from ..ground.errors import KTConfigError, first_line
 from . import ktkernel, onednn, reference
 from .base import Engine
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 ENTRY_POINTS = "llamafactory_kt.engines"
@@ -24,8 +28,37 @@ _BUILT_IN: tuple[type[Engine], ...] = (*ktkernel.ENGINES, onednn.OneDNNEngine, r
 
 @cache
 def engines() -> tuple[type[Engine], ...]:
-    """Every engine, in the order in which ``auto`` prefers them where nothing is measured."""
-    return (*_BUILT_IN, *(point.load() for point in entry_points(group=ENTRY_POINTS)))
+    """Every engine, in the order in which ``auto`` prefers them where nothing is measured.
+
+    One of another distribution that is broken, or takes the name of another, is left out with a warning: it must not stop those
+    who do not use it.
+    """
+    found = list(_BUILT_IN)
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            engine = point.load()
+            problem = _registration_problem(engine, found)
+        except Exception as error:  # of code that is not ours
+            problem = f"{type(error).__name__}: {first_line(error)}"
+        if problem is None:
+            found.append(engine)
+        else:
+            source = point.dist.name if point.dist else "an unknown distribution"
+            logger.warning("The engine %r of %s is left out: %s", point.name, source, problem)
+    return tuple(found)
+
+
+def _registration_problem(engine: object, known: Iterable[type[Engine]]) -> str | None:
+    if not (isinstance(engine, type) and issubclass(engine, Engine)):
+        return f"{engine!r} is not a subclass of Engine"
+    if missing := sorted(getattr(engine, "__abstractmethods__", ())):
+        return f"it does not define {', '.join(missing)}"
+    if not isinstance(getattr(engine, "name", None), str):
+        return "it has no name"
+    taken = {name.upper() for other in known for name in (other.name, *other.aliases)} | {AUTO.upper()}
+    if twice := [name for name in (engine.name, *engine.aliases) if name.upper() in taken]:
+        return f"there is already an engine called {', '.join(twice)}"
+    return None
 
 
 def backend_names() -> tuple[str, ...]:

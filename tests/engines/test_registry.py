@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from helpers.chats import EXPECTED, answers, config
 from helpers.places import CLI
 
 from llamafactory_kt import KTConfigError
+from llamafactory_kt.engines import registry
+from llamafactory_kt.engines.base import Engine
+from llamafactory_kt.engines.reference import ReferenceEngine
 from llamafactory_kt.engines.registry import backend_names, canonical_name, find_engine
 
 EXAMPLE = '''
@@ -103,3 +107,30 @@ def test_names():
         KTConfigError, match=r"unknown value 'AMXBF15', expected one of auto, .*; did you mean AMXBF16?"
     ):
         canonical_name("AMXBF15")
+
+
+class Nameless(ReferenceEngine):
+    name = None
+
+
+class Taken(ReferenceEngine):
+    name, aliases = "another", ("AMXBF16",)
+
+
+class Unfinished(Engine):
+    name = "unfinished"
+
+
+def test_broken_engines_of_others_are_left_out(monkeypatch, caplog):
+    """With a warning that names the distribution; everything else goes on."""
+    registered = {
+        "Nameless": "it has no name", "Taken": "there is already an engine called AMXBF16",
+        "Unfinished": "it does not define forward", "CLI": "is not a subclass of Engine", "missing": "AttributeError",
+    }  # fmt: skip
+    points = [EntryPoint(name, f"{__name__}:{name}", registry.ENTRY_POINTS) for name in registered]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    with caplog.at_level("WARNING"):
+        found = registry.engines.__wrapped__()
+    assert found == registry.engines()
+    for name, problem in registered.items():
+        assert any(f"The engine {name!r} of" in text and problem in text for text in caplog.messages), name

@@ -51,9 +51,23 @@ def test_the_state_follows_every_exchange(tmp_path):
     assert names(state.adapters) == ["two"] and names(state.expert_adapters) == ["one"]
     assert state.report.max_rank == 4 and state.report.adapter.endswith(f"experts of {one}")
     assert dict(load_rows(wrapped))["LoRA layers"] == "3 with expert LoRA, rank up to 4"
+    load_moe_lora_from_adapter(wrapped, [])
+    assert state.report.adapter == f"{two}, experts of none" and state.report.experts == 0
+    load_moe_lora_from_adapter(wrapped, two)
+    assert state.report.adapter == str(two) and str(state.report).startswith(f"consumed {state.report.total} of")
     switch_adapter(wrapped, None)
     assert not state.adapters.adapters and not state.expert_adapters.adapters and state.report is None
     assert dict(load_rows(wrapped))["LoRA tensors"] == "no adapter"
+
+
+def test_experts_alone(tmp_path):
+    """Without an adapter around them, the report is that of the experts' adapter, and goes with it."""
+    path = make_model(tmp_path / "model", "qwen3_moe")
+    model = load(path)
+    load_moe_lora_from_adapter(model, make_adapter(tmp_path / "one", path))
+    assert kt_state(model).report.experts > 0
+    load_moe_lora_from_adapter(model, [])
+    assert kt_state(model).report is None
 
 
 def test_other_models_have_none(tmp_path):

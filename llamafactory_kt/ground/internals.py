@@ -14,6 +14,13 @@ from importlib import metadata
 from packaging.specifiers import SpecifierSet
 
 SWITCH = "LLAMAFACTORY_KT_WITHOUT"
+NAMES = frozenset(
+    {
+        "auto-classes", "experts-contract", "kt-kernel", "kt-kernel-memory", "mkldnn-blob", "mkldnn-ops", "openmp", "peft-layers",
+        "peft-lora", "quantized-checkpoints", "torch-archive", "transformers-names",
+    }
+)  # fmt: skip
+"""of every :class:`Internal`"""
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,21 @@ class Internal:
     @property
     def usable(self) -> bool:
         """Whether the library is one of those versions, and nobody has switched this off."""
-        switched_off = os.environ.get(SWITCH)
-        if switched_off and {self.name, "all"} & {name.strip() for name in switched_off.split(",")}:
-            return False
-        return _installed(self.library, self.versions)
+        return not {self.name, "all"} & _switched_off() and _installed(self.library, self.versions)
+
+
+def _switched_off() -> set[str]:
+    return {name.strip() for name in os.environ.get(SWITCH, "").split(",")} - {""}
+
+
+def switch_problem() -> str | None:
+    """What is wrong with the environment variable, or None."""
+    unknown = sorted(_switched_off() - NAMES - {"all"})
+    if not unknown:
+        return None
+    return (
+        f"{SWITCH}: unknown name {', '.join(map(repr, unknown))}, expected some of {', '.join(sorted(NAMES))}, or all."
+    )
 
 
 @cache  # asked for every token; reading a distribution's metadata takes 0.7 ms

@@ -27,6 +27,7 @@ from ..ground.process import require_own_process
 from ..ground.progress import with_progress
 from ..matmul.layouts import forget_measured
 from ..matmul.openmp import release_team
+from ..peft_side.swap import require_peft_layers
 from ..settings.rules import experts_problems
 from .config import KTExpertsConfig
 from .debug import Debugger
@@ -62,7 +63,7 @@ class ExpertsLoad:
         self.tensors = frozenset(layout.target_names)
         """the experts' tensors, as transformers names them; no parameter asks for them any more"""
         self._adapters = open_adapters(config.adapter, config.moe_lora)
-        opened.fit(self._adapters, finite=True)
+        require_peft_layers(opened.fit(self._adapters, finite=True))
         if config.recalibrate:
             forget_measured()
         around = 0 if on_gpu else read_around(model, experts) // len(experts)

@@ -42,11 +42,7 @@ def exchange_peft_layers(model: Any, parts: Parts, routers: dict[str, torch.Tens
         KTAdapterError: PEFT cannot wrap a module, needs a tensor that the file does not have, or has no place for one of
             the file's. The model is as it was.
     """
-    if any(part.modules for _, part in parts) and not INTERNAL.usable:
-        raise KTAdapterError(
-            f"LoRA outside the routed experts needs PEFT {INTERNAL.versions}; another version is installed, or {SWITCH} "
-            "switches this off."
-        )
+    require_peft_layers(parts)
     undo = _remember(model, {*routers, *(router for _, part in parts for router in part.routers)})
     try:
         _detach(model)
@@ -55,6 +51,19 @@ def exchange_peft_layers(model: Any, parts: Parts, routers: dict[str, torch.Tens
     except BaseException:
         undo()
         raise
+
+
+def require_peft_layers(parts: Sequence[tuple[Adapter, PeftPart]]) -> None:
+    """Check that this PEFT can be given its parts of adapters; loads ask before they read weights.
+
+    Raises:
+        KTAdapterError: It is not a version that this was made for, or is switched off.
+    """
+    if any(part.modules for _, part in parts) and not INTERNAL.usable:
+        raise KTAdapterError(
+            f"LoRA outside the routed experts needs PEFT {INTERNAL.versions}; another version is installed, or {SWITCH} "
+            "switches this off."
+        )
 
 
 def merge_peft_layers(wrapped: Any) -> Any:

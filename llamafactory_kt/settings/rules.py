@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..engines.registry import engines, find_engine
+from ..ground.internals import switch_problem
 
 
 def experts_problems(
@@ -14,7 +15,7 @@ def experts_problems(
     pools: int | None,
     prefix: str = "",
 ) -> list[str]:
-    """The contradictions between these values, one sentence each.
+    """What is wrong with these values and the environment, one sentence each.
 
     Args:
         backend: a name as :func:`~llamafactory_kt.engines.registry.canonical_name` spells it.
@@ -22,6 +23,8 @@ def experts_problems(
         prefix: goes before the keys' names in the messages.
     """
     problems, engine = [], find_engine(backend)
+    if problem := switch_problem():
+        problems.append(problem)
     if pools is not None and num_threads is not None and num_threads < pools:
         problems.append(
             f"{prefix}num_threads: {num_threads} is fewer than {prefix}threadpool_count: {pools}; give each pool one."

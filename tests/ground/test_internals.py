@@ -9,7 +9,9 @@ from importlib import metadata
 import pytest
 from helpers.places import ROOT
 
-from llamafactory_kt.ground.internals import SWITCH, Internal
+from llamafactory_kt import KTConfigError, KTExpertsConfig
+from llamafactory_kt.ground.internals import NAMES, SWITCH, Internal, switch_problem
+from llamafactory_kt.model.load import ExpertsLoad
 
 FILES = sorted(
     file for file in (ROOT / "llamafactory_kt").rglob("*.py") if re.search(r"^INTERNAL = ", file.read_text(), re.M)
@@ -36,6 +38,7 @@ def test_each_is_in_the_table(page):
 def test_the_names_differ():
     names = [internal(file).name for file in FILES]
     assert len(set(names)) == len(names) and "all" not in names
+    assert set(names) == NAMES
 
 
 def test_switching_off(monkeypatch):
@@ -56,3 +59,15 @@ def test_the_version_is_read_once(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: read.append(name) or "3.0")
     one = Internal("one", "a-library", ">=2")
     assert one.usable and one.usable and read == ["a-library"]
+
+
+def test_names_that_nothing_has(monkeypatch):
+    """A misspelt name would leave on what was meant to be off."""
+    for value in ("", "all", "openmp, peft-lora"):
+        monkeypatch.setenv(SWITCH, value)
+        assert switch_problem() is None
+    monkeypatch.setenv(SWITCH, "Openmp,typo")
+    with pytest.raises(
+        KTConfigError, match=r"unknown name 'Openmp', 'typo', expected some of auto-classes, .*, or all"
+    ):
+        ExpertsLoad(KTExpertsConfig(backend="torch"), None, [], on_gpu=False)

@@ -14,7 +14,8 @@ from helpers.models import make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llamafactory_kt import KTExpertsConfig, apply_adapter
+from llamafactory_kt import KTAdapterError, KTExpertsConfig, apply_adapter
+from llamafactory_kt.engines.reference import ReferenceEngine
 from llamafactory_kt.ground import machine
 from llamafactory_kt.model.state import kt_state
 
@@ -88,3 +89,12 @@ def test_no_expert_tensor_is_read_by_transformers_and_none_is_called_unexpected(
     )
     _, info = load_with_info()
     assert info["unexpected_keys"] == {"model.layers.1.mlp.something.weight"}, "only the experts are silenced"
+
+
+def test_a_peft_that_cannot_be_used_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+    path = make_model(tmp_path / "model", "qwen3_moe")
+    adapter = make_adapter(tmp_path / "adapter", path)
+    monkeypatch.setenv("LLAMAFACTORY_KT_WITHOUT", "peft-layers")
+    monkeypatch.setattr(ReferenceEngine, "load", lambda self: pytest.fail("weights were read"))
+    with pytest.raises(KTAdapterError, match="LoRA outside the routed experts needs PEFT"):
+        load(path, "torch", adapter=[str(adapter)])

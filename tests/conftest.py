@@ -48,9 +48,9 @@ def kt_log(caplog: pytest.LogCaptureFixture):
 @pytest.fixture(scope="module")
 def worker_threads() -> None:
     """One kt-kernel worker, whatever this machine has."""
-    from llamafactory_kt.engines.ktkernel.cpuinfer import settle_pool
+    from llamafactory_kt.engines.ktkernel.cpuinfer import fix_pool
 
-    settle_pool(1, 1)
+    fix_pool(1, 1)
 
 
 @pytest.fixture

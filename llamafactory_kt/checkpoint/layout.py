@@ -110,6 +110,11 @@ class CheckpointLayout:
         following = self.modules.index(module) + 1
         return self.modules[following] if following < len(self.modules) else None
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value of the experts' weights as they are read; the largest, where layers differ."""
+        return max(layer.dtype.itemsize for layer in self._layers.values())
+
     def dtypes(self) -> set[str]:
         """The dtypes that the experts are stored in, by safetensors' names."""
         return {tensor.dtype for layer in self._layers.values() for tensor in layer.stored.values()}

@@ -127,6 +127,11 @@ class Engine(ABC):
         return False
 
     @classmethod
+    def merges(cls, wanted: bool) -> bool:
+        """Whether adapters are merged into the weights: on request, or because the engine computes no LoRA."""
+        return wanted or not cls.computes_lora
+
+    @classmethod
     def plans(cls, request: PlanRequest) -> list[Plan]:
         """The thread settings worth measuring; the first is used where nothing is measured.
 

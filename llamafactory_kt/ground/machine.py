@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 
 AMX_FLAGS = ("amx_tile", "amx_int8", "amx_bf16")
-# What kt-kernel's builds need (kt_kernel/_cpu_detect.py). Each also needs what the builds before it need.
+# What kt-kernel's builds need (kt_kernel/_cpu_detect.py). Each also needs what the builds before it need. They stand here, and not
+# with the engines, because doctor asks even where torch cannot be imported.
 _BUILDS = {
     "avx2": ("avx2",),
     "avx512_base": ("avx512f", "avx512bw"),

@@ -30,22 +30,15 @@ _HARD = 2
 """omp_pause_hard (OpenMP 5.0, section 3.2.44)"""
 
 
-class _Team:
-    parents = False
-    """whether this process was forked: libgomp would wait for ever for threads that only the parent has"""
-
-    @classmethod
-    def is_parents(cls) -> None:
-        cls.parents = True
-
-
-os.register_at_fork(after_in_child=_Team.is_parents)
+_forked = threading.Event()
+"""set in a forked process: libgomp would wait for ever for threads that only the parent has"""
+os.register_at_fork(after_in_child=_forked.set)
 
 
 def release_team() -> None:
     """End the calling thread's team. Its next kernel starts a new one, which is cheap; a team left spinning takes the cores of the
     thread that generates."""
-    if _Team.parents or not INTERNAL.usable:
+    if _forked.is_set() or not INTERNAL.usable:
         return
     for library in _libraries():
         with contextlib.suppress(AttributeError):  # older than OpenMP 5.0
@@ -70,7 +63,7 @@ def in_team(work: Callable[[], None], threads: int) -> None:
         except BaseException as error:  # which C code cannot pass on
             raised.append(error)
 
-    parallel = getattr(_torchs(), "GOMP_parallel", None) if INTERNAL.usable else None
+    parallel = getattr(_pytorch_openmp(), "GOMP_parallel", None) if INTERNAL.usable else None
     if parallel is None:
         region(None)
     else:
@@ -100,7 +93,7 @@ def throttle() -> None:
 
 
 @cache
-def _torchs() -> ctypes.CDLL:
+def _pytorch_openmp() -> ctypes.CDLL:
     """The OpenMP that PyTorch computes with, found as the dynamic linker finds it: what the whole process shares (``LD_PRELOAD`` may
     bring Intel's, which knows GNU's calls) comes before what libtorch is linked with."""
     process = ctypes.CDLL(None)

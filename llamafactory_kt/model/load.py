@@ -72,7 +72,7 @@ class ExpertsLoad:
         )
         self._reason = reason or left_out(config.backend, merged=config.merge_adapter)
         self._engine = engine = get_engine(self._plan.backend)
-        self._merged = self._adapters if config.merge_adapter or not engine.computes_lora else None
+        self._merged = self._adapters if engine.merges(config.merge_adapter) else None
         self._check_memory()
         if engine.weights_dtype is torch.bfloat16 and layout.dtypes() != {"BF16"}:
             logger.warning(
@@ -87,10 +87,9 @@ class ExpertsLoad:
 
     def _check_memory(self) -> None:
         opened = self._opened
-        itemsize = max(opened.layout.layer(module.name).dtype.itemsize for module in opened.experts)
         need = memory_need(
             opened.model, opened.experts, self._apart, self._engine, self._config.options,
-            itemsize=itemsize, on_gpu=self._on_gpu,
+            itemsize=opened.layout.itemsize, on_gpu=self._on_gpu,
         )  # fmt: skip
         if need.on_cpu > (free := available_memory()):
             raise KTMemoryError(

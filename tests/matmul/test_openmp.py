@@ -42,7 +42,7 @@ def test_an_error_in_a_team_is_raised():
 
 
 def test_a_torch_without_libgomp(monkeypatch):
-    monkeypatch.setattr(openmp, "_torchs", object)
+    monkeypatch.setattr(openmp, "_pytorch_openmp", object)
     calls: list[int] = []
     in_team(lambda: calls.append(threading.get_ident()), 8)
     assert calls == [threading.get_ident()]

@@ -19,30 +19,30 @@ from ...ground.machine import numa_nodes
 logger = logging.getLogger(__name__)
 
 
-_settled: tuple[int, int] | None = None
+_fixed: tuple[int, int] | None = None
 
 
-def settle_pool(threads: int, pools: int) -> tuple[int, int]:
+def fix_pool(threads: int, pools: int) -> tuple[int, int]:
     """Fix the process's worker threads and sub-pools.
 
     Returns:
         Those in force: the first load's, since kt-kernel cannot change them.
     """
-    global _settled
-    if _settled is None:
-        _settled = threads, pools
-    elif _settled != (threads, pools):
+    global _fixed
+    if _fixed is None:
+        _fixed = threads, pools
+    elif _fixed != (threads, pools):
         logger.warning(
             "kt-kernel already runs with %d threads in %d sub-pool(s) in this process and keeps them "
             "(asked for: %d in %d); start a new process to change that.",
-            *_settled, threads, pools,
+            *_fixed, threads, pools,
         )  # fmt: skip
-    return _settled
+    return _fixed
 
 
-def settled_pool() -> tuple[int, int]:
+def fixed_pool() -> tuple[int, int]:
     """Worker threads and sub-pools; one of each where nothing was fixed."""
-    return _settled or (1, 1)
+    return _fixed or (1, 1)
 
 
 def worker_pool(threads: int | None = None, pools: int | None = None) -> Any:
@@ -51,13 +51,13 @@ def worker_pool(threads: int | None = None, pools: int | None = None) -> Any:
     others.
 
     Args:
-        threads: instead of :func:`settle_pool`'s.
+        threads: instead of :func:`fix_pool`'s.
         pools: likewise; may be more than there are nodes.
     """
     from kt_kernel.sft.amx import AMXSFTMoEWrapper
 
-    settled = settled_pool()
-    threads, pools = threads or settled[0], pools or settled[1]
+    fixed = fixed_pool()
+    threads, pools = threads or fixed[0], pools or fixed[1]
     nodes, made = numa_nodes(), AMXSFTMoEWrapper._cpu_infer_instance is None
     infer = AMXSFTMoEWrapper._get_cpu_infer(threads, pools, list(islice(cycle(nodes), pools)))
     if made:

@@ -16,13 +16,13 @@ from ...adapters import ExpertsShape
 from ...checkpoint.reader import LayerWeights
 from ..base import DEFAULT_OPTIONS, Engine, EngineOptions, EngineSpec, LayerMemory, ReadExperts, Stream
 from ..plan import Plan, PlanRequest
-from . import stream as streams
-from .cpuinfer import settle_pool
+from .cpuinfer import fix_pool
 from .kernel import KernelKind, KernelObject
 from .methods import Method, PackedShape
 from .packed_files import PackedLayer, record_for
 from .plans import arrange_process, plans
 from .runtime import cpu_variant, kernel_lock
+from .stream import join, submit
 
 
 class KTEngine(Engine):
@@ -61,7 +61,7 @@ class KTEngine(Engine):
 
     @classmethod
     def start(cls, plan: Plan, options: EngineOptions) -> tuple[Plan, EngineOptions]:
-        workers, pools = settle_pool(plan.workers, options.pools)
+        workers, pools = fix_pool(plan.workers, options.pools)
         return replace(plan, workers=workers), replace(options, pools=pools)
 
     @classmethod
@@ -118,10 +118,10 @@ class KTEngine(Engine):
         try:
             for start in range(0, len(x), most):
                 part = (tensor[start : start + most] for tensor in (x, index, scores, out))
-                streams.submit(kernel.infer, stream, kernel.task(*part))
+                submit(kernel.infer, stream, kernel.task(*part))
             yield
         finally:
-            streams.join(kernel.infer, stream)  # else the next layer would write what this one still reads
+            join(kernel.infer, stream)  # else the next layer would write what this one still reads
 
     def _check(self, index: torch.Tensor) -> None:
         if index.shape[1] != (wanted := self.spec.num_experts_per_tok):

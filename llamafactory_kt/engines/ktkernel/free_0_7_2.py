@@ -31,7 +31,7 @@ from ...ground.internals import Internal
 from ...ground.machine import gib
 from ...ground.paging import give_back_memory
 from .methods import Method, PackedShape
-from .stream import settle
+from .stream import wait_for_streams
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def free_dropped() -> None:
 
 
 def _free(wrapper: Any, shape: PackedShape) -> None:
-    settle()
+    wait_for_streams()
     try:
         buffers = packed_buffers(wrapper.moe, shape)
         if sys.getrefcount(wrapper.moe) != 2:  # the wrapper's, and the one this call holds

@@ -14,7 +14,7 @@ from .cpuinfer import worker_pool
 from .kernel import KernelKind, KernelObject
 from .methods import Method
 from .runtime import kernel_lock, quiet_stdout
-from .stream import Task, settle
+from .stream import Task, wait_for_streams
 
 
 class InferenceKernel(KernelObject):
@@ -34,7 +34,7 @@ class InferenceKernel(KernelObject):
                 kind.packed.method, layer, kind.num_experts_per_tok, weights, kind.max_chunk
             )
         # what it is given is kept until it was called: the object goes after the wait
-        self._drop = weakref.finalize(self, lambda *kept: settle(), self.wrapper, self._kept)
+        self._drop = weakref.finalize(self, lambda *kept: wait_for_streams(), self.wrapper, self._kept)
         self._drop.atexit = False
         self._built()
 

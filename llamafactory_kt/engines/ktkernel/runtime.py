@@ -18,7 +18,7 @@ from typing import Any
 from ...ground.internals import SWITCH, Internal
 from ...ground.machine import missing_cpu_flags
 from ...ground.process import is_forked, join_threads
-from .stream import settle
+from .stream import wait_for_streams
 
 INTERNAL = Internal("kt-kernel", "kt-kernel", ">=0.7.2,<0.8")
 kernel_lock = threading.Lock()
@@ -81,7 +81,7 @@ def _shut_down() -> None:
             for kept in (AMXSFTMoEWrapper._cpu_infer_instance, *(kernel.wrapper for kernel in live_kernels)):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))  # never destroyed
             return
-        settle()
+        wait_for_streams()
         for kernel in list(live_kernels):
             kernel.release()
         AMXSFTMoEWrapper._cpu_infer_instance = None

@@ -10,11 +10,11 @@ from ...adapters import ExpertLora
 from ...adapters.expert_lora import mantissa
 from ..base import Engine, Undo
 from ..bounds import Bounds
-from . import stream
 from .engine import KTEngine
 from .methods import Method
 from .runtime import kernel_problem
 from .sft_kernel import SftKernel
+from .stream import wait_for_streams
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class SftEngine(KTEngine):
         return SftKernel(kind, self.spec.layer, self._weights(), verbose=self.options.verbose)
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:
-        stream.settle()
+        wait_for_streams()
         kernel, rank = self._kernel, self.lora_rank
         tensors = kernel.lora
         if lora is not None and lora.rank > kernel.kind.rank:
@@ -57,7 +57,7 @@ class SftEngine(KTEngine):
         self.lora_rank = lora.rank if lora is not None else 0
 
         def undo() -> None:
-            stream.settle()
+            wait_for_streams()
             if kernel is self._kernel:
                 kernel.set_lora(tensors)
             self._kernel, self.lora_rank = kernel, rank

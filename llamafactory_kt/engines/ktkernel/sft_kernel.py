@@ -11,7 +11,7 @@ import torch
 from ...adapters import ExpertLora
 from ...adapters.keys import PROJECTIONS
 from ...checkpoint.reader import LayerWeights
-from .cpuinfer import settled_pool, worker_pool
+from .cpuinfer import fixed_pool, worker_pool
 from .free_0_7_2 import building, drop, free_dropped
 from .kernel import KernelKind, KernelObject
 from .runtime import kernel_lock, quiet_stdout
@@ -47,7 +47,7 @@ class SftKernel(KernelObject):
         kind, packed = self.kind, self.kind.packed
         experts = torch.arange(packed.num_experts)
         worker_pool()  # which the wrapper then finds
-        threads, pools = settled_pool()
+        threads, pools = fixed_pool()
         wrapper = KTMoEWrapper(
             mode="sft",
             gpu_experts_mask=None,

@@ -30,7 +30,7 @@ def join(infer: Any, stream: Stream) -> None:
     infer.sync_with_cuda_stream(stream.cuda_stream)
 
 
-def settle() -> None:
+def wait_for_streams() -> None:
     """Wait for every task that was ever submitted, before what it reads is changed or freed."""
     for device in list(_devices):
         torch.cuda.synchronize(device)

@@ -82,7 +82,7 @@ def _checkpoint(args: Any, moe: MoEModel) -> Any:
         return 2
     size = sum(file.stat().st_size for file in moe.files)
     yield ok("checkpoint", f"{len(moe.files)} file(s), {gib(size)}, experts in {', '.join(sorted(layout.dtypes()))}")
-    return max(layout.layer(module.name).dtype.itemsize for module in layout.modules)
+    return layout.itemsize
 
 
 def _adapters(args: Any, moe: MoEModel) -> Any:
@@ -124,7 +124,7 @@ def _memory(args: Any, moe: MoEModel, adapters: AdapterSet, itemsize: int) -> Fi
     config, gpus = experts_config(args), torch.cuda.device_count()
     plans = candidates(config.backend, config.plan_request(on_gpu=gpus > 0), merged=config.merge_adapter)
     engine = get_engine(plans[0].backend)
-    if config.merge_adapter or not engine.computes_lora:
+    if engine.merges(config.merge_adapter):
         adapters = AdapterSet()  # merged into the weights
     need = memory_need(moe.model, moe.experts, adapters, engine, config.options, itemsize=itemsize, on_gpu=gpus > 0)
     layers = name_some([module.layer for module in moe.experts], 4)

@@ -11,7 +11,7 @@ from helpers.marks import needs_base_kernel, needs_kernel
 from helpers.streams import LateStream, LateWorkers
 
 from llamafactory_kt.adapters import ExpertsShape
-from llamafactory_kt.engines.ktkernel import stream
+from llamafactory_kt.engines.ktkernel import sft_engine, stream
 
 SHAPE = ExpertsShape(5, 40, 24)
 KERNELS = [pytest.param("AVX2BF16", marks=needs_base_kernel), pytest.param("AMXBF16", marks=needs_kernel)]
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.usefixtures("worker_threads")
 @needs_kernel
 def test_lora_is_exchanged_when_nothing_computes_with_it(monkeypatch):
     engine, log = make_engine("AMXBF16", SHAPE, layer(SHAPE)), []
-    monkeypatch.setattr(stream, "settle", lambda: log.append("settle"))
+    monkeypatch.setattr(sft_engine, "wait_for_streams", lambda: log.append("wait"))
     set_lora = type(engine.kernel).set_lora
     monkeypatch.setattr(type(engine.kernel), "set_lora", lambda *given: (log.append("set"), set_lora(*given)))
     undo = engine.set_lora(lora_for(SHAPE, 4, 1.0))
-    assert log == ["settle", "set"]
+    assert log == ["wait", "set"]
     undo()
-    assert log == ["settle", "set"] * 2
+    assert log == ["wait", "set"] * 2
 
 
 @pytest.mark.parametrize("kind", KERNELS)

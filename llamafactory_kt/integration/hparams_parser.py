@@ -9,6 +9,7 @@ from ..settings.check import check_for_inference
 from ..settings.sglang_keys import serves
 from . import bootstrap
 from .excepthook import end_in_one_paragraph
+from .option_lists import settle_conflicts
 from .patching import asks_for, check_stock, expect, replace, require_hooks
 
 
@@ -19,6 +20,7 @@ def patch(module: ModuleType) -> None:
     """
     if callable(getattr(module, "get_infer_args", None)):
         _guard(module)
+    settle_conflicts(module)
     check_stock()
     stock_check = expect(module, "_check_extra_dependencies", "model_args", "finetuning_args", "training_args")
     expect(module, "get_infer_args", "args")

@@ -22,7 +22,7 @@ from ..adapters import ExpertsShape
 from ..ground.errors import KTModelError
 from ..ground.internals import SWITCH, Internal
 
-INTERNAL = Internal("experts-contract", "transformers", ">=5.6,<5.7")
+INTERNAL = Internal("experts-contract", "transformers", ">=5.6,<5.9")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..ground.internals import Internal
 
-INTERNAL = Internal("auto-classes", "transformers", ">=5.6,<5.7")
+INTERNAL = Internal("auto-classes", "transformers", ">=5.6,<5.9")
 AUTO_CLASSES = "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForTextToWaveform"
 """the auto classes that LLaMA-Factory asks"""
 

@@ -1,4 +1,4 @@
-"""A chat loaded through LLaMA-Factory 0.9.5: its model, its template, its generating arguments."""
+"""A chat loaded through LLaMA-Factory: its model, its template, its generating arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..adapters import AdapterSet
 from ..ground.errors import KTConfigError
 from . import bootstrap
 from .chat_config import open_configured, parse, parse_from, read_yaml
-from .hf_engine import PARAMETERS
+from .known_versions import PARAMETERS
 from .patching import expect
 from .prompts import Prompt
 
@@ -69,11 +69,11 @@ class LoadedChat:
 
         Raises:
             KTConfigError: It has another engine than ``HuggingfaceEngine``.
-            KTHookError: The engine is not that of LLaMA-Factory 0.9.5.
+            KTHookError: The engine is not one of a known LLaMA-Factory.
         """
         from llamafactory.chat.hf_engine import HuggingfaceEngine
 
-        expect(HuggingfaceEngine, "_process_args", *PARAMETERS)
+        expect(HuggingfaceEngine, "_process_args")
         if not isinstance(chat_model.engine, HuggingfaceEngine):
             raise KTConfigError("The ChatModel has another engine; load it with infer_backend: huggingface.")
         return cls(chat_model.engine, config or {})

@@ -1,4 +1,4 @@
-"""``llamafactory.chat.chat_model`` 0.9.5: the chat in the terminal, if the command line sets ``use_kt``.
+"""``llamafactory.chat.chat_model``: the chat in the terminal, if the command line sets ``use_kt``.
 
 Ctrl-C stops the answer and keeps the session, ``/stats`` shows figures after each answer, ``/experts`` shows the router
 statistics, and Ctrl-D leaves. Without ``use_kt`` the chat is LLaMA-Factory's own.

@@ -1,4 +1,4 @@
-"""``llamafactory.chat.hf_engine`` 0.9.5: answers of a model with KT experts can be stopped and end at stop strings, and an
+"""``llamafactory.chat.hf_engine``: answers of a model with KT experts can be stopped and end at stop strings, and an
 error in ``generate`` reaches the caller. Stock LLaMA-Factory keeps generating for clients that are gone, ignores ``stop``, and
 waits forever for a thread that has raised. Other models are left alone.
 
@@ -14,20 +14,17 @@ from types import ModuleType
 from typing import Any
 
 from ..model.state import has_kt_experts
+from .known_versions import PARAMETERS
 from .patching import expect, replace
-
-_REQUEST = ("messages", "system", "tools", "images", "videos", "audios", "input_kwargs")
-PARAMETERS = ("model", "tokenizer", "processor", "template", "generating_args", *_REQUEST)
-"""those of ``HuggingfaceEngine._process_args``, ``_chat`` and ``_stream_chat``"""
 
 
 def patch(module: ModuleType) -> None:
     """Hook the engine's four methods; all or none."""
     engine: Any = module.HuggingfaceEngine
-    stock_process = expect(engine, "_process_args", *PARAMETERS)
-    stock_chat = expect(engine, "_chat", *PARAMETERS)
-    stock_start = expect(engine, "_stream_chat", *PARAMETERS)
-    stock_stream = expect(engine, "stream_chat", "self", *_REQUEST)
+    stock_process = expect(engine, "_process_args")
+    stock_chat = expect(engine, "_chat")
+    stock_start = expect(engine, "_stream_chat")
+    stock_stream = expect(engine, "stream_chat")
 
     def _process_args(*args: Any, **kwargs: Any) -> Any:
         given = _by_name(args, kwargs)
@@ -102,10 +99,12 @@ def _generation(given: dict[str, Any]) -> Any:
 
 def _start(model: Any, tokenizer: Any, gen_kwargs: dict[str, Any], generation: Any) -> Callable[[], str]:
     """Generate in a thread; the returned function gives the next piece of text, or raises StopAsyncIteration."""
-    from transformers import TextIteratorStreamer
+    from transformers import TextIteratorStreamer, set_seed
 
     from .generation import StopText
 
+    if (seed := gen_kwargs.pop("_seed", None)) is not None:  # LLaMA-Factory 0.9.6's own methods do the same
+        set_seed(seed)
     skip = getattr(gen_kwargs["generation_config"], "skip_special_tokens", True)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=skip)
     cut = StopText(generation.stop_strings)

@@ -1,15 +1,17 @@
-"""``llamafactory.hparams.model_args`` 0.9.5: ModelArguments gets the kt_* fields."""
+"""``llamafactory.hparams.model_args``: ModelArguments gets the kt_* fields."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from types import ModuleType
 from typing import Any
 
 from ..ground.errors import KTHookError
 from ..settings.keys import KTArguments
-from .patching import check_stock, versions
+from .known_versions import ADVICE
+from .patching import check_stock, expect, versions
 
 
 def patch(module: ModuleType) -> None:
@@ -23,9 +25,11 @@ def patch(module: ModuleType) -> None:
     if not hasattr(stock, "__dataclass_fields__") or "use_kt" not in {f.name for f in dataclasses.fields(stock)}:
         raise KTHookError(
             f"{module.__name__}.ModelArguments cannot be hooked: found {stock!r}, expected a dataclass with the field "
-            f"use_kt. Installed: {versions()}."
+            f"use_kt. {ADVICE}. Installed: {versions()}."
         )
     namespace = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
+    if (loading := expect(stock, "configure_kt_loading")) is not None:
+        namespace["configure_kt_loading"] = _for_others(loading)
     extended: Any = dataclasses.dataclass(type("ModelArguments", (KTArguments, stock), namespace))
     importers = (sys.modules.get(name) for name in ("llamafactory.hparams", "llamafactory.hparams.parser"))
     for holder in (module, *filter(None, importers)):
@@ -34,3 +38,14 @@ def patch(module: ModuleType) -> None:
                 setattr(holder, name, extended)
             elif isinstance(value, list) and stock in value:
                 value[value.index(stock)] = extended
+
+
+def _for_others(stock: Any) -> Any:
+    """The method for models that are not ours: it prepares an inference through KTransformers' forks."""
+
+    @functools.wraps(stock)
+    def configure_kt_loading(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not getattr(self, "kt_inference", False):
+            stock(self, *args, **kwargs)
+
+    return configure_kt_loading

@@ -1,4 +1,4 @@
-"""``llamafactory.hparams.parser`` 0.9.5: what is checked when a configuration for inference asks for use_kt."""
+"""``llamafactory.hparams.parser``: what is checked when a configuration for inference asks for use_kt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..settings.check import check_for_inference
 from ..settings.sglang_keys import serves
 from . import bootstrap
 from .excepthook import end_in_one_paragraph
-from .option_lists import settle_conflicts
+from .option_lists import accept_json, settle_conflicts
 from .patching import asks_for, check_stock, expect, replace, require_hooks
 
 
@@ -22,14 +22,17 @@ def patch(module: ModuleType) -> None:
         _guard(module)
     settle_conflicts(module)
     check_stock()
-    stock_check = expect(module, "_check_extra_dependencies", "model_args", "finetuning_args", "training_args")
-    expect(module, "get_infer_args", "args")
+    stock_check = expect(module, "_check_extra_dependencies")
+    expect(module, "get_infer_args")
+    if (runtime := expect(module, "_KTransformersRuntimeArguments")) is not None:
+        accept_json(module, runtime)
 
     def _check_extra_dependencies(model_args: Any, finetuning_args: Any, training_args: Any = None) -> None:
         if not model_args.use_kt or training_args is not None:
             stock_check(model_args, finetuning_args, training_args)
             return
         require_hooks(*(["llamafactory.chat.sglang_engine"] if serves(model_args) else []))
+        take_kt_config(model_args)
         check_for_inference(model_args)
         # The stock check requires forks of transformers and accelerate, and a distribution named sglang.
         backend, model_args.use_kt, model_args.infer_backend = model_args.infer_backend, False, "huggingface"
@@ -40,6 +43,13 @@ def patch(module: ModuleType) -> None:
         model_args.kt_inference = True
 
     replace(module, _check_extra_dependencies)
+
+
+def take_kt_config(model_args: Any) -> None:
+    """Move ``kt_config`` from where LLaMA-Factory 0.9.6 puts it to where our checks look for it."""
+    if model_args.kt_config is None:
+        model_args.kt_config = getattr(model_args, "_kt_inference_config", None)
+    model_args._kt_inference_config = None
 
 
 def _guard(module: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""``llamafactory.model.loader`` 0.9.5: four functions that load_model and load_tokenizer look up when they are called.
+"""``llamafactory.model.loader``: four functions that load_model and load_tokenizer look up when they are called.
 
 ``init_adapter`` is hooked here and not ``adapter._setup_lora_tuning``, so every finetuning_type gets the same load table. In
 training, or without use_kt, each hook calls the stock function. The log goes to the handlers of LLaMA-Factory's logger.
@@ -19,10 +19,10 @@ logger = logging.getLogger("llamafactory_kt")
 
 def patch(module: ModuleType) -> None:
     """Hook the four functions; all or none."""
-    stock_kwargs = expect(module, "_get_init_kwargs", "model_args")
-    stock_load = expect(module, "load_config", "model_args")
-    stock_patch = expect(module, "patch_config", "config", "tokenizer", "model_args", "init_kwargs", "is_trainable")
-    stock_init = expect(module, "init_adapter", "config", "model", "model_args", "finetuning_args", "is_trainable")
+    stock_kwargs = expect(module, "_get_init_kwargs")
+    stock_load = expect(module, "load_config")
+    stock_patch = expect(module, "patch_config")
+    stock_init = expect(module, "init_adapter")
 
     def _get_init_kwargs(model_args: Any) -> dict[str, Any]:
         init_kwargs: dict[str, Any] = stock_kwargs(model_args)

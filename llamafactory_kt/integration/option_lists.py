@@ -51,6 +51,19 @@ def settle_conflicts(module: ModuleType) -> None:
         raise KTHookError(f"{module.__name__}._INFER_ARGS cannot take the kt_* keys: {problem}")
 
 
+def accept_json(module: ModuleType, kind: Any) -> None:
+    """Let LLaMA-Factory's own ``kt_config`` be JSON on the command line too: argparse refuses any text for a ``dict``."""
+    metadata = kind.__dataclass_fields__["kt_config"].metadata
+    namespace = {
+        **{name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")},
+        "__annotations__": {"kt_config": dict | str | None},
+        "kt_config": dataclasses.field(default=None, metadata=metadata),
+    }
+    wider: Any = dataclasses.dataclass(type(kind.__name__, (kind,), namespace))
+    for kinds in (module._INFER_ARGS, module._EVAL_ARGS):  # type: ignore[attr-defined]
+        kinds[kinds.index(kind)] = wider
+
+
 def _conflicts(kinds: list[Any], ours: Any) -> list[str]:
     """Which of our keys another class of the list has as an option."""
     others = [kind for kind in kinds if kind is not ours and dataclasses.is_dataclass(kind)]

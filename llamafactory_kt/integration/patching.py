@@ -1,4 +1,4 @@
-"""Replaces functions of LLaMA-Factory 0.9.5 after checking their parameters.
+"""Replaces functions of LLaMA-Factory after looking up their parameters in :mod:`known_versions`.
 
 A hook file has ``patch(module)``, which :mod:`bootstrap` calls once: it checks with :func:`expect`, defines functions with the
 names of the stock ones, and calls :func:`replace` last. If a check fails, the module stays stock.
@@ -20,6 +20,7 @@ import yaml
 from .._version import __version__
 from ..ground.errors import KTHookError
 from . import bootstrap
+from .known_versions import ADVICE, VERSIONS, rows
 
 FORK = "llamafactory-kt"
 """a fork of LLaMA-Factory, which also installs the package ``llamafactory``"""
@@ -35,7 +36,7 @@ def _version(distribution: str) -> str | None:
 def versions() -> str:
     """The versions that every error about hooks names."""
     installed = [f"{name} {_version(name) or 'not installed'}" for name in ("llamafactory", "transformers")]
-    return f"{', '.join(installed)}, llamafactory-kt-experts {__version__} (made for llamafactory 0.9.5)"
+    return f"{', '.join(installed)}, llamafactory-kt-experts {__version__} (made for llamafactory {' and '.join(VERSIONS)})"
 
 
 def check_stock() -> None:
@@ -47,27 +48,31 @@ def check_stock() -> None:
     if found := _version(FORK):
         raise KTHookError(
             f"The package llamafactory may come from the fork {FORK} {found}; expected the stock distribution llamafactory. "
-            f"pip uninstall {FORK} && pip install --force-reinstall --no-deps llamafactory==0.9.5. Installed: {versions()}."
+            f"pip uninstall {FORK} && pip install --force-reinstall --no-deps llamafactory=={VERSIONS[0]}. Installed: {versions()}."
         )
 
 
-def expect(owner: ModuleType | type, name: str, *parameters: str) -> Any:
-    """The function of that name, after checking that it has exactly these parameters.
+def expect(owner: ModuleType | type, name: str) -> Any:
+    """The function of that name, after checking its parameters; None if it is missing and a version has none.
 
     Raises:
-        KTHookError: Naming the function, what was found, what was expected and the versions.
+        KTHookError: Naming the function, what was found, what was expected, what to do and the versions.
     """
+    where = f"{owner.__module__}.{owner.__qualname__}" if isinstance(owner, type) else owner.__name__
+    known = rows(f"{where}.{name}")
     function = getattr(owner, name, None)
-    found = "nothing of that name"
-    if callable(function):
-        actual = tuple(inspect.signature(function).parameters)
-        if actual == parameters:
-            return function
-        found = f"({', '.join(actual)})"
+    actual = " ".join(inspect.signature(function).parameters) if callable(function) else None
+    if any(row.parameters == actual for row in known):
+        return function
+    found = "nothing of that name" if actual is None else _listed(actual)
+    expected = " or ".join(f"{_listed(row.parameters)} of {' and '.join(row.versions)}" for row in known)
     raise KTHookError(
-        f"{owner.__name__}.{name} cannot be hooked: found {found}, expected ({', '.join(parameters)}). "
-        f"Installed: {versions()}."
+        f"{owner.__name__}.{name} cannot be hooked: found {found}, expected {expected}. {ADVICE}. Installed: {versions()}."
     )
+
+
+def _listed(parameters: str | None) -> str:
+    return "nothing" if parameters is None else f"({', '.join(parameters.split())})"
 
 
 def replace(owner: ModuleType | type, *hooks: Any) -> None:

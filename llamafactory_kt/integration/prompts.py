@@ -1,6 +1,6 @@
 """Prompts in LLaMA-Factory's message forms. A malformed row does not affect the others.
 
-LLaMA-Factory's own dataset converters (``data/converter.py`` and ``data/parser.py`` of 0.9.5) convert the rows. Unlike its
+LLaMA-Factory's own dataset converters (``data/converter.py`` and ``data/parser.py``) convert the rows. Unlike its
 training data, a conversation may end with the user's turn.
 """
 

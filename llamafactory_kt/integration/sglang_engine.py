@@ -1,4 +1,4 @@
-"""``llamafactory.chat.sglang_engine`` 0.9.5: with use_kt, the server and the client are ours.
+"""``llamafactory.chat.sglang_engine``: with use_kt, the server and the client are ours.
 
 The stock engine splits its command on blanks, runs PATH's python3, names the adapter in a field that SGLang does not have
 (``lora_request``, so the base model answers), and blocks the event loop while an answer streams. Without use_kt it stays in
@@ -28,10 +28,10 @@ _UNUSABLE = ("--stream-output", "--skip-tokenizer-init", "--api-key", "--ssl-cer
 
 def patch(module: ModuleType) -> None:
     """Let ``SGLangEngine(...)`` build our engine if use_kt is set."""
-    stock = expect(module, "SGLangEngine", "model_args", "data_args", "finetuning_args", "generating_args")
-    expect(stock, "_cleanup_server", "self")
-    expect(module, "load_tokenizer", "model_args")
-    expect(module, "get_template_and_fix_tokenizer", "tokenizer", "data_args")
+    stock = expect(module, "SGLangEngine")
+    expect(stock, "_cleanup_server")
+    expect(module, "load_tokenizer")
+    expect(module, "get_template_and_fix_tokenizer")
     ours: Any = type("KTSGLangEngine", (KTSGLangEngine, stock), {"__doc__": KTSGLangEngine.__doc__, "_stock": module})
 
     def SGLangEngine(model_args: Any, *others: Any, **named: Any) -> Any:
@@ -183,6 +183,7 @@ class KTSGLangEngine:
             "stop": asked.get("stop"),
             "stop_token_ids": self.template.get_stop_token_ids(self.tokenizer),
             "skip_special_tokens": choose("skip_special_tokens"),
+            **({"sampling_seed": asked["seed"]} if asked.get("seed") is not None else {}),
         }
 
     def _cleanup_server(self) -> None:

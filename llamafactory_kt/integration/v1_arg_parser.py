@@ -1,4 +1,4 @@
-"""``llamafactory.v1`` (0.9.5): no hook reaches the rewrite behind ``USE_V1=1``, so ``use_kt`` is refused there."""
+"""``llamafactory.v1``: no hook reaches the rewrite behind ``USE_V1=1``, so ``use_kt`` is refused there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .patching import asks_for, expect, replace, versions
 
 def patch(module: ModuleType) -> None:
     """Let ``use_kt: true`` fail with the reason; everything else passes through."""
-    stock = expect(module, "get_args", "args")
+    stock = expect(module, "get_args")
 
     def get_args(args: Any = None) -> Any:
         if asks_for("use_kt", args):

@@ -15,7 +15,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from ..ground.internals import Internal
 from .config import KTExpertsConfig
 
-INTERNAL = Internal("quantized-checkpoints", "transformers", ">=5.6,<5.7")
+INTERNAL = Internal("quantized-checkpoints", "transformers", ">=5.6,<5.9")
 
 
 def accept_quantized_checkpoints() -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..ground.errors import KTModelError
 from ..ground.internals import SWITCH, Internal
 
-INTERNAL = Internal("transformers-names", "transformers", ">=5.6,<5.7")
+INTERNAL = Internal("transformers-names", "transformers", ">=5.6,<5.9")
 
 
 def _conversion_rules(model: Any, **options: bool) -> list[Any]:

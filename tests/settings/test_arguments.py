@@ -15,6 +15,7 @@ from llamafactory.hparams.parser import _parse_infer_args
 
 from llamafactory_kt import KTConfigError, KTPathError
 from llamafactory_kt.engines.registry import engines
+from llamafactory_kt.integration.hparams_parser import take_kt_config
 from llamafactory_kt.settings.check import check_for_inference
 from llamafactory_kt.settings.keys import KTArguments
 
@@ -29,6 +30,7 @@ def any_cpu(monkeypatch):
 
 def checked(args):
     if args.use_kt:
+        take_kt_config(args)
         check_for_inference(args)
     return args
 

@@ -1,4 +1,4 @@
-"""``llamafactory.api.app`` 0.9.5: requests to a model with KT experts, in this process or in SGLang, are checked before
+"""``llamafactory.api.app``: requests to a model with KT experts, in this process or in SGLang, are checked before
 generation, and answers that nobody wants any more are stopped.
 
 Stock LLaMA-Factory finds some mistakes only after a stream has begun (status 200, then a broken connection), others while
@@ -31,11 +31,11 @@ def patch(module: ModuleType) -> None:
     """Replace the application's factory, and the two functions that its endpoint looks up when it is called."""
     from llamafactory.api import chat
 
-    stock_whole = expect(module, "create_chat_completion_response", "request", "chat_model")
-    stock_stream = expect(module, "create_stream_chat_completion_response", "request", "chat_model")
-    stock_app = expect(module, "create_app", "chat_model")
-    expect(chat, "_process_request", "request")
-    expect(chat, "_create_stream_chat_completion_chunk", "completion_id", "model", "delta", "index", "finish_reason")
+    stock_whole = expect(module, "create_chat_completion_response")
+    stock_stream = expect(module, "create_stream_chat_completion_response")
+    stock_app = expect(module, "create_app")
+    expect(chat, "_process_request")
+    expect(chat, "_create_stream_chat_completion_chunk")
 
     def create_app(chat_model: Any) -> Any:
         app = stock_app(chat_model)

@@ -1,4 +1,4 @@
-"""``llamafactory.webui.components.chatbot`` 0.9.5: a heat map of the experts beside the conversation, on both pages.
+"""``llamafactory.webui.components.chatbot``: a heat map of the experts beside the conversation, on both pages.
 
 Made for gradio 5: ``create_chat_box`` is checked by its parameters, the components are gradio's public ones.
 """
@@ -14,7 +14,7 @@ from ..patching import expect, replace
 
 def patch(module: ModuleType) -> None:
     """Add the heat map. It is hidden unless a model with router statistics is loaded."""
-    stock = expect(module, "create_chat_box", "engine", "visible")
+    stock = expect(module, "create_chat_box")
 
     def create_chat_box(engine: Any, visible: bool = False) -> Any:
         import gradio

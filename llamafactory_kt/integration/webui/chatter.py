@@ -1,4 +1,4 @@
-"""``llamafactory.webui.chatter`` 0.9.5: the model behind the pages of ``webchat`` and LlamaBoard (``webui``).
+"""``llamafactory.webui.chatter``: the model behind the pages of ``webchat`` and LlamaBoard (``webui``).
 
 Loads with ``use_kt`` run in a thread and show their progress, their errors appear in the page, and a Load that changes only the
 adapter switches it. Figures follow each answer. Everything else is LLaMA-Factory's own.
@@ -21,19 +21,14 @@ from ..patching import asks_for, expect, replace
 from .background_load import PageLoad, warn
 from .texts import say
 
-_STREAM = (
-    "self", "chatbot", "messages", "lang", "system", "tools", "image", "video", "audio", "max_new_tokens", "top_p",
-    "temperature", "skip_special_tokens", "escape_html", "enable_thinking",
-)  # fmt: skip
-
 
 def patch(module: ModuleType) -> None:
     """Hook the chatter's three methods; all or none."""
     chatter: Any = module.WebChatModel
     base: Any = module.ChatModel
-    stock_load = expect(chatter, "load_model", "self", "data")
-    stock_unload = expect(chatter, "unload_model", "self", "data")
-    stock_stream = expect(chatter, "stream", *_STREAM)
+    stock_load = expect(chatter, "load_model")
+    stock_unload = expect(chatter, "unload_model")
+    stock_stream = expect(chatter, "stream")
 
     class Recorder(base):  # type: ignore[misc]
         """Stands in for ``ChatModel``: records what it should load."""

@@ -1,4 +1,4 @@
-"""``llamafactory.webui.components.infer`` 0.9.5: LlamaBoard's Chat tab gets a section for KTransformers and the load table.
+"""``llamafactory.webui.components.infer``: LlamaBoard's Chat tab gets a section for KTransformers and the load table.
 
 Made for gradio 5: elements are moved in ``parent.children``, and the lines of the status field are set after its creation. Uses
 ``Manager.get_base_elems`` and the table ``LOCALES`` of LLaMA-Factory, which are checked.
@@ -37,8 +37,8 @@ def patch(module: ModuleType) -> None:
     """Replace ``create_infer_tab``, which the page looks up in its package, and add our texts to LLaMA-Factory's."""
     from llamafactory.webui import chatter, locales, manager
 
-    stock = expect(module, "create_infer_tab", "engine")
-    expect(manager.Manager, "get_base_elems", "self")
+    stock = expect(module, "create_infer_tab")
+    expect(manager.Manager, "get_base_elems")
     if not bootstrap.is_patched(chatter):  # nothing would read the section
         raise KTHookError(
             f"{module.__name__} gets no section for KTransformers, as {chatter.__name__} could not be hooked: "

@@ -164,6 +164,7 @@ def hooks() -> Findings:
     import torch  # noqa: F401 (runs the entry point)
 
     from ...integration import bootstrap
+    from ...integration.known_versions import ADVICE
     from ...integration.patching import require_hooks, versions
 
     if not bootstrap.is_active():
@@ -175,9 +176,9 @@ def hooks() -> Findings:
     try:
         require_hooks()
     except Exception as problem:
-        yield error("hooks", describe(problem), "pip install llamafactory==0.9.5; chats without use_kt still work.")
+        yield error("hooks", describe(problem), f"{ADVICE}; chats without use_kt still work.")
         return
     for module, failure in bootstrap.failures.items():
-        yield error("hooks", f"{module}: {describe(failure)}", "pip install llamafactory==0.9.5")
+        yield error("hooks", f"{module}: {describe(failure)}", ADVICE)
     if not bootstrap.failures:
         yield ok("hooks", f"applied: {versions()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import Any
 import pytest
 from helpers.chats import EXPECTED, PROMPTS
 from helpers.pages import FIGURES
+from llamafactory.webui.chatter import WebChatModel
 
 from llamafactory_kt.load_report import load_rows
+
+HAS_SEED = "seed" in inspect.signature(WebChatModel.stream).parameters
+"""LLaMA-Factory 0.9.6"""
 
 
 class Board:
@@ -44,8 +49,11 @@ class Board:
 
     def ask(self, prompt: str, **changes: Any) -> Iterator[Any]:
         asked = {"max_new_tokens": 1024, "top_p": 0.7, "temperature": 0.95, "skip_special_tokens": True, **changes}
+        asked |= {"escape_html": True, "enable_thinking": True}
+        if HAS_SEED:
+            asked.setdefault("seed", -1)
         messages = [{"role": "user", "content": prompt}]
-        return self.chatter.stream([], messages, "en", "", "", None, None, None, *asked.values(), True, True)
+        return self.chatter.stream([], messages, "en", "", "", None, None, None, **asked)
 
 
 @pytest.fixture
@@ -114,6 +122,19 @@ def test_adapters_that_cannot_be_exchanged(tab, tmp_path, demo):
     *_, (_, messages) = tab.ask(PROMPTS[2])
     assert messages[-1]["content"] == EXPECTED[PROMPTS[2]]["base"]
     assert ("LoRA tensors", "no adapter") in load_rows(model)
+
+
+@pytest.mark.skipif(not HAS_SEED, reason="LLaMA-Factory 0.9.5's page has no seed")
+def test_seeds_are_honoured(tab):
+    tab.set("infer", extra_args='{"do_sample": true}')
+    assert tab.load().startswith("Model loaded")
+
+    def answer(seed: int) -> str:
+        *_, (_, messages) = tab.ask("hello", max_new_tokens=24, temperature=1.5, top_p=1.0, seed=seed)
+        return messages[-1]["content"]
+
+    first, second = answer(1), answer(2)
+    assert first != second and (answer(1), answer(2)) == (first, second)
 
 
 def test_pages_without_use_kt(tab):

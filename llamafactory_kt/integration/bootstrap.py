@@ -14,8 +14,8 @@ from typing import Any
 
 # module of LLaMA-Factory -> our module; its patch(module) is called once that module has been executed
 TARGETS = {
-    "llamafactory.hparams.model_args": "llamafactory_kt.integration.hparams_model_args",
-    "llamafactory.hparams.parser": "llamafactory_kt.integration.hparams_parser",
+    "llamafactory.hparams.model_args": "llamafactory_kt.integration.hparams.model_args",
+    "llamafactory.hparams.parser": "llamafactory_kt.integration.hparams.parser",
     "llamafactory.model.loader": "llamafactory_kt.integration.model_loader",
     "llamafactory.chat.hf_engine": "llamafactory_kt.integration.hf_engine",
     "llamafactory.chat.chat_model": "llamafactory_kt.integration.chat_model",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import fields
 from pathlib import Path
@@ -12,9 +11,10 @@ from ..autotune.plan import candidates
 from ..engines.plan import PlanRequest
 from ..engines.registry import AUTO, backend_names, canonical_name
 from ..ground.errors import KTConfigError, KTError, KTKernelError, KTPathError
-from .keys import CHAT_ONLY_KEYS, SCOPES, TRAINING_KEYS, KTArguments, threadpool_count
+from .keys import CHAT_ONLY_KEYS, SCOPES, KTArguments, threadpool_count
 from .rules import experts_problems
 from .sglang_keys import SERVING_KEYS, check_serving_combinations, check_serving_values, infer_backend, serves
+from .upstream_keys import dictionary, translate, two_values
 from .values import suggestion, type_problems
 
 logger = logging.getLogger(__name__)
@@ -43,37 +43,26 @@ def check_for_inference(args: Any) -> None:
         raise KTConfigError(f"Invalid KTransformers configuration:\n{lines}")
     if missing:
         raise KTPathError("\n".join(missing))
-    for name in TRAINING_KEYS:
-        if getattr(args, name, None) is not None:
-            logger.warning("%s is a key for training and does nothing in a chat.", name)
     for name in CHAT_ONLY_KEYS if serves(args) else SERVING_KEYS:
         if getattr(args, name) != KTArguments.__dataclass_fields__[name].default:
             logger.warning("%s does nothing with infer_backend: %s.", name, "sglang" if serves(args) else "huggingface")
 
 
 def _merge_kt_config(args: Any) -> list[str]:
-    nested = args.kt_config
-    if nested is None:
-        return []
-    if isinstance(nested, str):
-        try:
-            nested = json.loads(nested)
-        except ValueError as error:
-            return [f"kt_config is not valid JSON: {error}."]
-    if not isinstance(nested, dict):
-        return [f"kt_config must be a dictionary of kt_* keys, found {type(nested).__name__}."]
+    try:
+        nested = dictionary(args.kt_config)
+    except KTConfigError as error:
+        return [str(error)]
     defaults = {f.name: f.default for f in fields(KTArguments) if f.name not in ("use_kt", "kt_config")}
-    problems = []
-    for key, value in nested.items():
-        if key in TRAINING_KEYS:
-            logger.warning("kt_config: %s is a key for training and does nothing in a chat.", key)
-        elif key not in defaults:
+    ours, problems = translate(args, nested)
+    for key, (source, value) in ours.items():
+        if key not in defaults:
             problems.append(f"kt_config: unknown key {key!r}{suggestion(str(key), defaults)}")
-        else:
-            current = getattr(args, key)
-            if current not in (defaults[key], value) and str(current).lower() != str(value).lower():
-                problems.append(f"{key} is {current!r}, but kt_config says {value!r}; keep one.")
-            setattr(args, key, value)
+            continue
+        current = getattr(args, key)
+        if current not in (defaults[key], value) and str(current).lower() != str(value).lower():
+            problems.append(two_values(key, current, source, value))
+        setattr(args, key, value)
     args.kt_config = None
     return problems
 

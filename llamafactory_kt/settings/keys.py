@@ -16,17 +16,6 @@ CHAT_ONLY_KEYS = (
 )  # fmt: skip
 """keys about experts in this process, which do nothing with ``infer_backend: sglang``"""
 
-TRAINING_KEYS = frozenset(
-    {
-        "kt_activation_policy", "kt_checkpoint_files", "kt_expert_checkpoint_path", "kt_expert_weight_format",
-        "kt_force_fused_expert_lora", "kt_full_weight_grad", "kt_lora_alpha", "kt_lora_dropout",
-        "kt_lora_expert_intermediate_size", "kt_lora_expert_num", "kt_lora_rank", "kt_max_cache_depth",
-        "kt_model_max_length", "kt_non_expert_weight_path", "kt_share_backward_bb",
-        "kt_share_cache_pool", "kt_skip_expert_loading", "kt_train_mode", "kt_use_lora_experts", "kt_weight_lifecycle",
-    }
-)  # fmt: skip
-"""keys that upstream's training stack puts into ``kt_config`` and that do nothing in a chat"""
-
 
 @dataclass
 class KTArguments(KTServingArguments):

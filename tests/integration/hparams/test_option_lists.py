@@ -14,7 +14,7 @@ from llamafactory.hparams import ModelArguments, parser
 from transformers import HfArgumentParser
 
 from llamafactory_kt import KTHookError
-from llamafactory_kt.integration.option_lists import settle_conflicts
+from llamafactory_kt.integration.hparams.option_lists import settle_conflicts
 
 LISTS = [name for name, kinds in vars(parser).items() if name.endswith("_ARGS") and isinstance(kinds, list)]
 FORKS = """

@@ -8,10 +8,10 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from ..ground.errors import KTHookError
-from ..settings.keys import KTArguments
-from .known_versions import ADVICE
-from .patching import check_stock, expect, versions
+from ...ground.errors import KTHookError
+from ...settings.keys import KTArguments
+from ..known_versions import ADVICE
+from ..patching import check_stock, expect, versions
 
 
 def patch(module: ModuleType) -> None:

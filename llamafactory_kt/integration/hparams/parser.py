@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import ModuleType
 from typing import Any
 
-from ..settings.check import check_for_inference
-from ..settings.sglang_keys import serves
-from . import bootstrap
-from .excepthook import end_in_one_paragraph
+from ...settings.check import check_for_inference
+from ...settings.sglang_keys import serves
+from ...settings.upstream_keys import gather
+from .. import bootstrap
+from ..excepthook import end_in_one_paragraph
+from ..patching import asks_for, check_stock, expect, replace, require_hooks
 from .option_lists import accept_json, settle_conflicts
-from .patching import asks_for, check_stock, expect, replace, require_hooks
 
 
 def patch(module: ModuleType) -> None:
@@ -24,6 +26,7 @@ def patch(module: ModuleType) -> None:
     check_stock()
     stock_check = expect(module, "_check_extra_dependencies")
     expect(module, "get_infer_args")
+    expect(module, "read_args")
     if (runtime := expect(module, "_KTransformersRuntimeArguments")) is not None:
         accept_json(module, runtime)
 
@@ -62,6 +65,13 @@ def _guard(module: ModuleType) -> None:
                 end_in_one_paragraph(debug=asks_for("kt_debug"))
             if bootstrap.failures:
                 raise next(iter(bootstrap.failures.values()))
+            if isinstance(values := module.read_args(given), dict):
+                return stock(gather(values, _options(module)))
         return stock(*args, **kwargs)
 
     replace(module, get_infer_args)
+
+
+def _options(module: ModuleType) -> set[str]:
+    """The keys that LLaMA-Factory, with our keys, takes for a chat."""
+    return {field.name for kind in module._INFER_ARGS for field in dataclasses.fields(kind) if field.init}

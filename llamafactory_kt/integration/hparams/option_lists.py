@@ -11,9 +11,9 @@ import logging
 from types import ModuleType
 from typing import Any
 
-from ..ground.errors import KTHookError
-from ..settings.keys import KTArguments
-from ..settings.sglang_keys import KTServingArguments
+from ...ground.errors import KTHookError
+from ...settings.keys import KTArguments
+from ...settings.sglang_keys import KTServingArguments
 
 logger = logging.getLogger("llamafactory_kt")
 

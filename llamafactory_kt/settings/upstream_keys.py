@@ -1,0 +1,154 @@
+"""What the keys mean here that LLaMA-Factory, KTransformers' forks and their YAMLs have for ``use_kt``.
+
+Sources: ``KTransformersArguments`` of LLaMA-Factory 0.9.4, 0.9.5 and its main branch, and ``kt_kernel.sft.KTConfig``, whose fields
+are the keys of ``kt_config``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection
+from typing import Any
+
+from ..engines.ktkernel import PACKING
+from ..engines.registry import AUTO, canonical_name
+from ..ground.errors import KTConfigError
+
+logger = logging.getLogger(__name__)
+
+SAME = {"cpu_infer": "kt_num_threads", "chunk_size": "kt_max_chunk"}
+"""keys of LLaMA-Factory 0.9.4 -> ours with the same meaning"""
+
+IDLE = frozenset(
+    {
+        # of training
+        "kt_activation_policy", "kt_checkpoint_files", "kt_cpu_activation", "kt_force_fused_expert_lora",
+        "kt_full_weight_grad", "kt_lora_alpha", "kt_lora_dropout", "kt_lora_expert_intermediate_size",
+        "kt_lora_expert_num", "kt_lora_rank", "kt_max_cache_depth", "kt_model_max_length", "kt_share_backward_bb",
+        "kt_share_cache_pool", "kt_sharded_metadata", "kt_skip_expert_loading", "kt_train_mode", "kt_use_lora_experts",
+        "kt_weight_lifecycle",
+        # of KTransformers' own engine: where modules go, its memory, its speed
+        "kt_maxlen", "kt_non_expert_weight_path", "kt_optimize_rule", "kt_use_cuda_graph",
+    }
+)  # fmt: skip
+"""keys that change no answer of ours"""
+
+ONLY: dict[str, tuple[Any, str]] = {
+    "enabled": (True, "Use use_kt: false for a chat without KTransformers"),
+    "mode": ("normal", "Remove it: attention here is the model's own"),
+    "kt_mode": ("normal", "Remove it: attention here is the model's own"),
+    "kt_force_think": (False, "Use LLaMA-Factory's enable_thinking: true"),
+}
+"""keys that would change the answers unless they have this value; and what to write instead"""
+
+FORMATS = {"bf16": AUTO, "fp8": AUTO, **{name: engine.name for name, engine in PACKING.items()}}
+"""``kt_expert_weight_format`` -> ``kt_backend``. Experts of an FP8 checkpoint are read as they are."""
+
+BACKENDS = {name.upper(): FORMATS[name] for name in ("int8", "fp8")}
+"""values of ``kt_backend`` that the forks spell in another way"""
+
+_FORMAT, _CHECKPOINT = "kt_expert_weight_format", "kt_expert_checkpoint_path"
+KEYS = frozenset({*SAME, *IDLE, *ONLY, _FORMAT, _CHECKPOINT})
+"""all keys that are not ours"""
+
+
+def gather(values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """A configuration with ``use_kt``, in which the keys that this LLaMA-Factory does not know are moved into ``kt_config``.
+
+    Args:
+        values: as read from a YAML; not changed.
+        known: LLaMA-Factory's options.
+
+    Raises:
+        KTConfigError: A key has two values.
+    """
+    if values.get("infer_backend") == "ktransformers":  # 0.9.4's name for a chat with the experts in its own process
+        values = {**values, "infer_backend": "huggingface"}
+    moved = {key: value for key, value in values.items() if key in KEYS and key not in known}
+    if not moved:
+        return values
+    nested = dictionary(values.get("kt_config"))
+    for key in moved.keys() & nested.keys():
+        if moved[key] != nested[key]:
+            raise KTConfigError(two_values(key, moved[key], "kt_config", nested[key]))
+    rest = {key: value for key, value in values.items() if key not in moved}
+    return {**rest, "kt_config": {**nested, **moved}}
+
+
+def dictionary(kt_config: Any) -> dict[str, Any]:
+    """``kt_config``, which may be JSON or missing.
+
+    Raises:
+        KTConfigError: It is something else.
+    """
+    if isinstance(kt_config, str):
+        try:
+            kt_config = json.loads(kt_config)
+        except ValueError as error:
+            raise KTConfigError(f"kt_config is not valid JSON: {error}.") from error
+    if not isinstance(kt_config, dict | None):
+        raise KTConfigError(f"kt_config must be a dictionary of kt_* keys, found {type(kt_config).__name__}.")
+    return kt_config or {}
+
+
+def two_values(key: str, value: Any, source: str, other: Any) -> str:
+    """What to say about a key that is set twice."""
+    return f"{key} is {value!r}, but {source} says {other!r}; keep one."
+
+
+def translate(args: Any, nested: dict[str, Any]) -> tuple[dict[str, tuple[str, Any]], list[str]]:
+    """Take these keys out of ``kt_config`` and ``args``, and name those that mean nothing in one warning.
+
+    Args:
+        args: LLaMA-Factory's ModelArguments, some of whose fields are such keys.
+        nested: ``kt_config``.
+
+    Returns:
+        Our key -> how the configuration spells it, and its value; and what is wrong.
+    """
+    theirs = {key: value for key in KEYS if (value := getattr(args, key, None)) is not None}
+    theirs |= {key: value for key, value in nested.items() if key in KEYS and value is not None}
+    ours = {key: ("kt_config", value) for key, value in nested.items() if key not in KEYS}
+    problems = []
+    for key, value in sorted(theirs.items()):
+        if key in SAME:
+            if (other := ours.get(SAME[key], (key, value)))[1] != value:
+                problems.append(two_values(SAME[key], other[1], key, value))
+            ours[SAME[key]] = (key, value)
+        elif key in ONLY and value != ONLY[key][0]:
+            problems.append(f"{key}: {value} has no meaning in this package. {ONLY[key][1]}.")
+        elif key == _CHECKPOINT and str(value) != str(args.model_name_or_path):
+            problems.append(
+                f"{key}: the experts are read from model_name_or_path, or packed from kt_weight_path. Name {value} there, if it "
+                "is the whole model."
+            )
+    if idle := sorted(theirs.keys() & IDLE):
+        logger.warning("%s: keys of KTransformers' training and engine, which do nothing in a chat.", ", ".join(idle))
+    if str(args.kt_backend).upper() in BACKENDS:
+        args.kt_backend = BACKENDS[str(args.kt_backend).upper()]
+    if "kt_backend" in ours and str(value := ours["kt_backend"][1]).upper() in BACKENDS:
+        ours["kt_backend"] = ("kt_config", BACKENDS[str(value).upper()])
+    if _FORMAT in theirs:
+        backend = ours.get("kt_backend", ("", args.kt_backend))[1]
+        problems += _apply_format(theirs[_FORMAT], backend, ours)
+    return ours, problems
+
+
+def _apply_format(value: Any, backend: Any, ours: dict[str, tuple[str, Any]]) -> list[str]:
+    """Choose the engine that computes with such weights."""
+    wanted = FORMATS.get(str(value).lower())
+    if wanted is None:
+        return [
+            f"{_FORMAT}: {value} cannot be computed here, expected one of {', '.join(FORMATS)}. For four bits, write kt_backend: "
+            "AMXINT4 and a checkpoint in bfloat16."
+        ]
+    try:
+        chosen = canonical_name(backend)
+    except KTConfigError:
+        return []  # reported with the other values
+    if wanted != AUTO and chosen == AUTO:
+        ours["kt_backend"] = (_FORMAT, wanted)
+    elif wanted != chosen and (wanted != AUTO or chosen in FORMATS.values()):
+        return [f"{_FORMAT}: {value} means kt_backend: {wanted}, but kt_backend is {chosen}; keep one."]
+    return []

@@ -1,0 +1,110 @@
+"""Configurations that were written for LLaMA-Factory's own ``use_kt``, of several versions."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.machines import pretend_problem
+
+from llamafactory_kt import KTConfigError
+from llamafactory_kt.engines.registry import engines
+
+MODEL = {"template": "deepseek", "use_kt": True}
+MAIN = {
+    "kt_cpu_activation": "retain",
+    "kt_config": {
+        "kt_expert_weight_format": "bf16", "kt_backend": "AMXBF16", "kt_num_threads": 3, "kt_tp_enabled": False,
+        "kt_max_cache_depth": 2, "kt_model_max_length": 2176, "kt_share_backward_bb": True,
+    },
+}  # fmt: skip
+"""as examples/ktransformers/train_lora/qwen3_5moe_lora_sft_kt.yaml of its main branch"""
+OF_094 = {
+    "infer_backend": "ktransformers", "kt_optimize_rule": "rules/DeepSeek-V2-Lite-Chat-sft-amx.yaml", "cpu_infer": 3,
+    "chunk_size": 8192, "mode": "normal",
+}  # fmt: skip
+"""as LLaMA-Factory 0.9.4's examples/inference/deepseek2_lora_sft_kt.yaml"""
+
+
+@pytest.fixture(autouse=True)
+def any_cpu(monkeypatch):
+    pretend_problem(monkeypatch, None, *(engine.name for engine in engines()))
+
+
+@pytest.fixture
+def parse(demo):
+    from llamafactory.hparams import get_infer_args
+
+    return lambda keys: get_infer_args({"model_name_or_path": str(demo / "model"), **MODEL, **keys})[0]
+
+
+def test_the_main_branch(parse, kt_log):
+    args = parse(MAIN)
+    assert (args.kt_backend, args.kt_num_threads, args.kt_tp_enabled) == ("AMXBF16", 3, False)
+    said = [record.getMessage() for record in kt_log.records if "do nothing in a chat" in record.getMessage()]
+    idle = "kt_cpu_activation, kt_max_cache_depth, kt_model_max_length, kt_share_backward_bb"
+    assert said == [f"{idle}: keys of KTransformers' training and engine, which do nothing in a chat."]
+
+
+def test_version_0_9_4(parse, kt_log):
+    args = parse(OF_094)
+    assert (args.kt_num_threads, args.kt_max_chunk, args.infer_backend) == (3, 8192, "huggingface")
+    assert "kt_optimize_rule: keys of" in kt_log.text, "the rest has its meaning"
+
+
+def test_a_file_on_the_command_line(tmp_path, demo, monkeypatch):
+    from llamafactory.hparams import get_infer_args
+
+    config = tmp_path / "chat.yaml"
+    config.write_text(f"model_name_or_path: {demo / 'model'}\ntemplate: deepseek\nuse_kt: true\ncpu_infer: 3\n")
+    monkeypatch.setattr("sys.argv", ["cli", str(config), "kt_cpu_activation=retain"])
+    assert get_infer_args()[0].kt_num_threads == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"kt_expert_weight_format": "int4"}, "AMXINT4"),
+        ({"kt_expert_weight_format": "bf16"}, "auto"),
+        ({"kt_expert_weight_format": "int4", "kt_backend": "AMXInt4_SFT"}, "AMXINT4"),
+        ({"kt_expert_weight_format": "fp8", "kt_backend": "FP8"}, "auto"),
+    ],
+)
+def test_formats_of_the_experts(parse, given, wanted):
+    assert parse({"kt_config": given}).kt_backend == parse(given).kt_backend == wanted
+
+
+def test_int8_with_packed_weights(parse, tmp_path):
+    keys = {"kt_weight_path": str(tmp_path), "kt_non_expert_weight_path": str(tmp_path / "cache")}
+    for backend in ("auto", "INT8"):
+        assert (
+            parse({**keys, "kt_config": {"kt_expert_weight_format": "int8", "kt_backend": backend}}).kt_backend
+            == "AMXINT8"
+        )
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"kt_expert_weight_format": "rawint4"}, "kt_expert_weight_format: rawint4 cannot be computed here, expected one of bf16"),
+        ({"kt_expert_weight_format": "int8", "kt_backend": "AMXBF16"}, "int8 means kt_backend: AMXINT8, but kt_backend is AMXBF16"),
+        ({"kt_expert_weight_format": "bf16", "kt_backend": "AMXINT4"}, "bf16 means kt_backend: auto, but kt_backend is AMXINT4"),
+        ({"kt_mode": "long_context"}, "kt_mode: long_context has no meaning in this package. Remove it: attention"),
+        ({"kt_force_think": True}, "Use LLaMA-Factory's enable_thinking: true"),
+        ({"kt_config": {"enabled": False}}, "Use use_kt: false for a chat without KTransformers"),
+        ({"kt_expert_checkpoint_path": "/other"}, "kt_expert_checkpoint_path: the experts are read from model_name_or_path"),
+        ({"cpu_infer": 4, "kt_config": {"kt_num_threads": 5}}, "kt_num_threads is 5, but cpu_infer says 4; keep one"),
+        ({"cpu_infer": 4, "kt_num_threads": 5}, "kt_num_threads is 5, but cpu_infer says 4; keep one"),
+        ({"chunk_size": 4, "kt_config": {"chunk_size": 5}}, "chunk_size is 4, but kt_config says 5; keep one"),
+        ({"cpu_infer": 4, "kt_config": "{"}, "kt_config is not valid JSON"),
+        ({"cpu_infer": 4, "kt_config": [1]}, "kt_config must be a dictionary"),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_answers_is_refused(parse, keys, message):
+    with pytest.raises(KTConfigError) as error:
+        parse(keys)
+    assert message in str(error.value) and "\n\n" not in str(error.value)
+
+
+def test_without_use_kt_they_are_left_to_llamafactory(parse):
+    with pytest.raises(ValueError, match="chunk_size") as error:
+        parse({"use_kt": False, "chunk_size": 4})
+    assert not isinstance(error.value, KTConfigError)

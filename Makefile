@@ -1,8 +1,12 @@
-# Everything runs in one environment outside the clone, keyed by pyproject.toml, this file and Python's version, and made when missing.
+# Everything runs in one environment outside the clone, keyed by pyproject.toml, this file, Python's version and LLAMAFACTORY's
+# sources, and made when missing.
 # the first that runs and is 3.11 or 3.12: kt-kernel has no wheels for others
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 CACHE  ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/llamafactory-kt
-KEY    := $(shell { cat pyproject.toml Makefile; $(PYTHON) -V; } 2>&1 | sha256sum | cut -c1-12)
+# a checkout of LLaMA-Factory to install instead of the release, for example its main branch
+LLAMAFACTORY ?=
+SOURCES = $(if $(LLAMAFACTORY),find $(LLAMAFACTORY)/pyproject.toml $(LLAMAFACTORY)/src -type f -name '*.py' -o -name '*.toml' | LC_ALL=C sort | xargs cat,:)
+KEY    := $(shell { cat pyproject.toml Makefile; $(PYTHON) -V; $(SOURCES); } 2>&1 | sha256sum | cut -c1-12)
 ENV    ?= $(CACHE)/env-$(KEY)
 READY  := $(ENV)/.ready
 BIN    := $(ENV)/bin
@@ -22,9 +26,10 @@ setup: $(READY) ## make the environment (about 8 GB, some minutes the first time
 $(READY):
 	@echo "Making the environment $(ENV) (downloads about 4 GB the first time) ..."
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and none was found; give one: make PYTHON=/path/to/python3.12"; exit 1; }
+	@test -z "$(LLAMAFACTORY)" || test -f "$(LLAMAFACTORY)/src/llamafactory/__init__.py" || { echo "LLAMAFACTORY=$(LLAMAFACTORY) is not a checkout of LLaMA-Factory: it has no src/llamafactory"; exit 1; }
 	@rm -rf "$(ENV)" && $(PYTHON) -m venv "$(ENV)" && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip install --python $(BIN)/python --quiet hatchling editables
-	@$(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --no-build-isolation --editable ".[dev]"
+	@$(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --no-build-isolation --editable ".[dev]" $(abspath $(LLAMAFACTORY))
 	@touch $@
 
 demo: setup ## the same prompts with and without the demo adapter, through llamafactory-cli chat

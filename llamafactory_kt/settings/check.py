@@ -57,7 +57,7 @@ def _merge_kt_config(args: Any) -> list[str]:
     ours, problems = translate(args, nested)
     for key, (source, value) in ours.items():
         if key not in defaults:
-            problems.append(f"kt_config: unknown key {key!r}{suggestion(str(key), defaults)}")
+            problems.append(f"{key}: unknown key{suggestion(str(key), defaults)}")
             continue
         current = getattr(args, key)
         if current not in (defaults[key], value) and str(current).lower() != str(value).lower():

@@ -33,7 +33,7 @@ def experts_problems(
         reading = " and ".join(each.name for each in engines() if each.reads_packed_files)
         problems.append(
             f"{prefix}weight_path is for {prefix}backend: {reading}; with {backend} the experts are read from the checkpoint. "
-            "Remove it."
+            f"Remove it, or set {prefix}backend."
         )
     if engine is not None and engine.needs_packed_files and not weight_path:
         packing = [each.name for each in engines() if each.reads_packed_files and not each.needs_packed_files]

@@ -6,6 +6,7 @@ are the keys of ``kt_config``.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from collections.abc import Collection
@@ -45,7 +46,7 @@ ONLY: dict[str, tuple[Any, str]] = {
 FORMATS = {"bf16": AUTO, "fp8": AUTO, **{name: engine.name for name, engine in PACKING.items()}}
 """``kt_expert_weight_format`` -> ``kt_backend``. Experts of an FP8 checkpoint are read as they are."""
 
-BACKENDS = {name.upper(): FORMATS[name] for name in ("int8", "fp8")}
+BACKENDS = {"INT8": FORMATS["int8"], "FP8": FORMATS["fp8"], "AMXFP8": FORMATS["fp8"]}
 """values of ``kt_backend`` that the forks spell in another way"""
 
 _FORMAT, _CHECKPOINT = "kt_expert_weight_format", "kt_expert_checkpoint_path"
@@ -54,7 +55,9 @@ KEYS = frozenset({*SAME, *IDLE, *ONLY, _FORMAT, _CHECKPOINT})
 
 
 def gather(values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """A configuration with ``use_kt``, in which the keys that this LLaMA-Factory does not know are moved into ``kt_config``.
+    """A configuration with ``use_kt`` whose :data:`KEYS` are in ``kt_config``, where :func:`translate` finds them.
+
+    So LLaMA-Factory, which knows some of them in some versions, sees none. Misspelt ``kt_*`` keys are moved along.
 
     Args:
         values: as read from a YAML; not changed.
@@ -65,7 +68,7 @@ def gather(values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
     """
     if values.get("infer_backend") == "ktransformers":  # 0.9.4's name for a chat with the experts in its own process
         values = {**values, "infer_backend": "huggingface"}
-    moved = {key: value for key, value in values.items() if key in KEYS and key not in known}
+    moved = {k: v for k, v in values.items() if k in KEYS or (str(k).startswith("kt_") and k not in known)}
     if not moved:
         return values
     nested = dictionary(values.get("kt_config"))
@@ -74,6 +77,28 @@ def gather(values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
             raise KTConfigError(two_values(key, moved[key], "kt_config", nested[key]))
     rest = {key: value for key, value in values.items() if key not in moved}
     return {**rest, "kt_config": {**nested, **moved}}
+
+
+def gather_words(words: list[str], known: Collection[str]) -> list[str]:
+    """The same for a command line of ``--key value``."""
+    spelled = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--kt")}
+    misspelt = {
+        key for key in spelled if not any(option.startswith(key) for option in known)
+    }  # argparse completes names
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for key in sorted({*KEYS, *misspelt, "kt_config", "infer_backend"}):
+        parser.add_argument(f"--{key}", f"--{key.replace('_', '-')}", dest=key, nargs="?", const="true")
+    given, rest = parser.parse_known_args(words)
+    values = {key: value if key == "kt_config" else _typed(value) for key, value in vars(given).items()}
+    return rest + [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in gather(values, known).items()]
+
+
+def _typed(word: str) -> Any:
+    """What a YAML would hold."""
+    try:
+        return json.loads(word.lower())
+    except ValueError:
+        return word
 
 
 def dictionary(kt_config: Any) -> dict[str, Any]:
@@ -101,14 +126,13 @@ def translate(args: Any, nested: dict[str, Any]) -> tuple[dict[str, tuple[str, A
     """Take these keys out of ``kt_config`` and ``args``, and name those that mean nothing in one warning.
 
     Args:
-        args: LLaMA-Factory's ModelArguments, some of whose fields are such keys.
+        args: LLaMA-Factory's ModelArguments with our keys.
         nested: ``kt_config``.
 
     Returns:
         Our key -> how the configuration spells it, and its value; and what is wrong.
     """
-    theirs = {key: value for key in KEYS if (value := getattr(args, key, None)) is not None}
-    theirs |= {key: value for key, value in nested.items() if key in KEYS and value is not None}
+    theirs = {key: value for key, value in nested.items() if key in KEYS and value is not None}
     ours = {key: ("kt_config", value) for key, value in nested.items() if key not in KEYS}
     problems = []
     for key, value in sorted(theirs.items()):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+
 import pytest
 from helpers.machines import pretend_problem
+from kt_kernel.sft import KTConfig
 
 from llamafactory_kt import KTConfigError
 from llamafactory_kt.engines.registry import engines
+from llamafactory_kt.settings.keys import KTArguments
+from llamafactory_kt.settings.upstream_keys import KEYS
 
 MODEL = {"template": "deepseek", "use_kt": True}
 MAIN = {
@@ -57,6 +63,33 @@ def test_a_file_on_the_command_line(tmp_path, demo, monkeypatch):
     config.write_text(f"model_name_or_path: {demo / 'model'}\ntemplate: deepseek\nuse_kt: true\ncpu_infer: 3\n")
     monkeypatch.setattr("sys.argv", ["cli", str(config), "kt_cpu_activation=retain"])
     assert get_infer_args()[0].kt_num_threads == 3
+
+
+@pytest.mark.parametrize("how", ["--{} {}", "--{}={}"])
+def test_words_of_the_command_line(demo, monkeypatch, kt_log, how):
+    """As in a YAML, beside LLaMA-Factory's own, with JSON, hyphens and flags without a value."""
+    model = f"--model_name_or_path {demo / 'model'} --template deepseek --use_kt --temperature -1 --kt-lora-scope all"
+    words = [how.format(key, value) for key, value in OF_094.items()]
+    words += ["--kt-cpu-activation retain --kt_use_cuda_graph", "--kt_config", '{"kt_tp_enabled":false}']
+    monkeypatch.setattr("sys.argv", ["cli", *" ".join([model, *words]).split()])
+    from llamafactory.hparams import get_infer_args
+
+    args, *_, generating = get_infer_args()
+    assert (args.kt_num_threads, args.kt_max_chunk, args.kt_tp_enabled, generating.temperature) == (3, 8192, False, -1)
+    assert "kt_cpu_activation, kt_optimize_rule, kt_use_cuda_graph: keys of" in kt_log.text
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--kt_backnd", "AMXBF16", "--mode", "long_context"])
+    with pytest.raises(KTConfigError, match=r"(?s)mode: long_context has no.*kt_backnd: unknown key; did you mean"):
+        get_infer_args()
+
+
+def test_misspelt_keys(parse):
+    with pytest.raises(KTConfigError, match=r"kt_backnd: unknown key; did you mean kt_backend\?"):
+        parse({"kt_backnd": "AMXBF16"})
+
+
+def test_every_key_of_kt_kernel_is_known():
+    fields = {field.name for field in dataclasses.fields(KTConfig)} - {"kt_wrap_fn", "kt_wrap_kwargs"}  # of programs
+    assert fields <= KEYS | KTArguments.__dataclass_fields__.keys()
 
 
 @pytest.mark.parametrize(

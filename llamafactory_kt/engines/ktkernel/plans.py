@@ -52,7 +52,8 @@ def choose_workers(requested: int | None, pools: int, on_gpu: bool) -> int:
     cores, nodes = usable_cores(), len(numa_nodes())
     if pools > nodes:
         raise KTConfigError(
-            f"kt_threadpool_count: {pools} sub-pools asked for, this process may use {nodes} NUMA node(s)."
+            f"kt_threadpool_count: {pools} sub-pools asked for, this process may use {nodes} NUMA node(s). "
+            "Remove the key to get one for each."
         )
     room = _room(pools)
     most = max(pools, min(room, cores - 1))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...settings.check import check_for_inference
 from ...settings.sglang_keys import serves
-from ...settings.upstream_keys import gather
+from ...settings.upstream_keys import gather, gather_words
 from .. import bootstrap
 from ..excepthook import end_in_one_paragraph
 from ..patching import asks_for, check_stock, expect, replace, require_hooks
@@ -65,8 +65,8 @@ def _guard(module: ModuleType) -> None:
                 end_in_one_paragraph(debug=asks_for("kt_debug"))
             if bootstrap.failures:
                 raise next(iter(bootstrap.failures.values()))
-            if isinstance(values := module.read_args(given), dict):
-                return stock(gather(values, _options(module)))
+            values, known = module.read_args(given), _options(module)
+            return stock(gather(values, known) if isinstance(values, dict) else gather_words(values, known))
         return stock(*args, **kwargs)
 
     replace(module, get_infer_args)

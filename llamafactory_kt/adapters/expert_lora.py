@@ -8,26 +8,38 @@ from dataclasses import dataclass
 
 import torch
 
+from .fused_layout import USUAL, FusedLayout
 from .keys import PROJECTIONS
 
 
 @dataclass(frozen=True)
 class ExpertsShape:
-    """Sizes of one layer's routed experts."""
+    """Sizes of one layer's routed experts, and how the model stores them."""
 
     num_experts: int
     hidden_size: int
     intermediate_size: int
+    has_gate: bool = True
+    """without it, gate has no rows: all its tensors are empty"""
+    fused: FusedLayout = USUAL
+    """of the model's parameters; adapters on them depend on it"""
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Those that have rows."""
+        return PROJECTIONS if self.has_gate else PROJECTIONS[1:]
 
     @property
     def num_weights(self) -> int:
         """Parameters in gate, up and down of all experts."""
-        return 3 * self.num_experts * self.hidden_size * self.intermediate_size
+        return len(self.projections) * self.num_experts * self.hidden_size * self.intermediate_size
 
     def projection(self, name: str) -> tuple[int, int]:
         """(out, in) features of ``gate``, ``up`` or ``down``."""
         hidden, intermediate = self.hidden_size, self.intermediate_size
-        return (hidden, intermediate) if name == "down" else (intermediate, hidden)
+        if name == "down":
+            return hidden, intermediate
+        return intermediate if name in self.projections else 0, hidden
 
 
 @dataclass(frozen=True)

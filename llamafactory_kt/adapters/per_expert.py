@@ -119,7 +119,8 @@ class PerExpertAdapter(Adapter):
                         f"{self.store.path}: Shape mismatch in layer {layer}: its experts' LoRA was made for {name} "
                         f"{' and '.join(map(str, sorted(found)))}."
                     )
-            shapes[layer] = ExpertsShape(experts, *(found.pop() for found in sizes.values()))
+            hidden, intermediate = (found.pop() for found in sizes.values())
+            shapes[layer] = ExpertsShape(experts, hidden, intermediate)
         return shapes
 
     def check_fits(self, shapes: Mapping[int, ExpertsShape]) -> None:

@@ -1,9 +1,10 @@
 """Format D: PEFT's ``target_parameters``, LoRA on the fused 3-D expert weights of transformers 5.
 
 ``...experts.base_layer.lora_{A,B}.weight`` and ``...experts.lora_{A,B}.weight``, one pair for ``gate_up_proj``
-[E, 2I, H] and one for ``down_proj`` [E, H, I]. A's rows are expert-major, B's columns rank-major. PEFT 0.18 lays the
-LoRA over the transposed weight (A [r*E, out], B [in, r*E]), 0.19 and later over the weight itself (A [r*E, in],
-B [out, r*E]); the sources are ``ParamWrapper`` in ``tuners/lora/layer.py`` of both.
+[E, 2I, H] and one for ``down_proj`` [E, H, I]. A's rows are expert-major, B's columns rank-major. PEFT 0.18 takes the second axis of a
+parameter for the input: the LoRA of a usual one lies over the transposed weight (A [r*E, out], B [in, r*E]), of one that is stored
+transposed (gpt-oss) over the weight itself (A [r*E, in], B [out, r*E]). 0.19 and later lay it over the weight itself, unless the
+parameter is stored transposed and its class does not say so (Llama-4). The sources are ``ParamWrapper`` in ``tuners/lora/layer.py`` of both.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _NAME = re.compile(
     r"^(?P<module>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?experts)(?P<wrap>(?:\.base_layer)*)"
     r"\.lora_(?P<side>[AB])(?:\.(?!weight$)[^.]+)?\.weight$"
 )
-_GATE_UP, _DOWN = "gate_up_proj", "down_proj"
+_GATE_UP, _UP, _DOWN = "gate_up_proj", "up_proj", "down_proj"
 
 
 class _Pair(NamedTuple):
@@ -37,7 +38,7 @@ class _Pair(NamedTuple):
 
 
 class _Orientation(NamedTuple):
-    """Which weight a pair changes, and whether A is on its input side (PEFT 0.19)."""
+    """Which weight a pair changes, and whether A is on its input side."""
 
     weight: str
     input_first: bool
@@ -102,13 +103,14 @@ class TargetParametersAdapter(Adapter):
         a, b = self._shapes(pair)
         hidden, intermediate = shape.hidden_size, shape.intermediate_size
         found = []
+        first = (_GATE_UP, 2 * intermediate, hidden) if shape.has_gate else (_UP, intermediate, hidden)
         if len(a) == len(b) == 2 and a[0] == b[1] and a[0] % shape.num_experts == 0:
-            for weight, out, width in ((_GATE_UP, 2 * intermediate, hidden), (_DOWN, hidden, intermediate)):
+            for weight, out, width in (first, (_DOWN, hidden, intermediate)):
                 found += [_Orientation(weight, False)] if (a[1], b[0]) == (out, width) else []
                 found += [_Orientation(weight, True)] if (a[1], b[0]) == (width, out) else []
         if not found:
             raise KTAdapterError(
-                f"{self.store.path}: layer {layer}: {pair.a} {a} and its B {b} fit neither gate_up_proj nor down_proj of "
+                f"{self.store.path}: layer {layer}: {pair.a} {a} and its B {b} fit neither {first[0]} nor down_proj of "
                 f"{shape.num_experts} experts with hidden size {hidden} and intermediate size {intermediate}.{self.trained_for}"
             )
         return found
@@ -119,7 +121,7 @@ class TargetParametersAdapter(Adapter):
         found = {}
         for pair, candidates in options.items():
             if len(candidates) > 1:  # square: the layer's other pair tells, or the version that wrote the file
-                side = known.pop() if len(known) == 1 else self._input_first_by_version(layer)
+                side = known.pop() if len(known) == 1 else self._input_first_by_version(layer, shape)
                 candidates = [c for c in candidates if c.input_first is side]
             found[pair] = candidates[0]
         if len({orientation.weight for orientation in found.values()}) != len(found):
@@ -128,15 +130,27 @@ class TargetParametersAdapter(Adapter):
             )
         return found
 
-    def _input_first_by_version(self, layer: int) -> bool:
-        version = re.match(r"(\d+)\.(\d+)", str(self.settings.raw.get("peft_version") or ""))
+    def _version(self) -> tuple[int, int] | None:
+        """Of the PEFT that wrote the adapter, if it says so."""
+        match = re.match(r"(\d+)\.(\d+)", str(self.settings.raw.get("peft_version") or ""))
+        return (int(match[1]), int(match[2])) if match else None
+
+    def _input_first_by_version(self, layer: int, shape: ExpertsShape) -> bool:
+        version = self._version()
         if version is None:
             raise KTAdapterError(
                 f"{self.settings.path}: in layer {layer} the shapes do not tell which way round the LoRA lies (2 x "
                 "moe_intermediate_size equals hidden_size), and there is no peft_version. Add the version of PEFT that wrote the "
                 "adapter."
             )
-        return (int(version[1]), int(version[2])) >= (0, 19)
+        if version < (0, 19):
+            return shape.fused.transposed
+        if shape.fused.transposed:
+            raise KTAdapterError(
+                f"{self.store.path}: in layer {layer} the shapes do not tell which way round the LoRA lies, and PEFT 0.19 and later lay "
+                "it either way over weights that are stored transposed. Use an adapter with LoRA on both gate_up_proj and down_proj."
+            )
+        return True
 
     def own_shapes(self) -> dict[int, ExpertsShape]:
         shapes = {}
@@ -152,10 +166,13 @@ class TargetParametersAdapter(Adapter):
                 and {frozenset((2 * intermediate, hidden)), frozenset((intermediate, hidden))}
                 == set(map(frozenset, sizes))
             }
-            if len(experts) != 1 or len(fits) != 1:
+            # In PEFT 0.18, A is on the input side of weights that are stored transposed: gate and up may be interleaved.
+            stored = [(hidden, 2 * intermediate) for hidden, intermediate in fits]
+            transposed = (self._version() or (0, 19)) < (0, 19) and not set(stored).isdisjoint(sizes)
+            if len(experts) != 1 or len(fits) != 1 or transposed:
                 raise KTAdapterError(
-                    f"{self.store.path}: the LoRA of layer {layer} does not tell the number and sizes of the experts; a model "
-                    "is needed to read it."
+                    f"{self.store.path}: the LoRA of layer {layer} does not tell the number, sizes and layout of the experts; a model is "
+                    "needed to read it."
                 )
             shapes[layer] = ExpertsShape(int(experts.pop()), *fits.pop())
         return shapes
@@ -174,13 +191,16 @@ class TargetParametersAdapter(Adapter):
 
     def read_layer(self, layer: int, shape: ExpertsShape) -> ExpertLora:
         experts, dtype = shape.num_experts, self.read(self._pairs[layer][0].a).dtype
-        lora = ExpertLora.zeros(layer, shape, self.rank(layer), dtype, 1.0)
+        most = max(self._shapes(pair)[0][0] // experts for pair in self._pairs[layer])
+        lora = ExpertLora.zeros(layer, shape, most, dtype, 1.0)
         for pair, (weight, input_first) in self._oriented(layer, shape).items():
             rows = self.read(pair.a).unflatten(0, (experts, -1))  # [E, r, *]
             rank = rows.shape[1]
             columns = self.read(pair.b).unflatten(1, (rank, experts)).permute(2, 0, 1)  # [E, *, r]
             b, a = (columns, rows) if input_first else (rows.transpose(1, 2), columns.transpose(1, 2))
-            parts = {"down": b} if weight == _DOWN else dict(zip(("gate", "up"), b.chunk(2, dim=1), strict=True))
+            parts = {weight.removesuffix("_proj"): b}
+            if weight == _GATE_UP:
+                parts = dict(zip(("gate", "up"), shape.fused.split(b, 1), strict=True))
             for projection, part in parts.items():
                 lora.a[projection][:, :rank] = a
                 lora.b[projection][:, :, :rank] = part

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..adapters import ExpertsShape
+from ..checkpoint.formula import PLAIN, ExpertFormula
 from ..engines.base import EngineOptions
 from ..engines.plan import Plan
 from ..ground.machine import available_memory
@@ -58,6 +59,7 @@ def choose(
     options: EngineOptions,
     around: int,
     recalibrate: bool = False,
+    formula: ExpertFormula = PLAIN,
 ) -> tuple[Plan, str]:
     """The fastest plan and why it was chosen; the first plan where nothing can be measured, or need be.
 
@@ -65,6 +67,7 @@ def choose(
         around: bytes of other weights that PyTorch reads on the CPU for each layer of experts; 0 where a GPU has them, so that the
             experts have the CPU to themselves.
         recalibrate: measure again.
+        formula: what each expert computes.
     """
     expert = 2 * shape.num_weights // shape.num_experts
     if len(plans) == 1:
@@ -79,6 +82,7 @@ def choose(
     memory = Remembered(
         {
             "layer": [shape.num_experts, shape.hidden_size, shape.intermediate_size, num_experts_per_tok],
+            "formula": asdict(formula),
             "options": [options.pools, options.max_chunk],
             "products": products,
             "plans": [asdict(plan) for plan in plans],

@@ -22,7 +22,8 @@ import torch
 
 from ..adapters import ExpertLora, ExpertsShape
 from ..adapters.keys import PROJECTIONS
-from ..checkpoint.reader import ExpertWeights
+from ..checkpoint.formula import ExpertFormula
+from ..checkpoint.reader import ExpertBiases, ExpertWeights
 from ..engines.base import Engine, EngineOptions, EngineSpec
 from ..engines.plan import Plan
 from ..engines.registry import get_engine
@@ -103,15 +104,21 @@ def _serve(pipe: Connection, plan: Plan, task: dict[str, Any], around: torch.Ten
 def _engine(plan: Plan, task: dict[str, Any]) -> Engine:
     """One layer with random weights and, where the engine computes it, a LoRA."""
     _, hidden, intermediate, top_k = task["layer"]
-    shape = ExpertsShape(task["experts"], hidden, intermediate)
+    formula = ExpertFormula(**task["formula"])
+    shape = ExpertsShape(task["experts"], hidden, intermediate, formula.has_gate)
 
     def read(dtype: torch.dtype | None) -> Iterator[ExpertWeights]:
         one = torch.randn(intermediate, hidden).mul_(hidden**-0.5).to(torch.bfloat16)
-        return repeat(ExpertWeights(one, one, one.T), shape.num_experts)
+        return repeat(ExpertWeights(one if formula.has_gate else one[:0], one, one.T), shape.num_experts)
+
+    def read_biases() -> ExpertBiases | None:
+        sizes = (shape.projection(projection)[0] for projection in PROJECTIONS)
+        return ExpertBiases(*(torch.zeros(shape.num_experts, out) for out in sizes)) if formula.has_biases else None
 
     kind = get_engine(plan.backend).measured_as()
     _, options = kind.start(plan, EngineOptions(*task["options"]))
-    engine = kind(EngineSpec(0, shape, top_k, RANK if kind.computes_lora else 0), read, options)
+    rank = RANK if kind.computes_lora else 0
+    engine = kind(EngineSpec(0, shape, top_k, rank, formula=formula, read_biases=read_biases), read, options)
     engine.load()
     if kind.computes_lora:
         sizes = {projection: shape.projection(projection) for projection in PROJECTIONS}

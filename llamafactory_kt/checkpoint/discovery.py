@@ -2,27 +2,26 @@
 
 transformers 5 gives every MoE model an experts module, called as ``experts(hidden_states [T, H], top_k_index [T, K],
 top_k_weights [T, K]) -> [T, H]``, with fused weights ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I], marked by
-``use_experts_implementation`` (``integrations/moe.py``). Architectures are accepted by this contract, never by name: we run
-the class's own forward on tiny weights and compare it with ``down(silu(gate x) * up x)``. The marks and ``_default_apply_gate``
-are transformers' own, not a public interface.
+``use_experts_implementation`` (``integrations/moe.py``). Architectures are accepted by this contract, never by name: what a class
+computes is learnt from its own forward (:mod:`.contract`). The marks are transformers' own, not a public interface.
 """
 
 from __future__ import annotations
 
 import re
-from copy import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ..adapters import ExpertsShape
 from ..ground.errors import KTModelError
 from ..ground.internals import SWITCH, Internal
+from .contract import OutsideContract, read_contract
+from .formula import PLAIN, ExpertFormula
 
-INTERNAL = Internal("experts-contract", "transformers", ">=5.6,<5.9")
+INTERNAL = Internal("experts-contract", "transformers", ">=5.6,<5.25")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -35,6 +34,24 @@ class ExpertsModule:
     layer: int
     shape: ExpertsShape
     num_experts_per_tok: int
+    formula: ExpertFormula = PLAIN
+    presorted: bool = False
+    """called with each expert's rows, multiplied with the routers' weights before (Llama-4)"""
+
+    @property
+    def weights(self) -> tuple[str, str]:
+        """The module's fused weights."""
+        return ("gate_up_proj" if self.formula.has_gate else "up_proj"), "down_proj"
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """The module's biases."""
+        return tuple(f"{weight}_bias" for weight in self.weights) if self.formula.has_biases else ()
+
+
+def formulas(modules: Iterable[ExpertsModule]) -> list[ExpertFormula]:
+    """What their experts compute; each formula once."""
+    return list(dict.fromkeys(module.formula for module in modules))
 
 
 def find_experts(model: nn.Module) -> list[ExpertsModule]:
@@ -47,16 +64,23 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
     for name, module in model.named_modules():
         if not _looks_like_experts(name, module):
             continue
-        if reason := _refusal(module):
+        if not INTERNAL.usable:
             raise KTModelError(
-                f"{type(model).__name__}: the experts in {name} ({type(module).__name__}) cannot run in kt-kernel: {reason}. "
-                "Remove use_kt to run this model with transformers alone."
+                f"{type(model).__name__}: which modules are routed experts is known for transformers {INTERNAL.versions}; another "
+                f"version is installed, or {SWITCH} switches this off."
             )
+        try:
+            contract = read_contract(module)
+        except OutsideContract as reason:
+            raise KTModelError(
+                f"{type(model).__name__}: the experts in {name} ({type(module).__name__}) cannot be computed by any engine: {reason}. "
+                "Remove use_kt to run this model with transformers alone."
+            ) from None
         layer = _LAYER.search(f".{name}.")
         if layer is None:
             raise KTModelError(f"{type(model).__name__}: {name} is not inside a numbered list of layers.")
-        down: torch.Tensor = module.down_proj  # type: ignore[assignment]
-        found.append(ExpertsModule(name, int(layer[1]), ExpertsShape(*down.shape), _top_k(model, name)))
+        top_k = 1 if contract.presorted else _top_k(model, name)
+        found.append(ExpertsModule(name, int(layer[1]), contract.shape, top_k, contract.formula, contract.presorted))
     if not found:
         counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
         if any((getattr(_text_config(model), name, 0) or 0) > 1 for name in counts):
@@ -76,59 +100,6 @@ def _looks_like_experts(name: str, module: nn.Module) -> bool:
     return marked or (name.rpartition(".")[2] == "experts" and any(p.dim() == 3 for p in module.parameters(False)))
 
 
-def _refusal(module: nn.Module) -> str | None:
-    if not hasattr(module, "has_gate"):
-        return "the class does not follow transformers' experts contract"
-    for flag, wanted, reason in (
-        ("has_gate", True, "they have no gate projection"),
-        ("has_bias", False, "they have biases"),
-        ("is_transposed", False, "their weights are stored transposed"),
-    ):
-        if getattr(module, flag) is not wanted:
-            return reason
-    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    if not isinstance(gate_up, nn.Parameter) or not isinstance(down, nn.Parameter) or gate_up.dim() != 3:
-        return "their weights are not named gate_up_proj and down_proj"
-    experts, hidden, intermediate = down.shape
-    if tuple(gate_up.shape) != (experts, 2 * intermediate, hidden):
-        return f"gate_up_proj {tuple(gate_up.shape)} does not go with down_proj {tuple(down.shape)}"
-    return _probe(module)
-
-
-def _probe(module: nn.Module) -> str | None:
-    """Run the class's own forward on tiny weights and compare it with the gated SiLU that the kernel computes."""
-    if not INTERNAL.usable:
-        return f"the contract is known for transformers {INTERNAL.versions} only, or {SWITCH} switches it off"
-    from transformers.integrations.moe import _default_apply_gate
-
-    if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
-        return "they have a gating function of their own"
-    hidden, intermediate, experts, tokens = 8, 4, 3, 5
-    generator = torch.Generator(device="cpu").manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        # Values of several units, so that clamps and other activations show.
-        return 3 * torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
-
-    gate_up, down = random(experts, 2 * intermediate, hidden), random(experts, hidden, intermediate)
-    x, scores = random(tokens, hidden), random(tokens, 2).abs()
-    index = (torch.arange(tokens, device="cpu")[:, None] + torch.arange(2, device="cpu")) % experts
-    tiny = copy(module)
-    tiny._parameters = {"gate_up_proj": nn.Parameter(gate_up, False), "down_proj": nn.Parameter(down, False)}
-    tiny.num_experts = experts  # type: ignore[assignment]
-    plain_forward: Any = getattr(type(module).forward, "__wrapped__", type(module).forward)
-    try:
-        with torch.no_grad():
-            found = plain_forward(tiny, x, index, scores)
-    except Exception as error:  # anything: the forward may need what the contract does not promise
-        return f"their forward needs more than the contract gives ({type(error).__name__}: {error})"
-    gate, up = (gate_up[index] @ x[:, None, :, None]).chunk(2, dim=2)
-    wanted = (scores[..., None] * (down[index] @ (F.silu(gate) * up))[..., 0]).sum(1)
-    if not torch.allclose(found.float(), wanted, rtol=1e-3, atol=1e-3):
-        return "they do not compute down(silu(gate x) * up x)"
-    return None
-
-
 def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -139,7 +110,7 @@ def _top_k(model: nn.Module, name: str) -> int:
     block = model.get_submodule(name.rpartition(".")[0])
     candidates = [
         *(getattr(module, "top_k", None) for module in (block, *block.children())),
-        getattr(_text_config(model), "num_experts_per_tok", None),
+        *(getattr(_text_config(model), key, None) for key in ("num_experts_per_tok", "top_k_experts", "moe_topk")),
     ]
     for value in candidates:
         if isinstance(value, int) and value > 0:

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..adapters.keys import PROJECTIONS
 from ..ground.errors import KTModelError, name_some
 from ..peft_side.model_names import CheckpointNames, Target
 from .discovery import ExpertsModule
 from .fp8 import FP8, SCALE_SUFFIX, block_size, check_scales
-from .reader import FUSED, SIZES, LayerTensors, Piece, StoredTensor
+from .reader import SIZES, LayerTensors, Piece, StoredTensor
 
 _NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
@@ -57,13 +57,14 @@ class CheckpointLayout:
             headers[tensor.name] = tensor.shape, tensor.dtype
             target = names.target(tensor.name)
             module, _, weight = target.name.rpartition(".")
-            if module not in self._layers or weight.removesuffix(SCALE_SUFFIX) not in FUSED:
+            layer = self._layers.get(module)
+            if layer is None or weight.removesuffix(SCALE_SUFFIX) not in (*layer.module.weights, *layer.module.biases):
                 continue
             self.target_names.add(target.name)
             if weight.endswith(SCALE_SUFFIX):
                 scales[tensor.name] = tensor
             else:
-                _place(self._layers[module], tensor, target)
+                _place(layer, tensor, target)
         if self.block is not None:
             check_scales(headers, self.block)
             for tensor in (tensor for layer in self._layers.values() for tensor in layer.stored.values()):
@@ -71,9 +72,8 @@ class CheckpointLayout:
 
     def _check(self, layer: LayerTensors) -> None:
         module, shape = layer.module, layer.module.shape
-        pieces: list[Piece] = [(weight, None) for weight in FUSED]
-        if not layer.fused:
-            pieces = [(projection, expert) for projection in PROJECTIONS for expert in range(shape.num_experts)]
+        pieces = list(dict.fromkeys(chain.from_iterable(map(layer.of_expert, range(shape.num_experts)))))
+        pieces += [(bias, None) for bias in module.biases]
         missing = [_name(layer, *piece) for piece in pieces if piece not in layer.stored]
         if missing:
             raise KTModelError(
@@ -81,10 +81,14 @@ class CheckpointLayout:
                 "Check that all shards are there and that config.json belongs to them."
             )
         for (weight, expert), tensor in layer.stored.items():
-            out, width = shape.projection(weight.removesuffix("_proj"))
-            allowed: list[tuple[int, ...]] = [(out, width)]
-            if expert is None:
-                out *= 2 if weight == "gate_up_proj" else 1
+            allowed: list[tuple[int, ...]]
+            if expert is not None:
+                allowed = [shape.projection(weight)]
+            elif weight in module.biases:
+                out, width = layer.parameter(weight.removesuffix("_bias"))
+                allowed = [(shape.num_experts, width if shape.fused.transposed else out)]
+            else:
+                out, width = layer.parameter(weight)
                 allowed = [(shape.num_experts, out, width), (shape.num_experts, width, out)]
             if tensor.shape not in allowed:
                 raise KTModelError(
@@ -136,11 +140,12 @@ def _place(layer: LayerTensors, tensor: StoredTensor, target: Target) -> None:
     weight, operations = target.name.rpartition(".")[2], target.operations
     if operations in ([], ["Transpose"]):  # Transpose turns a fused tensor only if its shape asks for it
         layer.stored[weight, None] = tensor
-    elif operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+    elif operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) and weight in layer.module.weights:
         number = _NUMBER.search(tensor.name)
         if number is None:
             raise KTModelError(f"{tensor.file}: Unsupported weight naming scheme: {tensor.name}.")
-        projection = "down" if weight == "down_proj" else ("gate", "up")[target.source]
+        firsts = [name for name in layer.module.shape.projections if name != "down"]
+        projection = "down" if weight == "down_proj" else firsts[target.source]
         layer.stored[projection, int(number[0])] = tensor
     else:
         raise KTModelError(

@@ -26,13 +26,20 @@ _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, FP
 """dtype in memory if no conversion is asked for; for FP8 as LLaMA-Factory dequantizes it"""
 
 
-FUSED = ("gate_up_proj", "down_proj")
 Piece = tuple[str, int | None]
-"""of a layer's experts: (projection, expert), or (one of :data:`FUSED`, None)"""
+"""of a layer's experts: (projection, expert), or (one of the module's ``weights`` or ``biases``, None)"""
 
 
 class ExpertWeights(NamedTuple):
-    """One expert's weights: gate and up [I, H], down [H, I], on the CPU."""
+    """One expert's weights: gate and up [I, H], down [H, I], on the CPU. Without a gate, gate is [0, H]."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+class ExpertBiases(NamedTuple):
+    """A layer's biases: gate and up [E, I], down [E, H], float32 on the CPU. Without a gate, gate is [E, 0]."""
 
     gate: torch.Tensor
     up: torch.Tensor
@@ -87,11 +94,17 @@ class LayerTensors:
     block: Block | None
     """of an FP8 checkpoint, else None"""
     stored: dict[Piece, StoredTensor] = field(default_factory=dict)
-    """the weights; :meth:`tensors` are their scales too"""
+    """weights and biases; :meth:`tensors` are their scales too"""
 
     @property
     def fused(self) -> bool:
-        return any(expert is None for _, expert in self.stored)
+        return any((weight, None) in self.stored for weight in self.module.weights)
+
+    def of_expert(self, expert: int) -> list[Piece]:
+        """The pieces that hold one expert's weights."""
+        if self.fused:
+            return [(weight, None) for weight in self.module.weights]
+        return [(projection, expert) for projection in self.module.shape.projections]
 
     def tensors(self) -> list[StoredTensor]:
         """Weights and their scales."""
@@ -106,7 +119,7 @@ class LayerTensors:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, or bfloat16 for FP8; float32 where they differ."""
-        stored = {_TORCH[tensor.dtype] for tensor in self.stored.values()}
+        stored = {_TORCH[tensor.dtype] for (name, _), tensor in self.stored.items() if name not in self.module.biases}
         return stored.pop() if len(stored) == 1 else torch.float32
 
     def fingerprint(self) -> str:
@@ -141,6 +154,17 @@ class LayerTensors:
             for tensor in pages:
                 drop_pages(tensor)
 
+    def biases(self) -> ExpertBiases | None:
+        """Read the biases, where the formula has any."""
+        module = self.module
+        if not module.biases:
+            return None
+        get = _reader()
+        first, down = (get(self.stored[name, None]).float() for name in module.biases)
+        shape = module.shape
+        gate, up = shape.fused.split(first, 1) if shape.has_gate else (first[:, :0], first)
+        return ExpertBiases(*(bias.contiguous() for bias in (gate, up, down)))
+
     def read_ahead(self) -> None:
         """Have the system read the tensors into its page cache in the background."""
         get = _reader()
@@ -149,25 +173,39 @@ class LayerTensors:
 
     def _read(self) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
         """Each expert's (gate, up and down as [out, in]; the mapped tensors that they come from). FP8 weights are float32."""
-        get, fused, h, i = _reader(), self.fused, self.module.shape.hidden_size, self.module.shape.intermediate_size
+        get, fused = _reader(), self.fused
 
         def part(tensor: StoredTensor, expert: int) -> torch.Tensor:
             return get(tensor)[expert] if fused else get(tensor)
 
         for expert in range(self.module.shape.num_experts):
-            pieces: list[Piece] = [(w, None) for w in FUSED] if fused else [(p, expert) for p in PROJECTIONS]
-            stored = [self.stored[piece] for piece in pieces]
+            stored = [self.stored[piece] for piece in self.of_expert(expert)]
             pages = [part(tensor, expert) for tensor in stored]
             weights = [
                 page if tensor.scale is None or self.block is None
                 else dequantize(page, part(tensor.scale, expert), self.block)
                 for tensor, page in zip(stored, pages, strict=True)
             ]  # fmt: skip
-            if fused:  # [2I, H] and [H, I], or transposed
-                sizes = (2 * i, h), (h, i)
-                gate_up, down = (w if w.shape == size else w.T for w, size in zip(weights, sizes, strict=True))
-                weights = [gate_up[:i], gate_up[i:], down]
-            yield weights, pages
+            yield (self.canonical(*weights) if fused else self._with_gate(weights)), pages
+
+    def canonical(self, first: torch.Tensor, down: torch.Tensor) -> list[torch.Tensor]:
+        """gate, up and down as [out, in], of one expert's fused weights, which are stored like the model's parameters, or, in older
+        checkpoints, the other way round."""
+        shape, layout = self.module.shape, self.module.shape.fused
+        plain = []
+        for weight, name in ((first, self.module.weights[0]), (down, "down_proj")):
+            parameter = weight if weight.shape == self.parameter(name) else weight.T
+            plain.append(parameter.T if layout.transposed else parameter)
+        return [*(layout.split(plain[0], 0) if shape.has_gate else (plain[0][:0], plain[0])), plain[1]]
+
+    def parameter(self, name: str) -> tuple[int, int]:
+        """The sizes of one expert's part of a fused weight, as the model stores it."""
+        shape = self.module.shape
+        out, width = shape.projection("down" if name == "down_proj" else "up")
+        return shape.fused.stored(2 * out if name == "gate_up_proj" else out, width)
+
+    def _with_gate(self, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+        return weights if self.module.shape.has_gate else [weights[0][:0], *weights]
 
 
 def _reader() -> Callable[[StoredTensor], torch.Tensor]:

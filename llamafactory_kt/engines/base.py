@@ -16,7 +16,8 @@ from typing import ClassVar, Protocol
 import torch
 
 from ..adapters import ExpertLora, ExpertsShape
-from ..checkpoint.reader import ExpertWeights
+from ..checkpoint.formula import PLAIN, ExpertFormula
+from ..checkpoint.reader import ExpertBiases, ExpertWeights
 from .bounds import Bounds
 from .plan import Plan, PlanRequest
 
@@ -51,6 +52,10 @@ class EngineSpec:
     """scaling most of the LoRA to come will have"""
     fingerprint: Callable[[], str] = str
     """computes what tells the checkpoint's weights of this layer from another version's"""
+    formula: ExpertFormula = PLAIN
+    """what each expert computes; one that :meth:`Engine.cannot_compute` accepts"""
+    read_biases: Callable[[], ExpertBiases | None] = lambda: None
+    """reads the layer's biases, where the formula has any"""
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,12 @@ class Engine(ABC):
     def problem(cls) -> str | None:
         """Why the engine cannot run here, or None. Never raises."""
         return None
+
+    @classmethod
+    def cannot_compute(cls, formula: ExpertFormula) -> str | None:
+        """Why the engine cannot compute such experts, or None. An engine that can do more than ``down(silu(gate x) * up x)`` says so
+        here; it is never given anything else."""
+        return None if formula == PLAIN else f"it computes {PLAIN} alone"
 
     @classmethod
     def auto(cls, merged: bool) -> bool:
@@ -194,7 +205,7 @@ class Engine(ABC):
 
     @abstractmethod
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """``sum_k weights[t, k] * expert[index[t, k]](hidden[t])``.
+        """``sum_k weights[t, k] * expert[index[t, k]](hidden[t])``, where an expert computes the spec's formula.
 
         Args:
             hidden: [T, H], any floating dtype, CPU.

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..adapters import ExpertLora
+from ..checkpoint.formula import ExpertFormula
 from ..checkpoint.reader import ExpertWeights
 from .base import Engine, Undo
 
@@ -18,7 +19,12 @@ class ReferenceEngine(Engine):
 
     _lora: ExpertLora | None = None
 
+    @classmethod
+    def cannot_compute(cls, formula: ExpertFormula) -> str | None:
+        return None
+
     def load(self) -> None:
+        self._biases = self.spec.read_biases()
         self._weights = [
             ExpertWeights(*(matrix.clone(memory_format=torch.contiguous_format) for matrix in expert))
             for expert in self.read_experts(None)
@@ -39,12 +45,14 @@ class ReferenceEngine(Engine):
             token, slot = torch.where(index == expert)
             rows = x[token]
             gate, up = self._linear("gate", expert, rows), self._linear("up", expert, rows)
-            down = self._linear("down", expert, F.silu(gate) * up)
+            down = self._linear("down", expert, self.spec.formula.activate(gate, up))
             out.index_add_(0, token, down * scores[token, slot, None])
         return out.to(hidden.dtype)
 
     def _linear(self, projection: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         out = F.linear(x, getattr(self._weights[expert], projection).float())
+        if self._biases is not None:
+            out += getattr(self._biases, projection)[expert]
         if self._lora is not None:
             a, b = self._lora.a[projection][expert].float(), self._lora.b[projection][expert].float()
             out += F.linear(F.linear(x, a) * self._lora.scaling[projection][expert].float(), b)
@@ -52,7 +60,7 @@ class ReferenceEngine(Engine):
 
     @property
     def nbytes(self) -> int:
-        return sum(matrix.nbytes for expert in self._weights for matrix in expert)
+        return sum(matrix.nbytes for expert in (*self._weights, self._biases or ()) for matrix in expert)
 
     @property
     def lora_nbytes(self) -> int:

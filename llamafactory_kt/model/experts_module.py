@@ -83,3 +83,21 @@ class KTExperts(nn.Module):
             f"layer={self.layer_idx}, engine={self.engine.name}, num_experts={shape.num_experts}, "
             f"hidden_size={shape.hidden_size}, moe_intermediate_size={shape.intermediate_size}"
         )
+
+
+class PresortedExperts(nn.Module):
+    """Hands KT experts the rows that are not zero, of all tokens for each expert, multiplied with the routers' weights (Llama-4). Experts
+    without biases make zeros of zeros."""
+
+    def __init__(self, experts: KTExperts):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states [E * T, H], expert by expert -> [E * T, H]."""
+        rows = hidden_states.any(-1).nonzero()[:, 0]
+        tokens = len(hidden_states) // self.experts.num_experts
+        weights = torch.ones(len(rows), 1, dtype=hidden_states.dtype, device=hidden_states.device)
+        out = torch.zeros_like(hidden_states)
+        out[rows] = self.experts(hidden_states[rows], (rows // tokens)[:, None], weights)
+        return out

@@ -15,7 +15,7 @@ from torch import nn
 from ..adapters import AdapterSet, open_adapters
 from ..autotune.choose import choose
 from ..autotune.plan import candidates, left_out
-from ..checkpoint.discovery import ExpertsModule
+from ..checkpoint.discovery import ExpertsModule, formulas
 from ..checkpoint.opening import MoEModel
 from ..checkpoint.reader import ExpertWeights
 from ..engines.base import Engine, EngineOptions, EngineSpec
@@ -31,7 +31,7 @@ from ..peft_side.swap import require_peft_layers
 from ..settings.rules import experts_problems
 from .config import KTExpertsConfig
 from .debug import Debugger
-from .experts_module import KTExperts
+from .experts_module import KTExperts, PresortedExperts
 from .gpu_transfer import HostTransfer
 from .guard import guard
 from .memory import memory_need, read_around
@@ -57,8 +57,9 @@ class ExpertsLoad:
         require_own_process()
         _check_config(config)
         self._config, self._on_gpu = config, on_gpu
-        plans = candidates(config.backend, config.plan_request(on_gpu), merged=config.merge_adapter)
         self._opened = opened = MoEModel(model, files)
+        computed = formulas(opened.experts)
+        plans = candidates(config.backend, config.plan_request(on_gpu), merged=config.merge_adapter, formulas=computed)
         layout, experts = opened.layout, opened.experts
         self.tensors = frozenset(layout.target_names)
         """the experts' tensors, as transformers names them; no parameter asks for them any more"""
@@ -68,9 +69,15 @@ class ExpertsLoad:
             forget_measured()
         around = 0 if on_gpu else read_around(model, experts) // len(experts)
         self._plan, reason = choose(
-            plans, experts[0].shape, experts[0].num_experts_per_tok, config.options, around, config.recalibrate
+            plans,
+            experts[0].shape,
+            experts[0].num_experts_per_tok,
+            config.options,
+            around,
+            config.recalibrate,
+            computed[0],
         )
-        self._reason = reason or left_out(config.backend, merged=config.merge_adapter)
+        self._reason = reason or left_out(config.backend, merged=config.merge_adapter, formulas=computed)
         self._engine = engine = get_engine(self._plan.backend)
         self._merged = self._adapters if engine.merges(config.merge_adapter) else None
         self._check_memory()
@@ -120,7 +127,8 @@ class ExpertsLoad:
         spec = EngineSpec(
             module.layer, module.shape, module.num_experts_per_tok,
             lora_rank=0 if merged is not None else self._apart.rank(module.layer) or self._config.lora_rank,
-            lora_scaling=self._apart.scaling(module.layer), fingerprint=tensors.fingerprint,
+            lora_scaling=self._apart.scaling(module.layer), fingerprint=tensors.fingerprint, formula=module.formula,
+            read_biases=tensors.biases,
         )  # fmt: skip
 
         def read(dtype: torch.dtype | None) -> Iterator[ExpertWeights]:  # without self: a cycle outlives its model
@@ -144,7 +152,7 @@ class ExpertsLoad:
         shared = next((part for part in map(block._modules.get, SHARED_EXPERTS) if part is not None), None)
         overlap = SharedExpertsOverlap(shared) if transfers is not None and shared is not None else None
         experts = KTExperts(module, engine, self._config.router_stats, debugger, transfers, overlap)
-        setattr(block, attribute, experts)
+        setattr(block, attribute, PresortedExperts(experts) if module.presorted else experts)
         if debugger is not None:
             debugger.watch_router(block)
         return experts

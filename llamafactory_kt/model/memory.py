@@ -72,5 +72,5 @@ def read_around(model: nn.Module, experts: Sequence[ExpertsModule]) -> int:
 
 def _others(model: nn.Module, experts: Sequence[ExpertsModule]) -> list[int]:
     """Bytes of each parameter but routed experts'."""
-    names = {f"{module.name}.{weight}" for module in experts for weight in ("gate_up_proj", "down_proj")}
+    names = {f"{module.name}.{name}" for module in experts for name in (*module.weights, *module.biases)}
     return [p.nbytes for n, p in model.named_parameters() if n not in names]

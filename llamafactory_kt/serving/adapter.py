@@ -10,9 +10,11 @@ from ..adapters import Adapter, AdapterSet, ExpertsShape, open_adapter
 from ..adapters.keys import split_module
 from ..adapters.uniform import Uniform
 from ..adapters.writing import write_moe_lora, write_sglang, write_sglang_merged, write_sglang_rest
+from ..checkpoint.discovery import formulas
+from ..checkpoint.formula import PLAIN
 from ..checkpoint.opening import MoEModel, empty_model
 from ..engines.ktkernel import packing_of
-from ..ground.errors import KTAdapterError, KTConfigError, KTServerError, name_some
+from ..ground.errors import KTAdapterError, KTConfigError, KTModelError, KTServerError, name_some
 from ..settings.keys import adapter_directories, expanded, threadpool_count
 from ..settings.sglang_keys import serving_method
 from ..settings.sglang_methods import LORA_KERNELS, SGLangMethod
@@ -67,6 +69,12 @@ def serve_adapter(args: Any, options: ServerOptions, *, mla: bool) -> ServedAdap
     method = serving_method(args)
     _check_kernel(args, method)
     moe = MoEModel(empty_model(args.model_name_or_path, quantized=not method.backend))
+    for formula in formulas(moe.experts):
+        if formula != PLAIN:
+            raise KTModelError(
+                f"{args.model_name_or_path}: SGLang's kernel for expert LoRA computes {PLAIN} alone, but the model's experts are "
+                f"{formula}. infer_backend: huggingface computes them."
+            )
     moe.fit(AdapterSet((adapter,)))
     _check_sizes(args, method, moe.experts[0].shape)
     uniform = Uniform.of(adapter, moe.shapes)  # of all layers with experts: the server wants tensors for each

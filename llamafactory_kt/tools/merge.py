@@ -94,6 +94,7 @@ class _MergePlan:
             for module in moe.experts
             if module.layer in adapter.layers
             for tensor, piece in names[module.name].items()
+            if piece[0] not in module.biases
         }
         self.stores = [SafetensorsStore(file) for file in moe.files]
         checkpoint = CheckpointNames(moe.model)
@@ -152,6 +153,10 @@ class _MergePlan:
         lora, (kind, expert) = self._lora, piece
         if expert is not None:
             return lora.delta(kind, expert)
-        projections = ["down"] if kind == "down_proj" else ["gate", "up"]
-        fused = torch.cat([lora.delta(projection, slice(None)) for projection in projections], 1)
-        return fused if fused.shape == value.shape else fused.transpose(1, 2)
+        layout = self._shapes[layer].fused
+        if kind == "down_proj":
+            fused = lora.delta("down", slice(None))
+        else:
+            fused = layout.join(lora.delta("gate", slice(None)), lora.delta("up", slice(None)), 1)
+        parameter = fused.transpose(1, 2) if layout.transposed else fused
+        return parameter if parameter.shape == value.shape else parameter.transpose(1, 2)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ..checkpoint.discovery import formulas
 from ..checkpoint.layout import CheckpointLayout
 from ..checkpoint.opening import open_checkpoint
 from ..engines.ktkernel import PACKING
@@ -81,6 +82,9 @@ def quantize_model(
         raise KTKernelError(f"kt-kernel cannot pack {method} weights here: {problem}. A chat with them needs the same.")
     source, target, kind = Path(model_path), Path(output), engine.method
     layout, pools = open_checkpoint(source, fp8=True).layout, pools or sub_pools()
+    for formula in formulas(layout.modules):
+        if problem := engine.cannot_compute(formula):
+            raise KTModelError(f"kt-kernel cannot use packed experts of {source}: they are {formula}, and {problem}.")
     records = {
         module.layer: record_for(module.shape, kind, pools, layout.layer(module.name).fingerprint())
         for module in layout.modules

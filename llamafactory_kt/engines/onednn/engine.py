@@ -5,12 +5,14 @@ It has no worker threads that spin between layers, which is faster where cores a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
 
 import torch
 
 from ...adapters import ExpertLora, ExpertsShape
+from ...checkpoint.formula import ExpertFormula
 from ...checkpoint.reader import ExpertWeights
 from ...matmul.layouts import Size, faster_packed, placing
 from ...matmul.linear import computed_in, numbers
@@ -43,6 +45,10 @@ class OneDNNEngine(Engine):
         return onednn_problem()
 
     @classmethod
+    def cannot_compute(cls, formula: ExpertFormula) -> str | None:
+        return None
+
+    @classmethod
     def auto(cls, merged: bool) -> bool:
         return True
 
@@ -53,8 +59,9 @@ class OneDNNEngine(Engine):
         return LayerMemory(weights, lora_size(shape, rank), 4 * sampled(shape) * weights // shape.num_experts)
 
     def load(self) -> None:
-        shape = self.spec.shape
-        sizes = (2 * shape.intermediate_size, shape.hidden_size), (shape.hidden_size, shape.intermediate_size)
+        shape, formula = self.spec.shape, self.spec.formula
+        inner = (len(shape.projections) - 1) * shape.intermediate_size  # rows of gate and up
+        sizes = (inner, shape.hidden_size), (shape.hidden_size, shape.intermediate_size)
         experts = iter(self.read_experts(torch.bfloat16))
         first: list[ExpertWeights] = []
 
@@ -69,6 +76,10 @@ class OneDNNEngine(Engine):
             for number, (gate, up, down) in enumerate(chain(first, experts))
         ]
         self._numbers = max(map(numbers, self._weights[0]), key=len)
+        biases = self.spec.read_biases()
+        self._biases = list(zip(torch.cat(biases[:2], 1), biases.down, strict=True)) if biases is not None else []
+        limit = math.inf if formula.limit is None else formula.limit
+        self._formula = formula.has_gate, formula.activation, formula.alpha, limit, formula.up_offset
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:
         before = self._lora, self.lora_rank
@@ -106,7 +117,8 @@ class OneDNNEngine(Engine):
             lora = [each[part.expert] for part in some] if each else []
             wide = computed_in(max(sizes)) == torch.float32
             given = x, tokens[rows], scores[rows], sizes
-            experts(*given, gate_up, down, lora, wide, self._numbers, threads, found[rows])
+            biases = [self._biases[part.expert] for part in some] if self._biases else []
+            experts(*given, gate_up, down, lora, biases, wide, self._numbers, threads, found[rows], *self._formula)
 
         return call
 

@@ -8,7 +8,8 @@ from ...adapters import ExpertLora, ExpertsShape
 from ...ground.paging import in_huge_pages
 
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""one expert's: A of gate and up side by side [H, 2r], B of both block-diagonal [2r, 2I]; A [I, r] and B [r, H] of down"""
+"""one expert's: A of gate and up side by side [H, 2r], B of both block-diagonal [2r, 2I], or without a gate those of up [H, r] and
+[r, I]; A [I, r] and B [r, H] of down"""
 
 
 def lora_size(shape: ExpertsShape, rank: int) -> int:
@@ -24,15 +25,16 @@ class PackedLora:
     """
 
     def __init__(self, lora: ExpertLora):
-        experts, rank, hidden = lora.a["gate"].shape
+        experts, rank, hidden = lora.a["up"].shape
         size = lora.a["down"].shape[2]
+        inner = [projection for projection in ("gate", "up") if lora.b[projection].shape[1]]
 
         def empty(*shape: int) -> torch.Tensor:
             return in_huge_pages(torch.empty(experts, *shape, dtype=torch.float32, device="cpu"))
 
         # Reading the zeros beside the diagonal is cheaper than calling a second product.
-        a, b = empty(2 * rank, hidden), empty(2 * rank, 2 * size).zero_()
-        for half, projection in enumerate(("gate", "up")):
+        a, b = empty(len(inner) * rank, hidden), empty(len(inner) * rank, len(inner) * size).zero_()
+        for half, projection in enumerate(inner):
             rows = slice(half * rank, (half + 1) * rank)
             a[:, rows] = lora.a[projection]
             lora.folded(projection, 1.0, b[:, rows, half * size : (half + 1) * size].transpose(1, 2))

@@ -44,6 +44,7 @@ def configuration(config: Path, overrides: Sequence[str] = ()) -> Findings:
 
 
 def _model(args: Any) -> Findings:
+    from ...checkpoint.discovery import formulas
     from ...checkpoint.opening import MoEModel, empty_model, weight_files
 
     name = args.model_name_or_path
@@ -56,7 +57,8 @@ def _model(args: Any) -> Findings:
     yield ok(
         "model",
         f"{type(moe.model).__name__}: {len(moe.experts)} layers of {first.shape.num_experts} routed experts "
-        f"({first.shape.hidden_size} x {first.shape.intermediate_size}), {first.num_experts_per_tok} per token",
+        f"({first.shape.hidden_size} x {first.shape.intermediate_size}), {first.num_experts_per_tok} per token, each "
+        f"{name_some(list(map(str, formulas(moe.experts))), 2)}",
     )
     itemsize = yield from _checkpoint(args, moe)
     adapters = yield from _adapters(args, moe)
@@ -117,12 +119,18 @@ def _memory(args: Any, moe: MoEModel, adapters: AdapterSet, itemsize: int) -> Fi
 
     from ...adapters import AdapterSet
     from ...autotune.plan import candidates
+    from ...checkpoint.discovery import formulas
     from ...engines.registry import get_engine
     from ...integration.chat_config import experts_config
     from ...model.memory import memory_need
 
     config, gpus = experts_config(args), torch.cuda.device_count()
-    plans = candidates(config.backend, config.plan_request(on_gpu=gpus > 0), merged=config.merge_adapter)
+    request, computed = config.plan_request(on_gpu=gpus > 0), formulas(moe.experts)
+    try:
+        plans = candidates(config.backend, request, merged=config.merge_adapter, formulas=computed)
+    except KTError as problem:
+        yield error("experts", describe(problem), "docs/engines.md says what each engine computes.")
+        return
     engine = get_engine(plans[0].backend)
     if engine.merges(config.merge_adapter):
         adapters = AdapterSet()  # merged into the weights

@@ -1,6 +1,6 @@
 """The reference for engines: float32, one expert at a time, read from the files.
 
-It shares no code and no weights with the engines; only the lookup of tensor names is the same.
+It shares no code and no weights with the engines; only where the tensors are, and how they are stored, comes from the same place.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 from ...adapters import AdapterSet, ExpertLora
+from ...adapters.keys import PROJECTIONS
 from ...checkpoint.discovery import ExpertsModule
+from ...checkpoint.formula import ExpertFormula
 from ...checkpoint.opening import open_checkpoint
 
 ExpertWeights = dict[str, torch.Tensor]
-"""``gate`` and ``up`` [I, H], ``down`` [H, I], float32"""
+"""``gate`` and ``up`` [I, H], ``down`` [H, I], float32; without a gate, ``gate`` is [0, H]"""
 
 
 class Reference:
@@ -38,6 +40,7 @@ class Reference:
         self.modules: dict[int, ExpertsModule] = {module.layer: module for module in moe.experts}
         self.adapters = adapters
         adapters.check_fits(moe.shapes)
+        self._layout = moe.layout
         self._block = moe.layout.block
         names = moe.layout.names()
         self._tensors = {m.layer: {place: name for name, place in names[m.name].items()} for m in moe.experts}
@@ -59,19 +62,21 @@ class Reference:
         Returns:
             The output without and with LoRA, both [T, H] float32.
         """
-        x, scores, lora = hidden.float(), weights.float(), self.lora(layer)
+        x, scores, lora, module = hidden.float(), weights.float(), self.lora(layer), self.modules[layer]
+        biases = self._layout.layer(module.name).biases()
         outs = torch.zeros_like(x), torch.zeros_like(x)
         for expert in index.unique().tolist():
             base = self._read(layer, expert)
             token, slot = torch.where(index == expert)
             share = scores[token, slot, None]
-            outs[0].index_add_(0, token, share * _gated(base, x[token]))
+            own = dict(zip(PROJECTIONS, (bias[expert] for bias in biases), strict=True)) if biases is not None else {}
+            outs[0].index_add_(0, token, share * _output(module.formula, base, own, x[token]))
             changed = _merged(base, lora, expert) if lora is not None else base
-            outs[1].index_add_(0, token, share * _gated(changed, x[token]))
+            outs[1].index_add_(0, token, share * _output(module.formula, changed, own, x[token]))
         return outs
 
     def _read(self, layer: int, expert: int) -> ExpertWeights:
-        shape, names = self.modules[layer].shape, self._tensors[layer]
+        module, names = self.modules[layer], self._tensors[layer]
 
         def stored(name: str, slice_of: int | None) -> torch.Tensor:
             with safe_open(self._files[name], framework="pt") as handle:
@@ -86,21 +91,16 @@ class Reference:
             factors = stored(scales, slice_of).repeat_interleave(self._block[0], 0).repeat_interleave(self._block[1], 1)
             return value * factors[: value.shape[0], : value.shape[1]]
 
-        if ("gate", expert) in names:
-            return {projection: tensor(names[projection, expert], None) for projection in ("gate", "up", "down")}
-        gate_up, down = (tensor(names[fused, None], expert) for fused in ("gate_up_proj", "down_proj"))
-        hidden, intermediate = shape.hidden_size, shape.intermediate_size
-        if gate_up.shape != (2 * intermediate, hidden):
-            gate_up = gate_up.T
-        if down.shape != (hidden, intermediate):
-            down = down.T
-        gate, up = gate_up.chunk(2)
-        return {"gate": gate, "up": up, "down": down}
+        if ("down", expert) in names:
+            read = {projection: tensor(names[projection, expert], None) for projection in module.shape.projections}
+            return {"gate": read["up"][:0], **read}
+        fused = (tensor(names[weight, None], expert) for weight in module.weights)
+        return dict(zip(PROJECTIONS, self._layout.layer(module.name).canonical(*fused), strict=True))
 
 
-def _gated(expert: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
-    """``down(silu(gate x) * up x)``"""
-    return F.linear(F.silu(F.linear(x, expert["gate"])) * F.linear(x, expert["up"]), expert["down"])
+def _output(formula: ExpertFormula, expert: ExpertWeights, biases: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
+    gate, up = (F.linear(x, expert[projection], biases.get(projection)) for projection in ("gate", "up"))
+    return F.linear(formula.activate(gate, up), expert["down"], biases.get("down"))
 
 
 def _merged(expert: ExpertWeights, lora: ExpertLora, number: int) -> ExpertWeights:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Collection
 from typing import Any
 
 from ..engines.ktkernel import PACKING
 from ..engines.registry import AUTO, canonical_name
 from ..ground.errors import KTConfigError
+from .keys import KTArguments
 
 logger = logging.getLogger(__name__)
 
@@ -53,22 +53,23 @@ _FORMAT, _CHECKPOINT = "kt_expert_weight_format", "kt_expert_checkpoint_path"
 KEYS = frozenset({*SAME, *IDLE, *ONLY, _FORMAT, _CHECKPOINT})
 """all keys that are not ours"""
 
+_OURS = KTArguments.__dataclass_fields__
 
-def gather(values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """A configuration with ``use_kt`` whose :data:`KEYS` are in ``kt_config``, where :func:`translate` finds them.
 
-    So LLaMA-Factory, which knows some of them in some versions, sees none. Misspelt ``kt_*`` keys are moved along.
+def gather(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with ``use_kt`` whose ``kt_*`` keys that are not ours, and the other :data:`KEYS`, are in ``kt_config``.
+
+    There :func:`translate` finds them, and LLaMA-Factory, which knows some of them in some versions, sees none.
 
     Args:
         values: as read from a YAML; not changed.
-        known: LLaMA-Factory's options.
 
     Raises:
         KTConfigError: A key has two values.
     """
     if values.get("infer_backend") == "ktransformers":  # 0.9.4's name for a chat with the experts in its own process
         values = {**values, "infer_backend": "huggingface"}
-    moved = {k: v for k, v in values.items() if k in KEYS or (str(k).startswith("kt_") and k not in known)}
+    moved = {k: v for k, v in values.items() if k in KEYS or (str(k).startswith("kt_") and k not in _OURS)}
     if not moved:
         return values
     nested = dictionary(values.get("kt_config"))
@@ -79,18 +80,16 @@ def gather(values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
     return {**rest, "kt_config": {**nested, **moved}}
 
 
-def gather_words(words: list[str], known: Collection[str]) -> list[str]:
+def gather_words(words: list[str]) -> list[str]:
     """The same for a command line of ``--key value``."""
     spelled = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--kt")}
-    misspelt = {
-        key for key in spelled if not any(option.startswith(key) for option in known)
-    }  # argparse completes names
+    foreign = {key for key in spelled if not any(ours.startswith(key) for ours in _OURS)}  # argparse completes names
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for key in sorted({*KEYS, *misspelt, "kt_config", "infer_backend"}):
+    for key in sorted({*KEYS, *foreign, "kt_config", "infer_backend"}):
         parser.add_argument(f"--{key}", f"--{key.replace('_', '-')}", dest=key, nargs="?", const="true")
     given, rest = parser.parse_known_args(words)
     values = {key: value if key == "kt_config" else _typed(value) for key, value in vars(given).items()}
-    return rest + [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in gather(values, known).items()]
+    return rest + [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in gather(values).items()]
 
 
 def _typed(word: str) -> Any:

@@ -8,6 +8,7 @@ import sys
 import pytest
 from helpers.machines import pretend_problem
 from kt_kernel.sft import KTConfig
+from llamafactory.hparams.model_args import KTransformersArguments
 
 from llamafactory_kt import KTConfigError
 from llamafactory_kt.engines.registry import engines
@@ -87,8 +88,12 @@ def test_misspelt_keys(parse):
         parse({"kt_backnd": "AMXBF16"})
 
 
-def test_every_key_of_kt_kernel_is_known():
-    fields = {field.name for field in dataclasses.fields(KTConfig)} - {"kt_wrap_fn", "kt_wrap_kwargs"}  # of programs
+@pytest.mark.parametrize("of", [KTConfig, KTransformersArguments])
+def test_every_key_of_others_is_known(of):
+    fields = {field.name for field in dataclasses.fields(of) if field.init} - {
+        "kt_wrap_fn",
+        "kt_wrap_kwargs",
+    }  # of programs
     assert fields <= KEYS | KTArguments.__dataclass_fields__.keys()
 
 

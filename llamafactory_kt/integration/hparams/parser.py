@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import ModuleType
 from typing import Any
 
@@ -65,13 +64,8 @@ def _guard(module: ModuleType) -> None:
                 end_in_one_paragraph(debug=asks_for("kt_debug"))
             if bootstrap.failures:
                 raise next(iter(bootstrap.failures.values()))
-            values, known = module.read_args(given), _options(module)
-            return stock(gather(values, known) if isinstance(values, dict) else gather_words(values, known))
+            values = module.read_args(given)
+            return stock(gather(values) if isinstance(values, dict) else gather_words(values))
         return stock(*args, **kwargs)
 
     replace(module, get_infer_args)
-
-
-def _options(module: ModuleType) -> set[str]:
-    """The keys that LLaMA-Factory, with our keys, takes for a chat."""
-    return {field.name for kind in module._INFER_ARGS for field in dataclasses.fields(kind) if field.init}

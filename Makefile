@@ -15,7 +15,7 @@ JOBS   ?= 2
 HERE   := $(CURDIR)
 TURNS  ?= 50000
 
-.PHONY: help setup demo test gpu lint types docs soak format clean
+.PHONY: help setup demo test gpu lint types docs architectures soak format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,9 @@ types: setup ## mypy
 
 docs: setup ## the pages: links, both languages, every example executed, every message explained, the rooms
 	$(BIN)/python -m pytest tests/project/test_docs.py tests/project/test_messages.py tests/project/test_rooms.py tests/ground/test_internals.py $(ARGS)
+
+architectures: setup ## write the table of architectures in docs/ from what the tests find with the installed transformers
+	CUDA_VISIBLE_DEVICES= PYTHONPATH=tests $(BIN)/python -m helpers.architectures
 
 soak: setup ## memory and answers over TURNS short turns, and a hundredth as many loads
 	LLAMAFACTORY_KT_SOAK_TURNS=$(TURNS) $(BIN)/python -m pytest tests/project/test_soak.py -rP --timeout=0 $(ARGS)

@@ -21,7 +21,7 @@ from ..ground.internals import SWITCH, Internal
 from .contract import OutsideContract, read_contract
 from .formula import PLAIN, ExpertFormula
 
-INTERNAL = Internal("experts-contract", "transformers", ">=5.6,<5.25")
+INTERNAL = Internal("experts-contract", "transformers", ">=5.6,<5.9")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 

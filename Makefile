@@ -1,7 +1,7 @@
 # Everything runs in one environment outside the clone, keyed by pyproject.toml, this file, Python's version and LLAMAFACTORY's
 # sources, and made when missing.
-# the first that runs and is 3.11 or 3.12: kt-kernel has no wheels for others
-PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+# the first that runs and is 3.11 or 3.12, which kt-kernel has wheels for; else 3.13
+PYTHON ?= $(shell for newest in 12 13; do for p in python3 python3.12 python3.11 python3.13; do $$p -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, $$newest))" 2>/dev/null && echo $$p && exit; done; done)
 CACHE  ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/llamafactory-kt
 # a checkout of LLaMA-Factory to install instead of the release, for example its main branch
 LLAMAFACTORY ?=
@@ -14,6 +14,8 @@ BIN    := $(ENV)/bin
 JOBS   ?= 2
 HERE   := $(CURDIR)
 TURNS  ?= 50000
+# versions to test instead: all (the rows of tests/matrix/rows.txt), or one row such as "transformers==5.24.0 peft==0.21.2"
+MATRIX ?=
 
 .PHONY: help setup demo test gpu lint types docs architectures soak format clean
 
@@ -25,7 +27,7 @@ setup: $(READY) ## make the environment (about 8 GB, some minutes the first time
 
 $(READY):
 	@echo "Making the environment $(ENV) (downloads about 4 GB the first time) ..."
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and none was found; give one: make PYTHON=/path/to/python3.12"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and none was found; give one: make PYTHON=/path/to/python3.12"; exit 1; }
 	@test -z "$(LLAMAFACTORY)" || test -f "$(LLAMAFACTORY)/src/llamafactory/__init__.py" || { echo "LLAMAFACTORY=$(LLAMAFACTORY) is not a checkout of LLaMA-Factory: it has no src/llamafactory"; exit 1; }
 	@rm -rf "$(ENV)" && $(PYTHON) -m venv "$(ENV)" && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip install --python $(BIN)/python --quiet hatchling editables
@@ -35,8 +37,16 @@ $(READY):
 demo: setup ## the same prompts with and without the demo adapter, through llamafactory-cli chat
 	@$(BIN)/python -m llamafactory_kt demo
 
+ifeq ($(MATRIX),)
 test: setup lint types ## everything CI checks, on the CPU
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+else
+test: $(CACHE)/uv/bin/uv
+	$(CACHE)/uv/bin/python tests/matrix/run.py --uv $< --jobs $(JOBS) --llamafactory "$(abspath $(LLAMAFACTORY))" $(ARGS) $(MATRIX)
+endif
+
+$(CACHE)/uv/bin/uv:
+	@$(PYTHON) -m venv $(CACHE)/uv && $(CACHE)/uv/bin/python -m pip install --quiet --disable-pip-version-check uv
 
 gpu: setup ## the tests for a GPU
 	$(BIN)/python -m pytest tests/gpu $(ARGS)

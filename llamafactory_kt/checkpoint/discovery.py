@@ -17,11 +17,11 @@ from torch import nn
 
 from ..adapters import ExpertsShape
 from ..ground.errors import KTModelError
-from ..ground.internals import SWITCH, Internal
+from ..ground.internals import SWITCH, TESTED, Internal
 from .contract import OutsideContract, read_contract
 from .formula import PLAIN, ExpertFormula
 
-INTERNAL = Internal("experts-contract", "transformers", ">=5.6,<5.9")
+INTERNAL = Internal("experts-contract", "transformers", TESTED["transformers"], essential=True)
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -66,8 +66,7 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
             continue
         if not INTERNAL.usable:
             raise KTModelError(
-                f"{type(model).__name__}: which modules are routed experts is known for transformers {INTERNAL.versions}; another "
-                f"version is installed, or {SWITCH} switches this off."
+                f"{type(model).__name__}: {SWITCH} switches off the look at the class's marks; unset that."
             )
         try:
             contract = read_contract(module)

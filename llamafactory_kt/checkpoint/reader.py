@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -135,6 +135,25 @@ class LayerTensors:
                 digest.update(f"{tensor.name} {tensor.shape} {tensor.dtype}".encode())
                 digest.update(row.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def by_name(self, experts: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Read some experts' weights as the checkpoint names and lays them out, in float32; fused ones with these experts alone."""
+        get = _reader()
+
+        def read(tensor: StoredTensor, expert: int | None) -> torch.Tensor:
+            def part(stored: StoredTensor) -> torch.Tensor:
+                return get(stored) if expert is None else get(stored)[expert]
+
+            if tensor.scale is None or self.block is None:
+                return part(tensor).float()
+            return dequantize(part(tensor), part(tensor.scale), self.block)
+
+        return {
+            tensor.name: torch.stack([read(tensor, number) for number in experts])
+            if expert is None else read(tensor, None)
+            for (_, expert), tensor in self.stored.items()
+            if expert is None or expert in experts
+        }  # fmt: skip
 
     def experts(self, dtype: torch.dtype | None = None, lora: ExpertLora | None = None) -> Iterator[ExpertWeights]:
         """Read the experts one after the other, every tensor once.

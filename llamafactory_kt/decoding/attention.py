@@ -11,18 +11,22 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-
-NAME = "kt_sdpa"
 
 
 def widen_values(model: Any) -> None:
-    """Let a model with ``sdpa`` attention pad its values on the CPU, if they are smaller than its keys."""
-    sizes = ((getattr(m, "qk_head_dim", 0), getattr(m, "v_head_dim", 0)) for m in model.modules())
-    if model.config._attn_implementation == "sdpa" and any(0 < value < key for key, value in sizes):
-        model.set_attn_implementation(NAME)
+    """Let a model with ``sdpa`` attention pad its values on the CPU, if they are smaller than its keys.
+
+    The padding stands in for ``sdpa`` under that very name, and pads for the modules marked here alone: models with sparse
+    attention (DeepSeek-V3.2's) ask whether the implementation is called ``sdpa``, and leave out their mask where it is not.
+    """
+    if model.config._attn_implementation != "sdpa":
+        return
+    for module in model.modules():
+        if 0 < getattr(module, "v_head_dim", 0) < getattr(module, "qk_head_dim", 0):
+            module._kt_widens_values = True
+            AttentionInterface.register("sdpa", _attention)
 
 
 def _attention(
@@ -35,11 +39,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """query, key [B, heads, T, d], value [B, heads, T, dv] -> ([B, T, heads, dv], None)."""
     size = value.shape[-1]
-    if value.device.type == "cpu":
+    if value.device.type == "cpu" and getattr(module, "_kt_widens_values", False):
         value = F.pad(value, (0, key.shape[-1] - size))
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return out[..., :size], None
-
-
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)

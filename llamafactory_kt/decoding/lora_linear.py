@@ -18,12 +18,12 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ground.internals import Internal
+from ..ground.internals import TESTED, Internal
 from ..matmul.linear import computed_in, numbers, product
 
 FEW_ROWS = 64
 """with fewer rows the calls dominate, and float32 is cheaper to call; with more, memory bandwidth does"""
-INTERNAL = Internal("peft-lora", "peft", ">=0.18.1,<0.19")
+INTERNAL = Internal("peft-lora", "peft", TESTED["peft"])
 
 
 class InferenceLora(Linear):  # type: ignore[misc]

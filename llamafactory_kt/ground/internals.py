@@ -1,7 +1,8 @@
 """Code that relies on what another library does not promise: private functions, objects in memory, C interfaces.
 
-Each such file declares an :class:`Internal` with the versions that it was made for, and does nothing with others. Users can switch it
-off: ``LLAMAFACTORY_KT_WITHOUT=name,name``, or ``all``.
+Each such file declares an :class:`Internal` with the versions that it was made for, and does nothing with others. Where ``use_kt``
+cannot do without, it goes on with others too: they are :func:`untested`, and a load checks what it computes
+(:mod:`..model.untested`). Users can switch each off: ``LLAMAFACTORY_KT_WITHOUT=name,name``, or ``all``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from importlib import metadata
 
 from packaging.specifiers import SpecifierSet
 
+TESTED = {"transformers": ">=5.6,<5.25", "peft": ">=0.18.1,<0.22", "torch": ">=2.9,<2.16"}
+"""library -> versions that ``make test MATRIX=...`` has shown right; docs/versions.md has the results"""
 SWITCH = "LLAMAFACTORY_KT_WITHOUT"
 NAMES = frozenset(
     {
@@ -37,11 +40,29 @@ class Internal:
     """distribution"""
     versions: str
     """of the library, that this was made for; as in a requirement"""
+    essential: bool = False
+    """whether ``use_kt`` cannot do without, so that other versions are tried too"""
 
     @property
     def usable(self) -> bool:
-        """Whether the library is one of those versions, and nobody has switched this off."""
-        return not {self.name, "all"} & _switched_off() and _installed(self.library, self.versions)
+        """Whether the library is one of those versions (any, if essential), and nobody has switched this off."""
+        if {self.name, "all"} & _switched_off():
+            return False
+        return self.tested or (self.essential and _installed(self.library, ""))
+
+    @property
+    def tested(self) -> bool:
+        """Whether the library is one of those versions."""
+        return _installed(self.library, self.versions)
+
+
+def untested() -> list[str]:
+    """The installed libraries whose version is not in :data:`TESTED`, each with its version and those tested."""
+    return [
+        f"{library} {metadata.version(library)} (tested: {versions})"
+        for library, versions in TESTED.items()
+        if _installed(library, "") and not _installed(library, versions)
+    ]
 
 
 def _switched_off() -> set[str]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from ..ground.internals import Internal
+from ..ground.internals import TESTED, Internal
 
-INTERNAL = Internal("auto-classes", "transformers", ">=5.6,<5.9")
+INTERNAL = Internal("auto-classes", "transformers", TESTED["transformers"])
 AUTO_CLASSES = "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForTextToWaveform"
 """the auto classes that LLaMA-Factory asks"""
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from ..ground.internals import Internal
+from ..ground.internals import TESTED, Internal
 from .config import KTExpertsConfig
 
-INTERNAL = Internal("quantized-checkpoints", "transformers", ">=5.6,<5.9")
+INTERNAL = Internal("quantized-checkpoints", "transformers", TESTED["transformers"], essential=True)
 
 
 def accept_quantized_checkpoints() -> None:

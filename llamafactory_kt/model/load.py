@@ -21,6 +21,7 @@ from ..checkpoint.reader import ExpertWeights
 from ..engines.base import Engine, EngineOptions, EngineSpec
 from ..engines.registry import canonical_name, get_engine
 from ..ground.errors import KTConfigError, KTMemoryError
+from ..ground.internals import untested
 from ..ground.machine import available_memory, gib, usable_cores
 from ..ground.paging import give_back_memory
 from ..ground.process import require_own_process
@@ -37,6 +38,7 @@ from .guard import guard
 from .memory import memory_need, read_around
 from .shared_overlap import SHARED_EXPERTS, SharedExpertsOverlap
 from .state import KTState, set_kt_state
+from .untested import UntestedCheck
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,7 @@ class ExpertsLoad:
         self._reason = reason or left_out(config.backend, merged=config.merge_adapter, formulas=computed)
         self._engine = engine = get_engine(self._plan.backend)
         self._merged = self._adapters if engine.merges(config.merge_adapter) else None
+        self._check = UntestedCheck(opened, self._merged) if untested() else None
         self._check_memory()
         if engine.weights_dtype is torch.bfloat16 and layout.dtypes() != {"BF16"}:
             logger.warning(
@@ -164,6 +167,9 @@ class ExpertsLoad:
             for experts in with_progress(self._wrappers, sizes):
                 experts.engine.load()
                 give_back_memory()
+        if self._check is not None:
+            model: Any = self._opened.model
+            self._check.compare(self._wrappers[0].engine, model.dtype)
         release_team()
 
 

@@ -48,8 +48,12 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         self._load = ExpertsLoad(self.quantization_config, model, checkpoint_files or [], on_gpu=on_gpu)
         self._load.replace_experts()
         # transformers will find just these tensors unexpected, as no parameter asks for them any more.
-        known = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
-        model._keys_to_ignore_on_load_unexpected = known + [f"^{re.escape(n)}$" for n in sorted(self._load.tensors)]
+        known = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+        kind = (
+            set if isinstance(known, set) else list
+        )  # transformers adds to what it has made itself: a list in 5.6, a set in 5.24
+        replaced = (f"^{re.escape(name)}$" for name in sorted(self._load.tensors))
+        model._keys_to_ignore_on_load_unexpected = kind([*(known or ()), *replaced])
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._load.fill()

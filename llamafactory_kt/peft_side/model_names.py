@@ -1,24 +1,31 @@
 """From names in a checkpoint or an adapter to names in a model, by transformers' own rules.
 
-transformers 5.6 has no public function for this. ``transformers.conversion_mapping`` and ``transformers.core_model_loading``
+transformers has no public function for this. ``transformers.conversion_mapping`` and ``transformers.core_model_loading``
 are used here alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, NamedTuple
 
-from ..ground.errors import KTModelError
-from ..ground.internals import SWITCH, Internal
+import torch
 
-INTERNAL = Internal("transformers-names", "transformers", ">=5.6,<5.9")
+from ..ground.errors import KTModelError
+from ..ground.internals import SWITCH, TESTED, Internal
+
+_KNOWN: dict[str, dict[str, Any]] = {
+    "MergeModulelist": {"dim": 0}, "Concatenate": {"dim": 1}, "Transpose": {"dim0": 1, "dim1": 2, "check_dims": True}
+}  # fmt: skip
+"""the conversions of experts, with the settings that they are known with"""
+INTERNAL = Internal("transformers-names", "transformers", TESTED["transformers"], essential=True)
 
 
 def _conversion_rules(model: Any, **options: bool) -> list[Any]:
     if not INTERNAL.usable:
         raise KTModelError(
-            f"Names in checkpoints are mapped by rules of transformers {INTERNAL.versions}; another version is installed, or {SWITCH} "
-            "switches this off."
+            f"Names in checkpoints are mapped by transformers' own rules, which {SWITCH} switches off; unset that."
         )
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -32,7 +39,8 @@ class Target(NamedTuple):
     name: str
     """parameter of the model"""
     operations: list[str]
-    """class names of the conversions on the way, such as ``MergeModulelist``; empty for a tensor that is only renamed"""
+    """the conversions on the way: class names such as ``MergeModulelist``, with the settings of one that differs from
+    :data:`_KNOWN`; empty for a tensor that is only renamed"""
     source: int
     """which of the converter's sources the tensor is, counted from 0"""
 
@@ -51,7 +59,7 @@ class CheckpointNames:
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._by_pattern = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
-        self._prefix, self._state = model.base_model_prefix, model.state_dict()
+        self._model, self._prefix, self._state = model, model.base_model_prefix, model.state_dict()
 
     def renamed(self, name: str) -> str:
         """The parameter that the checkpoint's tensor is, or its own name where it is converted on the way."""
@@ -66,7 +74,29 @@ class CheckpointNames:
         if pattern is None:
             return Target(target, [], 0)
         rule = self._by_pattern[pattern]
-        return Target(target, [type(each).__name__ for each in rule.operations], rule.source_patterns.index(pattern))
+        return Target(target, [_described(each) for each in rule.operations], rule.source_patterns.index(pattern))
+
+    def converted(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Let transformers itself convert checkpoint tensors, as it does while it loads them; returns the parameters by name."""
+        from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+
+        rules: dict[str, Any] = {}
+        for name in sorted(tensors, key=dot_natural_key):
+            target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+            if target not in rules:
+                rules[target] = deepcopy(self._by_pattern[pattern]) if pattern else WeightRenaming(name, target)
+            rules[target].add_tensor(target, name, pattern or name, tensors[name])
+        found = {}
+        for target, rule in rules.items():
+            for name, value in rule.convert(target, model=self._model, config=self._model.config).items():
+                found[name] = value[0] if isinstance(value, list) else value
+        return found
+
+
+def _described(operation: Any) -> str:
+    name = type(operation).__name__
+    settings = {key: value for key, value in vars(operation).items() if value is not None}
+    return name if settings == _KNOWN.get(name, settings) else f"{name}({settings})"
 
 
 class ModuleNames:

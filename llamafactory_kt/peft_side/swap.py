@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,10 +17,13 @@ from torch import nn
 from ..adapters import Adapter
 from ..adapters.keys import PEFT_PREFIX, split_module
 from ..ground.errors import KTAdapterError, name_some
-from ..ground.internals import SWITCH, Internal
+from ..ground.internals import SWITCH, TESTED, Internal
+from .given_names import names_as_given
 from .split import PeftPart, submodule
+from .untested import check_first_layer
 
-INTERNAL = Internal("peft-layers", "peft", ">=0.18.1,<0.19")
+INTERNAL = Internal("peft-layers", "peft", TESTED["peft"], essential=True)
+_VARIANT = re.compile(r"^use_|_config$")
 logger = logging.getLogger(__name__)
 
 Parts = Sequence[tuple[Adapter, PeftPart]]
@@ -57,12 +61,11 @@ def require_peft_layers(parts: Sequence[tuple[Adapter, PeftPart]]) -> None:
     """Check that this PEFT can be given its parts of adapters; loads ask before they read weights.
 
     Raises:
-        KTAdapterError: It is not a version that this was made for, or is switched off.
+        KTAdapterError: It is not installed, or switched off.
     """
     if any(part.modules for _, part in parts) and not INTERNAL.usable:
         raise KTAdapterError(
-            f"LoRA outside the routed experts needs PEFT {INTERNAL.versions}; another version is installed, or {SWITCH} "
-            "switches this off."
+            f"LoRA outside the routed experts is applied by PEFT, which is not installed, or {SWITCH} switches it off."
         )
 
 
@@ -89,13 +92,14 @@ def _wrap(model: Any, parts: Parts) -> Any:
             for tensor in tensors
         }
         try:
-            if wrapped is model:
-                wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-                wrapped = wrap(model, config, adapter_name=name)
-            else:
-                wrapped.add_adapter(name, config)
-                cast_adapter_dtype(wrapped, name)  # to float32, as PEFT does for the first
-            result = set_peft_model_state_dict(wrapped, state, adapter_name=name)
+            with names_as_given(model):
+                if wrapped is model:
+                    wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+                    wrapped = wrap(model, config, adapter_name=name)
+                else:
+                    wrapped.add_adapter(name, config)
+                    cast_adapter_dtype(wrapped, name)  # to float32, as PEFT does for the first
+                result = set_peft_model_state_dict(wrapped, state, adapter_name=name)
         except (ValueError, RuntimeError, KeyError) as error:
             raise KTAdapterError(f"{adapter.store.path}: PEFT cannot apply the non-expert part: {error}") from error
         missing = [key for key in result.missing_keys if ".lora_" in key and f".{name}." in f"{key}."]
@@ -106,6 +110,8 @@ def _wrap(model: Any, parts: Parts) -> Any:
             )
     if len(parts) > 1:
         wrapped.base_model.set_adapter(names, inference_mode=True)
+    if parts and not INTERNAL.tested:
+        check_first_layer(model, parts)
     return wrapped.eval()
 
 
@@ -120,6 +126,13 @@ def _config(adapter: Adapter, part: PeftPart) -> Any:
     from peft import LoraConfig
 
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    settings = adapter.settings
+    # by PEFT's convention, what changes the computation is called so
+    if newer := [key for key, value in settings.raw.items() if value and key not in fields and _VARIANT.search(key)]:
+        raise KTAdapterError(
+            f"{settings.path}: {name_some(newer)} is set, which the installed PEFT does not know. Install the version that saved the "
+            f"adapter ({settings.raw.get('peft_version') or 'not recorded'})."
+        )
     saved = adapter.settings.raw.get("modules_to_save") or []
     return LoraConfig(
         **{key: value for key, value in adapter.settings.raw.items() if key in fields}

@@ -10,7 +10,7 @@ import pytest
 from helpers.places import ROOT
 
 from llamafactory_kt import KTConfigError, KTExpertsConfig
-from llamafactory_kt.ground.internals import NAMES, SWITCH, Internal, switch_problem
+from llamafactory_kt.ground.internals import NAMES, SWITCH, TESTED, Internal, switch_problem, untested
 from llamafactory_kt.model.load import ExpertsLoad
 
 FILES = sorted(
@@ -51,6 +51,22 @@ def test_switching_off(monkeypatch):
     for value, usable in (("one", False), ("other, one", False), ("all", False), ("other", True), ("", True)):
         monkeypatch.setenv(SWITCH, value)
         assert one.usable is usable, value
+
+
+def test_essential_ones_are_tried_with_other_versions(monkeypatch):
+    """Only what makes a model faster does nothing with them."""
+    one = Internal("one", "torch", "<2", essential=True)
+    assert one.usable and not one.tested
+    assert not Internal("one", "no-such-library", ">=0", essential=True).usable
+    monkeypatch.setenv(SWITCH, "one")
+    assert not one.usable
+
+
+def test_untested_versions(monkeypatch):
+    assert untested() == []
+    monkeypatch.setitem(TESTED, "torch", "<2")
+    monkeypatch.setitem(TESTED, "no-such-library", "<2")
+    assert untested() == [f"torch {metadata.version('torch')} (tested: <2)"]
 
 
 def test_the_version_is_read_once(monkeypatch):

@@ -45,7 +45,7 @@ def make_model(directory: Path, architecture: str, *, dtype=torch.bfloat16, seed
     """Save a random model with the demo's tokenizer; the weights of no two experts are equal."""
     torch.manual_seed(seed)
     save_options = {k: changes.pop(k) for k in ("max_shard_size", "save_original_format") if k in changes}
-    config = AutoConfig.for_model(architecture, **{**ARCHITECTURES[architecture], **changes})
+    config = AutoConfig.for_model(architecture, **{**ARCHITECTURES.get(architecture, {}), **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

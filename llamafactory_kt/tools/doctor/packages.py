@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from ...ground.errors import describe
-from .finding import Findings, error, ok
+from .finding import Findings, error, ok, warning
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -26,7 +26,7 @@ STOCK = {
 """import package -> the distribution that must have installed it"""
 
 LIBRARIES = ("torch", "torchvision", "torchaudio", "kt_kernel", "transformers", "peft", "llamafactory")
-"""imported one after the other in a process of their own"""
+"""imported one after the other in a process of their own; kt_kernel where it has a wheel"""
 
 _PROBE = """
 import importlib, json, os, sys
@@ -44,13 +44,17 @@ for name in sys.argv[1:]:
 
 
 def python() -> Findings:
-    """Compare the interpreter with the wheels that kt-kernel has."""
+    """Compare the interpreter with those that the package and kt-kernel have wheels for."""
     found = f"{platform.python_version()} at {sys.executable}"
-    if (3, 11) <= sys.version_info[:2] <= (3, 12) and platform.machine() == "x86_64" and sys.platform == "linux":
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.platform != "linux":
+        yield error("Python", f"{found} on {platform.system()}", "Linux with Python 3.11, 3.12 or 3.13 is needed.")
+    elif _with_kernel():
         yield ok("Python", found)
     else:
-        text = f"{found} on {platform.system()} {platform.machine()}"
-        yield error("Python", text, "kt-kernel has wheels for Linux on x86-64 with Python 3.11 and 3.12 only.")
+        yield ok(
+            "Python",
+            f"{found}; kt-kernel has no wheel for it on {platform.machine()}, so oneDNN or torch compute the experts",
+        )
 
 
 def _requirements() -> dict[str, Requirement]:
@@ -65,8 +69,20 @@ def _requirements() -> dict[str, Requirement]:
     return {r.name: r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})}
 
 
+def _with_kernel() -> bool:
+    """Whether kt-kernel has a wheel for this interpreter and machine."""
+    try:
+        return "kt-kernel" in _requirements()
+    except metadata.PackageNotFoundError:
+        return True
+
+
 def versions() -> Findings:
-    """Compare the installed versions with the ranges that this distribution requires."""
+    """Compare the installed versions with the ranges that this distribution requires, and with those that were tested."""
+    from packaging.specifiers import SpecifierSet
+
+    from ...ground.internals import TESTED
+
     try:
         wanted = _requirements()
         yield ok(DISTRIBUTION, metadata.version(DISTRIBUTION))
@@ -84,8 +100,15 @@ def versions() -> Findings:
         except metadata.PackageNotFoundError:
             yield error(name, f"not installed; wanted {allowed}", install)
             continue
+        tested = TESTED.get(name, allowed)
         if requirement.specifier.contains(version, prereleases=True):
             yield ok(name, f"{version} ({allowed})")
+        elif SpecifierSet(tested).contains(version, prereleases=True):
+            yield ok(name, f"{version} (tested: {tested})")
+        elif name in TESTED:
+            yield warning(
+                name, f"{version} is untested (tested: {tested}); each load checks three tokens of a layer", install
+            )
         else:
             yield error(name, f"{version} is outside of {allowed}, which is what the tests have run with", install)
 
@@ -134,7 +157,7 @@ def try_imports() -> Imports:
     """Import the libraries in a process of their own: a build for another CPU ends it with a signal."""
     problems: dict[str, str] = {}
     crashing: set[str] = set()
-    left = list(LIBRARIES)
+    left = [name for name in LIBRARIES if name != "kt_kernel" or _with_kernel()]
     while left:
         command = [sys.executable, "-c", _PROBE, *left]
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
@@ -152,6 +175,8 @@ def try_imports() -> Imports:
 def libraries(imports: Imports) -> Findings:
     """Report which libraries import."""
     for name in LIBRARIES:
+        if name == "kt_kernel" and not _with_kernel():
+            continue
         if name not in imports.problems:
             yield ok(f"import {name}", "works")
             continue

@@ -1,4 +1,4 @@
-"""Runs ``test_exactness.py`` in environments with other versions, and writes what came out into the docs.
+"""Runs ``test_exactness.py`` and what else depends on versions in environments of others, and writes what came out into the docs.
 
 ``make test MATRIX=all`` runs the rows of ``rows.txt``, ``make test MATRIX="transformers==5.24.0 peft==0.21.2"`` one of your own. A row
 replaces what this package and LLaMA-Factory ask for. ``results.json`` keeps the newest result of each row.
@@ -21,6 +21,13 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ROWS, RESULTS = HERE / "rows.txt", HERE / "results.json"
+TESTS = (
+    "matrix/test_exactness.py",
+    "peft_side/test_given_names.py",
+    "peft_side/test_untested.py",
+    "model/test_untested.py",
+    "decoding/test_attention.py",
+)
 PAGES = {
     ROOT
     / "docs"
@@ -65,11 +72,16 @@ def _run(row: str, options: argparse.Namespace) -> bool:
         _make(env, pins, options, Path(scratch))
         report = Path(scratch) / "report.xml"
         command = [
-            env / "bin" / "python", "-m", "pytest", HERE / "test_exactness.py", "-q", "-n", options.jobs,
+            env / "bin" / "python", "-m", "pytest", *(ROOT / "tests" / file for file in TESTS), "-q", "-n", options.jobs,
             f"--junitxml={report}", "-p", "no:cacheprovider",
         ]  # fmt: skip
         # the rows are outside of what LLaMA-Factory asks for: that is the point of them
-        settings = {"DISABLE_VERSION_CHECK": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        settings = {
+            "DISABLE_VERSION_CHECK": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
         subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, check=False)
         found = _read(report) | {"versions": _versions(env), "date": datetime.now(UTC).date().isoformat()}
         if not options.keep:

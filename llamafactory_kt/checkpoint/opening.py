@@ -116,6 +116,14 @@ def weight_files(directory: str | Path) -> list[Path]:
     return sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a model, as LLaMA-Factory chooses it: with images where the model has them."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    with_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if with_images else AutoModelForCausalLM
+
+
 def empty_model(name: str | Path, *, fp8: bool = False, quantized: bool = False) -> Any:
     """Build the model on the meta device from its ``config.json``.
 
@@ -128,7 +136,7 @@ def empty_model(name: str | Path, *, fp8: bool = False, quantized: bool = False)
         KTPathError: There is no such model.
         KTModelError: The checkpoint is quantized in a way that is not accepted.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     directory = Path(name).expanduser()
     try:
@@ -138,4 +146,4 @@ def empty_model(name: str | Path, *, fp8: bool = False, quantized: bool = False)
     if not quantized and block_size(getattr(config, "quantization_config", None)) is not None and not fp8:
         raise KTModelError(f"{name} is an FP8 checkpoint; bfloat16, float16 or float32 weights are needed here.")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class(config).from_config(config)

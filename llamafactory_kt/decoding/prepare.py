@@ -19,6 +19,7 @@ from ..matmul.openmp import release_team
 from ..model.experts_module import KTExperts
 from ..model.shared_overlap import SHARED_EXPERTS
 from .lora_linear import take_over
+from .patch_embedding import cut_patches_by_convolutions, cut_patches_by_products
 
 _SAMPLES = 2
 """layers of each size that are timed"""
@@ -26,13 +27,14 @@ _SAMPLES = 2
 
 def prepare_layers(model: nn.Module) -> None:
     """Prepare the bfloat16 layers of attention, dense MLPs, shared experts and the output layer: weights on the CPU get their fastest
-    layout, and LoRA, also on a GPU, is computed in fewer steps.
+    layout, and LoRA, also on a GPU, is computed in fewer steps. Vision towers, of any dtype, cut patches by a product.
 
     Routers stay as they are, since models read their weights themselves; so do weights that two layers share, and those under DoRA.
 
     Args:
         model: without PEFT's wrapper around it.
     """
+    cut_patches_by_products(model)
     on_cpu = onednn_problem() is None
     if on_cpu:
         _place_weights(model)
@@ -68,6 +70,7 @@ def changing_layers(model: nn.Module, *, prepared: bool, weights_are_read: bool)
         prepared: whether the model's layers are, so that new ones become so, too.
         weights_are_read: PEFT will read weights, so packed ones are unpacked before.
     """
+    cut_patches_by_convolutions(model)
     if weights_are_read:
         packed: list[nn.Linear] = [m for m in model.modules() if isinstance(m, PreparedLinear) and is_packed(m.weight)]
         for layer in packed:

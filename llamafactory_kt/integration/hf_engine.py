@@ -1,5 +1,5 @@
-"""``llamafactory.chat.hf_engine``: answers of a model with KT experts can be stopped and end at stop strings, and an
-error in ``generate`` reaches the caller. Stock LLaMA-Factory keeps generating for clients that are gone, ignores ``stop``, and
+"""``llamafactory.chat.hf_engine``: answers of a model with KT experts can be stopped and end at stop strings, pictures are where the
+model expects them, and an error in ``generate`` reaches the caller. Stock LLaMA-Factory keeps generating for clients that are gone, ignores ``stop``, and
 waits forever for a thread that has raised. Other models are left alone.
 
 Uses ``text_queue`` and ``stop_signal`` of transformers 5.6's ``TextIteratorStreamer``.
@@ -16,10 +16,12 @@ from typing import Any
 from ..model.state import has_kt_experts
 from .known_versions import PARAMETERS
 from .patching import expect, replace
+from .videos import check_plugins
 
 
 def patch(module: ModuleType) -> None:
     """Hook the engine's four methods; all or none."""
+    check_plugins()
     engine: Any = module.HuggingfaceEngine
     stock_process = expect(engine, "_process_args")
     stock_chat = expect(engine, "_chat")
@@ -30,9 +32,15 @@ def patch(module: ModuleType) -> None:
         given = _by_name(args, kwargs)
         if not has_kt_experts(given["model"]):
             return stock_process(**given)
+        from .media import add_token_types, check_media
+        from .videos import with_videos
+
         generation = _generation(given)
         del given["input_kwargs"]["kt_generation"]
+        check_media(given)
+        given["template"] = with_videos(given["template"], given.get("videos"), given["processor"])
         gen_kwargs, length = stock_process(**given)
+        add_token_types(gen_kwargs, given["model"], given["processor"])
         eos = gen_kwargs["generation_config"].eos_token_id
         generation.begin(given["tokenizer"], length, [eos] if isinstance(eos, int) else list(eos or ()))
         gen_kwargs["stopping_criteria"] = [generation]

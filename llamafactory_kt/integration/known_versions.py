@@ -55,6 +55,13 @@ TABLE = (
     Row(f"{_ENGINE}._chat", " ".join(PARAMETERS)),
     Row(f"{_ENGINE}._stream_chat", " ".join(PARAMETERS)),
     Row(f"{_ENGINE}.stream_chat", f"self {' '.join(REQUEST)}"),
+    Row("data.mm_plugin.Qwen2VLPlugin._regularize_videos", "self videos kwargs"),
+    Row("data.mm_plugin.Qwen3VLPlugin.process_messages", "self messages images videos audios processor"),
+    Row("data.mm_plugin.GLM4VPlugin.process_messages", "self messages images videos audios processor"),
+    Row(
+        "data.mm_plugin.BasePlugin.get_mm_inputs",
+        "self images videos audios imglens vidlens audlens batch_ids processor",
+    ),
     Row("chat.chat_model.run_chat", ""),
     Row("chat.sglang_engine.SGLangEngine", "model_args data_args finetuning_args generating_args"),
     Row("chat.sglang_engine.SGLangEngine._cleanup_server", "self"),

@@ -110,12 +110,15 @@ class ModuleNames:
         self.known = {name for name, _ in model.named_modules()}
 
     def find(self, module: str) -> str | None:
-        """The model's module of that name, also by an old name (Mixtral's ``block_sparse_moe``) or without ``model.``."""
+        """The model's module of that name, also by an old name (Mixtral's ``block_sparse_moe``), without ``model.``, or by its name
+        in the text-only class of an image-text model, or the other way round (``model.layers``, ``model.language_model.layers``)."""
         if module in self.known:
             return module
         renamed = f"{module}.weight"
         for rule in self._renamings:
             renamed, _ = rule.rename_source_key(renamed)
         renamed = renamed.removesuffix(".weight")
-        candidates = (renamed, f"model.{renamed}", renamed.removeprefix("model."))
+        inner = renamed.removeprefix("model.")
+        stem = inner.removeprefix("language_model.")
+        candidates = (renamed, f"model.{renamed}", inner, f"model.language_model.{stem}", f"model.{stem}")
         return next((candidate for candidate in candidates if candidate in self.known), None)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .places import DEMO
@@ -60,11 +62,15 @@ def make_model(directory: Path, architecture: str, *, dtype=torch.bfloat16, seed
     return directory
 
 
+def stock_class(directory: Path) -> Any:
+    """The class of transformers that the checkpoint names."""
+    return getattr(transformers, AutoConfig.from_pretrained(directory).architectures[0])
+
+
 def moe_layers(directory: Path) -> dict[int, tuple[str, int, int, int]]:
     """layer -> (experts' module, experts, hidden, intermediate), from a stock model."""
-    config = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = stock_class(directory)(AutoConfig.from_pretrained(directory))
     found = {}
     for name, module in model.named_modules():
         if name.endswith(".experts"):
@@ -75,9 +81,8 @@ def moe_layers(directory: Path) -> dict[int, tuple[str, int, int, int]]:
 
 def other_modules(directory: Path) -> dict[str, tuple[int, int]]:
     """Linear modules other than routed experts and the output layer: name -> (out, in)."""
-    config = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = stock_class(directory)(AutoConfig.from_pretrained(directory))
     return {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()

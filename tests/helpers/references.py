@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+
+from .models import stock_class
 
 _PROJECTIONS = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
 
@@ -20,7 +21,7 @@ def merged_float32(
 
     This is the reference and shares no code with the package. ``scaling(module, rank)`` replaces alpha / rank.
     """
-    stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    stock = stock_class(model).from_pretrained(model, dtype=torch.float32)
     for directory in [adapter] if isinstance(adapter, Path) else adapter or []:
         config = json.loads((directory / "adapter_config.json").read_text())
         tensors = load_file(directory / "adapter_model.safetensors")

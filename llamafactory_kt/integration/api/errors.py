@@ -13,6 +13,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 
+from ...ground.errors import KTDataError
+
 logger = logging.getLogger("llamafactory_kt")
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
@@ -65,9 +67,13 @@ def answer_errors(app: Any) -> None:
         text = "; ".join(f"{place or 'body'}: {problem['msg']}" for place, problem in problems)
         return JSONResponse(body(text, 400, problems[0][0] or None), 400)
 
+    async def unusable(request: Any, error: Any) -> Any:
+        return JSONResponse(body(str(error), 400, "messages"), 400)
+
     async def failed(request: Any, error: Exception) -> Any:
         return JSONResponse(body(f"{type(error).__name__}: {error}", 500), 500)
 
     app.add_exception_handler(AnyHTTPException, refused)
     app.add_exception_handler(RequestValidationError, malformed)
+    app.add_exception_handler(KTDataError, unusable)
     app.add_exception_handler(Exception, failed)  # Starlette raises it again, into the server's log

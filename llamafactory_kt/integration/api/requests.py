@@ -9,32 +9,38 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 from fastapi import HTTPException
 
+from ...ground.errors import describe
 from ...model.state import has_kt_experts
 from ..generation import Generation, generation_of_request
+from ..known_versions import REQUEST
+from ..media import check_media
 from ..patching import expect, replace
 from ..sglang_engine import KTSGLangEngine
 from .disconnect import StopUnwanted
 from .errors import CONTEXT_LENGTH_EXCEEDED, BadRequest, answer_errors, of_exception
 
+DATA_TYPES = {"image": "png|jpg|jpeg|gif|bmp", "video": "mp4|mkv|avi|mov", "audio": "mpeg|mp3|wav|ogg"}
+"""of data URLs, that LLaMA-Factory's ``_process_request`` takes"""
 MOST_ANSWERS = 128
 """largest ``n``, as in OpenAI's API; without SGLang, all answers of a request are one batch in memory"""
 
 
 def patch(module: ModuleType) -> None:
-    """Replace the application's factory, and the two functions that its endpoint looks up when it is called."""
+    """Replace the application's factory, the two functions that its endpoint looks up when it is called, and what reads a request."""
     from llamafactory.api import chat
 
     stock_whole = expect(module, "create_chat_completion_response")
     stock_stream = expect(module, "create_stream_chat_completion_response")
     stock_app = expect(module, "create_app")
-    expect(chat, "_process_request")
+    stock_process = expect(chat, "_process_request")
     expect(chat, "_create_stream_chat_completion_chunk")
 
     def create_app(chat_model: Any) -> Any:
@@ -60,6 +66,17 @@ def patch(module: ModuleType) -> None:
         _check(request, chat_model)
         return _stream(request, chat_model)
 
+    def _process_request(request: Any) -> Any:
+        if generation_of_request.get() is None:  # which only requests to our models have
+            return stock_process(request)
+        try:
+            return stock_process(request)
+        except HTTPException:
+            raise
+        except Exception as error:  # Pillow, base64 and requests raise a dozen types; all mean the same here
+            raise BadRequest(f"An image, video or audio cannot be read: {describe(error)}", "messages") from error
+
+    replace(chat, _process_request)
     replace(module, create_app, create_chat_completion_response, create_stream_chat_completion_response)
 
 
@@ -93,6 +110,11 @@ def _check(request: Any, chat_model: Any) -> None:
         problems.append(("tools", "Cannot stream function calls."))
     texts = [_text(message) for message in request.messages]
     problems += [("messages", f"messages[{n}] has no content.") for n, text in enumerate(texts) if text is None]
+    problems += [
+        ("messages", f"messages[{n}]: {problem}")
+        for n, message in enumerate(request.messages)
+        for problem in _unreadable(message)
+    ]
     if isinstance(chat_model.engine, KTSGLangEngine):
         problems += [
             ("messages", f"messages[{n}] has more than text, which infer_backend: sglang cannot take with use_kt.")
@@ -102,6 +124,19 @@ def _check(request: Any, chat_model: Any) -> None:
     if problems:
         raise BadRequest(" ".join(text for _, text in problems), problems[0][0])
     _check_length(request, chat_model, [text or "" for text in texts])
+
+
+def _unreadable(message: Any) -> Iterator[str]:
+    """What is wrong with a message's media; LLaMA-Factory takes data URLs of other types for addresses."""
+    for item in message.content if isinstance(message.content, list) else ():
+        if item.type == "text":
+            continue
+        url, kind = getattr(getattr(item, item.type), "url", None), item.type.removesuffix("_url")
+        if not url:
+            yield f"{item.type} has no url."
+        elif url.startswith("data:") and not re.match(rf"data:{kind}/({DATA_TYPES[kind]});base64,.", url):
+            expected = DATA_TYPES[kind].replace("|", ", ")
+            yield f"{item.type} begins with {url[:40]!r}, expected data:{kind}/TYPE;base64, with one of the types {expected}."
 
 
 def _text(message: Any) -> str | None:
@@ -137,6 +172,9 @@ def _stream(request: Any, chat_model: Any) -> AsyncIterator[str]:
     from llamafactory.api.protocol import ChatCompletionMessage, Finish, Role
 
     processed = _process_request(request)
+    if not isinstance(chat_model.engine, KTSGLangEngine):
+        media = dict(zip(REQUEST, processed, strict=False))
+        check_media({"template": chat_model.engine.template, "processor": chat_model.engine.processor, **media})
     generation = generation_of_request.get() or Generation()
     chunk = functools.partial(
         _create_stream_chat_completion_chunk, completion_id=f"chatcmpl-{uuid.uuid4().hex}", model=request.model

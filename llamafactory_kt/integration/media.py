@@ -1,0 +1,73 @@
+"""Images, videos and audios of a conversation: whether this chat can take them, and where they stand for the model.
+
+LLaMA-Factory 0.9.5 does not pass on the processor's ``mm_token_type_ids``, by which models of transformers 5.6 tell the tokens of
+pictures from text when they lay out positions in time, height and width (M-RoPE). A plain ``forward`` raises without them, but ``generate``
+takes the positions of plain text: the model answers, and has seen each picture as one long row of patches.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..ground.errors import KTDataError
+from ..model.state import plain_model
+
+KINDS = ("image", "video", "audio")
+_TYPES = "mm_token_type_ids"
+
+
+def check_media(given: Mapping[str, Any]) -> None:
+    """Check a conversation's media against the chat's template and processor.
+
+    Args:
+        given: ``template``, ``processor``, ``messages`` and the media, as ``HuggingfaceEngine._process_args`` takes them.
+
+    Raises:
+        KTDataError: The template has no place for them, the checkpoint has no processor, or messages and media differ in number.
+    """
+    from llamafactory.extras import constants
+
+    plugin = given["template"].mm_plugin
+    for name in KINDS:
+        kind, items = f"{name}s", given.get(f"{name}s") or ()
+        taken, place = getattr(plugin, f"{name}_token", None), getattr(constants, f"{name.upper()}_PLACEHOLDER")
+        if items and taken is None:
+            raise KTDataError(
+                f"The conversation has {kind}, but this chat's template takes none. If the model does, set template to its own; "
+                "else send text."
+            )
+        if items and given["processor"] is None:
+            raise KTDataError(
+                f"The conversation has {kind}, but the checkpoint has no processor for them. Copy processor_config.json or "
+                "preprocessor_config.json of the original model beside its weights."
+            )
+        places = sum(message["content"].count(place) for message in given["messages"])
+        if taken is not None and places and places != len(items):
+            raise KTDataError(
+                f"The conversation's messages have {places} times {place}, but {len(items)} {kind} came with them. Send one for each, "
+                "or begin a new conversation."
+            )
+
+
+def add_token_types(inputs: dict[str, Any], model: Any, processor: Any) -> None:
+    """Put ``mm_token_type_ids`` [1, T] of the prompt into the arguments of ``generate``, if the model takes them and has pictures to
+    place. They are the processor's own: 0 for text, 1 for images, 2 for videos, 3 for audio.
+
+    Raises:
+        KTDataError: The processor cannot tell.
+    """
+    has_pictures = any(isinstance(value, torch.Tensor) and name.endswith("_grid_thw") for name, value in inputs.items())
+    if _TYPES in inputs or not has_pictures or _TYPES not in inspect.signature(plain_model(model).forward).parameters:
+        return
+    if not hasattr(processor, "create_mm_token_type_ids"):
+        raise KTDataError(
+            f"{type(processor).__name__} does not tell which tokens of a prompt are pictures, without which "
+            f"{type(plain_model(model)).__name__} would place them wrongly. Send text alone, or use transformers' own processor."
+        )
+    tokens: torch.Tensor = inputs["inputs"]
+    types = processor.create_mm_token_type_ids(tokens.tolist())
+    inputs[_TYPES] = torch.tensor(types, dtype=torch.long, device=tokens.device)

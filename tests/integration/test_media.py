@@ -1,0 +1,163 @@
+"""Pictures and videos in LLaMA-Factory's chats: the model gets what the processor itself makes of them, and answers as stock transformers
+does with that."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+from helpers.chats import chat_model
+from helpers.image_text import ARCHITECTURES, make_image_text_model, picture, prompt
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from llamafactory_kt import KTDataError
+from llamafactory_kt.integration.media import add_token_types
+
+PICTURES = [picture(), picture(64, 48, 1)]
+FRAMES = [[picture(96, 64, seed) for seed in range(2, 6)], [picture(64, 64, seed) for seed in range(6, 9)]]
+FPS = 2.0  # LLaMA-Factory's video_fps
+
+CASES = {
+    "two pictures, then text": (["<image>What is it, and <image>?", "A cat.", "Which one?"], PICTURES, []),
+    "a picture in a later turn": (["Hello.", "Hi!", "<image>What is it?"], PICTURES[:1], []),
+    "frames": (["<video>What happens?"], [], FRAMES[:1]),
+    "two videos in a later turn": (["Hi.", "Hello!", "<video> or <video>?"], [], FRAMES),
+    "a picture and a video": (["<image>Is that in <video>?"], PICTURES[1:], FRAMES[1:]),
+}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def chat(request, tmp_path_factory):
+    """A ChatModel with KT experts; the same checkpoint in stock transformers; its processor; the architecture's name. In float32."""
+    path = make_image_text_model(tmp_path_factory.mktemp("model"), request.param, dtype=torch.float32)
+    ours = chat_model(path, template=ARCHITECTURES[request.param].template, kt_backend="torch")
+    stock = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    return ours, stock, AutoProcessor.from_pretrained(path), request.param
+
+
+def messages(turns):
+    return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
+
+
+def inputs_of(processor, architecture, turns, pictures, videos):
+    """The processor's own inputs. It repeats the last frame where the number is odd, as LLaMA-Factory does."""
+    more = {}
+    if videos:
+        even = [[*frames, *frames[len(frames) - len(frames) % 2 :]] for frames in videos]
+        more["videos"] = [[np.array(frame) for frame in frames] for frames in even]
+        more["do_sample_frames"] = False
+        more["video_metadata"] = [
+            {"fps": FPS, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
+            for frames in videos
+        ]
+    return processor(text=[prompt(architecture, *turns)], images=pictures or None, return_tensors="pt", **more)
+
+
+def positions_during(model, run):
+    """The positions that the language model gets for a prompt, and what ``run`` returns."""
+    seen = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    try:
+        return run(), seen[0]
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_answers_are_those_of_the_processors_inputs(chat, case):
+    ours, stock, processor, architecture = chat
+    turns, pictures, videos = CASES[case]
+    if architecture == "glm4v_moe" and pictures and videos:
+        pytest.skip("transformers' own model cannot: pictures and videos are the same token")
+    given = inputs_of(processor, architecture, turns, pictures, videos)
+
+    def reference():
+        with torch.inference_mode():
+            ids = stock.generate(**given, max_new_tokens=8, do_sample=False)[0, given["input_ids"].shape[1] :]
+        return processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+    wanted, positions = positions_during(stock, reference)
+    assert positions.shape[0] == 4 and not torch.equal(positions[1], positions[2]), (
+        "rows and columns of a picture differ"
+    )
+    keys = {"images": list(pictures) or None, "videos": list(videos) or None, "max_new_tokens": 8}
+    (answer,), found = positions_during(ours.engine.model, lambda: ours.chat(messages(turns), **keys))
+    assert torch.equal(found, positions)
+    assert (answer.response_text, answer.prompt_length) == (wanted, given["input_ids"].shape[1])
+    assert "".join(ours.stream_chat(messages(turns), **keys)) == wanted
+    three = ours.chat(messages(turns), **keys, num_return_sequences=3, temperature=1e-4)
+    assert [each.response_text for each in three] == [wanted] * 3
+
+
+def test_a_video_file(chat, tmp_path):
+    """Read by LLaMA-Factory, which picks the frames; the times are those of the file."""
+    ours, _, processor, _ = chat
+    file = tmp_path / "film.mp4"
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height = 96, 64
+        for seed in range(24):
+            container.mux(stream.encode(av.VideoFrame.from_image(picture(96, 64, seed // 8))))
+        container.mux(stream.encode())
+    seen = []
+    hook = ours.engine.model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs), with_kwargs=True)
+    with hook:
+        assert ours.chat(messages(["What happens?"]), videos=[str(file)], max_new_tokens=2)
+    text = processor.tokenizer.decode(seen[0]["input_ids"][0])
+    assert seen[0]["video_grid_thw"].tolist() == [[3, 8, 12]], (
+        "three seconds at two frames a second, two frames at a time"
+    )
+    times = (
+        ("<0.2 seconds>", "<1.4 seconds>", "<2.6 seconds>")
+        if "seconds" in text
+        else ("image|>0<", "image|>1<", "image|>2<")
+    )
+    assert [time for time in times if time in text] == list(times), text
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(KTDataError, match="A video of the conversation cannot be read"):
+        ours.chat(messages(["What happens?"]), videos=[str(broken)])
+
+
+def test_what_does_not_fit_is_refused(chat):
+    ours, *_ = chat
+    for keys, turns, reason in (
+        ({"images": PICTURES[:1]}, ["<image><image>?"], r"have 2 times <image>, but 1 images came"),
+        ({}, ["<image>What is it?", "A cat.", "And now?"], r"have 1 times <image>, but 0 images came"),
+        ({"videos": FRAMES}, ["<video>?"], r"have 1 times <video>, but 2 videos came"),
+        ({"audios": ["sound.wav"]}, ["?"], r"has audios, but this chat's template takes none"),
+    ):
+        with pytest.raises(KTDataError, match=reason):
+            ours.chat(messages(turns), **keys)
+        with pytest.raises(KTDataError, match=reason):
+            asyncio.run(_read(ours.engine.stream_chat(messages(turns), **keys)))
+
+
+async def _read(stream):
+    return [text async for text in stream]
+
+
+def test_a_picture_for_a_text_only_model(demo):
+    """Nothing but its template tells it from others."""
+    ours = chat_model(demo / "model")
+    with pytest.raises(KTDataError, match="has images, but this chat's template takes none"):
+        ours.chat(messages(["What is it?"]), images=PICTURES[:1])
+    lost = chat_model(demo / "model", template="qwen3_vl_nothink")
+    with pytest.raises(KTDataError, match="has images, but the checkpoint has no processor"):
+        lost.chat(messages(["What is it?"]), images=PICTURES[:1])
+
+
+def test_a_processor_that_cannot_tell(chat):
+    ours, *_ = chat
+    grids = {"inputs": torch.ones(1, 3, dtype=torch.long), "image_grid_thw": torch.ones(1, 3, dtype=torch.long)}
+    with pytest.raises(KTDataError, match="would place them wrongly"):
+        add_token_types(grids, ours.engine.model, SimpleNamespace())
+    text = {"inputs": grids["inputs"]}
+    add_token_types(text, ours.engine.model, SimpleNamespace())
+    assert list(text) == ["inputs"], "text alone needs none"

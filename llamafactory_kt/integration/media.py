@@ -48,8 +48,8 @@ def check_media(given: Mapping[str, Any]) -> None:
         places = sum(message["content"].count(place) for message in given["messages"])
         if taken is not None and places and places != len(items):
             raise KTDataError(
-                f"The conversation's messages have {places} times {place}, but {len(items)} {kind} came with them. Send one for each, "
-                "or begin a new conversation."
+                f"Places for {kind} ({place}) in the messages: {places}; {kind} that came with them: {len(items)}. Send one for each "
+                "place, or begin a new conversation."
             )
 
 

@@ -128,9 +128,9 @@ def test_a_video_file(chat, tmp_path):
 def test_what_does_not_fit_is_refused(chat):
     ours, *_ = chat
     for keys, turns, reason in (
-        ({"images": PICTURES[:1]}, ["<image><image>?"], r"have 2 times <image>, but 1 images came"),
-        ({}, ["<image>What is it?", "A cat.", "And now?"], r"have 1 times <image>, but 0 images came"),
-        ({"videos": FRAMES}, ["<video>?"], r"have 1 times <video>, but 2 videos came"),
+        ({"images": PICTURES[:1]}, ["<image><image>?"], r"\(<image>\) in the messages: 2; images .*: 1"),
+        ({}, ["<image>What is it?", "A cat.", "And now?"], r"\(<image>\) in the messages: 1; images .*: 0"),
+        ({"videos": FRAMES}, ["<video>?"], r"\(<video>\) in the messages: 1; videos .*: 2"),
         ({"audios": ["sound.wav"]}, ["?"], r"has audios, but this chat's template takes none"),
     ):
         with pytest.raises(KTDataError, match=reason):

@@ -115,7 +115,7 @@ def reader(tmp_path_factory) -> Path:
     """The directory of a reader who has followed the pages: examples, a configuration, prompts."""
     directory = tmp_path_factory.mktemp("reader")
     shutil.copytree(ROOT / "examples", directory / "examples")
-    for name, target in (("my_adapter", "adapter"), ("my_model", "model"), ("DeepSeek-V2-Lite-Chat", "model"), ("Kllama_deepseekV2", "adapter")):  # fmt: skip
+    for name, target in (("my_adapter", "adapter"), ("my_model", "model"), ("DeepSeek-V2-Lite-Chat", "model"), ("Qwen3-VL-30B-A3B-Instruct", "model"), ("Kllama_deepseekV2", "adapter")):  # fmt: skip
         (directory / name).symlink_to(ROOT / "examples" / "demo" / target)
     (directory / "dsv2-lite-int8").mkdir()
     keys = {"model_name_or_path": "examples/demo/model", "template": "deepseek", "use_kt": True, "kt_backend": "torch"}

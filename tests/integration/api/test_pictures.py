@@ -1,0 +1,100 @@
+"""Pictures and videos in requests to ``llamafactory-cli api``: the answers are the chat's, and what cannot be read gets status 400."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import httpx
+import openai
+import pytest
+from helpers.chats import chat_model
+from helpers.image_text import make_image_text_model, picture
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    path = make_image_text_model(tmp_path_factory.mktemp("model"), "qwen3_vl_moe")
+    return chat_model(path, template="qwen3_vl_nothink", kt_backend="torch", max_new_tokens=6)
+
+
+def client_of(chat) -> openai.OpenAI:
+    from fastapi.testclient import TestClient
+    from llamafactory.api.app import create_app
+
+    http: httpx.Client = TestClient(create_app(chat), raise_server_exceptions=False)
+    return openai.OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=http)
+
+
+@pytest.fixture(scope="module")
+def client(chat):
+    return client_of(chat)
+
+
+def image(url: str) -> dict:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+def data_url(shown: Image.Image, kind: str = "png") -> str:
+    file = io.BytesIO()
+    shown.save(file, kind)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def ask(client, *turns, **keys):
+    messages = [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
+    return client.chat.completions.create(model="any", messages=messages, **keys)
+
+
+def test_two_pictures_and_a_turn_of_text(chat, client):
+    pictures = [picture(), picture(64, 48, 1)]
+    first = [image(data_url(pictures[0])), text("What is it, and "), image(data_url(pictures[1])), text("?")]
+    said = [{"role": "user", "content": "<image>What is it, and <image>?"}]
+    for turns, messages in (
+        ([first], said),
+        ([first, "A cat.", "Which?"], [*said, {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "Which?"}]),
+    ):  # fmt: skip
+        (wanted,) = chat.chat(messages, images=list(pictures))
+        answer = ask(client, *turns)
+        assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (
+            wanted.response_text,
+            wanted.prompt_length,
+        )
+        chunks = ask(client, *turns, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted.response_text
+    (other,) = chat.chat(said, images=pictures[::-1])
+    assert other.response_text != chat.chat(said, images=list(pictures))[0].response_text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        (image("data:image/png;base64,AAAA"), "An image, video or audio cannot be read: UnidentifiedImageError"),
+        (image(data_url(picture(640, 480), "jpeg")[:2000]), "An image, video or audio cannot be read"),
+        (image(data_url(picture(), "webp")), "image_url begins with 'data:image/webp;.*one of the types png, jpg"),
+        (image(""), "image_url has no url"),
+        (image("file:///etc/hostname"), "Only HTTP/HTTPS URLs are allowed"),
+        ({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}, "A video of the conversation cannot be read"),
+        (text("<image>"), r"Places for images \(<image>\) in the messages: 1; images that came with them: 0"),
+    ],
+    ids=["no picture", "cut off", "type", "no url", "file", "no video", "no picture for a place"],
+)  # fmt: skip
+def test_what_cannot_be_read(client, item, reason, stream):
+    if stream and "video" in reason:
+        with pytest.raises(openai.APIError, match=reason):  # it is opened while generating
+            list(ask(client, [item, text("?")], stream=True))
+        return
+    with pytest.raises(openai.BadRequestError, match=reason):
+        ask(client, [item, text("What is it?")], stream=stream)
+
+
+def test_a_picture_for_a_text_only_model(demo):
+    client = client_of(chat_model(demo / "model", kt_backend="torch"))
+    with pytest.raises(openai.BadRequestError, match="has images, but this chat's template takes none"):
+        ask(client, [image(data_url(picture())), text("What is it?")])

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from helpers.chats import EXPECTED, PROMPTS, config
-from helpers.pages import ask, choose, choose_language, field, open_page, press, redrawn, serve, status
+from helpers.image_text import make_image_text_model, picture, prompt
+from helpers.pages import ask, choose, choose_language, field, open_page, press, redrawn, serve, settle, status
 from helpers.places import CHROMIUM
+from transformers import AutoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,29 @@ def test_webchat(browser, webchat, shots):
     assert len(set(drawn)) == 3, "each answer draws it anew"
     assert prompts[0] + 20 < tokens < prompts[0] + 60, "the first question and answer, without the figures below it"
     page.close()
+
+
+def test_webchat_with_a_picture(browser, tmp_path, shots):
+    """The prompt has the picture's tokens. Without the picture, the page says what is missing."""
+    model = make_image_text_model(tmp_path / "model", "qwen3_vl_moe")
+    keys = {"model_name_or_path": str(model), "template": "qwen3_vl_nothink", "kt_backend": "torch"}
+    picture(96, 64).save(tmp_path / "picture.png")
+    for address in serve(tmp_path, "webchat", str(config(tmp_path, tmp_path, **keys))):
+        page = open_page(browser, address)
+        page.get_by_role("button", name="Submit", exact=True).wait_for()
+        page.locator("input[type=file]").first.set_input_files(tmp_path / "picture.png")
+        page.get_by_label("Remove Image").wait_for()
+        page.get_by_label("number input for Maximum new tokens").fill("12")  # a random model does not end by itself
+        settle(page)
+        _, tokens = ask(page, "What is it?", "Submit", "en")
+        unexpanded = AutoTokenizer.from_pretrained(model)(prompt("qwen3_vl_moe", "<image>What is it?")).input_ids
+        assert tokens == len(unexpanded) - 1 + 24, "a token for each 16 x 16 pixels"
+        page.screenshot(path=shots / "webchat_picture.png")
+        page.get_by_label("Remove Image").click()
+        settle(page)
+        page.locator("textarea").locator("visible=true").last.fill("And now?")
+        press(page, "Submit")
+        page.locator(".toast-body", has_text="images that came with them: 0").wait_for()
 
 
 def test_board(browser, board, demo, shots):

@@ -121,3 +121,9 @@ def open_configured(model_args: Any) -> AdapterSet:
         KTAdapterError: An adapter cannot be read.
     """
     return open_adapters(adapter_directories(model_args), expanded(model_args.kt_moe_lora_path))
+
+
+def with_kt(model_args: Any, is_trainable: bool = False) -> bool:
+    """Whether a model that LLaMA-Factory loads gets KT experts."""
+    # The parser's hook sets kt_inference; without it, a training run is loading one of its reference models.
+    return bool(model_args.use_kt) and not is_trainable and getattr(model_args, "kt_inference", False)

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from .auto_classes import answer_by_name
-from .chat_config import experts_config
+from .chat_config import experts_config, with_kt
 from .patching import expect, replace
 
 logger = logging.getLogger("llamafactory_kt")
@@ -26,13 +26,13 @@ def patch(module: ModuleType) -> None:
 
     def _get_init_kwargs(model_args: Any) -> dict[str, Any]:
         init_kwargs: dict[str, Any] = stock_kwargs(model_args)
-        if _with_kt(model_args):
+        if with_kt(model_args):
             _share_log()
             _prefer_native(model_args, init_kwargs)
         return init_kwargs
 
     def load_config(model_args: Any) -> Any:
-        if not (_with_kt(model_args) and getattr(model_args, "kt_native", False)):
+        if not (with_kt(model_args) and getattr(model_args, "kt_native", False)):
             return stock_load(model_args)
         from transformers import AutoConfig
 
@@ -45,27 +45,22 @@ def patch(module: ModuleType) -> None:
     def patch_config(
         config: Any, tokenizer: Any, model_args: Any, init_kwargs: dict[str, Any], is_trainable: bool
     ) -> None:
-        with_kt = _with_kt(model_args, is_trainable)
-        if with_kt:
+        chats = with_kt(model_args, is_trainable)
+        if chats:
             from ..checkpoint.fp8 import block_size
 
             # refuses other formats, before LLaMA-Factory asks for their libraries
             block_size(getattr(config, "quantization_config", None))
         stock_patch(config, tokenizer, model_args, init_kwargs, is_trainable)
-        if with_kt:
+        if chats:
             _prepare(model_args, init_kwargs)
 
     def init_adapter(config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool) -> Any:
-        if _with_kt(model_args, is_trainable):
+        if with_kt(model_args, is_trainable):
             return _apply(model, model_args)
         return stock_init(config, model, model_args, finetuning_args, is_trainable)
 
     replace(module, _get_init_kwargs, load_config, patch_config, init_adapter)
-
-
-def _with_kt(model_args: Any, is_trainable: bool = False) -> bool:
-    # The parser's hook sets kt_inference; without it, a training run is loading one of its reference models.
-    return bool(model_args.use_kt) and not is_trainable and getattr(model_args, "kt_inference", False)
 
 
 def _share_log() -> None:

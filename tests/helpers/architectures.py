@@ -98,12 +98,12 @@ TINY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def tiny_config(model_type: str) -> Any:
+def tiny_config(model_type: str, **changes: Any) -> Any:
     """The configuration of a small model."""
     kind = CONFIG_MAPPING[model_type]
     known = {*kind().to_dict(), *kind.attribute_map}
     sizes = {key: value for key, value in _SIZES.items() if key in known}
-    return AutoConfig.for_model(model_type, **copy.deepcopy({**sizes, **TINY[model_type]}))
+    return AutoConfig.for_model(model_type, **copy.deepcopy({**sizes, **TINY[model_type], **changes}))
 
 
 PAGES = [ROOT / "docs" / name for name in ("architectures.md", "architectures_zh.md")]
@@ -138,10 +138,10 @@ def rows(page: Path) -> dict[str, Row]:
     return {row[0]: Row(*row) for row in cells if row[0] in TINY}
 
 
-def tiny_model(model_type: str) -> torch.nn.Module:
+def tiny_model(model_type: str, **changes: Any) -> torch.nn.Module:
     """A random model in float32; the weights of no two experts are equal."""
     torch.manual_seed(0)
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, **changes)
     causal = type(config) in AutoModelForCausalLM._model_mapping
     model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -4,6 +4,8 @@ merge into stock transformers; and what is refused."""
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,10 +16,21 @@ from helpers.references import per_token
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from llamafactory_kt import KTKernelError, apply_adapter
+from llamafactory_kt import KTAdapterError, KTKernelError, KTModelError, apply_adapter
+from llamafactory_kt.adapters import open_adapters
+from llamafactory_kt.autotune import worker
+from llamafactory_kt.checkpoint.discovery import find_experts
 from llamafactory_kt.engines import base, registry
+from llamafactory_kt.engines.plan import Plan
 from llamafactory_kt.engines.reference import ReferenceEngine
 from llamafactory_kt.model.state import kt_state
+from llamafactory_kt.tools.bench.stock import merge_into
+from llamafactory_kt.tools.convert import convert_peft_to_kt_format
+from llamafactory_kt.tools.doctor import diagnose, packages
+from llamafactory_kt.tools.merge import merge_adapter
+from llamafactory_kt.tools.quantize import quantize_model
+from llamafactory_kt.tools.verify import record_inputs, verify_layers
+from llamafactory_kt.tools.verify.reference import Reference
 
 GATED = ["experts.gate_up_proj", "experts.down_proj"]
 DEVIATING = {
@@ -114,3 +127,74 @@ def test_other_engines_get_plain_experts_alone(models, monkeypatch):
         load(path, "foreign")
     plain, *_ = models("llama4_text")
     assert kt_state(load(plain)).plan.backend == "foreign"
+
+
+@pytest.mark.parametrize("name", DEVIATING)
+def test_merged_checkpoint_and_stock_with_the_adapter(models, tmp_path, name):
+    """What ``merge`` writes, and the bench's stock model, against PEFT's sum."""
+    path, adapter, reference = models(name)
+    merge_adapter(path, adapter, tmp_path / "merged")
+    wanted = copy.deepcopy(reference).merge_and_unload().state_dict()
+    with torch.no_grad():
+        stock = merge_into(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), open_adapters([adapter]))
+    before = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+    changed = [key for key in wanted if not torch.equal(wanted[key], before[key])]
+    assert sum(key.rpartition(".")[0].endswith("experts") for key in changed) >= 4
+    for key in wanted:
+        torch.testing.assert_close(found[key], wanted[key], rtol=2**-7, atol=2**-10)
+        torch.testing.assert_close(stock.state_dict()[key], wanted[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DEVIATING)
+def test_verify_computes_the_same(models, name):
+    """The reference of ``verify`` agrees with the engine on what the experts got, with LoRA and without."""
+    path, adapter, _ = models(name)
+    model, _ = apply_adapter(load(path, "torch", adapter=str(adapter)), adapter)
+    inputs = record_inputs(model, list(range(2, 40)))
+    results = list(verify_layers(model, inputs, Reference(path, open_adapters(adapter))))
+    assert len(results) >= 2 and not any(result.problem for result in results)
+    assert all(result.prompt.total < 5e-3 < result.prompt.effect for result in results)
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["gpt_oss", "nemotron_h"])
+def test_plans_are_measured_with_what_the_experts_compute(models, name):
+    module = find_experts(AutoModelForCausalLM.from_pretrained(models(name)[0]))[0]
+    task = {"experts": 4, "layer": [6, 64, 40, 3], "options": [1, 512], "formula": asdict(module.formula)}
+    engine = worker._engine(Plan("oneDNN", 0, 1), json.loads(json.dumps(task)))
+    assert (engine.spec.formula, engine.spec.shape.has_gate) == (module.formula, module.shape.has_gate)
+    worker._layer(engine, 4)(2, torch.empty(0, 64, 64))
+
+
+@needs_kernel
+def test_doctor_and_quantize_say_so_too(models, tmp_path, monkeypatch):
+    path, *_ = models("gpt_oss")
+    monkeypatch.setattr(packages, "try_imports", lambda: packages.Imports({}, frozenset()))
+    values = {"model_name_or_path": str(path), "template": "deepseek", "use_kt": True, "kt_backend": "AMXBF16"}
+    (tmp_path / "c.yaml").write_text(json.dumps(values))
+    found = {finding.subject: finding for finding in diagnose(tmp_path / "c.yaml")}
+    assert "each down(silu(min(gate x, 7), alpha 1.702)" in found["model"].text
+    assert "AMXBF16 cannot compute the experts of this model" in found["experts"].text
+    with pytest.raises(KTModelError, match="kt-kernel cannot use packed experts of"):
+        quantize_model(path, tmp_path / "packed", "int4")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_lora_whose_orientation_is_not_told_is_refused(tmp_path):
+    """As large as gpt-oss: ``down_proj`` is square, and PEFT 0.19 and later lay LoRA either way over transposed weights."""
+    path = tmp_path / "model"
+    tiny_model("gpt_oss", intermediate_size=64).save_pretrained(path)
+    adapter, reference = peft(tmp_path, ["experts.down_proj"])
+    found = logits(apply_adapter(load(path, "torch", dtype=torch.float32, adapter=str(adapter)), adapter)[0])
+    assert per_token(found, logits(reference)) < 1e-5
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "0.19.1"}))
+    with pytest.raises(KTAdapterError, match="lay it either way over weights that are stored transposed"):
+        load(path, "torch", adapter=str(adapter))
+
+
+def test_an_adapter_of_transposed_weights_is_not_converted_without_a_model(models, tmp_path):
+    _, adapter, _ = models("gpt_oss")
+    with pytest.raises(KTAdapterError, match="does not tell the number, sizes and layout of the experts"):
+        convert_peft_to_kt_format(adapter, tmp_path / "moe_lora.pt")

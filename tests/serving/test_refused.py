@@ -59,6 +59,11 @@ def test_models_and_adapters_that_the_server_does_not_have(build, tmp_path, mode
     other = make_model(tmp_path / "other", "qwen3_moe")
     with pytest.raises(KTAdapterError):
         build(model=other, adapter_name_or_path=str(adapter))
+    gelu = make_model(tmp_path / "gelu", "qwen3_moe", hidden_act="gelu")
+    with pytest.raises(
+        KTModelError, match=r"computes down\(silu\(gate x\) \* up x\) alone, but the model's experts are down\(gelu"
+    ):
+        build(model=gelu, adapter_name_or_path=str(make_adapter(tmp_path / "gelu-adapter", gelu)))
     odd = edit_adapter(
         make_adapter(tmp_path / "odd", model),
         lambda tensors: {name.replace("q_proj", "odd_proj"): tensor for name, tensor in tensors.items()},

@@ -146,11 +146,11 @@ def tiny_model(model_type: str, **changes: Any) -> torch.nn.Module:
     model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2:
+            if "bias" in name:
+                parameter.normal_(0, 0.5)
+            elif parameter.dim() >= 2:
                 router = name.endswith((".gate.weight", ".router.weight"))
                 parameter.normal_(0, 1.0 if router else parameter.shape[-1] ** -0.5)
-            elif "bias" in name:
-                parameter.normal_(0, 0.1)
     return model.eval()
 
 

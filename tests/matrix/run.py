@@ -24,7 +24,7 @@ ROWS, RESULTS = HERE / "rows.txt", HERE / "results.json"
 TESTS = (
     "matrix/test_exactness.py",
     "peft_side/test_given_names.py",
-    "peft_side/test_untested.py",
+    "peft_side/test_untested_peft.py",
     "model/test_untested.py",
     "decoding/test_attention.py",
 )

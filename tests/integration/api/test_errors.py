@@ -25,7 +25,8 @@ def test_what_goes_wrong_while_generating(tmp_path):
             raise RuntimeError("broken on purpose")
 
         class engine:
-            can_generate, name = True, None
+            can_generate, name, processor = True, None, None
+            template = SimpleNamespace(mm_plugin=None)
             tokenizer = SimpleNamespace(encode=lambda text, **keys: [1])
             model = SimpleNamespace(
                 config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=9))

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from .internals import Internal
+from .internals import TESTED, Internal
 
-INTERNAL = Internal("torch-archive", "torch", ">=2.9,<2.12")
+INTERNAL = Internal("torch-archive", "torch", TESTED["torch"])
 _STORAGES = {
     torch.bfloat16: torch.BFloat16Storage,
     torch.float16: torch.HalfStorage,

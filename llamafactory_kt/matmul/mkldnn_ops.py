@@ -7,9 +7,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..ground.internals import Internal
+from ..ground.internals import TESTED, Internal
 
-INTERNAL = Internal("mkldnn-ops", "torch", ">=2.9,<2.12")
+INTERNAL = Internal("mkldnn-ops", "torch", TESTED["torch"])
 
 
 @cache

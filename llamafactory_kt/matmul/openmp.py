@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from ..ground.internals import Internal
+from ..ground.internals import TESTED, Internal
 from .libtorch import libtorch
 
-INTERNAL = Internal("openmp", "torch", ">=2.9,<2.12")
+INTERNAL = Internal("openmp", "torch", TESTED["torch"])
 _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _HARD = 2
 """omp_pause_hard (OpenMP 5.0, section 3.2.44)"""

@@ -68,21 +68,28 @@ class CheckpointNames:
 
     def target(self, name: str) -> Target:
         """Where the checkpoint's tensor goes."""
-        from transformers.core_model_loading import rename_source_key
-
-        target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+        target, pattern = self._map(name)
         if pattern is None:
             return Target(target, [], 0)
         rule = self._by_pattern[pattern]
         return Target(target, [_described(each) for each in rule.operations], rule.source_patterns.index(pattern))
 
+    def _map(self, name: str) -> tuple[str, str | None]:
+        """A tensor's parameter and the converter's source pattern, as ``convert_and_load_state_dict_in_model`` finds them."""
+        from transformers.core_model_loading import rename_source_key
+
+        target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+        if target not in self._state and name in self._state:  # renamed by mistake
+            target, pattern = rename_source_key(name, [], [], self._prefix, self._state)
+        return target, pattern
+
     def converted(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Let transformers itself convert checkpoint tensors, as it does while it loads them; returns the parameters by name."""
-        from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+        from transformers.core_model_loading import WeightRenaming, dot_natural_key
 
         rules: dict[str, Any] = {}
         for name in sorted(tensors, key=dot_natural_key):
-            target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+            target, pattern = self._map(name)
             if target not in rules:
                 rules[target] = deepcopy(self._by_pattern[pattern]) if pattern else WeightRenaming(name, target)
             rules[target].add_tensor(target, name, pattern or name, tensors[name])

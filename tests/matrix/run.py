@@ -94,15 +94,20 @@ def _run(row: str, options: argparse.Namespace) -> bool:
 def _make(env: Path, pins: dict[str, str], options: argparse.Namespace, scratch: Path) -> None:
     """An environment with these versions, whatever the distributions ask for."""
     overrides = [f"{name}=={pins[name]}" for name in ("transformers", "peft", "torch") if name in pins]
-    if "torch" in pins:  # an override replaces also what torchvision asks for; torchaudio has no release for the newest
+    if "torch" in pins:  # an override replaces also what torchvision asks for
         minor = int(pins["torch"].split(".")[1])
         overrides += [f"torchvision==0.{min(minor + 15, 29)}.*", f"torchaudio<=2.{minor}.1"]
-    if pins.get("kt-kernel") == "none":
-        overrides.append("kt-kernel; python_version < '3'")
+    absent = [name for name, version in pins.items() if version == "none"]
+    if "llamafactory" in absent:  # which is what imports torchaudio, and that has no release for the newest torch
+        overrides = [line for line in overrides if "torchaudio" not in line]
+        absent.append("torchaudio")
+    overrides += [f"{name}; python_version < '3'" for name in absent]
     file = scratch / "overrides.txt"
     file.write_text("\n".join(overrides) + "\n")
     factory = [options.llamafactory] if pins.get("llamafactory") == "main" else []
-    version = [] if factory or "llamafactory" not in pins else [f"llamafactory=={pins['llamafactory']}"]
+    version = (
+        [f"llamafactory=={pins['llamafactory']}"] if pins.get("llamafactory", "none") not in ("main", "none") else []
+    )
     python = pins.get("python", options.python)
     subprocess.run([options.uv, "venv", "--quiet", "--python", python, env], check=True)
     install = [options.uv, "pip", "install", "--quiet", "--python", env / "bin" / "python", "--override", file]

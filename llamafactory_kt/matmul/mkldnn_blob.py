@@ -13,12 +13,12 @@ from functools import cache
 
 import torch
 
-from ..ground.internals import Internal
+from ..ground.internals import TESTED, Internal
 from ..ground.paging import in_huge_pages
 from .libtorch import libtorch
 from .mkldnn_ops import pack
 
-INTERNAL = Internal("mkldnn-blob", "torch", ">=2.9,<2.10")
+INTERNAL = Internal("mkldnn-blob", "torch", TESTED["torch"])
 _MEMORY = "_kt_memory"
 """attribute of a tensor: the block that holds its values"""
 _capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(

@@ -22,12 +22,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ROWS, RESULTS = HERE / "rows.txt", HERE / "results.json"
 TESTS = (
-    "matrix/test_exactness.py",
-    "peft_side/test_given_names.py",
-    "peft_side/test_untested_peft.py",
-    "model/test_untested.py",
-    "decoding/test_attention.py",
-)
+    "matrix/test_exactness.py", "peft_side/test_given_names.py", "peft_side/test_untested_peft.py", "model/test_untested.py",
+    "decoding/test_attention.py", "matmul/test_mkldnn_blob.py",
+)  # fmt: skip
 PAGES = {
     ROOT
     / "docs"

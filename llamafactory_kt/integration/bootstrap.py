@@ -16,8 +16,8 @@ from typing import Any
 TARGETS = {
     "llamafactory.hparams.model_args": "llamafactory_kt.integration.hparams.model_args",
     "llamafactory.hparams.parser": "llamafactory_kt.integration.hparams.parser",
-    "llamafactory.model.loader": "llamafactory_kt.integration.model_loader",
-    "llamafactory.model.patcher": "llamafactory_kt.integration.model_patcher",
+    "llamafactory.model.loader": "llamafactory_kt.integration.model.loader",
+    "llamafactory.model.patcher": "llamafactory_kt.integration.model.patcher",
     "llamafactory.chat.hf_engine": "llamafactory_kt.integration.hf_engine",
     "llamafactory.chat.chat_model": "llamafactory_kt.integration.chat_model",
     "llamafactory.api.app": "llamafactory_kt.integration.api.requests",

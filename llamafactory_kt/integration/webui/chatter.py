@@ -124,7 +124,7 @@ def with_section(manager: Any, data: dict[Any, Any], args: dict[str, Any]) -> di
 def _switch(model: Any, args: dict[str, Any]) -> None:
     from ...apply import switch_adapter
     from ..chat_config import open_configured, parse
-    from ..model_loader import log_load_table
+    from ..model.loader import log_load_table
 
     model_args = parse(args)
     switch_adapter(model, open_configured(model_args), model_args.kt_lora_scope)

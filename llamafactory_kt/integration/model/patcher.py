@@ -10,8 +10,8 @@ import logging
 from types import ModuleType
 from typing import Any
 
-from .chat_config import with_kt
-from .patching import expect, replace
+from ..chat_config import with_kt
+from ..patching import expect, replace
 
 logger = logging.getLogger("llamafactory_kt")
 

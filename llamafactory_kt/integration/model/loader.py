@@ -10,9 +10,9 @@ import logging
 from types import ModuleType
 from typing import Any
 
-from .auto_classes import answer_by_name
-from .chat_config import experts_config, with_kt
-from .patching import expect, replace
+from ..auto_classes import answer_by_name
+from ..chat_config import experts_config, with_kt
+from ..patching import expect, replace
 
 logger = logging.getLogger("llamafactory_kt")
 
@@ -47,7 +47,7 @@ def patch(module: ModuleType) -> None:
     ) -> None:
         chats = with_kt(model_args, is_trainable)
         if chats:
-            from ..checkpoint.fp8 import block_size
+            from ...checkpoint.fp8 import block_size
 
             # refuses other formats, before LLaMA-Factory asks for their libraries
             block_size(getattr(config, "quantization_config", None))
@@ -112,11 +112,11 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
 
 def _apply(model: Any, model_args: Any) -> Any:
     """Apply the adapters, optimize, and log the load table; returns the model, wrapped by PEFT if it applies a part."""
-    from ..apply import apply_adapter
-    from ..decoding.optimize import optimize_for_inference
-    from ..decoding.process import configure_process
-    from ..load_report import debug_structure
-    from ..model.state import kt_state
+    from ...apply import apply_adapter
+    from ...decoding.optimize import optimize_for_inference
+    from ...decoding.process import configure_process
+    from ...load_report import debug_structure
+    from ...model.state import kt_state
 
     for line in configure_process(model):
         if model_args.kt_debug:
@@ -135,6 +135,6 @@ def _apply(model: Any, model_args: Any) -> Any:
 
 def log_load_table(model: Any) -> None:
     """Log a model's load table."""
-    from ..load_report import load_rows, load_table
+    from ...load_report import load_rows, load_table
 
     logger.info("%s", "\n" + load_table(load_rows(model)))

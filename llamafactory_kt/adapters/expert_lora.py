@@ -93,6 +93,15 @@ class ExpertLora:
         first = scaling[..., :1]
         return first[..., None] * (b @ a) if bool((scaling == first).all()) else (b * scaling[..., None, :]) @ a
 
+    def fused_delta(self, weight: str, layout: FusedLayout, expert: int | slice) -> torch.Tensor:
+        """ΔW of ``gate_up_proj``, ``up_proj`` or ``down_proj``, as the model stores it, of one expert or a slice of them, float32."""
+        if weight == "down_proj":
+            delta = self.delta("down", expert)
+        else:
+            gate, up = self.delta("gate", expert), self.delta("up", expert)
+            delta = layout.join(gate, up, gate.dim() - 2)
+        return delta.transpose(-1, -2) if layout.transposed else delta
+
     def norms(self) -> torch.Tensor:
         """Frobenius norm of each expert's ΔW over its three projections, [E], float64.
 

@@ -71,7 +71,7 @@ def read_contract(module: nn.Module) -> Contract:
     if unknown := sorted(names - known):
         raise OutsideContract(f"they have weights that the contract does not know: {', '.join(unknown)}")
     up, down = (tuple(getattr(module, name).shape) for name in (first, "down_proj"))
-    presorted = len(inspect.signature(_forward(module)).parameters) == 2  # self, hidden_states
+    presorted = len(inspect.signature(own_forward(module)).parameters) == 2  # self, hidden_states
     reason = f"{first} {up} does not go with down_proj {down}"
     for shape in _shapes(up, down, has_gate):
         try:
@@ -97,7 +97,7 @@ def _shapes(up: tuple[int, ...], down: tuple[int, ...], has_gate: bool) -> Itera
             yield ExpertsShape(down[0], hidden, intermediate, has_gate, layout)
 
 
-def _forward(module: nn.Module) -> Any:
+def own_forward(module: nn.Module) -> Any:
     """The class's own forward, without the choice of another implementation that transformers wraps around it."""
     return inspect.unwrap(type(module).forward)
 
@@ -191,7 +191,7 @@ class _Trial:
                 if hasattr(tiny, name):
                     setattr(tiny, name, size)
         with torch.no_grad():
-            found: torch.Tensor = _forward(tiny)(tiny, x, *(() if self._presorted else (index, scores)))
+            found: torch.Tensor = own_forward(tiny)(tiny, x, *(() if self._presorted else (index, scores)))
         return found.double()
 
 

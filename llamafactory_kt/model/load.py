@@ -152,7 +152,8 @@ class ExpertsLoad:
         """transfers: None where the model is on the CPU, and nothing crosses."""
         name, _, attribute = module.name.rpartition(".")
         block = self._opened.model.get_submodule(name)
-        shared = next((part for part in map(block._modules.get, SHARED_EXPERTS) if part is not None), None)
+        parts = map(block._modules.get, () if module.presorted else SHARED_EXPERTS)  # those do not get the same rows
+        shared = next((part for part in parts if part is not None), None)
         overlap = SharedExpertsOverlap(shared) if transfers is not None and shared is not None else None
         experts = KTExperts(module, engine, self._config.router_stats, debugger, transfers, overlap)
         setattr(block, attribute, PresortedExperts(experts) if module.presorted else experts)

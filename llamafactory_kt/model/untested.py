@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 from copy import copy
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..adapters import AdapterSet, ExpertLora
+from ..checkpoint.contract import own_forward
 from ..checkpoint.opening import MoEModel
 from ..engines.base import Engine
 from ..ground.errors import KTModelError, first_line
@@ -56,21 +56,23 @@ class UntestedCheck:
     @torch.no_grad()
     def _compute(self, opened: MoEModel, module: nn.Module, lora: ExpertLora | None) -> torch.Tensor:
         numbers, index = self._index.unique(return_inverse=True)
-        layer = opened.layout.layer(opened.experts[0].name)
+        first = opened.experts[0]
+        layer = opened.layout.layer(first.name)
         tensors = layer.by_name(numbers.tolist())
         weights = {
             name.rpartition(".")[2]: weight for name, weight in CheckpointNames(opened.model).converted(tensors).items()
         }
         if lora is not None:
             for place, number in enumerate(numbers.tolist()):
-                gate, up, down = (lora.delta(projection, number) for projection in ("gate", "up", "down"))
-                weights["gate_up_proj"][place] += torch.cat([gate, up])
-                weights["down_proj"][place] += down
+                for name in first.weights:
+                    weights[name][place] += lora.fused_delta(name, first.shape.fused, number)
         own = copy(module)
         own._parameters = {name: nn.Parameter(weight, False) for name, weight in weights.items()}
         own.num_experts = len(numbers)  # type: ignore[assignment]
-        forward: Any = getattr(type(module).forward, "__wrapped__", type(module).forward)
-        wanted: torch.Tensor = forward(own, self._hidden, index, self._weights)
+        if first.presorted:  # the tokens are in the order of their experts
+            alone: torch.Tensor = own_forward(module)(own, self._hidden)
+            return alone * self._weights
+        wanted: torch.Tensor = own_forward(module)(own, self._hidden, index, self._weights)
         return wanted
 
     def compare(self, engine: Engine, dtype: torch.dtype) -> None:

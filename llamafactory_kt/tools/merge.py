@@ -153,10 +153,5 @@ class _MergePlan:
         lora, (kind, expert) = self._lora, piece
         if expert is not None:
             return lora.delta(kind, expert)
-        layout = self._shapes[layer].fused
-        if kind == "down_proj":
-            fused = lora.delta("down", slice(None))
-        else:
-            fused = layout.join(lora.delta("gate", slice(None)), lora.delta("up", slice(None)), 1)
-        parameter = fused.transpose(1, 2) if layout.transposed else fused
+        parameter = lora.fused_delta(kind, self._shapes[layer].fused, slice(None))
         return parameter if parameter.shape == value.shape else parameter.transpose(1, 2)

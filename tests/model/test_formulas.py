@@ -23,6 +23,7 @@ from llamafactory_kt.checkpoint.discovery import find_experts
 from llamafactory_kt.engines import base, registry
 from llamafactory_kt.engines.plan import Plan
 from llamafactory_kt.engines.reference import ReferenceEngine
+from llamafactory_kt.ground import internals
 from llamafactory_kt.model.state import kt_state
 from llamafactory_kt.tools.bench.stock import merge_into
 from llamafactory_kt.tools.convert import convert_peft_to_kt_format
@@ -179,6 +180,14 @@ def test_doctor_and_quantize_say_so_too(models, tmp_path, monkeypatch):
     with pytest.raises(KTModelError, match="kt-kernel cannot use packed experts of"):
         quantize_model(path, tmp_path / "packed", "int4")
     assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize("name", DEVIATING)
+def test_untested_versions_are_checked_with_the_same(models, monkeypatch, kt_log, name):
+    monkeypatch.setitem(internals.TESTED, "transformers", "<5")
+    path, adapter, _ = models(name)
+    load(path, "torch", adapter=str(adapter), merge_adapter=True)
+    assert "as they should be" in kt_log.text
 
 
 def test_lora_whose_orientation_is_not_told_is_refused(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...adapters import AdapterSet
-from ...checkpoint.discovery import ExpertsModule, find_experts
+from ...checkpoint.discovery import find_experts
 from ...checkpoint.opening import MoEModel
 from ...ground.errors import KTModelError, name_some
 from ...ground.machine import available_memory
@@ -42,23 +42,14 @@ def merge_into(model: Any, adapters: AdapterSet, scope: str = "all") -> Any:
         model = merge_peft_layers(wrapped)
         for module in moe.experts:
             loras = [a.read_layer(module.layer, module.shape) for a in adapters.adapters if module.layer in a.layers]
-            for projection, weight in _weights(model, module).items():
-                for number in range(module.shape.num_experts if loras else 0):
+            for name in module.weights if loras else ():
+                weight = getattr(model.get_submodule(module.name), name)
+                for number in range(module.shape.num_experts):
                     total = weight[number].float()
                     for lora in loras:
-                        total += lora.delta(projection, number).to(total.device)
+                        total += lora.fused_delta(name, module.shape.fused, number).to(total.device)
                     weight[number] = total.to(weight.dtype)
         return model
-
-
-def _weights(model: Any, module: ExpertsModule) -> dict[str, torch.Tensor]:
-    """projection -> [E, out, in], views of the module's parameters."""
-    shape, experts = module.shape, model.get_submodule(module.name)
-    first, down = (getattr(experts, name) for name in module.weights)
-    if shape.fused.transposed:
-        first, down = first.transpose(1, 2), down.transpose(1, 2)
-    gate, up = shape.fused.split(first, 1) if shape.has_gate else (first[:, :0], first)
-    return {"gate": gate, "up": up, "down": down}
 
 
 @contextmanager

@@ -2,31 +2,32 @@
 
 transformers' own conversion rules map the names (:mod:`..peft_side.model_names`), so every naming that transformers can
 load is understood: one tensor per expert (``experts.5.gate_proj.weight``, Mixtral's ``w1``/``w3``/``w2``) or fused ones
-(``gate_up_proj``, ``down_proj``).
+(``gate_up_proj``, ``down_proj``). What a format stores in a weight's place is found by its own stored name, and mapped by the
+weight's: transformers' rules know scales in some versions only.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..ground.errors import KTModelError, name_some
 from ..peft_side.model_names import CheckpointNames, Target
 from .discovery import ExpertsModule
-from .fp8 import FP8, SCALE_SUFFIX, block_size, check_scales
-from .reader import SIZES, LayerTensors, Piece, StoredTensor
+from .formats import FLOATS, WHOLE, Format, format_of
+from .leftovers import check_leftovers
+from .reader import LayerTensors, Piece, StoredWeight
+from .stored import stored_tensors
 
 _NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 
 class CheckpointLayout:
-    """The expert tensors of a checkpoint, located by headers only.
+    """The expert tensors of a checkpoint, located by headers only. The other tensors are checked too, as far as they are quantized.
 
     Args:
         model: the empty model with its experts modules in place; its names and conversions are used.
@@ -35,42 +36,37 @@ class CheckpointLayout:
 
     Raises:
         KTModelError: A file is damaged or not safetensors; a tensor is missing, or has another shape or a dtype that is
-            not supported; an FP8 weight has no scales; transformers converts the experts in an unknown way.
+            not supported; a quantized weight lacks a part; a part belongs to no weight; transformers converts the
+            experts, or another quantized weight, in an unknown way.
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[ExpertsModule], files: Sequence[Path]):
         self.modules = list(modules)
-        self.block = block_size(getattr(model.config, "quantization_config", None))
-        """of an FP8 checkpoint, else None"""
-        self._layers = {module.name: LayerTensors(module, self.block) for module in modules}
-        self.target_names: set[str] = set()
-        """the experts' tensors, as transformers names them"""
-        self._locate(model, files)
-        for layer in self._layers.values():
-            self._check(layer)
-
-    def _locate(self, model: Any, files: Sequence[Path]) -> None:
+        self.format = format_of(model.config)
+        self._prefix = str(getattr(model, "base_model_prefix", ""))
+        self._layers = {module.name: LayerTensors(module) for module in modules}
+        weights = _grouped(self.format, files)
         names = CheckpointNames(model)
-        scales: dict[str, StoredTensor] = {}
-        headers: dict[str, tuple[tuple[int, ...], str]] = {}
-        for tensor in (tensor for file in files for tensor in _stored_tensors(file)):
-            headers[tensor.name] = tensor.shape, tensor.dtype
-            target = names.target(tensor.name)
-            module, _, weight = target.name.rpartition(".")
-            layer = self._layers.get(module)
-            if layer is None or weight.removesuffix(SCALE_SUFFIX) not in (*layer.module.weights, *layer.module.biases):
-                continue
-            self.target_names.add(target.name)
-            if weight.endswith(SCALE_SUFFIX):
-                scales[tensor.name] = tensor
-            else:
-                _place(layer, tensor, target)
-        if self.block is not None:
-            check_scales(headers, self.block)
-            for tensor in (tensor for layer in self._layers.values() for tensor in layer.stored.values()):
-                tensor.scale = scales.get(tensor.name + SCALE_SUFFIX)
+        others = self._locate(names, weights)
+        for layer in self._layers.values():
+            self._check_complete(layer)
+        self._check_quantized(model, names, others)
+        check_leftovers(model, self.format, list(self._layers), others)
 
-    def _check(self, layer: LayerTensors) -> None:
+    def _locate(self, names: CheckpointNames, weights: Iterable[StoredWeight]) -> list[tuple[StoredWeight, Target]]:
+        """Place the experts' weights; returns all others, with what transformers makes of them."""
+        others = []
+        for weight in weights:
+            target = names.target(weight.name)
+            module, _, attribute = target.name.rpartition(".")
+            layer = self._layers.get(module)
+            if layer is not None and attribute in (*layer.module.weights, *layer.module.biases):
+                _place(layer, weight, target)
+            else:
+                others.append((weight, target))
+        return others
+
+    def _check_complete(self, layer: LayerTensors) -> None:
         module, shape = layer.module, layer.module.shape
         pieces = list(dict.fromkeys(chain.from_iterable(map(layer.of_expert, range(shape.num_experts)))))
         pieces += [(bias, None) for bias in module.biases]
@@ -80,30 +76,64 @@ class CheckpointLayout:
                 f"The checkpoint is missing {len(missing)} expert tensors of layer {module.layer}: {name_some(missing, 3)}. "
                 "Check that all shards are there and that config.json belongs to them."
             )
-        for (weight, expert), tensor in layer.stored.items():
-            allowed: list[tuple[int, ...]]
-            if expert is not None:
-                allowed = [shape.projection(weight)]
-            elif weight in module.biases:
-                out, width = layer.parameter(weight.removesuffix("_bias"))
-                allowed = [(shape.num_experts, width if shape.fused.transposed else out)]
-            else:
-                out, width = layer.parameter(weight)
-                allowed = [(shape.num_experts, out, width), (shape.num_experts, width, out)]
+        for piece, weight in layer.stored.items():
+            if weight.quantized and self.format.parts:
+                continue  # checked with all other quantized weights
+            tensor, allowed = weight.parts[WHOLE], layer.shapes(*piece)
             if tensor.shape not in allowed:
                 raise KTModelError(
                     f"{tensor.file}: {tensor.name} has shape {tensor.shape}, config.json asks for {allowed[0]}."
                 )
-            if tensor.dtype not in SIZES or (tensor.dtype == FP8 and self.block is None):
+            if tensor.dtype not in FLOATS:
                 raise KTModelError(
-                    f"{tensor.file}: {tensor.name} is {tensor.dtype}; experts must be stored as F32, F16 or BF16, or as {FP8} with "
-                    "scales and a quantization_config in config.json that says so."
+                    f"{tensor.file}: {tensor.name} is {tensor.dtype}; experts must be stored as F32, F16 or BF16, or quantized and "
+                    "with a quantization_config in config.json that says how."
                 )
 
+    def _check_quantized(
+        self, model: nn.Module, names: CheckpointNames, others: Iterable[tuple[StoredWeight, Target]]
+    ) -> None:
+        """Check that every quantized weight of the model can be decoded."""
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        wrong, converted = [], []
+        for layer in self._layers.values():
+            for piece, weight in layer.stored.items():
+                if weight.quantized:
+                    wrong += weight.fit(layer.shapes(*piece))
+        for weight, target in others:
+            if weight.quantized and target.name in shapes:
+                wrong += weight.fit([shapes[target.name]])
+                converted += [] if self._is_read_alone(names, weight, target) else [weight.name]
+        if wrong:
+            raise KTModelError(
+                f"{len(wrong)} tensors do not fit the quantization_config in config.json ({self.format.title}): {name_some(wrong, 3)}. "
+                "Check that all shards are there and that config.json belongs to them."
+            )
+        if converted:
+            raise KTModelError(
+                f"{len(converted)} quantized weights are not loaded one by one by this model's class, which is not supported: "
+                f"{name_some(converted, 3)}. Use the model's unquantized checkpoint."
+            )
+
+    def _is_read_alone(self, names: CheckpointNames, weight: StoredWeight, target: Target) -> bool:
+        """Whether transformers only renames a weight, and its parts likewise, so that the rules for the format find them."""
+        return target.name.endswith(".weight") and all(
+            not mapped.operations and self.format.stored_name(target.name, part).endswith(mapped.name)
+            for part, mapped in ((part, names.target(tensor.name)) for part, tensor in weight.parts.items())
+        )
+
+    def unexpected(self) -> list[str]:
+        """Regular expressions for the tensors that no parameter asks for when engines have taken the experts' place, by the names
+        that transformers gives them."""
+        return [
+            *(rf"^({self._prefix}\.)?{re.escape(name.removeprefix(f'{self._prefix}.'))}\." for name in self._layers),
+            *(f"{re.escape(ending)}$" for ending in self.format.unused),
+        ]
+
     def names(self) -> dict[str, dict[str, Piece]]:
-        """module -> checkpoint tensor -> what it is of the module's experts."""
+        """module -> weight of the checkpoint -> what it is of the module's experts."""
         layers = self._layers.items()
-        return {name: {tensor.name: piece for piece, tensor in layer.stored.items()} for name, layer in layers}
+        return {name: {weight.name: piece for piece, weight in layer.stored.items()} for name, layer in layers}
 
     def layer(self, name: str) -> LayerTensors:
         """One module's tensors."""
@@ -120,36 +150,33 @@ class CheckpointLayout:
         return max(layer.dtype.itemsize for layer in self._layers.values())
 
     def dtypes(self) -> set[str]:
-        """The dtypes that the experts are stored in, by safetensors' names."""
-        return {tensor.dtype for layer in self._layers.values() for tensor in layer.stored.values()}
+        """How the experts are stored: safetensors' names, or the format's own such as ``INT4``."""
+        return {weight.label for layer in self._layers.values() for weight in layer.weights()}
 
 
-def _stored_tensors(file: Path) -> Iterator[StoredTensor]:
-    if file.suffix != ".safetensors":
-        raise KTModelError(f"{file}: experts are read from safetensors files only; convert the checkpoint first.")
-    try:
-        with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                piece = handle.get_slice(name)
-                yield StoredTensor(name, file, tuple(piece.get_shape()), piece.get_dtype())
-    except (SafetensorError, OSError) as error:
-        raise KTModelError(f"{file} cannot be read as safetensors ({error}); download or copy it again.") from error
+def _grouped(form: Format, files: Iterable[Path]) -> list[StoredWeight]:
+    """All weights of a checkpoint, each with its parts."""
+    weights: dict[str, StoredWeight] = {}
+    for tensor in (tensor for file in files for tensor in stored_tensors(file)):
+        name, part = form.split(tensor.name)
+        weights.setdefault(name, StoredWeight(name, form)).parts[part] = tensor
+    return list(weights.values())
 
 
-def _place(layer: LayerTensors, tensor: StoredTensor, target: Target) -> None:
-    weight, operations = target.name.rpartition(".")[2], target.operations
+def _place(layer: LayerTensors, weight: StoredWeight, target: Target) -> None:
+    attribute, operations = target.name.rpartition(".")[2], target.operations
     if operations in ([], ["Transpose"]):  # Transpose turns a fused tensor only if its shape asks for it
-        layer.stored[weight, None] = tensor
-    elif operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) and weight in layer.module.weights:
-        number = _NUMBER.search(tensor.name)
+        layer.stored[attribute, None] = weight
+    elif operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) and attribute in layer.module.weights:
+        number = _NUMBER.search(weight.name)
         if number is None:
-            raise KTModelError(f"{tensor.file}: Unsupported weight naming scheme: {tensor.name}.")
+            raise KTModelError(f"{weight.file}: Unsupported weight naming scheme: {weight.name}.")
         firsts = [name for name in layer.module.shape.projections if name != "down"]
-        projection = "down" if weight == "down_proj" else firsts[target.source]
-        layer.stored[projection, int(number[0])] = tensor
+        projection = "down" if attribute == "down_proj" else firsts[target.source]
+        layer.stored[projection, int(number[0])] = weight
     else:
         raise KTModelError(
-            f"{tensor.file}: Unsupported weight naming scheme: {tensor.name} is converted by {' + '.join(operations)}."
+            f"{weight.file}: Unsupported weight naming scheme: {weight.name} is converted by {' + '.join(operations)}."
         )
 
 
@@ -157,6 +184,6 @@ def _name(layer: LayerTensors, weight: str, expert: int | None) -> str:
     """The name that a missing tensor would have."""
     if expert is None:
         return f"{layer.module.name}.{weight}"
-    example = next((tensor for (projection, _), tensor in layer.stored.items() if projection == weight), None)
+    example = next((stored for (projection, _), stored in layer.stored.items() if projection == weight), None)
     name = f"{layer.module.name}.{expert}.{weight}_proj.weight"
     return _NUMBER.sub(str(expert), example.name) if example else name

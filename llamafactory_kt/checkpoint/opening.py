@@ -18,7 +18,7 @@ from ..ground.errors import KTModelError, KTPathError, first_line
 from ..ground.tensor_files import shards
 from ..peft_side.split import PeftPart, check_peft_part
 from .discovery import find_experts
-from .fp8 import block_size
+from .formats import format_of, quantization
 from .layout import CheckpointLayout
 
 
@@ -86,21 +86,21 @@ def fit_adapters(
     return parts
 
 
-def open_checkpoint(directory: str | Path, *, fp8: bool = False) -> MoEModel:
+def open_checkpoint(directory: str | Path, *, quantized: bool = False) -> MoEModel:
     """Open a local checkpoint in safetensors.
 
     Args:
         directory: the checkpoint; ``~`` is expanded.
-        fp8: also accept FP8 with a scale per block.
+        quantized: also accept a quantized checkpoint, of the formats in :data:`~.formats.FORMATS`.
 
     Raises:
         KTPathError: There are no safetensors files, or no model that can be opened.
-        KTModelError: The checkpoint is quantized in a way that is not accepted; or as :func:`find_experts`.
+        KTModelError: The checkpoint is quantized, and that is not accepted; or as :func:`find_experts`.
     """
     files = weight_files(directory)
     if not files:
         raise KTPathError(f"{directory} is not a directory with safetensors files.")
-    return MoEModel(empty_model(directory, fp8=fp8), files)
+    return MoEModel(empty_model(directory, quantized=quantized), files)
 
 
 def weight_files(directory: str | Path) -> list[Path]:
@@ -124,17 +124,16 @@ def auto_class(config: Any) -> Any:
     return AutoModelForImageTextToText if with_images else AutoModelForCausalLM
 
 
-def empty_model(name: str | Path, *, fp8: bool = False, quantized: bool = False) -> Any:
-    """Build the model on the meta device from its ``config.json``.
+def empty_model(name: str | Path, *, quantized: bool = False) -> Any:
+    """Build the model, as it is without quantization, on the meta device from its ``config.json``.
 
     Args:
         name: checkpoint directory (``~`` is expanded), or a name on the hub.
-        fp8: also accept FP8 with a scale per block.
-        quantized: accept any quantized checkpoint, and build the unquantized model.
+        quantized: also accept a quantized checkpoint; of any format, as no weights are read.
 
     Raises:
         KTPathError: There is no such model.
-        KTModelError: The checkpoint is quantized in a way that is not accepted.
+        KTModelError: The checkpoint is quantized, and that is not accepted.
     """
     from transformers import AutoConfig
 
@@ -143,7 +142,10 @@ def empty_model(name: str | Path, *, fp8: bool = False, quantized: bool = False)
         config = AutoConfig.from_pretrained(directory if directory.is_dir() else name)
     except (OSError, ValueError) as error:
         raise KTPathError(f"{name} is not a model that can be opened: {first_line(error)}") from error
-    if not quantized and block_size(getattr(config, "quantization_config", None)) is not None and not fp8:
-        raise KTModelError(f"{name} is an FP8 checkpoint; bfloat16, float16 or float32 weights are needed here.")
+    if not quantized and quantization(config):
+        title = format_of(config).title
+        raise KTModelError(
+            f"{name} is a quantized checkpoint ({title}); bfloat16, float16 or float32 weights are needed here."
+        )
     with torch.device("meta"):
         return auto_class(config).from_config(config)

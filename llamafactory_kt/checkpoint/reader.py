@@ -1,13 +1,11 @@
-"""Reading one layer's expert tensors from a checkpoint. FP8 weights are dequantized on the way."""
+"""Reading one layer's expert tensors from a checkpoint. Quantized weights are decoded on the way."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +16,11 @@ from ..adapters import ExpertLora, ExpertsShape
 from ..adapters.keys import PROJECTIONS
 from ..ground.paging import drop_pages, in_huge_pages, prefetch_pages
 from .discovery import ExpertsModule
-from .fp8 import FP8, Block, dequantize
+from .formats import WHOLE, Format, Shape
+from .stored import StoredTensor, opened
 
-SIZES = {"F32": 4, "F16": 2, "BF16": 2, FP8: 1}
-"""bytes per element of each dtype that experts may be stored in, by safetensors' names"""
-_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, FP8: torch.bfloat16}
-"""dtype in memory if no conversion is asked for; for FP8 as LLaMA-Factory dequantizes it"""
-
+_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""dtype in memory if no conversion is asked for; quantized weights become bfloat16, as LLaMA-Factory dequantizes them"""
 
 Piece = tuple[str, int | None]
 """of a layer's experts: (projection, expert), or (one of the module's ``weights`` or ``biases``, None)"""
@@ -74,16 +70,49 @@ class LayerWeights:
 
 
 @dataclass
-class StoredTensor:
-    """A checkpoint tensor, or the scales of one."""
+class StoredWeight:
+    """A weight of the checkpoint: one tensor, or what a format stores in its place."""
 
     name: str
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-    """safetensors' name"""
-    scale: StoredTensor | None = None
-    """of an FP8 weight"""
+    """without the format's endings, as the unquantized checkpoint has it"""
+    format: Format
+    parts: dict[str, StoredTensor] = field(default_factory=dict)
+    shape: Shape = ()
+    """of the decoded weight, when it is known"""
+
+    @property
+    def quantized(self) -> bool:
+        return self.format.is_quantized(self.parts)
+
+    @property
+    def file(self) -> Path:
+        """For messages: that of the first part."""
+        return next(iter(self.parts.values())).file
+
+    @property
+    def label(self) -> str:
+        """How it is stored, as ``BF16`` or ``INT4``."""
+        return self.format.label(self.parts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In memory, if no conversion is asked for."""
+        return torch.bfloat16 if self.quantized else _TORCH[self.parts[WHOLE].dtype]
+
+    def fit(self, shapes: Iterable[Shape]) -> list[str]:
+        """Find the :attr:`shape` of a quantized weight among those that it may have; what is wrong, if none fits."""
+        first: list[str] | None = None
+        for shape in shapes:
+            problems = list(self.format.problems(self.name, self.parts, shape))
+            if not problems:
+                self.shape = shape
+                return []
+            first = first or problems
+        return first or []
+
+    def decode(self, pages: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The weight in ``dtype``, from the parts that were read; of a fused weight, from those of one expert."""
+        return self.format.decode(pages, self.shape[-2:], dtype) if self.quantized else pages[WHOLE].to(dtype)
 
 
 @dataclass
@@ -91,10 +120,8 @@ class LayerTensors:
     """The tensors of one module's experts."""
 
     module: ExpertsModule
-    block: Block | None
-    """of an FP8 checkpoint, else None"""
-    stored: dict[Piece, StoredTensor] = field(default_factory=dict)
-    """weights and biases; :meth:`tensors` are their scales too"""
+    stored: dict[Piece, StoredWeight] = field(default_factory=dict)
+    """weights and biases"""
 
     @property
     def fused(self) -> bool:
@@ -106,20 +133,34 @@ class LayerTensors:
             return [(weight, None) for weight in self.module.weights]
         return [(projection, expert) for projection in self.module.shape.projections]
 
+    def shapes(self, name: str, expert: int | None) -> list[Shape]:
+        """The shapes that a piece may have in the checkpoint."""
+        shape = self.module.shape
+        if expert is not None:
+            return [shape.projection(name)]
+        if name in self.module.biases:
+            out, width = self.parameter(name.removesuffix("_bias"))
+            return [(shape.num_experts, width if shape.fused.transposed else out)]
+        out, width = self.parameter(name)
+        return [(shape.num_experts, out, width), (shape.num_experts, width, out)]
+
+    def weights(self) -> list[StoredWeight]:
+        """All but the biases."""
+        return [weight for (name, _), weight in self.stored.items() if name not in self.module.biases]
+
     def tensors(self) -> list[StoredTensor]:
-        """Weights and their scales."""
-        weights = list(self.stored.values())
-        return weights + [weight.scale for weight in weights if weight.scale is not None]
+        """All parts of weights and biases."""
+        return [part for weight in self.stored.values() for part in weight.parts.values()]
 
     @property
     def nbytes(self) -> int:
         """On disk."""
-        return sum(prod(tensor.shape) * SIZES[tensor.dtype] for tensor in self.tensors())
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights, or bfloat16 for FP8; float32 where they differ."""
-        stored = {_TORCH[tensor.dtype] for (name, _), tensor in self.stored.items() if name not in self.module.biases}
+        """The dtype of the weights in memory, bfloat16 for quantized ones; float32 where they differ."""
+        stored = {weight.dtype for weight in self.weights()}
         return stored.pop() if len(stored) == 1 else torch.float32
 
     def fingerprint(self) -> str:
@@ -131,27 +172,30 @@ class LayerTensors:
             for tensor in sorted(self.tensors(), key=lambda tensor: tensor.name):
                 if tensor.file not in handles:
                     handles[tensor.file] = stack.enter_context(safe_open(tensor.file, framework="pt"))
-                row = handles[tensor.file].get_slice(tensor.name)[:1].flatten()[: tensor.shape[-1]].contiguous()
+                row = (
+                    handles[tensor.file].get_slice(tensor.name)[:1]
+                    if tensor.shape
+                    else handles[tensor.file].get_tensor(tensor.name)
+                )
+                row = row.flatten()[: tensor.shape[-1] if tensor.shape else 1].contiguous()
                 digest.update(f"{tensor.name} {tensor.shape} {tensor.dtype}".encode())
                 digest.update(row.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def by_name(self, experts: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Read some experts' weights as the checkpoint names and lays them out, in float32; fused ones with these experts alone."""
-        get = _reader()
+        """Read some experts' weights as the unquantized checkpoint names and lays them out, in float32; fused ones with these experts alone."""
+        get = opened()
 
-        def read(tensor: StoredTensor, expert: int | None) -> torch.Tensor:
-            def part(stored: StoredTensor) -> torch.Tensor:
-                return get(stored) if expert is None else get(stored)[expert]
-
-            if tensor.scale is None or self.block is None:
-                return part(tensor).float()
-            return dequantize(part(tensor), part(tensor.scale), self.block)
+        def read(weight: StoredWeight, expert: int | None) -> torch.Tensor:
+            parts = {part: get(tensor) for part, tensor in weight.parts.items()}
+            if expert is not None:
+                parts = {part: tensor[expert] for part, tensor in parts.items()}
+            return weight.decode(parts, torch.float32)
 
         return {
-            tensor.name: torch.stack([read(tensor, number) for number in experts])
-            if expert is None else read(tensor, None)
-            for (_, expert), tensor in self.stored.items()
+            weight.name: torch.stack([read(weight, number) for number in experts])
+            if expert is None else read(weight, None)
+            for (_, expert), weight in self.stored.items()
             if expert is None or expert in experts
         }  # fmt: skip
 
@@ -162,13 +206,13 @@ class LayerTensors:
         from resident memory.
 
         Args:
-            dtype: to convert to; None keeps the checkpoint's (bfloat16 for FP8).
+            dtype: to convert to; None keeps the checkpoint's (bfloat16 for quantized ones).
             lora: to merge: each weight becomes ``W + scaling * B @ A``, summed in float32 and rounded once.
         """
         dtype = dtype or self.dtype
-        for expert, (weights, pages) in enumerate(self._read()):
+        for expert, (weights, pages) in enumerate(self._read(dtype if lora is None else torch.float32)):
             if lora is not None:
-                weights = [w.float() + lora.delta(p, expert) for w, p in zip(weights, PROJECTIONS, strict=True)]
+                weights = [w + lora.delta(p, expert) for w, p in zip(weights, PROJECTIONS, strict=True)]
             yield ExpertWeights(*(weight.to(dtype) for weight in weights))
             for tensor in pages:
                 drop_pages(tensor)
@@ -178,34 +222,30 @@ class LayerTensors:
         module = self.module
         if not module.biases:
             return None
-        get = _reader()
-        first, down = (get(self.stored[name, None]).float() for name in module.biases)
+        get = opened()
+        first, down = (get(self.stored[name, None].parts[WHOLE]).float() for name in module.biases)
         shape = module.shape
         gate, up = shape.fused.split(first, 1) if shape.has_gate else (first[:, :0], first)
         return ExpertBiases(*(bias.contiguous() for bias in (gate, up, down)))
 
     def read_ahead(self) -> None:
         """Have the system read the tensors into its page cache in the background."""
-        get = _reader()
+        get = opened()
         for tensor in self.tensors():
             prefetch_pages(get(tensor))
 
-    def _read(self) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-        """Each expert's (gate, up and down as [out, in]; the mapped tensors that they come from). FP8 weights are float32."""
-        get, fused = _reader(), self.fused
-
-        def part(tensor: StoredTensor, expert: int) -> torch.Tensor:
-            return get(tensor)[expert] if fused else get(tensor)
-
+    def _read(self, dtype: torch.dtype) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Each expert's (gate, up and down as [out, in]; the mapped tensors that they come from)."""
+        get, fused = opened(), self.fused
         for expert in range(self.module.shape.num_experts):
             stored = [self.stored[piece] for piece in self.of_expert(expert)]
-            pages = [part(tensor, expert) for tensor in stored]
-            weights = [
-                page if tensor.scale is None or self.block is None
-                else dequantize(page, part(tensor.scale, expert), self.block)
-                for tensor, page in zip(stored, pages, strict=True)
-            ]  # fmt: skip
-            yield (self.canonical(*weights) if fused else self._with_gate(weights)), pages
+            pages = [
+                {part: get(tensor)[expert] if fused else get(tensor) for part, tensor in weight.parts.items()}
+                for weight in stored
+            ]
+            weights = [weight.decode(parts, dtype) for weight, parts in zip(stored, pages, strict=True)]
+            plain = self.canonical(*weights) if fused else self._with_gate(weights)
+            yield plain, [page for parts in pages for page in parts.values()]
 
     def canonical(self, first: torch.Tensor, down: torch.Tensor) -> list[torch.Tensor]:
         """gate, up and down as [out, in], of one expert's fused weights, which are stored like the model's parameters, or, in older
@@ -225,9 +265,3 @@ class LayerTensors:
 
     def _with_gate(self, weights: list[torch.Tensor]) -> list[torch.Tensor]:
         return weights if self.module.shape.has_gate else [weights[0][:0], *weights]
-
-
-def _reader() -> Callable[[StoredTensor], torch.Tensor]:
-    """A function that reads tensors as views of their mapped files, and opens each file once."""
-    opened = cache(lambda file: safe_open(file, framework="pt", device="cpu"))
-    return lambda tensor: opened(tensor.file).get_tensor(tensor.name)

@@ -28,9 +28,14 @@ _KEEP_MAPPED = 256 * 2**20
 """bytes read from files after which they are opened anew: what was read counts as resident memory while its file is open"""
 
 
-def _bits(dtype: str) -> int:
-    digits = re.search(r"\d+", dtype)  # BF16: 16, F8_E4M3: 8
-    return int(digits[0]) if digits else 8  # BOOL
+def bits(dtype: str) -> int:
+    """The size of a value, by safetensors' name of its dtype.
+
+    >>> bits("BF16"), bits("F8_E4M3"), bits("BOOL")
+    (16, 8, 8)
+    """
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 8
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class SafetensorsStore:
                 raise KTAdapterError(f"The tensor {name} stands both in {self.infos[name].file} and in {file}.")
             piece = handle.get_slice(name)
             shape, dtype = tuple(piece.get_shape()), str(piece.get_dtype())
-            self.infos[name] = TensorInfo(shape, dtype, prod(shape) * _bits(dtype) // 8, file)
+            self.infos[name] = TensorInfo(shape, dtype, prod(shape) * bits(dtype) // 8, file)
         self._handles[file] = handle
 
     def metadata(self) -> dict[str, str]:

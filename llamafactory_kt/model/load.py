@@ -63,8 +63,10 @@ class ExpertsLoad:
         computed = formulas(opened.experts)
         plans = candidates(config.backend, config.plan_request(on_gpu), merged=config.merge_adapter, formulas=computed)
         layout, experts = opened.layout, opened.experts
-        self.tensors = frozenset(layout.target_names)
-        """the experts' tensors, as transformers names them; no parameter asks for them any more"""
+        self.format = layout.format
+        """of the checkpoint's weights"""
+        self.unexpected = layout.unexpected()
+        """see :meth:`CheckpointLayout.unexpected`"""
         self._adapters = open_adapters(config.adapter, config.moe_lora)
         require_peft_layers(opened.fit(self._adapters, finite=True))
         if config.recalibrate:

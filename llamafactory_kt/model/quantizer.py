@@ -6,19 +6,17 @@ and once more afterwards, when the engines are filled.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from ..checkpoint.fp8 import block_size
 from .auto_hf_quantizer import accept_quantized_checkpoints
 from .config import QUANT_METHOD, KTExpertsConfig
 from .experts_module import KTExperts
-from .fp8_rules import loading_rules
 from .load import ExpertsLoad
+from .loading_rules import loading_rules
 
 __all__ = ["KTExperts", "KTExpertsConfig", "KTExpertsQuantizer"]
 
@@ -31,14 +29,9 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
 
     quantization_config: KTExpertsConfig
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Is the checkpoint's format one that can be read?"""
-        block_size(self.quantization_config)
-
     def get_weight_conversions(self) -> list[Any]:
-        """How transformers reads all but the experts."""
-        block = block_size(self.quantization_config)
-        return loading_rules(block) if block is not None else []
+        """How transformers reads all but the experts; asked for after the model was processed."""
+        return loading_rules(self._load.format)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
@@ -47,13 +40,11 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         on_gpu = torch.cuda.is_available() and not everything_on_cpu
         self._load = ExpertsLoad(self.quantization_config, model, checkpoint_files or [], on_gpu=on_gpu)
         self._load.replace_experts()
-        # transformers will find just these tensors unexpected, as no parameter asks for them any more.
         known = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
-        kind = (
-            set if isinstance(known, set) else list
-        )  # transformers adds to what it has made itself: a list in 5.6, a set in 5.24
-        replaced = (f"^{re.escape(name)}$" for name in sorted(self._load.tensors))
-        model._keys_to_ignore_on_load_unexpected = kind([*(known or ()), *replaced])
+        kind = set if isinstance(known, set) else list  # a list in transformers 5.6, a set in 5.24, which adds to it
+        model._keys_to_ignore_on_load_unexpected = kind([*(known or ()), *self._load.unexpected])
+        # Whatever transformers found in config.json: parts of quantized weights keep their dtypes until they are decoded.
+        self.pre_quantized = bool(self._load.format.parts)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._load.fill()

@@ -43,8 +43,10 @@ ONLY: dict[str, tuple[Any, str]] = {
 }
 """keys that would change the answers unless they have this value; and what to write instead"""
 
-FORMATS = {"bf16": AUTO, "fp8": AUTO, **{name: engine.name for name, engine in PACKING.items()}}
-"""``kt_expert_weight_format`` -> ``kt_backend``. Experts of an FP8 checkpoint are read as they are."""
+FORMATS = {
+    **dict.fromkeys(("bf16", "fp8", "rawint4", "mxfp4"), AUTO), **{name: engine.name for name, engine in PACKING.items()},
+}  # fmt: skip
+"""``kt_expert_weight_format`` -> ``kt_backend``. Experts of a quantized checkpoint are read as they are."""
 
 BACKENDS = {"INT8": FORMATS["int8"], "FP8": FORMATS["fp8"], "AMXFP8": FORMATS["fp8"]}
 """values of ``kt_backend`` that the forks spell in another way"""

@@ -81,7 +81,7 @@ def quantize_model(
     if problem := engine.problem():
         raise KTKernelError(f"kt-kernel cannot pack {method} weights here: {problem}. A chat with them needs the same.")
     source, target, kind = Path(model_path), Path(output), engine.method
-    layout, pools = open_checkpoint(source, fp8=True).layout, pools or sub_pools()
+    layout, pools = open_checkpoint(source, quantized=True).layout, pools or sub_pools()
     for formula in formulas(layout.modules):
         if problem := engine.cannot_compute(formula):
             raise KTModelError(f"kt-kernel cannot use packed experts of {source}: they are {formula}, and {problem}.")
@@ -149,7 +149,7 @@ def _pack_layer(source: Path, layer: int, root: Path, method: Method, pools: int
 @cache
 def _layout(source: Path) -> CheckpointLayout:
     """Opened once per worker."""
-    return open_checkpoint(source, fp8=True).layout
+    return open_checkpoint(source, quantized=True).layout
 
 
 def _check_output(target: Path, records: dict[int, LayerRecord]) -> None:

@@ -79,16 +79,18 @@ def test_a_wrong_index(model, tmp_path, index, message):
 
 def test_quantized_checkpoints_are_opened_where_they_may_be(tmp_path):
     fp8, _ = make_fp8(tmp_path / "fp8", make_model(tmp_path / "m", "deepseek_v2", dtype=torch.float32), [32, 48])
-    with pytest.raises(KTModelError, match="is an FP8 checkpoint; bfloat16, float16 or float32 weights are needed"):
+    with pytest.raises(
+        KTModelError, match=r"is a quantized checkpoint \(FP8\); bfloat16, float16 or float32 weights are needed"
+    ):
         open_checkpoint(fp8)
-    moe = open_checkpoint(fp8, fp8=True)
-    assert moe.layout.block == (32, 48) and moe.layout.dtypes() == {"F8_E4M3"}
+    moe = open_checkpoint(fp8, quantized=True)
+    assert moe.layout.format.block == (32, 48) and moe.layout.dtypes() == {"F8_E4M3"}
     config = json.loads((fp8 / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "hqq"}
     (fp8 / "config.json").write_text(json.dumps(config))
-    with pytest.raises(KTModelError, match="is a quantized checkpoint"):
-        empty_model(fp8, fp8=True)
-    assert MoEModel(empty_model(fp8, quantized=True)).shapes == moe.shapes
+    assert MoEModel(empty_model(fp8, quantized=True)).shapes == moe.shapes, "no weights are read"
+    with pytest.raises(KTModelError, match=r"is a quantized checkpoint .quant_method: hqq"):
+        _ = open_checkpoint(fp8, quantized=True).layout
 
 
 def test_an_adapter_that_fits(model, adapter):

@@ -102,6 +102,7 @@ def test_every_key_of_others_is_known(of):
     [
         ({"kt_expert_weight_format": "int4"}, "AMXINT4"),
         ({"kt_expert_weight_format": "bf16"}, "auto"),
+        ({"kt_expert_weight_format": "rawint4"}, "auto"),
         ({"kt_expert_weight_format": "int4", "kt_backend": "AMXInt4_SFT"}, "AMXINT4"),
         ({"kt_expert_weight_format": "fp8", "kt_backend": "FP8"}, "auto"),
     ],
@@ -122,7 +123,7 @@ def test_int8_with_packed_weights(parse, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"kt_expert_weight_format": "rawint4"}, "kt_expert_weight_format: rawint4 cannot be computed here, expected one of bf16"),
+        ({"kt_expert_weight_format": "nvfp4"}, "kt_expert_weight_format: nvfp4 cannot be computed here, expected one of bf16"),
         ({"kt_expert_weight_format": "int8", "kt_backend": "AMXBF16"}, "int8 means kt_backend: AMXINT8, but kt_backend is AMXBF16"),
         ({"kt_expert_weight_format": "bf16", "kt_backend": "AMXINT4"}, "bf16 means kt_backend: auto, but kt_backend is AMXINT4"),
         ({"kt_mode": "long_context"}, "kt_mode: long_context has no meaning in this package. Remove it: attention"),

@@ -6,7 +6,10 @@ training, or without use_kt, each hook calls the stock function. The log goes to
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -45,15 +48,15 @@ def patch(module: ModuleType) -> None:
     def patch_config(
         config: Any, tokenizer: Any, model_args: Any, init_kwargs: dict[str, Any], is_trainable: bool
     ) -> None:
-        chats = with_kt(model_args, is_trainable)
-        if chats:
-            from ...checkpoint.fp8 import block_size
+        if not with_kt(model_args, is_trainable):
+            stock_patch(config, tokenizer, model_args, init_kwargs, is_trainable)
+            return
+        from ...checkpoint.formats import format_of, quantization
 
-            # refuses other formats, before LLaMA-Factory asks for their libraries
-            block_size(getattr(config, "quantization_config", None))
-        stock_patch(config, tokenizer, model_args, init_kwargs, is_trainable)
-        if chats:
-            _prepare(model_args, init_kwargs)
+        format_of(config)  # refuses what cannot be read
+        with _unquantized(config):
+            stock_patch(config, tokenizer, model_args, init_kwargs, is_trainable)
+        _prepare(model_args, init_kwargs, quantization(config))
 
     def init_adapter(config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool) -> Any:
         if with_kt(model_args, is_trainable):
@@ -61,6 +64,18 @@ def patch(module: ModuleType) -> None:
         return stock_init(config, model, model_args, finetuning_args, is_trainable)
 
     replace(module, _get_init_kwargs, load_config, patch_config, init_adapter)
+
+
+@contextlib.contextmanager
+def _unquantized(config: Any) -> Iterator[None]:
+    """Let LLaMA-Factory see a configuration without ``quantization_config``: it would ask for the format's own quantizer, and for
+    libraries that compute with it, while the weights are decoded here."""
+    stored = vars(config).pop("quantization_config", None)
+    try:
+        yield
+    finally:
+        if stored is not None:
+            config.quantization_config = stored
 
 
 def _share_log() -> None:
@@ -95,14 +110,17 @@ def _prefer_native(model_args: Any, init_kwargs: dict[str, Any]) -> None:
         init_kwargs["trust_remote_code"] = False
 
 
-def _prepare(model_args: Any, init_kwargs: dict[str, Any]) -> None:
-    """Add KT to the arguments of ``from_pretrained``."""
+def _prepare(model_args: Any, init_kwargs: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+    """Add KT to the arguments of ``from_pretrained``.
+
+    Args:
+        checkpoint: its ``quantization_config``, which transformers passes on for the formats that it knows.
+    """
     import torch
 
     logger.info("Loading model with KTransformers MoE backend")
-    init_kwargs["quantization_config"] = experts_config(model_args)
+    init_kwargs["quantization_config"] = dataclasses.replace(experts_config(model_args), checkpoint=checkpoint or None)
     answer_by_name()
-    init_kwargs.pop("ignore_mismatched_sizes", None)  # LLaMA-Factory sets it for FP8 checkpoints
     if getattr(model_args, "kt_native", False):
         init_kwargs["trust_remote_code"] = False  # even if the tokenizer needed it
     # Everything but the experts goes to the GPU, or is spread over several; without a GPU, all of it stays on the CPU.

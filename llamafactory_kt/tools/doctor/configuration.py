@@ -49,7 +49,7 @@ def _model(args: Any) -> Findings:
 
     name = args.model_name_or_path
     try:
-        moe = MoEModel(empty_model(name, fp8=True), weight_files(name))
+        moe = MoEModel(empty_model(name, quantized=True), weight_files(name))
     except KTError as problem:
         yield error("model", describe(problem), "docs/architectures.md says which models are accepted.")
         return

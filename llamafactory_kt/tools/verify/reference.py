@@ -6,7 +6,6 @@ It shares no code and no weights with the engines; only where the tensors are, a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,6 +16,7 @@ from ...adapters.keys import PROJECTIONS
 from ...checkpoint.discovery import ExpertsModule
 from ...checkpoint.formula import ExpertFormula
 from ...checkpoint.opening import open_checkpoint
+from ...checkpoint.reader import StoredWeight
 
 ExpertWeights = dict[str, torch.Tensor]
 """``gate`` and ``up`` [I, H], ``down`` [H, I], float32; without a gate, ``gate`` is [0, H]"""
@@ -36,19 +36,11 @@ class Reference:
     """
 
     def __init__(self, directory: Path, adapters: AdapterSet):
-        moe = open_checkpoint(directory, fp8=True)
+        moe = open_checkpoint(directory, quantized=True)
         self.modules: dict[int, ExpertsModule] = {module.layer: module for module in moe.experts}
         self.adapters = adapters
         adapters.check_fits(moe.shapes)
         self._layout = moe.layout
-        self._block = moe.layout.block
-        names = moe.layout.names()
-        self._tensors = {m.layer: {place: name for name, place in names[m.name].items()} for m in moe.experts}
-        """layer -> (projection, expert), or (fused weight, None) -> tensor of the checkpoint"""
-        self._files: dict[str, Path] = {}
-        for file in moe.files:
-            with safe_open(file, framework="pt") as handle:
-                self._files |= dict.fromkeys(handle.keys(), file)
 
     def lora(self, layer: int) -> ExpertLora | None:
         """Read a layer's LoRA from the adapters' files."""
@@ -76,26 +68,23 @@ class Reference:
         return outs
 
     def _read(self, layer: int, expert: int) -> ExpertWeights:
-        module, names = self.modules[layer], self._tensors[layer]
+        module, tensors = self.modules[layer], self._layout.layer(self.modules[layer].name)
 
-        def stored(name: str, slice_of: int | None) -> torch.Tensor:
-            with safe_open(self._files[name], framework="pt") as handle:
-                value: Any = handle.get_slice(name)
-                read: torch.Tensor = value[slice_of] if slice_of is not None else value[:]
-            return read.float()
+        def read(weight: StoredWeight, slice_of: int | None) -> torch.Tensor:
+            parts = {}
+            for part, tensor in weight.parts.items():
+                with safe_open(tensor.file, framework="pt") as handle:
+                    value = handle.get_tensor(tensor.name)
+                    parts[part] = value[slice_of] if slice_of is not None else value
+            return weight.decode(parts, torch.float32)
 
-        def tensor(name: str, slice_of: int | None) -> torch.Tensor:
-            value, scales = stored(name, slice_of), f"{name}_scale_inv"
-            if self._block is None or scales not in self._files:
-                return value
-            factors = stored(scales, slice_of).repeat_interleave(self._block[0], 0).repeat_interleave(self._block[1], 1)
-            return value * factors[: value.shape[0], : value.shape[1]]
-
-        if ("down", expert) in names:
-            read = {projection: tensor(names[projection, expert], None) for projection in module.shape.projections}
-            return {"gate": read["up"][:0], **read}
-        fused = (tensor(names[weight, None], expert) for weight in module.weights)
-        return dict(zip(PROJECTIONS, self._layout.layer(module.name).canonical(*fused), strict=True))
+        if not tensors.fused:
+            own = {
+                projection: read(tensors.stored[projection, expert], None) for projection in module.shape.projections
+            }
+            return {"gate": own["up"][:0], **own}
+        fused = (read(tensors.stored[weight, None], expert) for weight in module.weights)
+        return dict(zip(PROJECTIONS, tensors.canonical(*fused), strict=True))
 
 
 def _output(formula: ExpertFormula, expert: ExpertWeights, biases: ExpertWeights, x: torch.Tensor) -> torch.Tensor:

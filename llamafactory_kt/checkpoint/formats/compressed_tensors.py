@@ -1,0 +1,144 @@
+"""compressed-tensors, as llm-compressor writes it (Kimi-K2-Thinking among others). Of its formats these are read:
+
+- ``pack-quantized``: integers of 4 or 8 bits, offset by half their range and packed along the rows, ``weight_packed`` int32
+  [out, ceil(in * bits / 32)]; ``weight_scale`` [out, groups], where one group is a whole row or ``group_size`` columns;
+  ``weight_shape``, which the model knows too; for asymmetric weights ``weight_zero_point``, packed along the columns, int32
+  [ceil(out * bits / 32), groups]; with activation ordering ``weight_g_idx`` [in], the group of each column.
+- ``int-quantized``, ``float-quantized`` and ``naive-quantized``: ``weight`` as int8 or float8_e4m3fn, with ``weight_scale`` per weight,
+  row, group or block, and ``weight_zero_point`` for asymmetric integers.
+
+(compressed_tensors/compressors of the library; https://github.com/vllm-project/compressed-tensors)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ...ground.errors import KTModelError
+from ..stored import StoredTensor
+from .format import FLOATS, WHOLE, Format, Shape, Wanted, of_rows, scaled
+from .fp8 import E4M3, Block, block_of, dequantize, scales, widened
+from .packing import packed_width, unpack, unpacked_rows
+
+_READ = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one ``config_group`` stores its weights."""
+
+    bits: int
+    kind: str
+    """``int`` or ``float``"""
+    packed: bool
+    symmetric: bool
+    group: int | None
+    """columns that share a scale"""
+    block: Block | None
+    targets: tuple[str, ...]
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], default: str) -> Scheme:
+        """Args:
+            group: an entry of ``config_groups``.
+            default: the checkpoint's own format.
+
+        Raises:
+            KTModelError: It cannot be read.
+        """
+        weights, form = group.get("weights") or {}, group.get("format") or default
+        bits, kind, strategy = weights.get("num_bits", 8), weights.get("type", "int"), weights.get("strategy")
+        packed = form == "pack-quantized"
+        readable = (kind, bits) in ((("int", 4), ("int", 8)) if packed else (("int", 8), ("float", 8)))
+        if form not in _READ or not readable or strategy not in (None, "tensor", "channel", "group", "block"):
+            raise KTModelError(
+                f"The compressed-tensors checkpoint has weights of format: {form}, type: {kind}, num_bits: {bits}, strategy: {strategy} in "
+                f"config.json; {', '.join(_READ)} with integers of 4 or 8 bits or FP8 are supported. Use the model's unquantized "
+                "checkpoint."
+            )
+        size = weights.get("group_size")
+        block = weights.get("block_structure") if strategy == "block" else None
+        return cls(
+            bits, kind, packed, weights.get("symmetric", True), size if size and size > 0 else None,
+            block_of(block) if block is not None else None, tuple(group.get("targets") or ()),
+        )  # fmt: skip
+
+    def matches(self, module: str) -> bool:
+        """Whether a module is meant: by its name, by ``re:`` and a pattern, or by its class, which can only be ``Linear``."""
+        return any(
+            re.match(target[3:], module) if target.startswith("re:") else target in (module, "Linear")
+            for target in self.targets
+        )
+
+
+class CompressedTensors(Format):
+    """``quant_method: compressed-tensors``."""
+
+    title = "compressed-tensors"
+    end = ".weight"
+    parts: ClassVar[Mapping[str, str]] = {
+        WHOLE: ".weight", "packed": ".weight_packed", "scale": ".weight_scale", "zero": ".weight_zero_point",
+        "order": ".weight_g_idx", "shape": ".weight_shape",
+    }  # fmt: skip
+    unused: ClassVar[Sequence[str]] = (
+        ".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point", ".q_scale", ".k_scale",
+        ".v_scale", ".k_zero_point", ".v_zero_point",
+    )  # fmt: skip
+
+    def __init__(self, schemes: list[Scheme]):
+        self._schemes = schemes
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> Format | None:
+        if values.get("quant_method") != "compressed-tensors":
+            return None
+        if (values.get("sparsity_config") or {}).get("format", "dense") != "dense":
+            raise KTModelError(
+                "The compressed-tensors checkpoint is sparse (sparsity_config in config.json), which is not supported. Use the model's "
+                "unquantized checkpoint."
+            )
+        form = values.get("format", "dense")
+        return cls([Scheme.of(group, form) for group in (values.get("config_groups") or {}).values()])
+
+    def label(self, parts: Mapping[str, StoredTensor]) -> str:
+        return super().label(parts) if "packed" not in parts else f"INT{self._scheme(parts['packed'].name).bits}"
+
+    def _scheme(self, name: str) -> Scheme:
+        module = name.rpartition(".")[0]
+        # A name or pattern says more than a class, as in the library.
+        named = [scheme for scheme in self._schemes if "Linear" not in scheme.targets and scheme.matches(module)]
+        return (named or [scheme for scheme in self._schemes if scheme.matches(module)] or self._schemes)[0]
+
+    def wanted(self, name: str, shape: Shape) -> Mapping[str, Wanted]:
+        scheme, (out, width) = self._scheme(name), shape[-2:]
+        groups = width // scheme.group if scheme.group and width % scheme.group == 0 else 1
+        scale = Wanted([(out, groups)], FLOATS) if scheme.group else scales(shape, scheme.block)
+        found = {"scale": scale}
+        if scheme.packed:
+            found["packed"] = Wanted([(out, packed_width(width, scheme.bits))], ["I32"])
+            found["shape"] = Wanted([(2,)], ["I64", "I32"], optional=True)
+            found["order"] = Wanted([(width,)], ["I32", "I64"], optional=True)
+            zero = Wanted([(packed_width(out, scheme.bits), groups)], ["I32"])
+        else:
+            found[WHOLE] = Wanted([shape], [E4M3 if scheme.kind == "float" else "I8"])
+            zero = Wanted(scale.shapes, ["I8"])
+        return found if scheme.symmetric else {**found, "zero": zero}
+
+    def rows(self, parts: Mapping[str, torch.Tensor], rows: slice, shape: Shape) -> torch.Tensor:
+        scale, zero, width = parts["scale"], parts.get("zero"), shape[1]
+        if "packed" in parts:
+            bits = 4 if parts["packed"].shape[1] == packed_width(width, 4) else 8
+            values = unpack(parts["packed"][rows], bits)[:, :width]
+            middle = 1 << (bits - 1)  # was added to weights and zero points before they were packed
+            zeros = unpacked_rows(zero, bits, rows) if zero is not None else middle
+            order = parts["order"].long() if "order" in parts else None
+            return scaled(values, of_rows(scale, rows), zeros, order)
+        for block in (scheme.block for scheme in self._schemes if scheme.block is not None):
+            if tuple(scale.shape) in scales(shape, block).shapes:
+                return dequantize(parts[WHOLE][rows], scale, rows, block)
+        return scaled(widened(parts[WHOLE][rows]), of_rows(scale, rows), of_rows(zero, rows) if zero is not None else 0)

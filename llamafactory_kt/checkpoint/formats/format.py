@@ -1,0 +1,171 @@
+"""What a way of storing weights has to tell: which tensors make up a weight, what they must look like, and the numbers in them.
+
+:class:`Format` itself is that of checkpoints that are not quantized: every tensor is a weight. A format of quantized weights is
+a subclass in a file of its own, and a line in :data:`~.FORMATS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..stored import StoredTensor
+
+Shape = tuple[int, ...]
+ROWS = 8
+"""rows are decoded in multiples of these: some formats pack as many into one word"""
+_AT_A_TIME = 2**18
+"""numbers that a thread decodes at a time, so that what is in between stays in its core's cache"""
+WHOLE = "weight"
+"""the part that bears the weight's own name; the only one of a weight that is not quantized"""
+FLOATS = ("F32", "BF16", "F16")
+_QUANTIZED = ("F8", "F4", "I8")
+"""how the dtypes of weights begin that are nothing without a scale"""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a part of a weight must look like."""
+
+    shapes: Sequence[Shape]
+    """one of these"""
+    dtypes: Sequence[str]
+    """one of these, by safetensors' names"""
+    optional: bool = False
+
+    def fits(self, tensor: StoredTensor) -> bool:
+        return tensor.shape in self.shapes and tensor.dtype in self.dtypes
+
+    def __str__(self) -> str:
+        return f"{' or '.join(self.dtypes)} {' or '.join(map(str, self.shapes))}"
+
+
+class Format:
+    """Weights as they are. Subclasses say how quantized ones are stored.
+
+    Checkpoints may hold both: a weight whose only part is :data:`WHOLE` is not quantized, whatever the format. So lists of modules
+    that were left out (``ignore``, ``modules_to_not_convert``) need no reading.
+    """
+
+    title: ClassVar[str] = "unquantized"
+    """for messages"""
+    end: ClassVar[str] = ""
+    """how the names of quantized weights end, as the model names them"""
+    parts: ClassVar[Mapping[str, str]] = {}
+    """part of a weight -> what its stored name has in place of :attr:`end`"""
+    unused: ClassVar[Sequence[str]] = ()
+    """how the stored names of tensors end that concern the quantization of activations and caches; here both are floats"""
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> Format | None:
+        """The format that a ``quantization_config`` describes, None if it is another one's.
+
+        Raises:
+            KTModelError: It is this one's, in a variant that cannot be read.
+        """
+        return None
+
+    def split(self, name: str) -> tuple[str, str]:
+        """A stored tensor's name -> (its weight's, which part of the weight it is)."""
+        for part, ending in self.parts.items():
+            if part != WHOLE and name.endswith(ending) and not name.endswith(tuple(self.unused)):
+                return name.removesuffix(ending) + self.end, part
+        return name, WHOLE
+
+    def stored_name(self, weight: str, part: str) -> str:
+        """The inverse of :meth:`split`."""
+        return weight if part == WHOLE else weight.removesuffix(self.end) + self.parts[part]
+
+    def is_quantized(self, parts: Mapping[str, StoredTensor]) -> bool:
+        """Whether these are more than a plain weight."""
+        return parts.keys() != {WHOLE} or parts[WHOLE].dtype.startswith(_QUANTIZED)
+
+    def label(self, parts: Mapping[str, StoredTensor]) -> str:
+        """The format of one weight in a few characters, as ``F8_E4M3`` or ``INT4``."""
+        return self.title if WHOLE not in parts else parts[WHOLE].dtype
+
+    def wanted(self, name: str, shape: Shape) -> Mapping[str, Wanted]:
+        """The parts of a quantized weight.
+
+        Args:
+            name: the weight's, in the checkpoint.
+            shape: of the decoded weight, as the model has it.
+        """
+        return {WHOLE: Wanted([shape], FLOATS)}
+
+    def problems(self, name: str, parts: Mapping[str, StoredTensor], shape: Shape) -> Iterator[str]:
+        """What keeps a quantized weight from being decoded; each names a tensor, what was found and what was wanted."""
+        wanted = self.wanted(name, shape)
+        for part, want in wanted.items():
+            found = parts.get(part)
+            if found is None:
+                if not want.optional:
+                    yield f"{self.stored_name(name, part)} is missing"
+            elif not want.fits(found):
+                yield f"{found.name} is {found.dtype} {found.shape}, wanted {want}"
+        for part in parts.keys() - wanted.keys():
+            yield f"{parts[part].name} is not part of {self.title} weights as config.json describes them"
+
+    def decode(
+        self, parts: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """The numbers of one quantized weight.
+
+        Args:
+            parts: as :meth:`wanted`; of a fused weight of all experts, those of one expert.
+            shape: of the weight, [out, in].
+            dtype: to round to, once.
+
+        Returns:
+            On the parts' device.
+        """
+        out, width = shape
+        values = torch.empty(out, width, dtype=dtype, device=next(iter(parts.values())).device)
+        step = max(1, _AT_A_TIME * torch.get_num_threads() // width // ROWS) * ROWS
+        for start in range(0, out, step):
+            rows = slice(start, min(start + step, out))
+            values[rows] = self.rows(parts, rows, shape)
+        return values
+
+    def rows(self, parts: Mapping[str, torch.Tensor], rows: slice, shape: Shape) -> torch.Tensor:
+        """Some rows of a quantized weight, [rows, in] in float32.
+
+        Args:
+            rows: start and end are given; the start is a multiple of :data:`ROWS`.
+            parts, shape: as in :meth:`decode`.
+        """
+        raise NotImplementedError
+
+
+def of_rows(scale: torch.Tensor, rows: slice) -> torch.Tensor:
+    """The scales of some rows, [rows, groups], of scales for each row or for the whole weight."""
+    scale = scale.reshape(-1, 1) if scale.dim() < 2 else scale
+    return scale[rows] if len(scale) > 1 else scale
+
+
+def scaled(
+    values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | int = 0, order: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``(values - zero) * scale`` in float32, where the columns are divided into groups.
+
+    Args:
+        values: [rows, columns] integers of up to 8 bits, or floats.
+        scale: [rows, groups], or [1, 1] for all.
+        zero: an integer, or integers of the scale's shape.
+        order: int64 [columns] each one's group; None for groups of equal size, one after the other.
+    """
+    scale = scale.to(torch.float32)
+    zeros = zero.to(torch.float32) if isinstance(zero, torch.Tensor) else None
+    if order is not None:
+        scale = scale.contiguous().index_select(1, order)
+        zeros = zeros.contiguous().index_select(1, order) if zeros is not None else None
+    rows, columns = values.shape
+    groups = values.to(torch.float32).view(rows, scale.shape[1], -1)
+    if zeros is not None:
+        groups.sub_(zeros.unsqueeze(-1))
+    elif zero:
+        groups.sub_(zero)
+    return groups.mul_(scale.unsqueeze(-1)).view(rows, columns)

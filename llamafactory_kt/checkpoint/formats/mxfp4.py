@@ -1,0 +1,58 @@
+"""MXFP4, as gpt-oss is published: four-bit floats (E2M1) with a power of two for each 32 (OCP Microscaling Formats 1.0).
+
+A fused weight of all experts, [E, in, out] in the unquantized model, is stored as ``gate_up_proj_blocks`` uint8
+[E, out, in / 32, 16], the first of a byte's two numbers in its lower half, and ``gate_up_proj_scales`` uint8 [E, out, in / 32],
+exponents plus 127.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from .format import Format, Shape, Wanted, scaled
+from .packing import unpack
+
+GROUP = 32
+"""numbers that share an exponent"""
+BIAS = 127
+
+
+class Mxfp4(Format):
+    """``quant_method: mxfp4``."""
+
+    title = "MXFP4"
+    parts: ClassVar[Mapping[str, str]] = {"blocks": "_blocks", "scales": "_scales"}
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any]) -> Format | None:
+        return cls() if values.get("quant_method") == "mxfp4" else None
+
+    def wanted(self, name: str, shape: Shape) -> Mapping[str, Wanted]:
+        *experts, width, out = shape
+        groups = -(-width // GROUP)  # a width that is no multiple of 32 fits no blocks, and is found so
+        return {
+            "blocks": Wanted([(*experts, out, groups, GROUP // 2)] if width % GROUP == 0 else [], ["U8"]),
+            "scales": Wanted([(*experts, out, groups)], ["U8"]),
+        }
+
+    def decode(
+        self, parts: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        width, out = shape
+        return super().decode(parts, (out, width), dtype).T
+
+    def rows(self, parts: Mapping[str, torch.Tensor], rows: slice, shape: Shape) -> torch.Tensor:
+        values = e2m1(unpack(parts["blocks"][rows].flatten(-2), 4))
+        return scaled(values, torch.ldexp(torch.ones_like(values[0, 0]), parts["scales"][rows].to(torch.int32) - BIAS))
+
+
+def e2m1(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 codes of four bits, a sign, two of the exponent and one of the mantissa -> float32. A float16 has room for these bits,
+    with another exponent bias."""
+    wide = codes.to(torch.int16)
+    signs = (wide & 8).bitwise_left_shift_(12)
+    halves = wide.bitwise_and_(7).bitwise_left_shift_(9).bitwise_or_(signs).view(torch.float16)
+    return halves.to(torch.float32).mul_(2.0 ** (15 - 1))

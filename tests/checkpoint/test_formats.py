@@ -1,0 +1,251 @@
+"""Each format's numbers, compared bit for bit with the format's own library, and what is said about checkpoints that do not fit."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.packed import awq, compressed, gptq, mxfp4
+from helpers.places import DATA
+from safetensors.torch import load_file
+
+from llamafactory_kt import KTModelError
+from llamafactory_kt.checkpoint.formats import FORMATS, WHOLE, Format, format_of
+from llamafactory_kt.checkpoint.formats import format as formats
+from llamafactory_kt.checkpoint.formats.fp8 import widened
+from llamafactory_kt.checkpoint.formats.mxfp4 import e2m1
+from llamafactory_kt.checkpoint.stored import StoredTensor
+from llamafactory_kt.ground.tensor_files import DTYPES
+
+OUT, IN = 64, 96
+
+
+@pytest.fixture(autouse=True)
+def few_rows_at_a_time(monkeypatch):
+    """So that weights are decoded in several pieces, the last of them smaller."""
+    monkeypatch.setattr(formats, "_AT_A_TIME", 24 * IN)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+
+def opened(**quantization) -> Format:
+    return format_of(SimpleNamespace(quantization_config=quantization))
+
+
+def parts_of(form: Format, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    split = {name: form.split(f"model.q_proj.{name}") for name in stored}
+    assert {weight for weight, _ in split.values()} == {"model.q_proj.weight"}
+    return {part: stored[name] for name, (_, part) in split.items()}
+
+
+def headers(form: Format, parts: dict[str, torch.Tensor], weight: str = "model.q_proj.weight"):
+    return {
+        part: StoredTensor(form.stored_name(weight, part), Path("f"), tuple(t.shape), DTYPES[t.dtype])
+        for part, t in parts.items()
+    }
+
+
+def check(form: Format, stored: dict[str, torch.Tensor], wanted: torch.Tensor) -> None:
+    """Headers are accepted, and the numbers are the wanted ones."""
+    parts = parts_of(form, stored)
+    assert list(form.problems("model.q_proj.weight", headers(form, parts), (OUT, IN))) == []
+    assert form.is_quantized(headers(form, parts))
+    exact = form.decode(parts, (OUT, IN))
+    assert exact.dtype == torch.float32 and torch.equal(exact.to(wanted.dtype), wanted)
+    assert torch.equal(form.decode(parts, (OUT, IN), wanted.dtype), wanted), "rounded once"
+
+
+COMPRESSED = [
+    *(("pack-quantized", "int", *rest) for rest in itertools.product((4, 8), ("group", "channel"), (True, False))),
+    *(("int-quantized", "int", 8, *rest) for rest in itertools.product(("channel", "tensor"), (True, False))),
+    *(("float-quantized", "float", 8, strategy, True) for strategy in ("channel", "tensor", "block")),
+]
+
+
+@pytest.mark.parametrize(("form", "kind", "bits", "strategy", "symmetric"), COMPRESSED)
+def test_compressed_tensors_as_its_library_decompresses_them(form, kind, bits, strategy, symmetric):
+    weights = {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": symmetric}
+    weights |= {"group_size": 32} if strategy == "group" else {}
+    weights |= {"block_structure": [16, 48]} if strategy == "block" else {}
+    check_compressed(form, weights)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_compressed_tensors_with_activation_ordering(symmetric):
+    weights = {
+        "num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": symmetric, "actorder": "group"
+    }  # fmt: skip
+    check_compressed("pack-quantized", weights)
+
+
+def check_compressed(form, weights):
+    scheme = {"format": form, "targets": ["Linear"], "weights": weights}
+    stored, wanted = compressed(scheme)(torch.randn(OUT, IN))
+    found = opened(quant_method="compressed-tensors", format=form, config_groups={"group_0": scheme})
+    check(found, stored, wanted.bfloat16())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["", ".desc_act", ".sym"])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_gptq_as_gptqmodel_dequantizes_it(bits, kind, version):
+    """``gptqmodel.safetensors`` holds what GPTQModel 7.7.0 made of random weights on 2026-11-28: ``PackableQuantLinear.pack_block`` packed
+    them, ``dequantize_weight`` gave ``weight`` [in, out] in float16, transposed here; ``qzeros`` are ``qzeros_v2`` less one in each
+    integer, as ``convert_gptq_v2_to_v1_format_module`` writes them. The same of its AWQ: ``pack_awq`` and ``dequantize_gemm``. GPTQModel
+    needs a GPU to be installed, these functions do not."""
+    prefix = f"gptq.{bits}{kind}."
+    stored = {n.removeprefix(prefix): t for n, t in tables().items() if n.rpartition(".")[0] + "." == prefix}
+    wanted, zeros = stored.pop("weight"), stored.pop("qzeros_v2")
+    if version == "gptq_v2":
+        stored["qzeros"] = zeros
+    form = opened(quant_method="gptq", bits=bits, group_size=32, checkpoint_format=version, desc_act="desc_act" in kind)
+    parts = parts_of(form, stored)
+    assert list(form.problems("model.q_proj.weight", headers(form, parts), tuple(wanted.shape))) == []
+    assert torch.equal(form.decode(parts, tuple(wanted.shape)).half(), wanted)
+
+
+def test_awq_as_gptqmodel_dequantizes_it():
+    stored = {n.removeprefix("awq."): t for n, t in tables().items() if n.startswith("awq.")}
+    wanted = stored.pop("weight")
+    form = opened(quant_method="awq", bits=4, group_size=32, version="gemm", zero_point=True)
+    assert torch.equal(form.decode(parts_of(form, stored), tuple(wanted.shape)).half(), wanted)
+
+
+def tables():
+    return load_file(DATA / "gptqmodel.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "pack"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}, gptq(32)),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}, gptq(32, version=2)),
+        ({"quant_method": "awq", "bits": 4, "group_size": 32}, awq(32)),
+    ],
+)
+def test_the_packers_that_other_tests_use(quantization, pack):
+    check(opened(**quantization), *pack(torch.randn(OUT, IN)))
+
+
+def test_mxfp4_as_transformers_dequantizes_it():
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks = torch.randint(0, 256, (3, OUT, IN // 32, 16), dtype=torch.uint8)
+    scales = torch.randint(100, 140, (3, OUT, IN // 32), dtype=torch.uint8)
+    wanted = convert_moe_packed_tensors(blocks, scales)
+    form = opened(quant_method="mxfp4")
+    stored = headers(form, {"blocks": blocks, "scales": scales}, "mlp.experts.down_proj")
+    assert list(form.problems("mlp.experts.down_proj", stored, (3, IN, OUT))) == []
+    for expert in range(3):
+        parts = {"blocks": blocks[expert], "scales": scales[expert]}
+        assert torch.equal(form.decode(parts, (IN, OUT), torch.bfloat16), wanted[expert])
+    blocks, scales, rounded = mxfp4(torch.randn(OUT, IN))
+    assert torch.equal(form.decode({"blocks": blocks, "scales": scales}, (IN, OUT)), rounded.T)
+
+
+def test_every_code_of_the_small_floats():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    assert torch.equal(widened(codes).nan_to_num(1e9), codes.float().nan_to_num(1e9))
+    finite = torch.tensor([n for n in range(256) if n & 127 != 127], dtype=torch.uint8).view(torch.float8_e4m3fn)
+    assert torch.equal(widened(finite), finite.float()), "the fast way"
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    found = e2m1(torch.arange(16, dtype=torch.uint8))
+    assert torch.equal(found, torch.cat([values, -values])) and bool(found[8].signbit())
+
+
+@pytest.mark.parametrize(
+    ("quantization", "suffix", "shapes"),
+    [
+        ({"quant_method": "fp8"}, "weight_scale_inv", [(), (1,)]),
+        ({"quant_method": "fbgemm_fp8"}, "weight_scale", [(OUT, 1), (OUT,)]),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "weight_scale", [(), (1,), (OUT, 1)]),
+    ],
+)
+def test_fp8_with_one_scale_for_a_weight_or_row(quantization, suffix, shapes):
+    weight = torch.randn(OUT, IN).to(torch.float8_e4m3fn)
+    for shape in shapes:
+        scale = torch.rand(shape) + 0.5
+        wanted = weight.float() * (scale.reshape(-1, 1) if scale.numel() > 1 else scale)
+        check(opened(**quantization), {"weight": weight, suffix: scale}, wanted)
+
+
+def test_fused_fp8_experts_with_one_scale_each():
+    form = opened(quant_method="fp8")
+    weight, scale = torch.randn(3, OUT, IN).to(torch.float8_e4m3fn), torch.rand(3) + 0.5
+    stored = headers(form, {WHOLE: weight, "scale": scale}, "mlp.experts.down_proj")
+    assert list(form.problems("mlp.experts.down_proj", stored, (3, OUT, IN))) == []
+    found = form.decode({WHOLE: weight[1], "scale": scale[1]}, (OUT, IN))
+    assert torch.equal(found, weight[1].float() * scale[1])
+
+
+def test_several_schemes_in_one_checkpoint():
+    """A name says more than a class; what is not named is what the class says."""
+
+    def scheme(bits, *targets):
+        weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+        return {"targets": list(targets), "format": "pack-quantized", "weights": weights}
+
+    four, eight = scheme(4, "Linear"), scheme(8, "re:.*self_attn.*")
+    form = opened(quant_method="compressed-tensors", format="mixed-precision", config_groups={"a": four, "b": eight})
+    for name, wanted in (("model.self_attn.q_proj.weight", eight), ("model.mlp.up_proj.weight", four)):
+        stored, plain = compressed(wanted)(torch.randn(OUT, IN))
+        parts = parts_of(form, stored)
+        assert list(form.problems(name, headers(form, parts, name), (OUT, IN))) == []
+        assert torch.equal(form.decode(parts, (OUT, IN), torch.bfloat16).float(), plain)
+    assert form.label(headers(form, parts)) == "INT4"
+
+
+PACK = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+SCHEME = {"format": "pack-quantized", "targets": ["Linear"], "weights": PACK}
+CT = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": SCHEME}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.pop("scale"), "model.q_proj.weight_scale is missing"),
+        (lambda p: p.update(scale=p["scale"][:, :2]), r"weight_scale is BF16 \(64, 2\), wanted F32 or BF16 or F16 \(64, 3\)"),
+        (lambda p: p.update(packed=p["packed"][:, :8]), r"weight_packed is I32 \(64, 8\), wanted I32 \(64, 12\)"),
+        (lambda p: p.update(zero=torch.zeros(8, 3, dtype=torch.int32)), "weight_zero_point is not part of compressed-tensors weights"),
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_fit(change, message):
+    form = opened(**CT)
+    parts = parts_of(form, compressed(SCHEME)(torch.randn(OUT, IN))[0])
+    change(parts)
+    [problem] = form.problems("model.q_proj.weight", headers(form, parts), (OUT, IN))
+    assert __import__("re").search(message, problem), problem
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size: \[128\] in config.json; two sizes"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt: e5m2"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo: NVFP4"),
+        ({**CT, "format": "nvfp4-pack-quantized", "config_groups": {"g": {**SCHEME, "format": None}}}, "format: nvfp4-pack-quantized"),
+        ({**CT, "config_groups": {"g": {**SCHEME, "weights": {**PACK, "num_bits": 3}}}}, "num_bits: 3"),
+        ({**CT, "sparsity_config": {"format": "sparse-24-bitmask"}}, "is sparse"),
+        ({"quant_method": "gptq", "bits": 3}, "bits: 3"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format: marlin"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*q_proj": {"bits": 8}}}, "dynamic: .'\\+:.*q_proj'"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version: gemv"),
+        *(({"quant_method": method}, f"quant_method: {method} in config.json") for method in ("bitsandbytes", "gguf", "hqq", None)),
+    ],
+)  # fmt: skip
+def test_variants_that_cannot_be_read(quantization, message):
+    with pytest.raises(KTModelError, match=message):
+        opened(**quantization)
+
+
+def test_names_are_split_and_put_together_again():
+    for kind in FORMATS:
+        form = kind.__new__(kind)
+        for part in kind.parts:
+            weight = "model.layers.1.mlp.up_proj.weight"
+            assert form.split(form.stored_name(weight, part)) == (weight, part)
+        for ending in kind.unused:
+            name = f"model.layers.1.mlp.up_proj{'' if ending.startswith('.') else '.'}{ending}"
+            assert form.split(name) == (name, WHOLE), "not part of a weight"

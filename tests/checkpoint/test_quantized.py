@@ -1,0 +1,182 @@
+"""Whole checkpoints in each format, experts and attention quantized, compared with stock transformers on what they stand for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers.adapters import make_adapter
+from helpers.fp8 import make_fp8, quantized
+from helpers.loading import answer, load
+from helpers.models import make_model
+from helpers.packed import awq, compressed, gptq, mxfp4, quantized_checkpoint, save_both
+from helpers.references import merged_float32, per_token, rel
+from safetensors.torch import load_file, save_file
+
+from llamafactory_kt import KTModelError, apply_adapter
+from llamafactory_kt.checkpoint.opening import open_checkpoint
+from llamafactory_kt.tools.merge import merge_adapter
+
+
+def scheme(form, strategy, kind="int", bits=4, **more):
+    weights = {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": True, **more}
+    return {"format": form, "targets": ["Linear"], "weights": weights}
+
+
+def compressed_tensors(group, **more):
+    return {
+        "quant_method": "compressed-tensors",
+        "format": group["format"],
+        "config_groups": {"group_0": group},
+        **more,
+    }
+
+
+def not_attention(name):
+    return quantized(name) and ".self_attn." not in name
+
+
+KIMI = scheme("pack-quantized", "group", group_size=32)
+ROWS = scheme("float-quantized", "channel", "float", 8)
+CASES = {
+    # as Kimi-K2-Thinking: attention is left out
+    "INT4": ("deepseek_v3", lambda: compressed(KIMI, torch.float32), compressed_tensors(KIMI, ignore=["re:.*self_attn.*"]), not_attention),
+    "F8_E4M3": ("glm4_moe", lambda: compressed(ROWS, torch.float32), compressed_tensors(ROWS), quantized),
+    "GPTQ INT4": (
+        "qwen3_moe", lambda: gptq(32), {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}, quantized,
+    ),
+    "AWQ INT4": ("mixtral", lambda: awq(32), {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, quantized),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=CASES)
+def files(request, tmp_path_factory):
+    """The quantized checkpoint, what it stands for, an adapter, and what the experts are stored as."""
+    root = tmp_path_factory.mktemp("quantized")
+    architecture, packer, quantization, wanted = CASES[request.param]
+    source = make_model(root / "source", architecture, dtype=torch.float32, hidden_size=64)
+    packed, plain = quantized_checkpoint(root, source, packer(), quantization, wanted)
+    naming = "mixtral" if architecture == "mixtral" else "B"
+    return packed, plain, make_adapter(root / "adapter", plain, rank=5, naming=naming), request.param
+
+
+def test_every_number_is_the_formats(files):
+    """Experts as they are read, and everything else as transformers loads it."""
+    packed, plain, _, label = files
+    wanted, found = open_checkpoint(plain).layout, open_checkpoint(packed, quantized=True).layout
+    assert found.dtypes() == {label}
+    for module in found.modules:
+        pairs = zip(
+            found.layer(module.name).experts(torch.float32),
+            wanted.layer(module.name).experts(torch.float32),
+            strict=True,
+        )
+        assert all(torch.equal(a, b) for mine, other in pairs for a, b in zip(mine, other, strict=True))
+    weights = dict(load(packed, "torch", dtype=torch.float32).named_parameters())
+    stock = {n: p for n, p in merged_float32(plain, None).named_parameters() if ".experts." not in n}
+    assert weights.keys() == stock.keys() and all(torch.equal(weights[name], stock[name]) for name in stock)
+
+
+def test_the_whole_adapter_on_top(files):
+    packed, plain, adapter, _ = files
+    model = load(packed, "torch", dtype=torch.float32, adapter=str(adapter))
+    base = answer(model)
+    whole = answer(apply_adapter(model, adapter)[0])
+    wanted = answer(merged_float32(plain, None)), answer(merged_float32(plain, adapter))
+    # The experts are bfloat16 in memory.
+    assert per_token(base, wanted[0]) < 0.01 and per_token(whole, wanted[1]) < 0.01
+    assert rel(wanted[1], wanted[0]) > 0.3
+
+
+@pytest.mark.parametrize("files", ["GPTQ INT4"], indirect=True)
+def test_chat_verify_and_doctor(files):
+    """LLaMA-Factory would ask for GPTQModel, which is not installed."""
+    from llamafactory.chat import ChatModel
+    from typer.testing import CliRunner
+
+    from llamafactory_kt.cli import app
+
+    packed, plain, adapter, label = files
+    keys = {
+        "model_name_or_path": str(packed), "adapter_name_or_path": str(adapter), "template": "deepseek", "use_kt": True,
+        "kt_backend": "torch",
+    }  # fmt: skip
+    model = ChatModel(keys).engine.model
+    assert per_token(answer(model).float(), answer(merged_float32(plain, adapter))) < 0.1
+    config = packed.parent / "chat.yaml"
+    config.write_text(json.dumps(keys))
+    result = CliRunner().invoke(app, ["verify", str(config)])
+    assert result.exit_code == 0 and "layers are right" in result.output, result.output
+    result = CliRunner().invoke(app, ["doctor", str(config), "--json"])
+    found = {finding["subject"]: finding for finding in json.loads(result.stdout)["findings"]}
+    assert f"experts in {label}" in found["checkpoint"]["text"]
+    with pytest.raises(KTModelError, match="is a quantized checkpoint"):
+        merge_adapter(packed, adapter, packed.parent / "merged")
+
+
+def test_mxfp4_as_it_lies_in_gpt_oss(tmp_path):
+    """Only the fused experts are quantized; transposed, as the format has it."""
+    source = make_model(
+        tmp_path / "source", "qwen3_moe", dtype=torch.float32, hidden_size=64, save_original_format=False
+    )
+    packed, plain = {}, {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        packed[name] = plain[name] = weight
+        if name.endswith(("gate_up_proj", "down_proj")):
+            del packed[name]
+            packed[f"{name}_blocks"], packed[f"{name}_scales"], plain[name] = mxfp4(weight)
+    packed, plain = save_both(
+        tmp_path, source, packed, plain, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    )
+    assert open_checkpoint(packed, quantized=True).layout.dtypes() == {"MXFP4"}
+    wanted = answer(merged_float32(plain, None))
+    assert per_token(answer(load(packed, "torch", dtype=torch.float32)), wanted) < 1e-4, "its numbers are bfloat16 ones"
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory):
+    root = tmp_path_factory.mktemp("fp8")
+    return make_fp8(root, make_model(root / "source", "deepseek_v3", dtype=torch.float32), [32, 48])[0]
+
+
+def edited(directory, source, change):
+    shutil.copytree(source, directory)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+EXPERT, ATTENTION = "model.layers.1.mlp.experts.3.down_proj", "model.layers.0.self_attn.o_proj"
+
+
+@pytest.mark.parametrize("module", [EXPERT, ATTENTION])
+@pytest.mark.parametrize("ending", ["weight_scale", "weight_zero_point", "qzeros", "g_idx", "weight.absmax", "bias"])
+def test_what_belongs_to_a_weight_and_is_not_read_stops_the_load(fp8, tmp_path, module, ending):
+    path = edited(tmp_path / "m", fp8, lambda tensors: tensors.update({f"{module}.{ending}": torch.ones(3)}))
+    with pytest.raises(KTModelError, match=rf"^1 tensors of the checkpoint belong to weights .*: {module}.{ending}\."):
+        load(path, "torch")
+
+
+def test_what_belongs_to_nothing_that_is_loaded_does_not(fp8, tmp_path):
+    """A bias of zeros, scales of activations, and the layer for multi-token prediction, which transformers leaves out."""
+
+    def change(tensors):
+        tensors[f"{ATTENTION}.bias"] = torch.zeros(64)
+        tensors[f"{ATTENTION}.activation_scale"] = torch.ones(1)
+        tensors["model.layers.61.mlp.experts.3.down_proj.weight_scale_inv"] = torch.ones(3)
+        tensors["model.layers.3.mlp.experts.3.down_proj.weight_scale_inv"] = torch.ones(3)
+
+    path = edited(tmp_path / "m", fp8, change)
+    assert torch.equal(answer(load(path, "torch")), answer(load(fp8, "torch")))
+
+
+def test_scales_without_a_quantization_config(fp8, tmp_path):
+    path = edited(tmp_path / "m", fp8, lambda tensors: tensors.update({n: t.float() for n, t in tensors.items()}))
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(KTModelError, match=r"belong to weights .* taken for unquantized"):
+        load(path, "torch")

@@ -96,5 +96,5 @@ def test_a_peft_that_cannot_be_used_is_refused_before_weights_are_read(tmp_path,
     adapter = make_adapter(tmp_path / "adapter", path)
     monkeypatch.setenv("LLAMAFACTORY_KT_WITHOUT", "peft-layers")
     monkeypatch.setattr(ReferenceEngine, "load", lambda self: pytest.fail("weights were read"))
-    with pytest.raises(KTAdapterError, match="LoRA outside the routed experts needs PEFT"):
+    with pytest.raises(KTAdapterError, match="LoRA outside the routed experts is applied by PEFT"):
         load(path, "torch", adapter=[str(adapter)])

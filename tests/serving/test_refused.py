@@ -87,13 +87,11 @@ def _with_config(directory: Path, model: Path, **changes) -> Path:
 
 
 def test_other_backends_stay_refused_and_serving_keys_do_nothing_there(kt_log, model):
-    from llamafactory.hparams.parser import _parse_infer_args
-
-    from llamafactory_kt.settings.check import check_for_inference
+    from llamafactory.hparams import get_infer_args
 
     keys = {"model_name_or_path": str(model), "template": "deepseek", "use_kt": True, "kt_backend": "torch"}
     with pytest.raises(KTConfigError, match="infer_backend: vllm does not work with use_kt"):
-        check_for_inference(_parse_infer_args({**keys, "infer_backend": "vllm"})[0])
-    check_for_inference(_parse_infer_args({**keys, "kt_cpuinfer": 4, "kt_config": {"kt_num_gpu_experts": 2}})[0])
+        get_infer_args({**keys, "infer_backend": "vllm"})
+    get_infer_args({**keys, "kt_cpuinfer": 4, "kt_config": {"kt_num_gpu_experts": 2}})
     for name in ("kt_cpuinfer", "kt_num_gpu_experts"):
         assert f"{name} does nothing with infer_backend: huggingface" in kt_log.text

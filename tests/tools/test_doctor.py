@@ -83,7 +83,7 @@ def test_kernel_absent_fork_over_stock_and_wrong_torchaudio(tmp_path):
     assert found["package transformers"]["status"] == "error"
     assert "installed by transformers-kt" in found["package transformers"]["text"]
     assert "pip uninstall -y transformers-kt" in found["package transformers"]["advice"]
-    assert found["torchaudio"]["text"].startswith("2.11.0 is outside of <2.10,>=2.9.1")
+    assert found["torchaudio"]["text"].startswith("2.11.0 is outside of <2.11,>=2.9.1")
     assert found["import torchaudio"]["text"] == "OSError: _torchaudio.so: undefined symbol: aoti"
     assert found["KMP_AFFINITY"]["status"] == found["KT_KERNEL_CPU_VARIANT"]["status"] == "warning"
     assert found["import torch"]["status"] == "ok"

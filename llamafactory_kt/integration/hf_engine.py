@@ -51,12 +51,13 @@ def patch(module: ModuleType) -> None:
         if not has_kt_experts(given["model"]):
             return stock_chat(**given)
         from .generation import StopText
+        from .media import each_answer
 
         generation = _generation(given)
         if generation.stopped:  # while it waited for the semaphore
             return [module.Response(response_text="", response_length=0, prompt_length=0, finish_reason="stop")]
         stop_strings = generation.stop_strings
-        responses = stock_chat(**given)
+        responses = [response for call in each_answer(given) for response in stock_chat(**call)]
         for response in responses:
             cut = StopText(stop_strings)
             response.response_text = cut.feed(response.response_text) + cut.end()

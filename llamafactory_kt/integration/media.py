@@ -8,12 +8,14 @@ takes the positions of plain text: the model answers, and has seen each picture 
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..ground.errors import KTDataError
+from ..ground.errors import KTDataError, describe
 from ..model.state import plain_model
 
 KINDS = ("image", "video", "audio")
@@ -27,7 +29,8 @@ def check_media(given: Mapping[str, Any]) -> None:
         given: ``template``, ``processor``, ``messages`` and the media, as ``HuggingfaceEngine._process_args`` takes them.
 
     Raises:
-        KTDataError: The template has no place for them, the checkpoint has no processor, or messages and media differ in number.
+        KTDataError: The template has no place for them, the checkpoint has no processor, messages and media differ in number, or
+            a video is no video.
     """
     from llamafactory.extras import constants
 
@@ -51,6 +54,25 @@ def check_media(given: Mapping[str, Any]) -> None:
                 f"Places for {kind} ({place}) in the messages: {places}; {kind} that came with them: {len(items)}. Send one for each "
                 "place, or begin a new conversation."
             )
+    for video in given.get("videos") or ():
+        _check_video(video)
+
+
+def _check_video(video: Any) -> None:
+    """Raise KTDataError if a path or an open file is no video; frames are checked when they are read."""
+    import av
+
+    if not isinstance(video, str | Path | io.BytesIO):
+        return
+    try:
+        with av.open(video) as container:
+            found = bool(container.streams.video)
+    except (OSError, av.FFmpegError) as error:
+        raise KTDataError(f"A video of the conversation cannot be read: {describe(error)}") from error
+    if isinstance(video, io.BytesIO):
+        video.seek(0)
+    if not found:
+        raise KTDataError("A video of the conversation has no pictures: its file has sound alone.")
 
 
 def add_token_types(inputs: dict[str, Any], model: Any, processor: Any) -> None:
@@ -71,3 +93,24 @@ def add_token_types(inputs: dict[str, Any], model: Any, processor: Any) -> None:
     tokens: torch.Tensor = inputs["inputs"]
     types = processor.create_mm_token_type_ids(tokens.tolist())
     inputs[_TYPES] = torch.tensor(types, dtype=torch.long, device=tokens.device)
+
+
+def each_answer(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """The calls that make the answers asked for: one for all of them, or, with media, one for each.
+
+    transformers' ``generate`` repeats the tensors of several pictures one by one, and not all of them for each answer, unless the model
+    says otherwise; answers of Gemma-4, and in transformers 5.24 of GLM-4.5V, would be about each other's pictures.
+
+    Args:
+        given: the arguments of ``HuggingfaceEngine._chat``.
+    """
+    keys = given["input_kwargs"]
+    count = keys.get("num_return_sequences") or 1
+    if count == 1 or not any(given.get(f"{name}s") for name in KINDS):
+        return [given]
+    # as LLaMA-Factory does it for several answers
+    temperature = keys.get("temperature")
+    temperature = given["generating_args"]["temperature"] if temperature is None else temperature
+    keys = keys | {"num_return_sequences": 1, "do_sample": True, "temperature": temperature or 1.0}
+    later = {key: value for key, value in keys.items() if key != "seed"}  # which would make all of them the same
+    return [given | {"input_kwargs": dict(keys if number == 0 else later)} for number in range(count)]

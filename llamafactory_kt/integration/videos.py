@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ..ground.errors import KTDataError, describe
 from .patching import expect
 
 _SETTINGS = {"image_max_pixels": "video_max_pixels", "image_min_pixels": "video_min_pixels", "video_fps": "video_fps", "video_maxlen": "video_maxlen"}  # fmt: skip
@@ -39,9 +38,6 @@ def with_videos(template: Any, videos: list[Any] | None, processor: Any) -> Any:
 
     Args:
         videos: paths, open files, or lists of frames.
-
-    Raises:
-        KTDataError: A video cannot be read.
     """
     from llamafactory.data.mm_plugin import GLM4VPlugin, Qwen3VLPlugin
 
@@ -84,10 +80,7 @@ def _expanded(plugin: Any, videos: list[Any], processor: Any) -> list[tuple[str,
     own = [
         list(video) if isinstance(video, list) else video for video in videos
     ]  # it appends to lists of an odd length
-    try:
-        read = plugin._regularize_videos(own, **settings)
-    except (OSError, ValueError, StopIteration) as error:  # PyAV's errors; a file without pictures
-        raise KTDataError(f"A video of the conversation cannot be read: {describe(error)}") from error
+    read = plugin._regularize_videos(own, **settings)
     marking = copy.copy(plugin)
     marking.expand_mm_tokens = False
     place = [{"role": "user", "content": VIDEO_PLACEHOLDER}]

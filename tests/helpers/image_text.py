@@ -19,6 +19,7 @@ _SPECIAL = {
         "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>",
         "<|begin_of_video|>", "<|end_of_video|>", "<|image|>", "<|video|>", "</answer>",
     ],
+    "gemma": ["<|turn>", "<turn|>", "<|think|>", "<|image>", "<image|>", "<|image|>", "<|video|>", "<|audio>", "<audio|>", "<|audio|>"],
 }  # fmt: skip
 _VOCAB = 1024 + 24  # the demo's and those
 _TEXT = {
@@ -69,6 +70,17 @@ ARCHITECTURES = {
         },
         {"image_size": 64, "intermediate_size": 80},
     ),
+    "gemma4": ImageText(
+        "gemma4", "gemma",
+        {
+            "enable_moe_block": True, "num_experts": 6, "top_k_experts": 3, "hidden_size_per_layer_input": 0, "head_dim": 16,
+            "global_head_dim": 32, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        {
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 24, "patch_size": 4,
+            "position_embedding_size": 128,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -83,6 +95,7 @@ def make_image_text_model(directory: Path, architecture: str, *, dtype=torch.bfl
                      "vision_end": "<|vision_end|>"},
             "glm": {"image": "<|image|>", "video": "<|video|>", "image_start": "<|begin_of_image|>",
                     "image_end": "<|end_of_image|>", "video_start": "<|begin_of_video|>", "video_end": "<|end_of_video|>"},
+            "gemma": {"image": "<|image|>", "video": "<|video|>", "boi": "<|image>", "eoi": "<image|>"},
         }[made.family].items()
     }  # fmt: skip
     config = AutoConfig.for_model(
@@ -110,6 +123,17 @@ def _processor(family: str) -> ProcessorMixin:
     names = {name: settings[name] for name in ("bos_token", "eos_token", "pad_token")}
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(DEMO / "model" / "tokenizer.json"), **names)
     tokenizer.add_special_tokens({"additional_special_tokens": _SPECIAL[family]})
+    if family == "gemma":
+        named = {
+            "image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>",
+            "audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>",
+        }  # fmt: skip
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, extra_special_tokens=named, **names)
+        sizes = {"patch_size": 4, "max_soft_tokens": 70}
+        return transformers.Gemma4Processor(
+            transformers.Gemma4AudioFeatureExtractor(), transformers.Gemma4ImageProcessor(**sizes), tokenizer,
+            transformers.Gemma4VideoProcessor(**sizes),
+        )  # fmt: skip
     sizes = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
     pixels = {"size": {"shortest_edge": 32 * 32, "longest_edge": 512 * 512}}
     image, video, processor = {
@@ -127,17 +151,29 @@ def picture(width: int = 96, height: int = 64, seed: int = 0) -> Image.Image:
     return Image.fromarray(blocks.repeat(8, 0).repeat(8, 1))
 
 
+_PLACES = {
+    "qwen": ("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"),
+    "glm": ("<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>"),
+    "gemma": ("<|image|>", "<|video|>"),
+}
+
+
 def prompt(architecture: str, *turns: str) -> str:
     """What the template makes of user and assistant turns, with ``<image>`` and ``<video>`` where the processor expects them."""
-    if ARCHITECTURES[architecture].family == "qwen":
+    family, pairs = ARCHITECTURES[architecture].family, [*zip(turns[::2], [*turns[1::2], None], strict=True)]
+    if family == "qwen":
         text = "".join(
-            f"<|im_start|>{('user', 'assistant')[number % 2]}\n{turn}<|im_end|>\n" for number, turn in enumerate(turns)
+            f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n" + (f"{said}<|im_end|>\n" if said else "")
+            for asked, said in pairs
         )
-        marks = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
-        text += "<|im_start|>assistant\n"
-    else:
+    elif family == "glm":
         text = "[gMASK]<sop>" + "".join(
-            f"\n{turn}" if number % 2 else f"<|user|>\n{turn}<|assistant|>" for number, turn in enumerate(turns)
+            f"<|user|>\n{asked}<|assistant|>" + (f"\n{said}" if said else "") for asked, said in pairs
         )
-        marks = "<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>"
-    return text.replace("<image>", marks[0]).replace("<video>", marks[1])
+    else:
+        text = "<｜begin▁of▁sentence｜><|turn>system\n<|think|>You are a helpful assistant.<turn|>\n" + "".join(
+            f"<|turn>user\n{asked}<turn|>\n<|turn>model\n" + (f"{said}<turn|>\n" if said else "")
+            for asked, said in pairs
+        )
+    image, video = _PLACES[family]
+    return text.replace("<image>", image).replace("<video>", video)

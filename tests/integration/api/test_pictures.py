@@ -86,10 +86,6 @@ def test_two_pictures_and_a_turn_of_text(chat, client):
     ids=["no picture", "cut off", "type", "no url", "file", "no video", "no picture for a place"],
 )  # fmt: skip
 def test_what_cannot_be_read(client, item, reason, stream):
-    if stream and "video" in reason:
-        with pytest.raises(openai.APIError, match=reason):  # it is opened while generating
-            list(ask(client, [item, text("?")], stream=True))
-        return
     with pytest.raises(openai.BadRequestError, match=reason):
         ask(client, [item, text("What is it?")], stream=stream)
 

@@ -91,6 +91,12 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
             f"{type(model).__name__} has no routed experts (it is not a mixture-of-experts model, or this transformers "
             "has no native class for it). Remove use_kt to run it with transformers alone."
         )
+    if len(found) > len(layers := {module.layer: module.name for module in found}):
+        first = next(module for module in found if layers[module.layer] != module.name)
+        raise KTModelError(
+            f"{type(model).__name__} has several groups of experts in layer {first.layer}, {first.name} and {layers[first.layer]}, which "
+            "adapters and statistics could not tell apart. Remove use_kt to run it with transformers alone."
+        )
     return found
 
 

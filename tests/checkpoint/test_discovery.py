@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers.models import ARCHITECTURES
@@ -126,5 +128,17 @@ def test_experts_with_weights_of_their_own_are_refused():
     model.model.layers[1].mlp.experts.norm = torch.nn.LayerNorm(72)
     with pytest.raises(
         KTModelError, match=r"they have weights that the contract does not know: norm\.bias, norm\.weight"
+    ):
+        find_experts(model)
+
+
+def test_two_groups_of_experts_in_a_layer_are_refused():
+    """As in ERNIE-4.5-VL: an adapter's names could mean either."""
+    model = empty("qwen3_moe", **ARCHITECTURES["qwen3_moe"])
+    model.model.layers[1].mlp.pictures = torch.nn.ModuleDict(
+        {"experts": copy.deepcopy(model.model.layers[1].mlp.experts)}
+    )
+    with pytest.raises(
+        KTModelError, match=r"several groups of experts in layer 1, .*mlp\.experts and .*pictures\.experts"
     ):
         find_experts(model)

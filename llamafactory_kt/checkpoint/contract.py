@@ -72,6 +72,8 @@ def read_contract(module: nn.Module) -> Contract:
         raise OutsideContract(f"they have weights that the contract does not know: {', '.join(unknown)}")
     up, down = (tuple(getattr(module, name).shape) for name in (first, "down_proj"))
     presorted = len(inspect.signature(own_forward(module)).parameters) == 2  # self, hidden_states
+    if presorted and has_biases:  # which would make something of the rows of zeros
+        raise OutsideContract("they have biases, and get rows of tokens that did not choose them")
     reason = f"{first} {up} does not go with down_proj {down}"
     for shape in _shapes(up, down, has_gate):
         try:

@@ -23,7 +23,7 @@ ROOT = HERE.parents[1]
 ROWS, RESULTS = HERE / "rows.txt", HERE / "results.json"
 TESTS = (
     "matrix/test_exactness.py", "peft_side/test_given_names.py", "peft_side/test_untested_peft.py", "model/test_untested.py",
-    "decoding/test_attention.py", "matmul/test_mkldnn_blob.py",
+    "model/test_every_architecture.py", "model/test_formulas.py", "decoding/test_attention.py", "matmul/test_mkldnn_blob.py",
 )  # fmt: skip
 PAGES = {
     ROOT

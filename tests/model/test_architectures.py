@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import architectures
 from helpers.adapters import make_adapter
 from helpers.marks import needs_kernel
 from helpers.models import ARCHITECTURES, make_model
 from helpers.references import merged_float32, per_token, rel
 from llamafactory.chat import ChatModel
-from packaging.version import Version
-from transformers import __version__
 
 from llamafactory_kt import KTExpertsConfig, apply_adapter, load_moe_lora_from_adapter
 from llamafactory_kt.model.state import kt_state
@@ -102,20 +99,3 @@ def test_torch_engine_is_exact(models, tmp_path):
     assert report.experts + report.peft == report.total
     for ids in inputs():
         assert rel(logits(model, ids), logits(merged_float32(path, adapter), ids)) < 2e-5
-
-
-@pytest.mark.parametrize("page", architectures.PAGES, ids=lambda page: page.stem)
-def test_every_architecture_has_a_row(page):
-    assert sorted(architectures.rows(page)) == sorted(architectures.TINY), "make architectures writes the table"
-
-
-@pytest.mark.parametrize("name", architectures.TINY)
-def test_rows_say_what_is_computed_exactly(tmp_path, name):
-    rows = {architectures.rows(page)[name] for page in architectures.PAGES}
-    [row] = rows
-    if Version(row.transformers) > Version(__version__):
-        pytest.skip(f"transformers {__version__} does not have {name} in a form that is accepted")
-    found, error, effect = architectures.errors(architectures.tiny_model(name), tmp_path)
-    assert (found.formula, found.engines) == (row.formula, row.engines), "make architectures writes the table"
-    assert error < architectures.EXACT
-    assert effect > architectures.EFFECT

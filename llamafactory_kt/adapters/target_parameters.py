@@ -167,8 +167,9 @@ class TargetParametersAdapter(Adapter):
                 == set(map(frozenset, sizes))
             }
             # In PEFT 0.18, A is on the input side of weights that are stored transposed: gate and up may be interleaved.
-            stored = [(hidden, 2 * intermediate) for hidden, intermediate in fits]
-            transposed = (self._version() or (0, 19)) < (0, 19) and not set(stored).isdisjoint(sizes)
+            turned = {(h, 2 * i) for h, i in fits} | {(i, h) for h, i in fits}
+            usual = {(width, out) for out, width in turned}
+            transposed = (self._version() or (0, 19)) < (0, 19) and not (turned - usual).isdisjoint(sizes)
             if len(experts) != 1 or len(fits) != 1 or transposed:
                 raise KTAdapterError(
                     f"{self.store.path}: the LoRA of layer {layer} does not tell the number, sizes and layout of the experts; a model is "

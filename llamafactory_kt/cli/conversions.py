@@ -26,6 +26,7 @@ def convert(
     config: Path = typer.Option(None, help="adapter_config.json; default: the one beside the input."),
     lora_alpha: float = typer.Option(None, help="lora_alpha where no adapter_config.json gives one (32 by default)."),
     format: Format = typer.Option(None, help="Layout of an output directory."),
+    model: Path = typer.Option(None, help="The adapter's model (its config.json), for LoRA on fused weights."),
     verbose: bool = typer.Option(False, "--verbose", help="Log details."),
 ) -> None:
     """Convert an adapter's routed-expert LoRA, for SGLang, kt-kernel or PEFT."""
@@ -33,7 +34,7 @@ def convert(
     logging.basicConfig(level=level, format="%(levelname)s:%(name)s:%(message)s", force=True)
     from ..tools.convert import convert_peft_to_kt_format
 
-    convert_peft_to_kt_format(input, output, lora_alpha, config, format.value if format else None)
+    convert_peft_to_kt_format(input, output, lora_alpha, config, format.value if format else None, model)
 
 
 def merge(

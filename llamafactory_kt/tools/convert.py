@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from ..adapters import Adapter, PerExpertAdapter, open_adapter, open_files
+from ..adapters import Adapter, ExpertsShape, PerExpertAdapter, open_adapter, open_files
 from ..adapters.keys import parse_expert_key
+from ..adapters.target_parameters import TargetParametersAdapter
 from ..adapters.uniform import Uniform
 from ..adapters.writing import WRITERS, write_moe_lora, write_stacked
+from ..checkpoint.opening import MoEModel, empty_model
 from ..ground.errors import KTConfigError, KTPathError
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ def parse_moe_key(key: str) -> tuple[int, int, Literal["gate", "up", "down"], Li
 
 def convert_peft_to_kt_format(
     input_path: str | Path, output_path: str | Path, lora_alpha: float | None = None,
-    config_path: str | Path | None = None, format: str | None = None,
+    config_path: str | Path | None = None, format: str | None = None, model_path: str | Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Convert an adapter's routed-expert LoRA.
 
@@ -42,13 +44,15 @@ def convert_peft_to_kt_format(
         lora_alpha: alpha if no configuration gives one (default 32); a configuration takes precedence.
         config_path: ``adapter_config.json``; by default the one beside the input.
         format: layout of a directory: ``peft``, ``kt-bundle``, ``sglang`` or ``sglang-merged``.
+        model_path: the adapter's model, of which ``config.json`` is read: it tells what an adapter on fused weights does not.
 
     Returns:
         ``status`` (``success``, or ``skipped`` without expert LoRA), ``num_layers``, ``num_experts``, ``lora_rank``,
         ``lora_alpha`` and ``total_keys``.
 
     Raises:
-        KTPathError: The input does not exist.
+        KTPathError: The input, or the model, does not exist.
+        KTModelError: The model has no experts that are understood.
         KTAdapterError: The adapter is broken, or the target cannot hold it. No output is left behind.
         KTConfigError: The output's name contradicts the format.
     """
@@ -64,7 +68,7 @@ def convert_peft_to_kt_format(
         logger.warning("No MoE expert LoRA keys found in %s; nothing to convert", adapter.store.path)
         return result
     logger.info("Found %d MoE expert LoRA keys", len(adapter.expert_names))
-    uniform = Uniform.of(adapter)
+    uniform = Uniform.of(adapter, _shapes(adapter, model_path))
     logger.info("Saving to: %s", output)
     started = time.perf_counter()
     write(uniform, output)
@@ -75,6 +79,20 @@ def convert_peft_to_kt_format(
     }  # fmt: skip
     logger.info("Conversion complete: %s", result)
     return result
+
+
+def _shapes(adapter: Adapter, model_path: str | Path | None) -> dict[int, ExpertsShape] | None:
+    """The model's experts in the adapter's layers; None without a model."""
+    if model_path is not None:
+        shapes = MoEModel(empty_model(model_path, quantized=True)).shapes
+        adapter.check_fits(shapes)
+        return {layer: shapes[layer] for layer in adapter.layers}
+    if isinstance(adapter, TargetParametersAdapter):
+        logger.warning(
+            "%s: gate and up are taken to lie one after the other in gate_up_proj. Where they take turns, as in gpt-oss, give --model.",
+            adapter.store.path,
+        )  # fmt: skip
+    return None
 
 
 def _writer(output: Path, format: str | None) -> Callable[[Uniform, Path], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -13,6 +14,7 @@ from helpers.architectures import tiny_model
 from helpers.loading import load, logits
 from helpers.marks import needs_kernel, needs_onednn
 from helpers.references import per_token
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -203,7 +205,25 @@ def test_lora_whose_orientation_is_not_told_is_refused(tmp_path):
         load(path, "torch", adapter=str(adapter))
 
 
-def test_an_adapter_of_transposed_weights_is_not_converted_without_a_model(models, tmp_path):
+def test_an_adapter_of_interleaved_weights_is_converted_with_its_model(models, tmp_path):
+    path, adapter, _ = models("gpt_oss")
+    shape = find_experts(AutoModelForCausalLM.from_pretrained(path))[1].shape
+    written = convert_peft_to_kt_format(adapter, tmp_path / "moe_lora.pt", model_path=path)
+    wanted, found = (
+        open_adapters([directory]).read_layer(1, shape).fused_delta("gate_up_proj", shape.fused, slice(None))
+        for directory in (adapter, tmp_path)
+    )
+    assert written["num_experts"] == 6 and wanted.norm() > 1
+    torch.testing.assert_close(found, wanted)
+
+
+def test_an_adapter_of_transposed_weights_is_not_converted_without_its_model(models, tmp_path, kt_log):
     _, adapter, _ = models("gpt_oss")
-    with pytest.raises(KTAdapterError, match="does not tell the number, sizes and layout of the experts"):
-        convert_peft_to_kt_format(adapter, tmp_path / "moe_lora.pt")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    if Version(config["peft_version"]) < Version("0.19"):
+        with pytest.raises(KTAdapterError, match="does not tell the number, sizes and layout of the experts"):
+            convert_peft_to_kt_format(adapter, tmp_path / "moe_lora.pt")
+    shutil.copytree(adapter, tmp_path / "newer")
+    (tmp_path / "newer" / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "0.19.1"}))
+    convert_peft_to_kt_format(tmp_path / "newer", tmp_path / "moe_lora.pt")
+    assert "Where they take turns, as in gpt-oss, give --model" in kt_log.text

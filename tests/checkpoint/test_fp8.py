@@ -90,6 +90,7 @@ def test_everything_but_the_experts_is_the_dequantized_weight_rounded_once(files
     assert compared == len(weights)
 
 
+@pytest.mark.parametrize("files", ["deepseek_v3"], indirect=True)
 def test_chat_verify_and_doctor(files):
     """A chat in bfloat16 with the whole adapter, and what two commands say about such a checkpoint."""
     from llamafactory.chat import ChatModel

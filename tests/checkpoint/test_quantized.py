@@ -8,12 +8,14 @@ import shutil
 import pytest
 import torch
 from helpers.adapters import make_adapter
+from helpers.architectures import tiny_model
 from helpers.fp8 import make_fp8, quantized
 from helpers.loading import answer, load
 from helpers.models import make_model
 from helpers.packed import awq, compressed, gptq, mxfp4, quantized_checkpoint, save_both
 from helpers.references import merged_float32, per_token, rel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from llamafactory_kt import KTModelError, apply_adapter
 from llamafactory_kt.checkpoint.opening import open_checkpoint
@@ -116,23 +118,25 @@ def test_chat_verify_and_doctor(files):
         merge_adapter(packed, adapter, packed.parent / "merged")
 
 
-def test_mxfp4_as_it_lies_in_gpt_oss(tmp_path):
-    """Only the fused experts are quantized; transposed, as the format has it."""
-    source = make_model(
-        tmp_path / "source", "qwen3_moe", dtype=torch.float32, hidden_size=64, save_original_format=False
-    )
+def test_gpt_oss_in_mxfp4(tmp_path):
+    """As it is published: only the experts' weights are quantized, not their biases. transformers reads the same files."""
+    tiny_model("gpt_oss", intermediate_size=96).save_pretrained(tmp_path / "source")
     packed, plain = {}, {}
-    for name, weight in load_file(source / "model.safetensors").items():
+    for name, weight in load_file(tmp_path / "source" / "model.safetensors").items():
         packed[name] = plain[name] = weight
         if name.endswith(("gate_up_proj", "down_proj")):
             del packed[name]
-            packed[f"{name}_blocks"], packed[f"{name}_scales"], plain[name] = mxfp4(weight)
-    packed, plain = save_both(
-        tmp_path, source, packed, plain, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    )
+            packed[f"{name}_blocks"], packed[f"{name}_scales"], rounded = mxfp4(weight.transpose(1, 2))
+            plain[name] = rounded.transpose(1, 2)
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    packed, plain = save_both(tmp_path, tmp_path / "source", packed, plain, quantization)
     assert open_checkpoint(packed, quantized=True).layout.dtypes() == {"MXFP4"}
-    wanted = answer(merged_float32(plain, None))
-    assert per_token(answer(load(packed, "torch", dtype=torch.float32)), wanted) < 1e-4, "its numbers are bfloat16 ones"
+    found = answer(load(packed, "torch", dtype=torch.float32))
+    stock = AutoModelForCausalLM.from_pretrained(
+        packed, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
+    )
+    for wanted in (answer(stock.float()), answer(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32))):
+        assert per_token(found, wanted) < 1e-5, "its numbers are bfloat16 ones"
 
 
 @pytest.fixture(scope="module")

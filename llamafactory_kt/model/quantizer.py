@@ -16,7 +16,7 @@ from .auto_hf_quantizer import accept_quantized_checkpoints
 from .config import QUANT_METHOD, KTExpertsConfig
 from .experts_module import KTExperts
 from .load import ExpertsLoad
-from .loading_rules import loading_rules
+from .loading_rules import Decode, loading_rules
 
 __all__ = ["KTExperts", "KTExpertsConfig", "KTExpertsQuantizer"]
 
@@ -32,6 +32,11 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_weight_conversions(self) -> list[Any]:
         """How transformers reads all but the experts; asked for after the model was processed."""
         return loading_rules(self._load.format)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """What newer versions of transformers convert a stored tensor to before its conversion rule gets it: parts of a quantized
+        weight stay as they are stored."""
+        return None if any(isinstance(step, Decode) for step in getattr(converter, "operations", ())) else dtype
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any

@@ -11,6 +11,7 @@ from ..autotune.plan import candidates
 from ..engines.plan import PlanRequest
 from ..engines.registry import AUTO, backend_names, canonical_name
 from ..ground.errors import KTConfigError, KTError, KTKernelError, KTPathError
+from ..ground.machine import numa_nodes
 from .keys import CHAT_ONLY_KEYS, SCOPES, KTArguments, threadpool_count
 from .rules import experts_problems
 from .sglang_keys import SERVING_KEYS, check_serving_combinations, check_serving_values, infer_backend, serves
@@ -143,6 +144,13 @@ def _check_paths(args: Any) -> list[str]:
 
 
 def _check_machine(args: Any) -> list[Any]:
+    nodes = len(numa_nodes())
+    if (args.kt_threadpool_count or 0) > nodes:  # as in LLaMA-Factory's own examples, made for servers
+        logger.warning(
+            "kt_threadpool_count: %d sub-pools asked for, this process may use %d NUMA node(s); using %d.",
+            args.kt_threadpool_count, nodes, nodes,
+        )  # fmt: skip
+        args.kt_threadpool_count = nodes
     request = PlanRequest(pools=threadpool_count(args))
     try:
         candidates(args.kt_backend, request, merged=args.kt_merge_adapter)

@@ -116,6 +116,11 @@ def weight_files(directory: str | Path) -> list[Path]:
     return sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
 
 
+def thinker(config: Any) -> Any:
+    """Of a model that thinks and talks (Qwen3-Omni), the part that thinks, which alone LLaMA-Factory chats with; others as they are."""
+    return getattr(config, "thinker_config", config)
+
+
 def auto_class(config: Any) -> Any:
     """The class of transformers that loads a model, as LLaMA-Factory chooses it: with images where the model has them."""
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -147,5 +152,6 @@ def empty_model(name: str | Path, *, quantized: bool = False) -> Any:
         raise KTModelError(
             f"{name} is a quantized checkpoint ({title}); bfloat16, float16 or float32 weights are needed here."
         )
+    config = thinker(config)
     with torch.device("meta"):
         return auto_class(config).from_config(config)

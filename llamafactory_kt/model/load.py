@@ -159,6 +159,7 @@ class ExpertsLoad:
         overlap = SharedExpertsOverlap(shared) if transfers is not None and shared is not None else None
         experts = KTExperts(module, engine, self._config.router_stats, debugger, transfers, overlap)
         setattr(block, attribute, PresortedExperts(experts) if module.presorted else experts)
+        vars(block)["_is_hf_initialized"] = True  # Qwen3-Omni's block would initialize the experts' weights
         if debugger is not None:
             debugger.watch_router(block)
         return experts

@@ -124,7 +124,9 @@ class ModuleNames:
         renamed = f"{module}.weight"
         for rule in self._renamings:
             renamed, _ = rule.rename_source_key(renamed)
-        renamed = renamed.removesuffix(".weight")
+        renamed = renamed.removesuffix(".weight").removeprefix(
+            "thinker."
+        )  # Qwen3-Omni's, which is the whole model here
         inner = renamed.removeprefix("model.")
         stem = inner.removeprefix("language_model.")
         candidates = (renamed, f"model.{renamed}", inner, f"model.language_model.{stem}", f"model.{stem}")

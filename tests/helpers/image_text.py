@@ -46,6 +46,12 @@ class ImageText(NamedTuple):
     text: dict[str, Any]
     vision: dict[str, Any]
 
+    def text_config(self, **changes: Any) -> dict[str, Any]:
+        return _TEXT | self.text | changes
+
+    def vision_config(self) -> dict[str, Any]:
+        return _VISION | self.vision
+
 
 ARCHITECTURES = {
     "qwen3_vl_moe": ImageText(
@@ -99,7 +105,7 @@ def make_image_text_model(directory: Path, architecture: str, *, dtype=torch.bfl
         }[made.family].items()
     }  # fmt: skip
     config = AutoConfig.for_model(
-        architecture, text_config=_TEXT | made.text | text, vision_config=_VISION | made.vision, **special
+        architecture, text_config=made.text_config(**text), vision_config=made.vision_config(), **special
     )
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -116,24 +122,31 @@ def make_image_text_model(directory: Path, architecture: str, *, dtype=torch.bfl
     return directory
 
 
-def _processor(family: str) -> ProcessorMixin:
-    import transformers
-
+def make_tokenizer(special: list[str], named: dict[str, str] | None = None) -> PreTrainedTokenizerFast:
+    """The demo's tokenizer with more special tokens, and names for some of them that processors look for."""
     settings = json.loads((DEMO / "model" / "tokenizer_config.json").read_text())
     names = {name: settings[name] for name in ("bos_token", "eos_token", "pad_token")}
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(DEMO / "model" / "tokenizer.json"), **names)
-    tokenizer.add_special_tokens({"additional_special_tokens": _SPECIAL[family]})
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    if named is None:
+        return tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, extra_special_tokens=named, **names)
+
+
+def _processor(family: str) -> ProcessorMixin:
+    import transformers
+
     if family == "gemma":
         named = {
             "image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>",
             "audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>",
         }  # fmt: skip
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, extra_special_tokens=named, **names)
         sizes = {"patch_size": 4, "max_soft_tokens": 70}
         return transformers.Gemma4Processor(
-            transformers.Gemma4AudioFeatureExtractor(), transformers.Gemma4ImageProcessor(**sizes), tokenizer,
-            transformers.Gemma4VideoProcessor(**sizes),
+            transformers.Gemma4AudioFeatureExtractor(), transformers.Gemma4ImageProcessor(**sizes),
+            make_tokenizer(_SPECIAL[family], named), transformers.Gemma4VideoProcessor(**sizes),
         )  # fmt: skip
+    tokenizer = make_tokenizer(_SPECIAL[family])
     sizes = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
     pixels = {"size": {"shortest_edge": 32 * 32, "longest_edge": 512 * 512}}
     image, video, processor = {

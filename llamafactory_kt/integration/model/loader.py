@@ -35,15 +35,19 @@ def patch(module: ModuleType) -> None:
         return init_kwargs
 
     def load_config(model_args: Any) -> Any:
-        if not (with_kt(model_args) and getattr(model_args, "kt_native", False)):
+        if not with_kt(model_args):
             return stock_load(model_args)
+        from ...checkpoint.opening import thinker
+
+        if not getattr(model_args, "kt_native", False):
+            return thinker(stock_load(model_args))
         from transformers import AutoConfig
 
         keys = {**_get_init_kwargs(model_args), "trust_remote_code": False}
         config = AutoConfig.from_pretrained(model_args.model_name_or_path, **keys)
         # With an auto_map, LLaMA-Factory would register transformers' own classes as remote code.
         vars(config).pop("auto_map", None)
-        return config
+        return thinker(config)
 
     def patch_config(
         config: Any, tokenizer: Any, model_args: Any, init_kwargs: dict[str, Any], is_trainable: bool

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-from ..ground.errors import KTModelError
+from ..ground.errors import KTDataError, KTModelError
 from ..model.state import has_kt_experts, kt_state
 from .patching import asks_for, expect, replace
 
@@ -69,7 +69,10 @@ def _converse(chat_model: Any) -> None:
         elif command == "/experts":
             print(_experts(model))
         else:
-            _answer(chat_model, messages, query, show_stats)
+            try:
+                _answer(chat_model, messages, query, show_stats)
+            except KTDataError as error:  # the question cannot be answered; the next one can
+                print(error)
 
 
 def _experts(model: Any) -> str:

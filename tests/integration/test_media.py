@@ -17,6 +17,7 @@ from helpers.image_text import ARCHITECTURES, make_image_text_model, picture, pr
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llamafactory_kt import KTDataError
+from llamafactory_kt.integration.chat_model import _converse as chat_in_terminal
 from llamafactory_kt.integration.media import add_token_types
 
 PICTURES = [picture(), picture(64, 48, 1)]
@@ -159,6 +160,17 @@ def test_what_does_not_fit_is_refused(chat):
 
 async def _read(stream):
     return [text async for text in stream]
+
+
+def test_a_typed_place_in_the_terminal(chat, monkeypatch, capsys):
+    """The terminal has text alone. The session goes on, without that question."""
+    ours, *_ = chat
+    monkeypatch.setattr(ours.engine, "generating_args", ours.engine.generating_args | {"max_new_tokens": 4})
+    lines = iter(["Hello.", "What is <image>?", "Hello.", "exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    chat_in_terminal(ours)
+    first, refused, second = [text.strip() for text in capsys.readouterr().out.split("Assistant: ")[1:]]
+    assert refused.startswith("Places for images (<image>) in the messages: 1") and first and second
 
 
 def test_a_picture_for_a_text_only_model(demo):

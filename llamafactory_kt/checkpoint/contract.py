@@ -117,7 +117,7 @@ class _Trial:
         return formula if formula is not None and self._agrees(formula) else None
 
     def _measured(self) -> ExpertFormula | None:
-        """From what one number of gate and one of up give: a(min(g, limit)) * (clamp(u, limit) + offset)."""
+        """From what one number of gate and one of up give: a(g) * (clamp(u, limit) + offset)."""
         none, near, far = self._values([_NEAR] * 3, [0.0, _NEAR, _FAR]).tolist()
         if not self.shape.has_gate:
             return self._named(near)
@@ -132,9 +132,9 @@ class _Trial:
         gate, up = [g for g in _GRID for _ in _GRID], [u for _ in _GRID for u in _GRID]
         found, shape = self._values(gate, up), self.shape
         share = value / _NEAR
-        for name in ACTIVATIONS:
+        for name, limit_activated in product(ACTIVATIONS, (False, True)[: 1 if limit is None else 2]):
             alpha = _plain(math.log(share / (1 - share)) / _NEAR) if name == "silu" and 0 < share < 1 else 1.0
-            formula = ExpertFormula(name, shape.has_gate, alpha, limit, up_offset, has_biases=self._has_biases)
+            formula = ExpertFormula(name, shape.has_gate, alpha, limit, limit_activated, up_offset, self._has_biases)
             if _close(found, formula.activate(_numbers(gate), _numbers(up))):
                 return formula
         return None

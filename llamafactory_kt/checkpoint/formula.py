@@ -16,7 +16,7 @@ class ExpertFormula:
     """``down(activation(gate x) * up x)``, or ``down(activation(up x))`` without a gate, for x [H]. Some models deviate:
 
     - gpt-oss: ``alpha`` 1.702, ``limit`` 7, ``up_offset`` 1, biases (``GptOssExperts`` in transformers);
-    - DeepSeek-V4: ``limit``;
+    - DeepSeek-V4: ``limit``, and Step-3.7: ``limit`` with ``limit_activated``;
     - Nemotron-H: no gate.
 
     >>> print(ExpertFormula())
@@ -31,7 +31,9 @@ class ExpertFormula:
     alpha: float = 1.0
     """SiLU's factor inside of the sigmoid"""
     limit: float | None = None
-    """of gate from above, and of up on both sides, both before the activation; None: not limited"""
+    """of gate from above, and of up on both sides; None: not limited"""
+    limit_activated: bool = False
+    """gate is limited after its activation, not before"""
     up_offset: float = 0.0
     """added to up after it has been limited"""
     has_biases: bool = False
@@ -39,21 +41,29 @@ class ExpertFormula:
 
     def __str__(self) -> str:
         inner, up = ("gate x", "up x") if self.has_gate else ("up x", "")
-        if self.limit is not None:
-            inner, up = f"min({inner}, {self.limit:g})", f"clamp({up}, ±{self.limit:g})"
+        limited = self.limit is not None
+        if limited:
+            up = f"clamp({up}, ±{self.limit:g})"
+        if limited and not self.limit_activated:
+            inner = f"min({inner}, {self.limit:g})"
         if self.up_offset:
             up = f"({up} + {self.up_offset:g})"
-        alpha = "" if self.alpha == 1 else f", alpha {self.alpha:g}"
-        product = f"{self.activation}({inner}{alpha})" + (f" * {up}" if self.has_gate else "")
-        return f"down({product}){' with biases' if self.has_biases else ''}"
+        value = f"{self.activation}({inner}{'' if self.alpha == 1 else f', alpha {self.alpha:g}'})"
+        if limited and self.limit_activated:
+            value = f"min({value}, {self.limit:g})"
+        return f"down({value}{f' * {up}' if self.has_gate else ''}){' with biases' if self.has_biases else ''}"
 
     def activate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """gate and up [..., I], with their biases -> what ``down`` multiplies, [..., I]. Without a gate, ``gate`` is not used."""
         if not self.has_gate:
             return activation(up, self.activation, self.alpha)
         if self.limit is not None:
-            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        return activation(gate, self.activation, self.alpha) * (up + self.up_offset)
+            up = up.clamp(-self.limit, self.limit)
+            gate = gate if self.limit_activated else gate.clamp(max=self.limit)
+        value = activation(gate, self.activation, self.alpha)
+        if self.limit is not None and self.limit_activated:
+            value = value.clamp(max=self.limit)
+        return value * (up + self.up_offset)
 
 
 PLAIN = ExpertFormula()

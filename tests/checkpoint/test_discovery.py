@@ -95,6 +95,7 @@ def with_forward(monkeypatch, forward):
     [
         (None, PLAIN),
         (lambda g, u: F.silu(g.clamp(max=10)) * u.clamp(-10, 10), "down(silu(min(gate x, 10)) * clamp(up x, ±10))"),
+        (lambda g, u: F.silu(g).clamp(max=7) * u.clamp(-7, 7), "down(min(silu(gate x), 7) * clamp(up x, ±7))"),
         (lambda g, u: g * torch.sigmoid(1.5 * g) * (u + 1), "down(silu(gate x, alpha 1.5) * (up x + 1))"),
         (lambda g, u: (F.silu(g.float()) * u.float()).to(g.dtype), PLAIN),  # transformers' Beam computes it in float32
     ],
@@ -112,7 +113,7 @@ def test_numbers_are_learnt_from_the_forward(monkeypatch, activated, formula):
         lambda self, x, index, scores: plain(self, x.clamp(max=1.0), index, scores),
         lambda self, x, index, scores: plain(self, x, index, scores.square()),
         lambda self, x, index, scores: plain(
-            self, x, index, scores, lambda g, u: F.silu(g).clamp(max=7) * u.clamp(-7, 7)
+            self, x, index, scores, lambda g, u: F.silu(g).clamp(max=7) * u.clamp(-5, 5)
         ),
         lambda self, x, index, scores: plain(self, x, index, scores, lambda g, u: F.silu(g.clamp(max=500)) * u),
         lambda self, x, index, scores: plain(self, x * scores[:, :1], index, scores),

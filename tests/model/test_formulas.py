@@ -11,6 +11,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from helpers.architectures import tiny_model
+from helpers.experts import lora_for
 from helpers.loading import load, logits
 from helpers.marks import needs_kernel, needs_onednn
 from helpers.references import per_token
@@ -19,9 +20,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTAdapterError, KTKernelError, KTModelError, apply_adapter
-from llamafactory_kt.adapters import open_adapters
+from llamafactory_kt.adapters import ExpertsShape, open_adapters
+from llamafactory_kt.adapters.keys import PROJECTIONS
 from llamafactory_kt.autotune import worker
 from llamafactory_kt.checkpoint.discovery import find_experts
+from llamafactory_kt.checkpoint.formula import ExpertFormula
+from llamafactory_kt.checkpoint.reader import ExpertBiases, ExpertWeights
 from llamafactory_kt.engines import base, registry
 from llamafactory_kt.engines.plan import Plan
 from llamafactory_kt.engines.reference import ReferenceEngine
@@ -95,6 +99,53 @@ def test_onednn(models, name, merged):
     wanted = logits(reference)
     noise = per_token(logits(copy.deepcopy(reference).merge_and_unload().to(torch.bfloat16)), wanted)
     assert per_token(found, wanted) < 2 * noise
+
+
+FORMULAS = [
+    ExpertFormula(),
+    ExpertFormula("gelu"),
+    ExpertFormula("gelu_tanh", limit=2.0),
+    ExpertFormula("silu", limit=2.0),
+    ExpertFormula("silu", limit=2.0, limit_activated=True),
+    ExpertFormula("silu", alpha=1.702, limit=2.0, up_offset=1.0, has_biases=True),
+    ExpertFormula("relu2", has_gate=False),
+    ExpertFormula("silu", has_gate=False, has_biases=True),
+]
+
+
+@pytest.mark.parametrize("engine", [pytest.param("oneDNN", marks=needs_onednn), "torch"])
+@pytest.mark.parametrize("formula", FORMULAS, ids=str)
+def test_engines_against_float64(engine, formula):
+    """One layer, with LoRA; the formula itself is what transformers' forward is compared with."""
+    shape = ExpertsShape(5, 64, 40, formula.has_gate)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size):
+        return torch.randn(*size, generator=generator).bfloat16().double()
+
+    sizes = [shape.projection(projection) for projection in PROJECTIONS]
+    weights = [random(5, out, width) * 2**-2 for out, width in sizes]
+    biases = ExpertBiases(*(random(5, out).float() for out, _ in sizes)) if formula.has_biases else None
+    lora = lora_for(shape, 3, 0.5)
+    full = [w + lora.delta(p, slice(None)).double() for w, p in zip(weights, PROJECTIONS, strict=True)]
+    kind = registry.get_engine(engine)
+    spec = base.EngineSpec(0, shape, 2, 3, formula=formula, read_biases=lambda: biases)
+    made = kind(
+        spec, lambda dtype: (ExpertWeights(*(w.bfloat16() for w in each)) for each in zip(*weights, strict=True))
+    )
+    made.load()
+    made.set_lora(lora)
+    x, index, scores = random(7, 64), torch.arange(14).view(7, 2) % 5, torch.rand(7, 2, generator=generator).double()
+
+    def product(place, inner):
+        found = torch.einsum("tkoi,tki->tko", full[place][index], inner)
+        return found + biases[place][index] if biases is not None else found
+
+    rows = x[:, None].expand(-1, 2, -1)
+    outs = product(2, formula.activate(product(0, rows), product(1, rows)))
+    wanted = (scores[..., None] * outs).sum(1)
+    found = made.forward(x.float(), index, scores)
+    assert per_token(found[None].double(), wanted[None]) < (0.02 if engine == "oneDNN" else 1e-5)
 
 
 def test_auto_takes_an_engine_that_can(models):

@@ -79,7 +79,8 @@ class OneDNNEngine(Engine):
         biases = self.spec.read_biases()
         self._biases = list(zip(torch.cat(biases[:2], 1), biases.down, strict=True)) if biases is not None else []
         limit = math.inf if formula.limit is None else formula.limit
-        self._formula = formula.has_gate, formula.activation, formula.alpha, limit, formula.up_offset
+        gate = formula.has_gate, formula.activation, formula.alpha, limit, formula.limit_activated
+        self._formula = *gate, formula.up_offset
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:
         before = self._lora, self.lora_rank

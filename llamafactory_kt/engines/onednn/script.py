@@ -27,7 +27,7 @@ Biases = tuple[Tensor, Tensor]
 def experts(
     hidden: Tensor, tokens: Tensor, scores: Tensor, rows: list[int], gate_up: list[Tensor], down: list[Tensor],
     lora: list[Lora], biases: list[Biases], wide: bool, numbers: Tensor, threads: int, out: Tensor, has_gate: bool,
-    activation: str, alpha: float, limit: float, up_offset: float,
+    activation: str, alpha: float, limit: float, limit_activated: bool, up_offset: float,
 ) -> None:  # fmt: skip
     """Compute ``scores * expert(hidden[tokens])`` of each expert's rows, which lie one after the other.
 
@@ -60,10 +60,14 @@ def experts(
     if has_gate:
         gate, up = inner.chunk(2, dim=-1)
         if limit < inf:
-            gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+            up = up.clamp(min=-limit, max=limit)
+            gate = gate if limit_activated else gate.clamp(max=limit)
         if up_offset != 0:
             up = up + up_offset
-        inner = _activated(gate, activation, alpha).mul_(up)
+        inner = _activated(gate, activation, alpha)
+        if limit_activated:
+            inner.clamp_(max=limit)
+        inner.mul_(up)
     else:
         inner = _activated(inner, activation, alpha)
     found = _products(inner.to(x.dtype), rows, down, wide, numbers, threads)

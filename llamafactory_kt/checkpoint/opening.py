@@ -150,7 +150,8 @@ def empty_model(name: str | Path, *, quantized: bool = False) -> Any:
     if not quantized and quantization(config):
         title = format_of(config).title
         raise KTModelError(
-            f"{name} is a quantized checkpoint ({title}); bfloat16, float16 or float32 weights are needed here."
+            f"{name} is a quantized checkpoint ({title}); bfloat16, float16 or float32 weights are needed here. "
+            "Use the model's unquantized checkpoint."
         )
     config = thinker(config)
     with torch.device("meta"):

@@ -117,9 +117,13 @@ class CheckpointLayout:
 
     def _is_read_alone(self, names: CheckpointNames, weight: StoredWeight, target: Target) -> bool:
         """Whether transformers only renames a weight, and its parts likewise, so that the rules for the format find them."""
-        return target.name.endswith(".weight") and all(
-            not mapped.operations and self.format.stored_name(target.name, part).endswith(mapped.name)
-            for part, mapped in ((part, names.target(tensor.name)) for part, tensor in weight.parts.items())
+        return (
+            len(weight.shape) == 2
+            and target.name.endswith(".weight")
+            and all(
+                not mapped.operations and self.format.stored_name(target.name, part).endswith(mapped.name)
+                for part, mapped in ((part, names.target(tensor.name)) for part, tensor in weight.parts.items())
+            )
         )
 
     def unexpected(self) -> list[str]:

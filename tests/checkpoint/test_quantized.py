@@ -139,6 +139,23 @@ def test_gpt_oss_in_mxfp4(tmp_path):
         assert per_token(found, wanted) < 1e-5, "its numbers are bfloat16 ones"
 
 
+def test_modelopt_which_transformers_does_not_know(tmp_path):
+    """A chat passes the configuration on; in Python it is given."""
+
+    def pack(weight):
+        scale = weight.abs().max() / 448
+        codes = (weight / scale).to(torch.float8_e4m3fn)
+        return {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(0.1)}, codes.float() * scale
+
+    quantization = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    source = make_model(tmp_path / "source", "qwen3_moe", dtype=torch.float32)
+    packed, plain = quantized_checkpoint(tmp_path, source, pack, quantization, quantized)
+    found = answer(load(packed, "torch", dtype=torch.float32, checkpoint=quantization))
+    assert per_token(found, answer(merged_float32(plain, None))) < 0.01
+    with pytest.raises(KTModelError, match="experts must be stored as F32, F16 or BF16, or quantized"):
+        load(packed, "torch")
+
+
 @pytest.fixture(scope="module")
 def fp8(tmp_path_factory):
     root = tmp_path_factory.mktemp("fp8")

@@ -28,7 +28,7 @@ class Fp8(Format):
 
     title = "FP8"
     parts: ClassVar[Mapping[str, str]] = {WHOLE: "", "scale": "_scale_inv"}
-    unused: ClassVar[Sequence[str]] = ("activation_scale", ".input_scale")
+    unused: ClassVar[Sequence[str]] = ("activation_scale", ".input_scale", ".k_scale", ".v_scale")
 
     def __init__(self, block: Block | None):
         self.block = block

@@ -74,9 +74,7 @@ class Gptq(Format):
         regular = torch.arange(width, device=zero.device) // (self._group if self._group > 0 else width)
         order = parts["order"].long() if "order" in parts else regular
         found = {"packed": parts["packed"], "scale": parts["scale"], "zero": zero}
-        if (
-            self._first_version
-        ):  # one is added to whole words, as GPTQModel subtracts it: carries cross to the next integer
+        if self._first_version:  # to whole words, as GPTQModel subtracts it: carries cross to the next integer
             found["zero"] = zero + _ONES[self._bits]
         if width % groups or not torch.equal(order, regular):
             found["order"] = order

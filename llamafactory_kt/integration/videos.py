@@ -15,7 +15,10 @@ import torch
 
 from .patching import expect
 
-_SETTINGS = {"image_max_pixels": "video_max_pixels", "image_min_pixels": "video_min_pixels", "video_fps": "video_fps", "video_maxlen": "video_maxlen"}  # fmt: skip
+_SETTINGS = {
+    "image_max_pixels": "video_max_pixels", "image_min_pixels": "video_min_pixels", "video_fps": "video_fps",
+    "video_maxlen": "video_maxlen",
+}  # fmt: skip
 """argument of ``_regularize_videos`` -> where LLaMA-Factory has put the user's value: an attribute of the processor"""
 
 
@@ -77,9 +80,8 @@ def _expanded(plugin: Any, videos: list[Any], processor: Any) -> list[tuple[str,
     from llamafactory.extras.constants import VIDEO_PLACEHOLDER
 
     settings = {name: getattr(processor, value) for name, value in _SETTINGS.items()}
-    own = [
-        list(video) if isinstance(video, list) else video for video in videos
-    ]  # it appends to lists of an odd length
+    # copies, because it appends to lists of an odd length
+    own = [list(video) if isinstance(video, list) else video for video in videos]
     read = plugin._regularize_videos(own, **settings)
     marking = copy.copy(plugin)
     marking.expand_mm_tokens = False
@@ -87,10 +89,13 @@ def _expanded(plugin: Any, videos: list[Any], processor: Any) -> list[tuple[str,
     text = marking.process_messages(place, [], videos[:1], [], processor)[0]["content"]
     expanded = []
     for frames, numbers, seconds in zip(read["videos"], read["frames_indices"], read["durations"], strict=True):
-        metadata = {"fps": settings["video_fps"], "frames_indices": list(numbers), "duration": seconds, "total_num_frames": len(frames)}  # fmt: skip
+        metadata = {
+            "fps": settings["video_fps"], "frames_indices": list(numbers), "duration": seconds, "total_num_frames": len(frames),
+        }  # fmt: skip
         inputs = processor(
-            text=[text], videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
-        )
+            text=[text], videos=[frames], video_metadata=[metadata], do_sample_frames=False, add_special_tokens=False,
+            return_tensors="pt",
+        )  # fmt: skip
         tokens = processor.tokenizer.decode(inputs["input_ids"][0], clean_up_tokenization_spaces=False)
         expanded.append((tokens, {name: inputs[name] for name in processor.video_processor.model_input_names}))
     return expanded

@@ -21,11 +21,11 @@ SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "nu
 def test_missing_model_and_quantized_model(tmp_path, demo):
     with pytest.raises(KTPathError, match=r"model_name_or_path: .*nowhere does not exist"):
         chat_model(tmp_path / "nowhere")
-    path = shutil.copytree(demo / "model", tmp_path / "gptq")
+    path = shutil.copytree(demo / "model", tmp_path / "bitsandbytes")
     config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(KTModelError, match="is a quantized checkpoint"):
+    with pytest.raises(KTModelError, match=r"quant_method: bitsandbytes in config.json"):
         chat_model(path)
 
 

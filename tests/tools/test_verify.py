@@ -65,7 +65,7 @@ def test_layers_and_the_table(tmp_path, demo):
         assert isinstance(result.exception, KTConfigError) and message in str(result.exception)
     result = CliRunner().invoke(app, ["verify", str(config), "use_kt=false"])
     assert isinstance(result.exception, KTConfigError) and "does not ask for use_kt" in str(result.exception)
-    result = CliRunner().invoke(app, ["verify", str(config), "kt_bakend=torch"])
+    result = CliRunner().invoke(app, ["verify", str(config), "templat=deepseek"])
     assert isinstance(result.exception, KTConfigError) and str(result.exception).startswith(f"{config}: ")
 
 

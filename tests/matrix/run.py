@@ -93,7 +93,7 @@ def _make(env: Path, pins: dict[str, str], options: argparse.Namespace, scratch:
     overrides = [f"{name}=={pins[name]}" for name in ("transformers", "peft", "torch") if name in pins]
     if "torch" in pins:  # an override replaces also what torchvision asks for
         minor = int(pins["torch"].split(".")[1])
-        overrides += [f"torchvision==0.{min(minor + 15, 29)}.*", f"torchaudio<=2.{minor}.1"]
+        overrides += [f"torchvision==0.{min(minor + 15, 29)}.*", f"torchaudio=={pins['torch']}"]
     absent = [name for name, version in pins.items() if version == "none"]
     if "llamafactory" in absent:  # which is what imports torchaudio, and that has no release for the newest torch
         overrides = [line for line in overrides if "torchaudio" not in line]

@@ -32,7 +32,9 @@ def test_in_a_block(weights, parts):
     placed = [place(number, *weight.chunk(parts)) for number, weight in enumerate(weights)]
     first, second, third = addresses(placed)
     assert first % mmap.PAGESIZE == 0
-    assert 0 < second - first == third - second < 2 * SIZE[0] * SIZE[1] * 2, "oneDNN pads small ones, torch 2.11's by half"
+    assert 0 < second - first == third - second < 2 * SIZE[0] * SIZE[1] * 2, (
+        "oneDNN pads small ones, torch 2.11's by half"
+    )
     x = torch.randn(5, SIZE[1]).bfloat16()
     for own, weight in zip(placed, weights, strict=True):
         assert own.shape == SIZE and own.dtype == torch.bfloat16 and own.layout != torch.strided

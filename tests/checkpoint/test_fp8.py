@@ -96,7 +96,7 @@ def test_everything_but_the_experts_is_the_dequantized_weight_rounded_once(files
 @pytest.mark.parametrize("files", ["deepseek_v3"], indirect=True)
 def test_chat_verify_and_doctor(files):
     """A chat in bfloat16 with the whole adapter, and what two commands say about such a checkpoint."""
-    from llamafactory.chat import ChatModel
+    chat = pytest.importorskip("llamafactory.chat")
     from typer.testing import CliRunner
 
     from llamafactory_kt.cli import app
@@ -106,8 +106,9 @@ def test_chat_verify_and_doctor(files):
         "model_name_or_path": str(fp8), "adapter_name_or_path": str(adapter), "template": "deepseek", "use_kt": True,
         "kt_backend": "torch",
     }  # fmt: skip
-    model = ChatModel(keys).engine.model
-    assert {p.dtype for n, p in model.named_parameters() if "lora" not in n} == {torch.bfloat16}
+    model = chat.ChatModel(keys).engine.model
+    matrices = {p.dtype for n, p in model.named_parameters() if "lora" not in n and p.dim() > 1}
+    assert matrices == {torch.bfloat16}  # newer transformers keep the router's bias in float32
     assert per_token(answer(model), answer(merged_float32(plain, adapter))) < 0.1
     config = fp8.parent / "chat.yaml"
     config.write_text(json.dumps(keys))

@@ -95,7 +95,7 @@ def test_the_whole_adapter_on_top(files):
 @pytest.mark.parametrize("files", ["GPTQ INT4"], indirect=True)
 def test_chat_verify_and_doctor(files):
     """LLaMA-Factory would ask for GPTQModel, which is not installed."""
-    from llamafactory.chat import ChatModel
+    chat = pytest.importorskip("llamafactory.chat")
     from typer.testing import CliRunner
 
     from llamafactory_kt.cli import app
@@ -105,7 +105,7 @@ def test_chat_verify_and_doctor(files):
         "model_name_or_path": str(packed), "adapter_name_or_path": str(adapter), "template": "deepseek", "use_kt": True,
         "kt_backend": "torch",
     }  # fmt: skip
-    model = ChatModel(keys).engine.model
+    model = chat.ChatModel(keys).engine.model
     assert per_token(answer(model).float(), answer(merged_float32(plain, adapter))) < 0.1
     config = packed.parent / "chat.yaml"
     config.write_text(json.dumps(keys))

@@ -24,6 +24,7 @@ ROWS, RESULTS = HERE / "rows.txt", HERE / "results.json"
 TESTS = (
     "matrix/test_exactness.py", "peft_side/test_given_names.py", "peft_side/test_untested_peft.py", "model/test_untested.py",
     "model/test_every_architecture.py", "model/test_formulas.py", "decoding/test_attention.py", "matmul/test_mkldnn_blob.py",
+    "checkpoint/test_quantized.py", "checkpoint/test_fp8.py",
 )  # fmt: skip
 PAGES = {
     ROOT
@@ -108,7 +109,7 @@ def _make(env: Path, pins: dict[str, str], options: argparse.Namespace, scratch:
     python = pins.get("python", options.python)
     subprocess.run([options.uv, "venv", "--quiet", "--python", python, env], check=True)
     install = [options.uv, "pip", "install", "--quiet", "--python", env / "bin" / "python", "--override", file]
-    tests = ["pytest", "pytest-timeout", "pytest-xdist"]
+    tests = ["pytest", "pytest-timeout", "pytest-xdist", "compressed-tensors"]
     subprocess.run([*install, "--editable", ROOT, *factory, *version, *tests], check=True)
 
 

@@ -248,9 +248,10 @@ def test_lora_whose_orientation_is_not_told_is_refused(tmp_path):
     path = tmp_path / "model"
     tiny_model("gpt_oss", intermediate_size=64).save_pretrained(path)
     adapter, reference = peft(tmp_path, ["experts.down_proj"])
-    found = logits(apply_adapter(load(path, "torch", dtype=torch.float32, adapter=str(adapter)), adapter)[0])
-    assert per_token(found, logits(reference)) < 1e-5
     config = json.loads((adapter / "adapter_config.json").read_text())
+    if Version(config["peft_version"]) < Version("0.19"):
+        found = logits(apply_adapter(load(path, "torch", dtype=torch.float32, adapter=str(adapter)), adapter)[0])
+        assert per_token(found, logits(reference)) < 1e-5
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "0.19.1"}))
     with pytest.raises(KTAdapterError, match="lay it either way over weights that are stored transposed"):
         load(path, "torch", adapter=str(adapter))

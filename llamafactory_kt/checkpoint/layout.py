@@ -2,7 +2,8 @@
 
 transformers' own conversion rules map the names (:mod:`..peft_side.model_names`), so every naming that transformers can
 load is understood: one tensor per expert (``experts.5.gate_proj.weight``, Mixtral's ``w1``/``w3``/``w2``) or fused ones
-(``gate_up_proj``, ``down_proj``). What a format stores in a weight's place is found by its own stored name, and mapped by the
+(``gate_up_proj``, ``down_proj``). Quantizers split fused experts, as in the FP8 files of Qwen3.5 and Qwen3-VL: tensors that are named
+after a module's projections are those, where no rule says otherwise. What a format stores in a weight's place is found by its own stored name, and mapped by the
 weight's: transformers' rules know scales in some versions only.
 """
 
@@ -24,6 +25,8 @@ from .reader import LayerTensors, Piece, StoredWeight
 from .stored import stored_tensors
 
 _NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+_OF_ONE_EXPERT = re.compile(r"(.+)\.(\d+)\.(gate|up|down)_proj\.weight")
+"""a module, an expert and a projection"""
 
 
 class CheckpointLayout:
@@ -62,9 +65,19 @@ class CheckpointLayout:
             layer = self._layers.get(module)
             if layer is not None and attribute in (*layer.module.weights, *layer.module.biases):
                 _place(layer, weight, target)
-            else:
+            elif not self._place_split(weight, target):
                 others.append((weight, target))
         return others
+
+    def _place_split(self, weight: StoredWeight, target: Target) -> bool:
+        """Place a tensor of one expert that transformers would not join to the model's fused weight."""
+        found = _OF_ONE_EXPERT.fullmatch(target.name) if not target.operations else None
+        layer = self._layers.get(found[1]) if found else None
+        if not found or layer is None or found[3] not in layer.module.shape.projections:
+            return False
+        layer.stored[found[3], int(found[2])] = weight
+        layer.split = True
+        return True
 
     def _check_complete(self, layer: LayerTensors) -> None:
         module, shape = layer.module, layer.module.shape

@@ -122,6 +122,8 @@ class LayerTensors:
     module: ExpertsModule
     stored: dict[Piece, StoredWeight] = field(default_factory=dict)
     """weights and biases"""
+    split: bool = False
+    """whether a quantizer has split fused weights, and no rule of transformers joins them"""
 
     @property
     def fused(self) -> bool:
@@ -183,7 +185,8 @@ class LayerTensors:
         return digest.hexdigest()
 
     def by_name(self, experts: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Read some experts' weights as the unquantized checkpoint names and lays them out, in float32; fused ones with these experts alone."""
+        """Read some experts' weights in float32, as transformers' rules expect them; fused ones with these experts alone, also those that
+        a quantizer has split."""
         get = opened()
 
         def read(weight: StoredWeight, expert: int | None) -> torch.Tensor:
@@ -192,6 +195,15 @@ class LayerTensors:
                 parts = {part: tensor[expert] for part, tensor in parts.items()}
             return weight.decode(parts, torch.float32)
 
+        def joined(name: str, expert: int) -> torch.Tensor:
+            wanted = [p for p in self.module.shape.projections if (p == "down") == (name == "down_proj")]
+            weights, layout = [read(self.stored[p, expert], None) for p in wanted], self.module.shape.fused
+            weight = layout.join(*weights, 0) if len(weights) > 1 else weights[0]
+            return weight.T if layout.transposed else weight
+
+        if self.split:
+            names = self.module.weights
+            return {f"{self.module.name}.{name}": torch.stack([joined(name, n) for n in experts]) for name in names}
         return {
             weight.name: torch.stack([read(weight, number) for number in experts])
             if expert is None else read(weight, None)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from llamafactory_kt import KTModelError, apply_adapter
 from llamafactory_kt.checkpoint.opening import open_checkpoint
+from llamafactory_kt.ground import internals
 from llamafactory_kt.tools.merge import merge_adapter
 
 
@@ -201,3 +202,36 @@ def test_scales_without_a_quantization_config(fp8, tmp_path):
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(KTModelError, match=r"belong to weights .* taken for unquantized"):
         load(path, "torch")
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_5_moe_text", "llama4_text"])
+def test_fused_experts_that_the_quantizer_has_split(tmp_path, architecture, monkeypatch):
+    """As the FP8 files of Qwen3.5 and Qwen3-VL: transformers has no rule for a tensor of one expert there."""
+    model = tiny_model(architecture)
+    model.save_pretrained(tmp_path / "source")
+    tensors, plain = load_file(tmp_path / "source" / "model.safetensors"), {}
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, (block, _, weight) = tensors.pop(name), name.rpartition(".")
+        experts = experts.transpose(1, 2) if architecture == "llama4_text" else experts
+        for number, expert in enumerate(experts):
+            halves = (
+                zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True) if "gate" in weight else [(weight, expert)]
+            )
+            tensors |= {f"{block}.{number}.{projection}.weight": part.contiguous() for projection, part in halves}
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    packed, dequantized = make_fp8(tmp_path, tmp_path / "source", [32, 48])
+    plain = load_file(dequantized / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        if name.endswith("experts.gate_up_proj"):
+            block = name.removesuffix(".gate_up_proj")
+            for number in range(len(parameter)):
+                gate, up, down = (plain.pop(f"{block}.{number}.{p}_proj.weight") for p in ("gate", "up", "down"))
+                both = torch.cat((gate, up))
+                turned = architecture == "llama4_text"
+                parameter.data[number] = both.T if turned else both
+                model.get_parameter(f"{block}.down_proj").data[number] = down.T if turned else down
+    missing, unexpected = model.load_state_dict(plain, strict=False)
+    assert not unexpected and all(".experts." in name for name in missing)
+    assert per_token(answer(load(packed, "torch", dtype=torch.float32)), answer(model)) < 0.01
+    monkeypatch.setitem(internals.TESTED, "transformers", "<5")
+    load(packed, "torch", dtype=torch.float32)

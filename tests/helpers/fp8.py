@@ -27,7 +27,7 @@ def make_fp8(directory, source, block):
     fp8, plain = {}, {}
     for name, weight in load_file(source / "model.safetensors").items():
         fp8[name] = plain[name] = weight
-        if not quantized(name):
+        if not quantized(name) or weight.dim() != 2:
             continue
         stored = torch.zeros(weight.shape, dtype=torch.float8_e4m3fn)
         scale = torch.zeros(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))

@@ -129,14 +129,17 @@ class CheckpointLayout:
             )
 
     def _is_read_alone(self, names: CheckpointNames, weight: StoredWeight, target: Target) -> bool:
-        """Whether transformers only renames a weight, and its parts likewise, so that the rules for the format find them."""
+        """Whether transformers only renames a weight, and its parts likewise, so that the rules for the format find them. A prefix that
+        it adds or takes away (``model.``, ``thinker.``) is so for the weight alone, whose name the rules give to the parts."""
+
+        def same(part: str, mapped: Target) -> bool:
+            wanted = self.format.stored_name(target.name, part)
+            return not mapped.operations and (wanted.endswith(mapped.name) or mapped.name.endswith(f".{wanted}"))
+
         return (
             len(weight.shape) == 2
             and target.name.endswith(".weight")
-            and all(
-                not mapped.operations and self.format.stored_name(target.name, part).endswith(mapped.name)
-                for part, mapped in ((part, names.target(tensor.name)) for part, tensor in weight.parts.items())
-            )
+            and all(same(part, names.target(tensor.name)) for part, tensor in weight.parts.items())
         )
 
     def unexpected(self) -> list[str]:

@@ -117,8 +117,12 @@ def weight_files(directory: str | Path) -> list[Path]:
 
 
 def thinker(config: Any) -> Any:
-    """Of a model that thinks and talks (Qwen3-Omni), the part that thinks, which alone LLaMA-Factory chats with; others as they are."""
-    return getattr(config, "thinker_config", config)
+    """Of a model that thinks and talks (Qwen3-Omni), the part that thinks, which alone LLaMA-Factory chats with; others as they are. How
+    the checkpoint is quantized goes with it."""
+    part = getattr(config, "thinker_config", config)
+    if part is not config and getattr(config, "quantization_config", None):
+        part.quantization_config = config.quantization_config
+    return part
 
 
 def auto_class(config: Any) -> Any:

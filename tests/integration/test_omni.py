@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -105,6 +106,23 @@ def test_pictures_and_adapters(omni, tmp_path):
         assert answered(ours, question, pictures) == with_lora
     opened = open_checkpoint(path)
     assert len(opened.experts) == 3 and opened.layout.dtypes() == {"F32"}, "commands see the same experts"
+
+
+def test_how_the_whole_is_quantized_goes_for_the_thinker(omni, tmp_path):
+    path, _ = omni
+    shutil.copytree(path, tmp_path / "source")
+    tensors = load_file(path / "model.safetensors")
+    attention = next(name for name in tensors if name.endswith("self_attn.o_proj.weight") and ".model.layers." in name)
+    codes, plain = tensors[attention].to(torch.float8_e4m3fn), tensors[attention]
+    tensors |= {attention: codes, f"{attention}_scale_inv": torch.tensor(0.5)}
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": None}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(tmp_path / "source", quantized=True).layout.format.title == "FP8"
+    ours = chat_model(tmp_path / "source", template="qwen3_omni_nothink", kt_backend="torch").engine.model
+    found = ours.get_parameter(attention.removeprefix("thinker."))
+    assert torch.equal(found, codes.to(found.dtype) * 0.5) and not torch.equal(found.float(), plain)
 
 
 def answered(chat, question: str, pictures: list) -> list[int]:

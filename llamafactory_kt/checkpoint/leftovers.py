@@ -7,15 +7,16 @@ another matter: without it the model computes something else.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import nn
 
 from ..ground.errors import KTModelError, name_some
 from ..peft_side.model_names import Target
 from .formats import WHOLE, Format
 from .reader import StoredWeight
-from .stored import opened
+from .stored import StoredTensor, opened
 
 _BELONGS = re.compile(
     r"(scale|scales|scale_inv|scale_\d|scaling_factor|zero|zeros|zero_point|qzeros|g_idx|packed|qweight|blocks|codes|codebooks?"
@@ -43,6 +44,7 @@ def check_leftovers(
     modules = {name for name, _ in model.named_modules()}
     known = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
     inside = tuple(f"{name}." for name in experts)
+    read = opened()
     left = [
         part.name
         for weight, target in others
@@ -50,7 +52,7 @@ def check_leftovers(
         and not any(re.search(pattern, target.name) for pattern in known)
         and (target.name.startswith(inside) or (_belongs(weight) and _owner(target.name) in modules))
         for part in weight.parts.values()
-        if not part.name.endswith(tuple(form.unused)) and not _is_zero_bias(weight)
+        if not part.name.endswith(tuple(form.unused)) and not _is_zero_bias(weight, read)
     ]  # fmt: skip
     if left:
         raise KTModelError(
@@ -70,6 +72,6 @@ def _owner(name: str) -> str:
     return module if module != name else name.rpartition(".")[0]
 
 
-def _is_zero_bias(weight: StoredWeight) -> bool:
+def _is_zero_bias(weight: StoredWeight, read: Callable[[StoredTensor], torch.Tensor]) -> bool:
     """AutoGPTQ stores a bias of zeros for layers that have none."""
-    return weight.name.endswith(".bias") and not any(bool(opened()(part).any()) for part in weight.parts.values())
+    return weight.name.endswith(".bias") and not any(bool(read(part).any()) for part in weight.parts.values())

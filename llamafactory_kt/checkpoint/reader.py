@@ -196,9 +196,10 @@ class LayerTensors:
             return weight.decode(parts, torch.float32)
 
         def joined(name: str, expert: int) -> torch.Tensor:
-            wanted = [p for p in self.module.shape.projections if (p == "down") == (name == "down_proj")]
-            weights, layout = [read(self.stored[p, expert], None) for p in wanted], self.module.shape.fused
-            weight = layout.join(*weights, 0) if len(weights) > 1 else weights[0]
+            shape, layout = self.module.shape, self.module.shape.fused
+            weight = read(self.stored["down" if name == "down_proj" else "up", expert], None)
+            if name != "down_proj" and shape.has_gate:
+                weight = layout.join(read(self.stored["gate", expert], None), weight, 0)
             return weight.T if layout.transposed else weight
 
         if self.split:

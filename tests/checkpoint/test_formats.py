@@ -80,11 +80,34 @@ def test_compressed_tensors_with_activation_ordering(symmetric):
     check_compressed("pack-quantized", weights)
 
 
-def check_compressed(form, weights):
+def test_compressed_tensors_with_a_group_of_each_column_that_was_not_set():
+    """Some versions of the library store -1 for weights that were not reordered, and take these as if it were not there."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+    check_compressed("pack-quantized", weights, weight_g_idx=torch.full((IN,), -1, dtype=torch.int32))
+
+
+def test_compressed_tensors_with_zero_points_of_symmetric_weights():
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    check_compressed("int-quantized", weights, weight_zero_point=torch.zeros(OUT, 1, dtype=torch.int8))
+
+
+def test_compressed_tensors_without_quantized_weights():
+    """A cache alone may be quantized."""
+    assert type(opened(quant_method="compressed-tensors", config_groups={}, kv_cache_scheme={"num_bits": 8})) is Format
+
+
+def test_autofp8():
+    """``weight_scale`` of the whole weight; its configuration knows no blocks."""
+    form = opened(quant_method="fp8", activation_scheme="static", ignored_layers=["lm_head"])
+    codes, scale = torch.randn(OUT, IN).to(torch.float8_e4m3fn), torch.tensor([0.3])
+    check(form, {"weight": codes, "weight_scale": scale}, codes.float() * scale)
+
+
+def check_compressed(form, weights, **more):
     scheme = {"format": form, "targets": ["Linear"], "weights": weights}
     stored, wanted = compressed(scheme)(torch.randn(OUT, IN))
     found = opened(quant_method="compressed-tensors", format=form, config_groups={"group_0": scheme})
-    check(found, stored, wanted.bfloat16())
+    check(found, stored | more, wanted.bfloat16())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -230,6 +253,7 @@ def test_parts_that_do_not_fit(change, message):
         ({**CT, "sparsity_config": {"format": "sparse-24-bitmask"}}, "is sparse"),
         ({"quant_method": "gptq", "bits": 3}, "bits: 3"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format: marlin"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"W4A16": ["Linear"]}}, "without saying what they are"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*q_proj": {"bits": 8}}}, "dynamic: .'\\+:.*q_proj'"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version: gemv"),
         *(({"quant_method": method}, f"quant_method: {method} in config.json") for method in ("bitsandbytes", "gguf", "hqq", None)),

@@ -204,6 +204,25 @@ def test_scales_without_a_quantization_config(fp8, tmp_path):
         load(path, "torch")
 
 
+def test_scales_of_activations_and_caches_are_nothing_to_any_format(tmp_path):
+    path, plain = quantized_checkpoint(
+        tmp_path, make_model(tmp_path / "source", "mixtral", dtype=torch.float32), awq(32),
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}, quantized,
+    )  # fmt: skip
+
+    def change(tensors):
+        for name in (
+            "self_attn.k_scale",
+            "self_attn.kv_scale",
+            "self_attn.v_proj.output_scale",
+            "self_attn.o_proj.input_scale",
+        ):
+            tensors[f"model.layers.0.{name}"] = torch.ones(1)
+
+    for number, source in enumerate((path, plain)):
+        load(edited(tmp_path / str(number), source, change), "torch")
+
+
 @pytest.mark.parametrize("architecture", ["qwen3_5_moe_text", "llama4_text"])
 def test_fused_experts_that_the_quantizer_has_split(tmp_path, architecture, monkeypatch):
     """As the FP8 files of Qwen3.5 and Qwen3-VL: transformers has no rule for a tensor of one expert there."""

@@ -3,7 +3,8 @@
 - ``pack-quantized``: integers of 4 or 8 bits, offset by half their range and packed along the rows, ``weight_packed`` int32
   [out, ceil(in * bits / 32)]; ``weight_scale`` [out, groups], where one group is a whole row or ``group_size`` columns;
   ``weight_shape``, which the model knows too; for asymmetric weights ``weight_zero_point``, packed along the columns, int32
-  [ceil(out * bits / 32), groups]; with activation ordering ``weight_g_idx`` [in], the group of each column.
+  [ceil(out * bits / 32), groups]; with activation ordering ``weight_g_idx`` [in], the group of each column; filled with -1 where the
+  order is the usual one.
 - ``int-quantized``, ``float-quantized`` and ``naive-quantized``: ``weight`` as int8 or float8_e4m3fn, with ``weight_scale`` per weight,
   row, group or block, and ``weight_zero_point`` for asymmetric integers.
 
@@ -13,7 +14,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -85,10 +86,6 @@ class CompressedTensors(Format):
         WHOLE: ".weight", "packed": ".weight_packed", "scale": ".weight_scale", "zero": ".weight_zero_point",
         "order": ".weight_g_idx", "shape": ".weight_shape",
     }  # fmt: skip
-    unused: ClassVar[Sequence[str]] = (
-        ".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point", ".q_scale", ".k_scale",
-        ".v_scale", ".k_zero_point", ".v_zero_point",
-    )  # fmt: skip
 
     def __init__(self, schemes: list[Scheme]):
         self._schemes = schemes
@@ -102,8 +99,15 @@ class CompressedTensors(Format):
                 "The compressed-tensors checkpoint is sparse (sparsity_config in config.json), which is not supported. Use the model's "
                 "unquantized checkpoint."
             )
-        form = values.get("format", "dense")
-        return cls([Scheme.of(group, form) for group in (values.get("config_groups") or {}).values()])
+        groups, form = values.get("config_groups") or {}, values.get("format", "dense")
+        if not groups:
+            return Format()  # only activations or caches are quantized
+        if not all(isinstance(group, dict) for group in groups.values()):
+            raise KTModelError(
+                "The compressed-tensors checkpoint names its config_groups in config.json without saying what they are. Use the "
+                "model's unquantized checkpoint."
+            )
+        return cls([Scheme.of(group, form) for group in groups.values()])
 
     def label(self, parts: Mapping[str, StoredTensor]) -> str:
         return super().label(parts) if "packed" not in parts else f"INT{self._scheme(parts['packed'].name).bits}"
@@ -126,8 +130,9 @@ class CompressedTensors(Format):
             zero = Wanted([(packed_width(out, scheme.bits), groups)], ["I32"])
         else:
             found[WHOLE] = Wanted([shape], [E4M3 if scheme.kind == "float" else "I8"])
-            zero = Wanted(scale.shapes, ["I8"])
-        return found if scheme.symmetric else {**found, "zero": zero}
+            # Older versions store the zeros of symmetric weights too.
+            zero = Wanted(scale.shapes, ["I8"], optional=scheme.symmetric)
+        return found if scheme.symmetric and scheme.packed else {**found, "zero": zero}
 
     def rows(self, parts: Mapping[str, torch.Tensor], rows: slice, shape: Shape) -> torch.Tensor:
         scale, zero, width = parts["scale"], parts.get("zero"), shape[1]
@@ -136,7 +141,7 @@ class CompressedTensors(Format):
             values = unpack(parts["packed"][rows], bits)[:, :width]
             middle = 1 << (bits - 1)  # was added to weights and zero points before they were packed
             zeros = unpacked_rows(zero, bits, rows) if zero is not None else middle
-            order = parts["order"].long() if "order" in parts else None
+            order = parts["order"].long() if "order" in parts and bool((parts["order"] >= 0).all()) else None
             return scaled(values, of_rows(scale, rows), zeros, order)
         for block in (scheme.block for scheme in self._schemes if scheme.block is not None):
             if tuple(scale.shape) in scales(shape, block).shapes:

@@ -56,7 +56,10 @@ class Format:
     """how the names of quantized weights end, as the model names them"""
     parts: ClassVar[Mapping[str, str]] = {}
     """part of a weight -> what its stored name has in place of :attr:`end`"""
-    unused: ClassVar[Sequence[str]] = ()
+    unused: ClassVar[Sequence[str]] = (
+        "activation_scale", ".input_scale", ".input_scale_ub", ".input_zero_point", ".input_global_scale", ".output_scale",
+        ".output_zero_point", ".q_scale", ".k_scale", ".v_scale", ".kv_scale", ".k_zero_point", ".v_zero_point",
+    )  # fmt: skip
     """how the stored names of tensors end that concern the quantization of activations and caches; here both are floats"""
 
     @classmethod

@@ -10,7 +10,7 @@ The scale stands beside the weight as ``weight_scale_inv`` or ``weight_scale``. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -28,14 +28,13 @@ class Fp8(Format):
 
     title = "FP8"
     parts: ClassVar[Mapping[str, str]] = {WHOLE: "", "scale": "_scale_inv"}
-    unused: ClassVar[Sequence[str]] = ("activation_scale", ".input_scale", ".k_scale", ".v_scale")
 
     def __init__(self, block: Block | None):
         self.block = block
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> Format | None:
-        if values.get("quant_method") != "fp8":
+        if values.get("quant_method") != "fp8" or is_autofp8(values):
             return None
         form, block = values.get("fmt", "e4m3"), values.get("weight_block_size")
         if form != "e4m3":
@@ -50,11 +49,10 @@ class Fp8(Format):
 
 
 class ScaledFp8(Fp8):
-    """FP8 with ``weight_scale`` per row or per weight: ``quant_method: fbgemm_fp8`` and ``modelopt``."""
+    """FP8 with ``weight_scale`` per row or per weight: ``quant_method: fbgemm_fp8``, ``modelopt``, and ``fp8`` by AutoFP8."""
 
     end = ".weight"
     parts: ClassVar[Mapping[str, str]] = {WHOLE: ".weight", "scale": ".weight_scale"}
-    unused: ClassVar[Sequence[str]] = (".activation_scale", ".input_scale", ".input_scale_ub", ".k_scale", ".v_scale")
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> Format | None:
@@ -65,9 +63,15 @@ class ScaledFp8(Fp8):
                     f"The checkpoint was quantized by ModelOpt with quant_algo: {algorithm}; only FP8 with a scale for each weight or "
                     "row is supported. Use the model's unquantized checkpoint."
                 )
-        elif values.get("quant_method") != "fbgemm_fp8":
+        elif values.get("quant_method") != "fbgemm_fp8" and not is_autofp8(values):
             return None
         return cls(None)
+
+
+def is_autofp8(values: Mapping[str, Any]) -> bool:
+    """Whether AutoFP8 wrote a ``quantization_config``, with its own name for ``modules_to_not_convert`` and without a block size, which
+    transformers always writes, be it null."""
+    return values.get("quant_method") == "fp8" and "ignored_layers" in values and "weight_block_size" not in values
 
 
 def block_of(found: Any) -> Block:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..adapters import Adapter, AdapterSet, ExpertsShape
-from ..ground.errors import KTModelError, KTPathError, first_line
+from ..ground.errors import KTModelError, KTPathError, first_line, one_line
 from ..ground.tensor_files import shards
 from ..peft_side.split import PeftPart, check_peft_part
 from .discovery import find_experts
@@ -144,13 +144,15 @@ def empty_model(name: str | Path, *, quantized: bool = False) -> Any:
         KTPathError: There is no such model.
         KTModelError: The checkpoint is quantized, and that is not accepted.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     directory = Path(name).expanduser()
     try:
         config = AutoConfig.from_pretrained(directory if directory.is_dir() else name)
-    except (OSError, ValueError) as error:
-        raise KTPathError(f"{name} is not a model that can be opened: {first_line(error)}") from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        reason = one_line(error) if isinstance(error, StrictDataclassError) else first_line(error)
+        raise KTPathError(f"{name} is not a model that can be opened: {reason}") from error
     if not quantized and quantization(config):
         title = format_of(config).title
         raise KTModelError(

@@ -142,3 +142,10 @@ def test_a_model_whose_experts_are_replaced(model, adapter):
     assert part.tensors == open_adapter(adapter).other_names == opened.other_names
     with pytest.raises(KTAdapterError, match="layer 2"):
         fit_adapters(loaded, {1: shapes[1]}, open_adapters(adapter))
+
+
+def test_a_value_that_the_configuration_refuses(tmp_path):
+    """transformers checks types by an error that is no ValueError."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts_per_tok": 3.5}')
+    with pytest.raises(KTPathError, match=r"is not a model that can be opened: .*num_experts_per_tok.* expected int"):
+        empty_model(tmp_path)

@@ -57,7 +57,10 @@ def patch(module: ModuleType) -> None:
         if generation.stopped:  # while it waited for the semaphore
             return [module.Response(response_text="", response_length=0, prompt_length=0, finish_reason="stop")]
         stop_strings = generation.stop_strings
-        responses = [response for call in each_answer(given) for response in stock_chat(**call)]
+        try:
+            responses = [response for call in each_answer(given) for response in stock_chat(**call)]
+        except StopIteration as error:  # of a model's code; no future takes one, so the chat would wait forever
+            raise RuntimeError("The model's code ended in a StopIteration.") from error
         for response in responses:
             cut = StopText(stop_strings)
             response.response_text = cut.feed(response.response_text) + cut.end()
@@ -121,6 +124,9 @@ def _start(model: Any, tokenizer: Any, gen_kwargs: dict[str, Any], generation: A
     def generate() -> None:
         try:
             model.generate(**gen_kwargs, streamer=streamer)
+        except StopIteration as error:  # for the reader it would be the end of the text
+            generation.error = RuntimeError("The model's code ended in a StopIteration.")
+            generation.error.__cause__ = error
         except BaseException as error:
             generation.error = error
         finally:

@@ -29,8 +29,8 @@ def check_media(given: Mapping[str, Any]) -> None:
         given: ``template``, ``processor``, ``messages`` and the media, as ``HuggingfaceEngine._process_args`` takes them.
 
     Raises:
-        KTDataError: The template has no place for them, the checkpoint has no processor, messages and media differ in number, or
-            a video is no video.
+        KTDataError: The template has no place for them, the checkpoint has no processor, a message holds the model's
+            own token for them, messages and media differ in number, or a video is no video.
     """
     from llamafactory.extras import constants
 
@@ -47,6 +47,11 @@ def check_media(given: Mapping[str, Any]) -> None:
             raise KTDataError(
                 f"The conversation has {kind}, but the checkpoint has no processor for them. Copy processor_config.json or "
                 "preprocessor_config.json of the original model beside its weights."
+            )
+        if items and taken != place and any(taken in message["content"] for message in given["messages"]):
+            raise KTDataError(
+                f"A message holds {taken}, which is the model's own token for {kind}: there would be more of them than {kind}. Write "
+                f"{place} for each of the {kind}, or leave the token out."
             )
         places = sum(message["content"].count(place) for message in given["messages"])
         if taken is not None and places and places != len(items):

@@ -145,8 +145,13 @@ def test_a_video_file(chat, tmp_path):
 
 
 def test_what_does_not_fit_is_refused(chat):
-    ours, *_ = chat
+    ours, _, processor, _ = chat
     for keys, turns, reason in (
+        (
+            {"images": PICTURES[:1]},
+            [f"<image>What does {processor.image_token} mean?"],
+            "is the model's own token for images",
+        ),
         ({"images": PICTURES[:1]}, ["<image><image>?"], r"\(<image>\) in the messages: 2; images .*: 1"),
         ({}, ["<image>What is it?", "A cat.", "And now?"], r"\(<image>\) in the messages: 1; images .*: 0"),
         ({"videos": FRAMES}, ["<video>?"], r"\(<video>\) in the messages: 1; videos .*: 2"),

@@ -75,6 +75,7 @@ def test_native_classes_in_spite_of_remote_code(tmp_path, demo, own_tokenizer):
     assert type(engine.model).__module__ == "transformers.models.deepseek_v2.modeling_deepseek_v2"
     assert type(engine.model)._auto_class is None and type(engine.model.config)._auto_class is None
     if own_tokenizer:
+        type(engine.tokenizer)._auto_class = None  # set by LLaMA-Factory; later tests could not save such a tokenizer
         stock_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
         assert type(engine.tokenizer).__name__ == type(stock_tokenizer).__name__
 

@@ -2,9 +2,9 @@
 
 transformers' own conversion rules map the names (:mod:`..peft_side.model_names`), so every naming that transformers can
 load is understood: one tensor per expert (``experts.5.gate_proj.weight``, Mixtral's ``w1``/``w3``/``w2``) or fused ones
-(``gate_up_proj``, ``down_proj``). Quantizers split fused experts, as in the FP8 files of Qwen3.5 and Qwen3-VL: tensors that are named
-after a module's projections are those, where no rule says otherwise. What a format stores in a weight's place is found by its own stored name, and mapped by the
-weight's: transformers' rules know scales in some versions only.
+(``gate_up_proj``, ``down_proj``). Quantizers split fused experts, as in the FP8 files of Qwen3.5 and Qwen3-VL: tensors
+that are named after a module's projections are those, where no rule says otherwise. What a format stores in a weight's place is
+found by its own stored name, and mapped by the weight's: transformers' rules know scales in some versions only.
 """
 
 from __future__ import annotations
@@ -88,6 +88,12 @@ class CheckpointLayout:
             raise KTModelError(
                 f"The checkpoint is missing {len(missing)} expert tensors of layer {module.layer}: {name_some(missing, 3)}. "
                 "Check that all shards are there and that config.json belongs to them."
+            )
+        if more := [weight.name for piece, weight in layer.stored.items() if piece not in pieces]:
+            raise KTModelError(
+                f"The checkpoint has {len(more)} expert tensors of layer {module.layer} too many for {shape.num_experts} experts that are "
+                f"stored {'together' if layer.fused else 'one by one'}: {name_some(more, 3)}. Check that config.json and all shards "
+                "belong to one checkpoint."
             )
         for piece, weight in layer.stored.items():
             if weight.quantized and self.format.parts:

@@ -54,6 +54,7 @@ def edited(tmp_path, change):
 
 
 GATE = "model.layers.2.mlp.experts.4.gate_proj.weight"
+FUSED = "model.layers.2.mlp.experts.gate_up_proj"
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,8 @@ GATE = "model.layers.2.mlp.experts.4.gate_proj.weight"
         (lambda t: {k: v for k, v in t.items() if k != GATE}, f"missing 1 expert tensors of layer 2: {GATE}"),
         (lambda t: {k: v for k, v in t.items() if ".layers.1.mlp.experts." not in k}, "missing 18 expert tensors of layer 1: model.layers.1.mlp.experts.0.gate_proj.weight"),
         (lambda t: {**t, GATE: t[GATE][:, :-1].contiguous()}, f"{GATE} has shape (96, 63), config.json asks for (96, 64)"),
+        (lambda t: {**t, GATE.replace(".4.", ".6."): t[GATE].clone()}, f"1 expert tensors of layer 2 too many for 6 experts that are stored one by one: {GATE.replace('.4.', '.6.')}"),
+        (lambda t: {**t, FUSED: torch.ones(6, 192, 64), FUSED.replace("gate_up", "down"): torch.ones(6, 64, 96)}, "18 expert tensors of layer 2 too many for 6 experts that are stored together"),
         (lambda t: {**t, GATE: t[GATE].to(torch.float8_e4m3fn)}, f"{GATE} is F8_E4M3"),
     ],
 )  # fmt: skip

@@ -21,8 +21,9 @@ from ..peft_side.model_names import CheckpointNames, Target
 from .discovery import ExpertsModule
 from .formats import FLOATS, WHOLE, Format, format_of
 from .leftovers import check_leftovers
-from .reader import LayerTensors, Piece, StoredWeight
+from .reader import LayerTensors, Piece
 from .stored import stored_tensors
+from .stored_weight import StoredWeight
 
 _NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 _OF_ONE_EXPERT = re.compile(r"(.+)\.(\d+)\.(gate|up|down)_proj\.weight")

@@ -15,8 +15,8 @@ from torch import nn
 from ..ground.errors import KTModelError, name_some
 from ..peft_side.model_names import Target
 from .formats import WHOLE, Format
-from .reader import StoredWeight
 from .stored import StoredTensor, opened
+from .stored_weight import StoredWeight
 
 _BELONGS = re.compile(
     r"(scale|scales|scale_inv|scale_\d|scaling_factor|zero|zeros|zero_point|qzeros|g_idx|packed|qweight|blocks|codes|codebooks?"

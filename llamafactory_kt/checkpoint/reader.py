@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 
 from ..adapters import ExpertLora, ExpertsShape
 from ..adapters.keys import PROJECTIONS
 from ..ground.paging import drop_pages, in_huge_pages, prefetch_pages
 from .discovery import ExpertsModule
-from .formats import WHOLE, Format, Shape
+from .formats import WHOLE, Shape
 from .stored import StoredTensor, opened
-
-_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""dtype in memory if no conversion is asked for; quantized weights become bfloat16, as LLaMA-Factory dequantizes them"""
+from .stored_weight import StoredWeight
 
 Piece = tuple[str, int | None]
 """of a layer's experts: (projection, expert), or (one of the module's ``weights`` or ``biases``, None)"""
@@ -67,52 +62,6 @@ class LayerWeights:
             for stack, matrix in zip(stacks, expert, strict=True):
                 stack[number, : matrix.shape[0], : matrix.shape[1]].copy_(matrix)
         return cls(*stacks)
-
-
-@dataclass
-class StoredWeight:
-    """A weight of the checkpoint: one tensor, or what a format stores in its place."""
-
-    name: str
-    """without the format's endings, as the unquantized checkpoint has it"""
-    format: Format
-    parts: dict[str, StoredTensor] = field(default_factory=dict)
-    shape: Shape = ()
-    """of the decoded weight, when it is known"""
-
-    @property
-    def quantized(self) -> bool:
-        return self.format.is_quantized(self.parts)
-
-    @property
-    def file(self) -> Path:
-        """For messages: that of the first part."""
-        return next(iter(self.parts.values())).file
-
-    @property
-    def label(self) -> str:
-        """How it is stored, as ``BF16`` or ``INT4``."""
-        return self.format.label(self.parts)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In memory, if no conversion is asked for."""
-        return torch.bfloat16 if self.quantized else _TORCH[self.parts[WHOLE].dtype]
-
-    def fit(self, shapes: Iterable[Shape]) -> list[str]:
-        """Find the :attr:`shape` of a quantized weight among those that it may have; what is wrong, if none fits."""
-        first: list[str] | None = None
-        for shape in shapes:
-            problems = list(self.format.problems(self.name, self.parts, shape))
-            if not problems:
-                self.shape = shape
-                return []
-            first = first or problems
-        return first or []
-
-    def decode(self, pages: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """The weight in ``dtype``, from the parts that were read; of a fused weight, from those of one expert."""
-        return self.format.decode(pages, self.shape[-2:], dtype) if self.quantized else pages[WHOLE].to(dtype)
 
 
 @dataclass
@@ -168,20 +117,11 @@ class LayerTensors:
     def fingerprint(self) -> str:
         """A hash that tells these weights from others without reading them all: of names, shapes, dtypes, and each tensor's
         first row."""
-        digest = hashlib.sha256()
-        with ExitStack() as stack, torch.device("cpu"):  # a model may be under construction on another
-            handles: dict[Path, Any] = {}
-            for tensor in sorted(self.tensors(), key=lambda tensor: tensor.name):
-                if tensor.file not in handles:
-                    handles[tensor.file] = stack.enter_context(safe_open(tensor.file, framework="pt"))
-                row = (
-                    handles[tensor.file].get_slice(tensor.name)[:1]
-                    if tensor.shape
-                    else handles[tensor.file].get_tensor(tensor.name)
-                )
-                row = row.flatten()[: tensor.shape[-1] if tensor.shape else 1].contiguous()
-                digest.update(f"{tensor.name} {tensor.shape} {tensor.dtype}".encode())
-                digest.update(row.view(torch.uint8).numpy().tobytes())
+        digest, get = hashlib.sha256(), opened()
+        for tensor in sorted(self.tensors(), key=lambda tensor: tensor.name):
+            row = get(tensor).reshape(-1)[: tensor.shape[-1] if tensor.shape else 1]
+            digest.update(f"{tensor.name} {tensor.shape} {tensor.dtype}".encode())
+            digest.update(row.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def by_name(self, experts: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -67,7 +67,11 @@ def _run(row: str, options: argparse.Namespace) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         env = options.keep or Path(scratch) / "env"
         print(f"{row}\n  making {env} ...", flush=True)
-        _make(env, pins, options, Path(scratch))
+        try:
+            _make(env, pins, options, Path(scratch))
+        except subprocess.CalledProcessError as error:  # the other rows can still be run
+            print(f"  could not be made: {error}", flush=True)
+            return False
         report = Path(scratch) / "report.xml"
         command = [
             env / "bin" / "python", "-m", "pytest", *(ROOT / "tests" / file for file in TESTS), "-q", "-n", options.jobs,

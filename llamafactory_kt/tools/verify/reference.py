@@ -16,7 +16,7 @@ from ...adapters.keys import PROJECTIONS
 from ...checkpoint.discovery import ExpertsModule
 from ...checkpoint.formula import ExpertFormula
 from ...checkpoint.opening import open_checkpoint
-from ...checkpoint.reader import StoredWeight
+from ...checkpoint.stored_weight import StoredWeight
 
 ExpertWeights = dict[str, torch.Tensor]
 """``gate`` and ``up`` [I, H], ``down`` [H, I], float32; without a gate, ``gate`` is [0, H]"""

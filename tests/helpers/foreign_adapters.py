@@ -53,7 +53,7 @@ def bundle_reference(model, adapter: Path):
     return model
 
 
-def peft_target_parameters(tmp_path, base, targets, **config):
+def peft_target_parameters(tmp_path, base, targets, std=0.1, **config):
     torch.manual_seed(3)
     peft_config = LoraConfig(
         r=3, lora_alpha=7, target_modules=["q_proj"], target_parameters=targets, task_type="CAUSAL_LM", **config
@@ -62,7 +62,7 @@ def peft_target_parameters(tmp_path, base, targets, **config):
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "lora_" in name:
-                parameter.normal_(0, 0.1)
+                parameter.normal_(0, std)
     made.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter", made.eval()
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from helpers.architectures import tiny_model
 from helpers.experts import lora_for
+from helpers.foreign_adapters import peft_target_parameters
 from helpers.loading import load, logits
 from helpers.marks import needs_kernel, needs_onednn
 from helpers.references import per_token
 from packaging.version import Version
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTAdapterError, KTKernelError, KTModelError, apply_adapter
@@ -57,25 +57,10 @@ def models(tmp_path_factory):
         if name not in made:
             path = tmp_path_factory.mktemp(name)
             tiny_model(name).to(torch.bfloat16).save_pretrained(path / "model")
-            made[name] = path / "model", *peft(path, DEVIATING[name])
+            made[name] = path / "model", *peft_target_parameters(path, path / "model", DEVIATING[name], std=0.3)
         return made[name]
 
     return get
-
-
-def peft(path, targets, rank=3):
-    torch.manual_seed(3)
-    stock = AutoModelForCausalLM.from_pretrained(path / "model", dtype=torch.float32)
-    config = LoraConfig(
-        r=rank, lora_alpha=7, target_modules=["q_proj"], target_parameters=targets, task_type="CAUSAL_LM"
-    )
-    adapted = get_peft_model(stock, config)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0, 0.3)
-    adapted.save_pretrained(path / "adapter")
-    return path / "adapter", adapted.eval()
 
 
 @pytest.mark.parametrize("name", DEVIATING)
@@ -247,7 +232,7 @@ def test_lora_whose_orientation_is_not_told_is_refused(tmp_path):
     """As large as gpt-oss: ``down_proj`` is square, and PEFT 0.19 and later lay LoRA either way over transposed weights."""
     path = tmp_path / "model"
     tiny_model("gpt_oss", intermediate_size=64).save_pretrained(path)
-    adapter, reference = peft(tmp_path, ["experts.down_proj"])
+    adapter, reference = peft_target_parameters(tmp_path, tmp_path / "model", ["experts.down_proj"], std=0.3)
     config = json.loads((adapter / "adapter_config.json").read_text())
     if Version(config["peft_version"]) < Version("0.19"):
         found = logits(apply_adapter(load(path, "torch", dtype=torch.float32, adapter=str(adapter)), adapter)[0])

@@ -22,7 +22,7 @@ from .discovery import ExpertsModule
 from .formats import FLOATS, WHOLE, Format, format_of
 from .leftovers import check_leftovers
 from .reader import LayerTensors, Piece
-from .stored import stored_tensors
+from .stored import opened, stored_tensors
 from .stored_weight import StoredWeight
 
 _NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -129,11 +129,20 @@ class CheckpointLayout:
                 f"{len(wrong)} tensors do not fit the quantization_config in config.json ({self.format.title}): {name_some(wrong, 3)}. "
                 "Check that all shards are there and that config.json belongs to them."
             )
+        self._check_values(weight for weight, target in others if weight.shape)
         if converted:
             raise KTModelError(
                 f"{len(converted)} quantized weights are not loaded one by one by this model's class, which is not supported: "
                 f"{name_some(converted, 3)}. Use the model's unquantized checkpoint."
             )
+
+    def _check_values(self, weights: Iterable[StoredWeight]) -> None:
+        """Check the values that headers do not tell, of weights that transformers reads: it would collect our errors into its own. Those
+        of experts are checked while they are read."""
+        read = opened()
+        for weight in weights:
+            if any(part in weight.parts for part in self.format.checked):
+                weight.check_values({part: read(tensor) for part, tensor in weight.parts.items()})
 
     def _is_read_alone(self, names: CheckpointNames, weight: StoredWeight, target: Target) -> bool:
         """Whether transformers only renames a weight, and its parts likewise, so that the rules for the format find them. A prefix that

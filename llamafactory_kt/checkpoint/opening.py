@@ -18,7 +18,7 @@ from ..ground.errors import KTModelError, KTPathError, first_line, one_line
 from ..ground.tensor_files import shards
 from ..peft_side.split import PeftPart, check_peft_part
 from .discovery import find_experts
-from .formats import format_of, quantization
+from .formats import check_file, format_of, quantization
 from .layout import CheckpointLayout
 
 
@@ -120,8 +120,10 @@ def thinker(config: Any) -> Any:
     """Of a model that thinks and talks (Qwen3-Omni), the part that thinks, which alone LLaMA-Factory chats with; others as they are. How
     the checkpoint is quantized goes with it."""
     part = getattr(config, "thinker_config", config)
-    if part is not config and getattr(config, "quantization_config", None):
-        part.quantization_config = config.quantization_config
+    if part is not config:
+        part.name_or_path = config.name_or_path
+        if getattr(config, "quantization_config", None):
+            part.quantization_config = config.quantization_config
     return part
 
 
@@ -142,12 +144,13 @@ def empty_model(name: str | Path, *, quantized: bool = False) -> Any:
 
     Raises:
         KTPathError: There is no such model.
-        KTModelError: The checkpoint is quantized, and that is not accepted.
+        KTModelError: The checkpoint is quantized, and that is not accepted; or as :func:`~.formats.check_file`.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     directory = Path(name).expanduser()
+    check_file(directory)
     try:
         config = AutoConfig.from_pretrained(directory if directory.is_dir() else name)
     except (OSError, ValueError, StrictDataclassError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..ground.errors import KTModelError
 from .formats import WHOLE, Format, Shape
 from .stored import StoredTensor
 
@@ -46,16 +47,34 @@ class StoredWeight:
         return torch.bfloat16 if self.quantized else _TORCH[self.parts[WHOLE].dtype]
 
     def fit(self, shapes: Iterable[Shape]) -> list[str]:
-        """Find the :attr:`shape` of a quantized weight among those that it may have; what is wrong, if none fits."""
+        """Find the :attr:`shape` of a quantized weight among those that it may have; what is wrong, and where, if none fits."""
         first: list[str] | None = None
         for shape in shapes:
-            problems = list(self.format.problems(self.name, self.parts, shape))
+            problems = [f"{problem} in {self.file}" for problem in self.format.problems(self.name, self.parts, shape)]
             if not problems:
                 self.shape = shape
                 return []
             first = first or problems
         return first or []
 
+    def check_values(self, pages: Mapping[str, torch.Tensor]) -> None:
+        """Check what shapes do not tell, of the parts that were read.
+
+        Raises:
+            KTModelError: Numbers in them cannot be decoded.
+        """
+        for part, problem in self.format.wrong_values(pages):
+            raise KTModelError(
+                f"{self.parts[part].file}: {self.parts[part].name} {problem}. Download or copy the file again."
+            )
+
     def decode(self, pages: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """The weight in ``dtype``, from the parts that were read; of a fused weight, from those of one expert."""
-        return self.format.decode(pages, self.shape[-2:], dtype) if self.quantized else pages[WHOLE].to(dtype)
+        """The weight in ``dtype``, from the parts that were read; of a fused weight, from those of one expert.
+
+        Raises:
+            KTModelError: As :meth:`check_values`.
+        """
+        if not self.quantized:
+            return pages[WHOLE].to(dtype)
+        self.check_values(pages)
+        return self.format.decode(pages, self.shape[-2:], dtype)

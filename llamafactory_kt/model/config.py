@@ -46,8 +46,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         debug: let the kernel write to stdout, log where each step's time goes, and stop at NaN and Inf.
         debug_dir: with ``debug``, directory for a trace of the chosen experts and torch.profiler's of the first steps.
 
-        checkpoint: the checkpoint's own ``quantization_config``. Loading fills it in, except for methods that transformers does not
-            know (ModelOpt).
+        checkpoint: the checkpoint's own ``quantization_config``. Loading fills it in.
 
     Example:
         >>> from transformers import AutoModelForCausalLM                          # doctest: +SKIP

@@ -245,7 +245,7 @@ def test_parts_that_do_not_fit(change, message):
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size: \[128\] in config.json; two sizes"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\], wanted two sizes"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt: e5m2"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo: NVFP4"),
         ({**CT, "format": "nvfp4-pack-quantized", "config_groups": {"g": {**SCHEME, "format": None}}}, "format: nvfp4-pack-quantized"),
@@ -253,8 +253,8 @@ def test_parts_that_do_not_fit(change, message):
         ({**CT, "sparsity_config": {"format": "sparse-24-bitmask"}}, "is sparse"),
         ({"quant_method": "gptq", "bits": 3}, "bits: 3"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format: marlin"),
-        ({"quant_method": "compressed-tensors", "config_groups": {"W4A16": ["Linear"]}}, "without saying what they are"),
-        ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*q_proj": {"bits": 8}}}, "dynamic: .'\\+:.*q_proj'"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"W4A16": ["Linear"]}}, "config_groups.W4A16 is .*, wanted an object"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*q_proj": {"bits": 3}}}, "dynamic: .'\\+:.*q_proj'"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version: gemv"),
         *(({"quant_method": method}, f"quant_method: {method} in config.json") for method in ("bitsandbytes", "gguf", "hqq", None)),
     ],

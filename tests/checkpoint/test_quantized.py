@@ -141,7 +141,7 @@ def test_gpt_oss_in_mxfp4(tmp_path):
 
 
 def test_modelopt_which_transformers_does_not_know(tmp_path):
-    """A chat passes the configuration on; in Python it is given."""
+    """A chat passes the configuration on; in Python it is read from the file, or from ModelOpt's own."""
 
     def pack(weight):
         scale = weight.abs().max() / 448
@@ -151,10 +151,16 @@ def test_modelopt_which_transformers_does_not_know(tmp_path):
     quantization = {"quant_method": "modelopt", "quant_algo": "FP8"}
     source = make_model(tmp_path / "source", "qwen3_moe", dtype=torch.float32)
     packed, plain = quantized_checkpoint(tmp_path, source, pack, quantization, quantized)
-    found = answer(load(packed, "torch", dtype=torch.float32, checkpoint=quantization))
-    assert per_token(found, answer(merged_float32(plain, None))) < 0.01
+    wanted = answer(merged_float32(plain, None))
+    assert per_token(answer(load(packed, "torch", dtype=torch.float32)), wanted) < 0.01
+    config = json.loads((packed / "config.json").read_text())
+    del config["quantization_config"]
+    (packed / "config.json").write_text(json.dumps(config))
     with pytest.raises(KTModelError, match="experts must be stored as F32, F16 or BF16, or quantized"):
         load(packed, "torch")
+    own = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}
+    (packed / "hf_quant_config.json").write_text(json.dumps(own))
+    assert per_token(answer(load(packed, "torch", dtype=torch.float32)), wanted) < 0.01
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ integers of a word belong to outputs 0, 2, 4, 6, 1, 3, 5, 7, from its lowest bit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 
@@ -17,9 +17,12 @@ from ...ground.errors import KTModelError
 from ..stored import StoredTensor
 from .format import FLOATS, Format, Shape, Wanted, scaled
 from .packing import WORD, unpack
+from .values import Values
 
 _BITS = 4
 _PER_WORD = WORD // _BITS
+_MIDDLE = 1 << (_BITS - 1)
+"""the zero point of symmetric weights"""
 
 
 class Awq(Format):
@@ -28,35 +31,42 @@ class Awq(Format):
     title = "AWQ"
     end = ".weight"
     parts: ClassVar[Mapping[str, str]] = {"packed": ".qweight", "scale": ".scales", "zero": ".qzeros"}
+    checked: ClassVar[Sequence[str]] = ("zero",)
 
-    def __init__(self, group: int):
-        self._group = group
+    def __init__(self, group: int | None, symmetric: bool = False):
+        self._group, self._symmetric = group, symmetric
 
     @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Format | None:
-        if values.get("quant_method") != "awq":
+    def from_config(cls, values: Values) -> Format | None:
+        if values.text("quant_method") != "awq":
             return None
-        bits = values.get("bits", values.get("w_bit"))
-        version = str(values.get("version") or values.get("checkpoint_format") or "gemm").lower()
-        if bits != _BITS or version != "gemm" or not values.get("zero_point", True):
+        bits = values.integer("bits", "w_bit")
+        version = (values.text("version", "checkpoint_format") or "gemm").lower()
+        if bits != _BITS or version != "gemm":
             raise KTModelError(
-                f"The AWQ checkpoint has bits: {bits}, version: {version}, zero_point: {values.get('zero_point', True)} in config.json; 4 "
-                "bits with zero points in the layout gemm are supported. Use the model's unquantized checkpoint."
+                f"The AWQ checkpoint has bits: {bits}, version: {version} in {values.file}; 4 bits in the layout gemm are supported. Use "
+                "the model's unquantized checkpoint."
             )
-        return cls(values.get("group_size", values.get("q_group_size", 128)))
+        group = values.group_size("group_size", "q_group_size", default=128)
+        return cls(group, symmetric=not values.flag("zero_point", default=True))
 
     def label(self, parts: Mapping[str, StoredTensor]) -> str:
         return f"{self.title} INT{_BITS}" if "packed" in parts else super().label(parts)
 
-    def wanted(self, name: str, shape: Shape) -> Mapping[str, Wanted]:
+    def wanted(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Mapping[str, Wanted]:
         out, width = shape[-2:]
-        groups = width // self._group if self._group > 0 and width % self._group == 0 else 1
+        groups = width // self._group if self._group and width % self._group == 0 else 1
         words = [out // _PER_WORD] if out % _PER_WORD == 0 else []  # no word is shared: other sizes cannot be stored
         return {
             "packed": Wanted([(width, count) for count in words], ["I32"]),
             "scale": Wanted([(groups, out)], FLOATS),
             "zero": Wanted([(groups, count) for count in words], ["I32"]),
         }
+
+    def wrong_values(self, parts: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
+        """Programs that take ``zero_point: false`` at its word do not read the zero points, others do."""
+        if self._symmetric and bool((unpack(parts["zero"], _BITS) != _MIDDLE).any()):
+            yield "zero", f"has zero points other than {_MIDDLE}, and config.json says zero_point: false"
 
     def rows(self, parts: Mapping[str, torch.Tensor], rows: slice, shape: Shape) -> torch.Tensor:
         words = slice(rows.start // _PER_WORD, rows.stop // _PER_WORD)

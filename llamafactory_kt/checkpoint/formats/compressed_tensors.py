@@ -14,17 +14,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from ...ground.errors import KTModelError
 from ..stored import StoredTensor
-from .format import FLOATS, WHOLE, Format, Shape, Wanted, of_rows, scaled
-from .fp8 import E4M3, Block, block_of, dequantize, scales, widened
+from .format import FLOATS, WHOLE, Format, Shape, Wanted, of_rows, scaled, wrong_groups
+from .fp8 import E4M3, Block, dequantize, scales, widened
 from .packing import packed_width, unpack, unpacked_rows
+from .values import Values
 
 _READ = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 
@@ -44,7 +45,7 @@ class Scheme:
     targets: tuple[str, ...]
 
     @classmethod
-    def of(cls, group: Mapping[str, Any], default: str) -> Scheme:
+    def of(cls, group: Values, default: str) -> Scheme:
         """Args:
             group: an entry of ``config_groups``.
             default: the checkpoint's own format.
@@ -52,21 +53,19 @@ class Scheme:
         Raises:
             KTModelError: It cannot be read.
         """
-        weights, form = group.get("weights") or {}, group.get("format") or default
-        bits, kind, strategy = weights.get("num_bits", 8), weights.get("type", "int"), weights.get("strategy")
-        packed = form == "pack-quantized"
+        weights, form = group.section("weights"), group.text("format", default=default)
+        bits, kind = weights.integer("num_bits", default=8), weights.text("type", default="int")
+        strategy, packed = weights.text("strategy"), form == "pack-quantized"
         readable = (kind, bits) in ((("int", 4), ("int", 8)) if packed else (("int", 8), ("float", 8)))
         if form not in _READ or not readable or strategy not in (None, "tensor", "channel", "group", "block"):
             raise KTModelError(
-                f"The compressed-tensors checkpoint has weights of format: {form}, type: {kind}, num_bits: {bits}, strategy: {strategy} in "
-                f"config.json; {', '.join(_READ)} with integers of 4 or 8 bits or FP8 are supported. Use the model's unquantized "
-                "checkpoint."
+                f"The compressed-tensors checkpoint has weights of format: {form}, type: {kind}, num_bits: {bits}, "
+                f"strategy: {strategy} in {group.file}; {', '.join(_READ)} with integers of 4 or 8 bits or FP8 are supported. Use the model's "
+                "unquantized checkpoint."
             )
-        size = weights.get("group_size")
-        block = weights.get("block_structure") if strategy == "block" else None
         return cls(
-            bits, kind, packed, weights.get("symmetric", True), size if size and size > 0 else None,
-            block_of(block) if block is not None else None, tuple(group.get("targets") or ()),
+            bits or 8, kind or "int", packed, weights.flag("symmetric", default=True), weights.group_size("group_size"),
+            weights.block("block_structure") if strategy == "block" else None, tuple(group.patterns("targets")),
         )  # fmt: skip
 
     def matches(self, module: str) -> bool:
@@ -86,28 +85,23 @@ class CompressedTensors(Format):
         WHOLE: ".weight", "packed": ".weight_packed", "scale": ".weight_scale", "zero": ".weight_zero_point",
         "order": ".weight_g_idx", "shape": ".weight_shape",
     }  # fmt: skip
+    checked: ClassVar[Sequence[str]] = ("order",)
 
     def __init__(self, schemes: list[Scheme]):
         self._schemes = schemes
 
     @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Format | None:
-        if values.get("quant_method") != "compressed-tensors":
+    def from_config(cls, values: Values) -> Format | None:
+        if values.text("quant_method") != "compressed-tensors":
             return None
-        if (values.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        if values.section("sparsity_config").text("format", default="dense") != "dense":
             raise KTModelError(
-                "The compressed-tensors checkpoint is sparse (sparsity_config in config.json), which is not supported. Use the model's "
+                f"The compressed-tensors checkpoint is sparse (sparsity_config in {values.file}), which is not supported. Use the model's "
                 "unquantized checkpoint."
             )
-        groups, form = values.get("config_groups") or {}, values.get("format", "dense")
-        if not groups:
-            return Format()  # only activations or caches are quantized
-        if not all(isinstance(group, dict) for group in groups.values()):
-            raise KTModelError(
-                "The compressed-tensors checkpoint names its config_groups in config.json without saying what they are. Use the "
-                "model's unquantized checkpoint."
-            )
-        return cls([Scheme.of(group, form) for group in groups.values()])
+        form = values.text("format", default="dense") or "dense"
+        schemes = [Scheme.of(group, form) for group in values.sections("config_groups").values()]
+        return cls(schemes) if schemes else Format()  # without any, only caches are quantized
 
     def label(self, parts: Mapping[str, StoredTensor]) -> str:
         return super().label(parts) if "packed" not in parts else f"INT{self._scheme(parts['packed'].name).bits}"
@@ -118,7 +112,7 @@ class CompressedTensors(Format):
         named = [scheme for scheme in self._schemes if "Linear" not in scheme.targets and scheme.matches(module)]
         return (named or [scheme for scheme in self._schemes if scheme.matches(module)] or self._schemes)[0]
 
-    def wanted(self, name: str, shape: Shape) -> Mapping[str, Wanted]:
+    def wanted(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Mapping[str, Wanted]:
         scheme, (out, width) = self._scheme(name), shape[-2:]
         groups = width // scheme.group if scheme.group and width % scheme.group == 0 else 1
         scale = Wanted([(out, groups)], FLOATS) if scheme.group else scales(shape, scheme.block)
@@ -134,6 +128,10 @@ class CompressedTensors(Format):
             zero = Wanted(scale.shapes, ["I8"], optional=scheme.symmetric)
         return found if scheme.symmetric and scheme.packed else {**found, "zero": zero}
 
+    def wrong_values(self, parts: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
+        if _is_ordered(parts) and (problem := wrong_groups(parts["order"], parts["scale"].shape[1])):
+            yield "order", problem
+
     def rows(self, parts: Mapping[str, torch.Tensor], rows: slice, shape: Shape) -> torch.Tensor:
         scale, zero, width = parts["scale"], parts.get("zero"), shape[1]
         if "packed" in parts:
@@ -141,9 +139,13 @@ class CompressedTensors(Format):
             values = unpack(parts["packed"][rows], bits)[:, :width]
             middle = 1 << (bits - 1)  # was added to weights and zero points before they were packed
             zeros = unpacked_rows(zero, bits, rows) if zero is not None else middle
-            order = parts["order"].long() if "order" in parts and bool((parts["order"] >= 0).all()) else None
+            order = parts["order"].long() if _is_ordered(parts) else None
             return scaled(values, of_rows(scale, rows), zeros, order)
         for block in (scheme.block for scheme in self._schemes if scheme.block is not None):
             if tuple(scale.shape) in scales(shape, block).shapes:
                 return dequantize(parts[WHOLE][rows], scale, rows, block)
         return scaled(widened(parts[WHOLE][rows]), of_rows(scale, rows), of_rows(zero, rows) if zero is not None else 0)
+
+
+def _is_ordered(parts: Mapping[str, torch.Tensor]) -> bool:
+    return "order" in parts and bool((parts["order"] != -1).any())

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from ..stored import StoredTensor
+from .values import Values
 
 Shape = tuple[int, ...]
 ROWS = 8
@@ -56,6 +57,8 @@ class Format:
     """how the names of quantized weights end, as the model names them"""
     parts: ClassVar[Mapping[str, str]] = {}
     """part of a weight -> what its stored name has in place of :attr:`end`"""
+    checked: ClassVar[Sequence[str]] = ()
+    """parts whose values can be wrong, not only their shapes: small ones, as :meth:`wrong_values` reads them"""
     unused: ClassVar[Sequence[str]] = (
         "activation_scale", ".input_scale", ".input_scale_ub", ".input_zero_point", ".input_global_scale", ".output_scale",
         ".output_zero_point", ".q_scale", ".k_scale", ".v_scale", ".kv_scale", ".k_zero_point", ".v_zero_point",
@@ -63,11 +66,11 @@ class Format:
     """how the stored names of tensors end that concern the quantization of activations and caches; here both are floats"""
 
     @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Format | None:
+    def from_config(cls, values: Values) -> Format | None:
         """The format that a ``quantization_config`` describes, None if it is another one's.
 
         Raises:
-            KTModelError: It is this one's, in a variant that cannot be read.
+            KTModelError: It is this one's, in a variant that cannot be read; or a value is of a wrong type.
         """
         return None
 
@@ -90,18 +93,19 @@ class Format:
         """The format of one weight in a few characters, as ``F8_E4M3`` or ``INT4``."""
         return self.title if WHOLE not in parts else parts[WHOLE].dtype
 
-    def wanted(self, name: str, shape: Shape) -> Mapping[str, Wanted]:
+    def wanted(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Mapping[str, Wanted]:
         """The parts of a quantized weight.
 
         Args:
             name: the weight's, in the checkpoint.
             shape: of the decoded weight, as the model has it.
+            parts: as they are stored, of formats that say nowhere else how many bits this weight has.
         """
         return {WHOLE: Wanted([shape], FLOATS)}
 
     def problems(self, name: str, parts: Mapping[str, StoredTensor], shape: Shape) -> Iterator[str]:
         """What keeps a quantized weight from being decoded; each names a tensor, what was found and what was wanted."""
-        wanted = self.wanted(name, shape)
+        wanted = self.wanted(name, shape, parts)
         for part, want in wanted.items():
             found = parts.get(part)
             if found is None:
@@ -111,6 +115,10 @@ class Format:
                 yield f"{found.name} is {found.dtype} {found.shape}, wanted {want}"
         for part in parts.keys() - wanted.keys():
             yield f"{parts[part].name} is not part of {self.title} weights as config.json describes them"
+
+    def wrong_values(self, parts: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
+        """(part, what is wrong with it) of the parts in :attr:`checked`, whose numbers could not be decoded."""
+        yield from ()
 
     def decode(
         self, parts: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype = torch.float32
@@ -147,6 +155,12 @@ def of_rows(scale: torch.Tensor, rows: slice) -> torch.Tensor:
     """The scales of some rows, [rows, groups], of scales for each row or for the whole weight."""
     scale = scale.reshape(-1, 1) if scale.dim() < 2 else scale
     return scale[rows] if len(scale) > 1 else scale
+
+
+def wrong_groups(order: torch.Tensor, groups: int) -> str | None:
+    """What is wrong with the group of each column, if anything."""
+    first, last = int(order.min()), int(order.max())
+    return f"names groups {first} to {last} of {groups}" if first < 0 or last >= groups else None
 
 
 def scaled(

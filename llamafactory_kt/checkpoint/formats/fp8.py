@@ -11,12 +11,14 @@ The scale stands beside the weight as ``weight_scale_inv`` or ``weight_scale``. 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from ...ground.errors import KTModelError
+from ..stored import StoredTensor
 from .format import FLOATS, WHOLE, Format, Shape, Wanted, of_rows, scaled
+from .values import Values
 
 E4M3 = "F8_E4M3"
 Block = tuple[int, int]
@@ -33,15 +35,17 @@ class Fp8(Format):
         self.block = block
 
     @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Format | None:
-        if values.get("quant_method") != "fp8" or is_autofp8(values):
+    def from_config(cls, values: Values) -> Format | None:
+        if values.text("quant_method") != "fp8" or is_autofp8(values):
             return None
-        form, block = values.get("fmt", "e4m3"), values.get("weight_block_size")
-        if form != "e4m3":
-            raise KTModelError(f"The FP8 checkpoint has fmt: {form} in config.json; only e4m3 is supported.")
-        return cls(block_of(block) if block is not None else None)
+        form = values.text("fmt", default="e4m3")
+        if form not in ("e4m3", "float8_e4m3fn"):  # the second is MiniMax's name
+            raise KTModelError(
+                f"The FP8 checkpoint has fmt: {form} in {values.file}; only e4m3 is supported. Use the model's unquantized checkpoint."
+            )
+        return cls(values.block("weight_block_size"))
 
-    def wanted(self, name: str, shape: Shape) -> Mapping[str, Wanted]:
+    def wanted(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Mapping[str, Wanted]:
         return {WHOLE: Wanted([shape], [E4M3]), "scale": scales(shape, self.block)}
 
     def rows(self, parts: Mapping[str, torch.Tensor], rows: slice, shape: Shape) -> torch.Tensor:
@@ -55,36 +59,27 @@ class ScaledFp8(Fp8):
     parts: ClassVar[Mapping[str, str]] = {WHOLE: ".weight", "scale": ".weight_scale"}
 
     @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Format | None:
-        if values.get("quant_method") == "modelopt":
-            algorithm = values.get("quant_algo") or values.get("quantization", {}).get("quant_algo")
+    def from_config(cls, values: Values) -> Format | None:
+        method = values.text("quant_method")
+        if method == "modelopt":
+            algorithm = values.text("quant_algo") or values.section("quantization").text("quant_algo")
+            if algorithm is None:
+                return Format()  # only the cache is quantized
             if algorithm not in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
                 raise KTModelError(
-                    f"The checkpoint was quantized by ModelOpt with quant_algo: {algorithm}; only FP8 with a scale for each weight or "
-                    "row is supported. Use the model's unquantized checkpoint."
+                    f"The checkpoint was quantized by ModelOpt with quant_algo: {algorithm} in {values.file}; only FP8 with a scale for "
+                    "each weight or row is supported. Use the model's unquantized checkpoint."
                 )
-        elif values.get("quant_method") != "fbgemm_fp8" and not is_autofp8(values):
+        elif method != "fbgemm_fp8" and not is_autofp8(values):
             return None
         return cls(None)
 
 
-def is_autofp8(values: Mapping[str, Any]) -> bool:
+def is_autofp8(values: Values) -> bool:
     """Whether AutoFP8 wrote a ``quantization_config``, with its own name for ``modules_to_not_convert`` and without a block size, which
     transformers always writes, be it null."""
-    return values.get("quant_method") == "fp8" and "ignored_layers" in values and "weight_block_size" not in values
-
-
-def block_of(found: Any) -> Block:
-    """A block size of a configuration.
-
-    Raises:
-        KTModelError: It is none.
-    """
-    if not (isinstance(found, list | tuple) and len(found) == 2 and all(isinstance(n, int) and n > 0 for n in found)):
-        raise KTModelError(
-            f"The FP8 checkpoint has weight_block_size: {found} in config.json; two sizes such as [128, 128] are needed."
-        )
-    return found[0], found[1]
+    found = values.found
+    return values.text("quant_method") == "fp8" and "ignored_layers" in found and "weight_block_size" not in found
 
 
 def scales(shape: Shape, block: Block | None) -> Wanted:

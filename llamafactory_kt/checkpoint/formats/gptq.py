@@ -9,15 +9,16 @@ activation ordering (``desc_act``) makes irregular.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 
 from ...ground.errors import KTModelError
 from ..stored import StoredTensor
-from .format import FLOATS, Format, Shape, Wanted, scaled
-from .packing import packed_width, unpack, unpacked_rows
+from .format import FLOATS, Format, Shape, Wanted, scaled, wrong_groups
+from .packing import WORD, packed_width, unpack, unpacked_rows
+from .values import Values
 
 _ONES = {4: 0x11111111, 8: 0x01010101}
 """one in each integer of a word"""
@@ -35,52 +36,77 @@ class Gptq(Format):
         "order": ".g_idx",
     }
 
-    def __init__(self, bits: int, group: int, first_version: bool):
-        self._bits, self._group, self._first_version = bits, group, first_version
+    checked: ClassVar[Sequence[str]] = ("order",)
+
+    def __init__(self, group: int | None, first_version: bool):
+        self._group, self._first_version = group, first_version
 
     @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Format | None:
-        if values.get("quant_method") != "gptq":
+    def from_config(cls, values: Values) -> Format | None:
+        if values.text("quant_method") != "gptq":
             return None
-        bits, group = values.get("bits"), values.get("group_size", 128)
-        form = values.get("checkpoint_format") or values.get("format") or "gptq"
+        bits, form = values.integer("bits"), values.text("checkpoint_format", "format") or "gptq"
+        group = values.group_size("group_size", default=128)
         other = [
-            name for name, changes in (values.get("dynamic") or {}).items() if changes and not name.startswith("-")
+            name
+            for name, changes in values.sections("dynamic").items()
+            if not name.startswith("-") and not cls.reads(changes, group)
         ]
         if bits not in _ONES or form not in ("gptq", "gptq_v2") or other:
             raise KTModelError(
-                f"The GPTQ checkpoint has bits: {bits}, checkpoint_format: {form}, dynamic: {other or None} in config.json; 4 and 8 "
-                "bits for all layers alike, in the formats gptq and gptq_v2, are supported. Use the model's unquantized checkpoint."
+                f"The GPTQ checkpoint has bits: {bits}, checkpoint_format: {form}, dynamic: {other or None} in {values.file}; 4 and 8 bits "
+                "in groups of one size, in the formats gptq and gptq_v2, are supported. Use the model's unquantized checkpoint."
             )
-        return cls(bits, group, form == "gptq")
+        return cls(group, form == "gptq")
+
+    @staticmethod
+    def reads(changes: Values, group: int | None) -> bool:
+        """Whether some layers' own settings can be read beside the others: the number of bits is told by the tensors' shapes."""
+        return (
+            changes.integer("bits", default=4) in _ONES
+            and changes.group_size("group_size", default=group or -1) == group
+        )
 
     def label(self, parts: Mapping[str, StoredTensor]) -> str:
-        return f"{self.title} INT{self._bits}" if "packed" in parts else super().label(parts)
+        if "packed" not in parts or "zero" not in parts:
+            return super().label(parts)
+        return f"{self.title} INT{parts['zero'].shape[-1] * WORD // max(1, parts['packed'].shape[-1])}"
 
-    def wanted(self, name: str, shape: Shape) -> Mapping[str, Wanted]:
+    def wanted(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Mapping[str, Wanted]:
         out, width = shape[-2:]
-        groups = -(-width // self._group) if self._group > 0 else 1
+        groups = -(-width // self._group) if self._group else 1
+        bits = _bits(parts["packed"].shape[0] if "packed" in parts else 0, width)
         return {
-            "packed": Wanted([(packed_width(width, self._bits), out)], ["I32"]),
+            "packed": Wanted([(packed_width(width, bits), out)], ["I32"]),
             "scale": Wanted([(groups, out)], FLOATS),
-            "zero": Wanted([(groups, packed_width(out, self._bits))], ["I32"]),
+            "zero": Wanted([(groups, packed_width(out, bits))], ["I32"]),
             "order": Wanted([(width,)], ["I32", "I64"], optional=True),
         }
+
+    def wrong_values(self, parts: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
+        if "order" in parts and (problem := wrong_groups(parts["order"], len(parts["scale"]))):
+            yield "order", problem
 
     def decode(
         self, parts: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
         width, groups, zero = shape[1], len(parts["scale"]), parts["zero"]
-        regular = torch.arange(width, device=zero.device) // (self._group if self._group > 0 else width)
+        regular = torch.arange(width, device=zero.device) // (self._group or width)
         order = parts["order"].long() if "order" in parts else regular
         found = {"packed": parts["packed"], "scale": parts["scale"], "zero": zero}
         if self._first_version:  # to whole words, as GPTQModel subtracts it: carries cross to the next integer
-            found["zero"] = zero + _ONES[self._bits]
+            found["zero"] = zero + _ONES[_bits(len(parts["packed"]), width)]
         if width % groups or not torch.equal(order, regular):
             found["order"] = order
         return super().decode(found, shape, dtype)
 
     def rows(self, parts: Mapping[str, torch.Tensor], rows: slice, shape: Shape) -> torch.Tensor:
-        values = unpack(parts["packed"][:, rows].T, self._bits)[:, : shape[1]]
-        zeros = unpacked_rows(parts["zero"].T, self._bits, rows)
+        bits = _bits(len(parts["packed"]), shape[1])
+        values = unpack(parts["packed"][:, rows].T, bits)[:, : shape[1]]
+        zeros = unpacked_rows(parts["zero"].T, bits, rows)
         return scaled(values, parts["scale"][:, rows].T, zeros, parts.get("order"))
+
+
+def _bits(words: int, width: int) -> int:
+    """How many bits the integers have, of which so many words hold a row."""
+    return 8 if words == packed_width(width, 8) else 4

@@ -8,12 +8,14 @@ exponents plus 127.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
+from ..stored import StoredTensor
 from .format import Format, Shape, Wanted, scaled
 from .packing import unpack
+from .values import Values
 
 GROUP = 32
 """numbers that share an exponent"""
@@ -27,10 +29,10 @@ class Mxfp4(Format):
     parts: ClassVar[Mapping[str, str]] = {"blocks": "_blocks", "scales": "_scales"}
 
     @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> Format | None:
-        return cls() if values.get("quant_method") == "mxfp4" else None
+    def from_config(cls, values: Values) -> Format | None:
+        return cls() if values.text("quant_method") == "mxfp4" else None
 
-    def wanted(self, name: str, shape: Shape) -> Mapping[str, Wanted]:
+    def wanted(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Mapping[str, Wanted]:
         *experts, width, out = shape
         groups = -(-width // GROUP)  # a width that is no multiple of 32 fits no blocks, and is found so
         return {

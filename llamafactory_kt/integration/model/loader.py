@@ -30,7 +30,10 @@ def patch(module: ModuleType) -> None:
     def _get_init_kwargs(model_args: Any) -> dict[str, Any]:
         init_kwargs: dict[str, Any] = stock_kwargs(model_args)
         if with_kt(model_args):
+            from ...checkpoint.formats import check_file
+
             _share_log()
+            check_file(model_args.model_name_or_path)
             _prefer_native(model_args, init_kwargs)
         return init_kwargs
 
@@ -78,7 +81,7 @@ def _unquantized(config: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if stored is not None:
+        if stored:  # transformers refuses an empty one
             config.quantization_config = stored
 
 

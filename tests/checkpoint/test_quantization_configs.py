@@ -21,7 +21,6 @@ from llamafactory_kt.checkpoint.stored import StoredTensor
 from llamafactory_kt.ground.tensor_files import DTYPES
 
 OUT, IN = 64, 96
-WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 WRONG = (None, "other", "3", 3, -5, 0, 1.5, True, [], [4], ["x"], [[]], {}, {"x": 1}, {"x": {"bits": 3}})
 
 
@@ -53,7 +52,7 @@ def packed(values):
         return {"weight_blocks": blocks, "weight_scales": scales}, rounded
     if "awq" in (method, values.get("packing_format", "").rpartition("_")[2]):
         return awq(32)(weight)
-    return gptq(32)(weight)
+    return gptq(32, ordered=method == "gptq")(weight)
 
 
 def outcome(values, stored, wanted) -> str:
@@ -65,19 +64,25 @@ def outcome(values, stored, wanted) -> str:
         return "refused"
     if not form.parts:
         return "plain"  # a weight in float8 or without a tensor of its own name is refused then
+    return "refused" if problems(form, stored, wanted) else "right"
+
+
+def problems(form, stored, wanted, module: str = "model.layers.0.self_attn.q_proj") -> list[str]:
+    """What is wrong with a stored weight. If nothing is, its numbers must be right."""
     transposed = form.title == "MXFP4"
-    names = {name: form.split(f"{WEIGHT.removesuffix('weight')}{name}") for name in stored}
-    parts = {part: stored[name] for name, (weight, part) in names.items() if weight == WEIGHT}
+    name = f"{module}.weight"
+    split = {ending: form.split(f"{module}.{ending}") for ending in stored}
+    parts = {part: stored[ending] for ending, (weight, part) in split.items() if weight == name}
     tensors = {
-        part: StoredTensor(form.stored_name(WEIGHT, part), DATA, tuple(t.shape), DTYPES[t.dtype])
+        part: StoredTensor(form.stored_name(name, part), DATA, tuple(t.shape), DTYPES[t.dtype])
         for part, t in parts.items()
     }
     shape = (IN, OUT) if transposed else (OUT, IN)
-    if list(form.problems(WEIGHT, tensors, shape)) or list(form.wrong_values(parts)):
-        return "refused"
-    found = form.decode(parts, shape)
-    assert torch.equal(found.T if transposed else found, wanted)
-    return "right"
+    found = list(form.problems(name, tensors, shape)) or [f"{part} {text}" for part, text in form.wrong_values(parts)]
+    if not found:
+        numbers = form.decode(parts, shape)
+        assert torch.equal(numbers.T if transposed else numbers, wanted)
+    return found
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
@@ -107,6 +112,82 @@ def test_no_value_of_another_type_leads_to_wrong_numbers_or_another_error(model)
         del inner[key]
         found.add(outcome(values, stored, wanted))
     assert {"right", "refused"} <= found <= {"right", "refused", "plain"}
+
+
+def test_scales_that_are_powers_of_two_in_eight_bits():
+    """``scale_fmt: ue8m0``: DeepSeek-V3.1 stores such scales in float32, others as what they are."""
+    values = PUBLISHED["DeepSeek-V3.1"]
+    stored, _ = packed(values)
+    scale = torch.tensor([[0.5, 2.0], [2.0**-20, 8.0]])
+    wanted = stored["weight"].float() * scale.repeat_interleave(32, 0).repeat_interleave(48, 1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e8m0fnu):
+        assert not problems(opened(values), stored | {"weight_scale_inv": scale.to(dtype)}, wanted)
+    found = problems(opened(values), stored | {"weight_scale_inv": scale.to(torch.uint8)}, wanted)
+    assert "weight_scale_inv is U8 (2, 2), wanted F32" in found[0]
+
+
+def test_fp8_attention_and_int4_experts():
+    """As MiniMax-M2.1-FP8-INT4-AWQ, where each group has a format and its modules' names."""
+    fp8, int4 = PUBLISHED["Qwen3-30B-A3B-FP8-block"], PUBLISHED["Kimi-K2-Thinking"]
+    groups = {
+        name: {**values["config_groups"]["group_0"], "format": values["format"], "targets": [target]}
+        for name, values, target in (("a", int4, "re:.*experts.*w[123]$"), ("b", fp8, "re:.*self_attn.(q|k|v|o)_proj$"))
+    }
+    form = opened(int4 | {"format": "mixed-precision", "config_groups": groups})
+    assert not problems(form, *packed(fp8))
+    stored, wanted = packed(int4)
+    assert problems(form, stored, wanted), "this module's weight is said to be FP8"
+    assert not problems(form, stored, wanted, "model.layers.0.block_sparse_moe.experts.3.w2")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_with_more_bits_for_some_layers(bits):
+    """The tensors say how many a layer has. ``gptqmodel.safetensors`` is what test_formats.py says."""
+    prefix = f"gptq.{bits}.desc_act."
+    tables = load_file(DATA / "gptqmodel.safetensors").items()
+    stored = {name.removeprefix(prefix): tensor for name, tensor in tables if name.startswith(prefix)}
+    wanted, _ = stored.pop("weight"), stored.pop("qzeros_v2")
+    form = opened(PUBLISHED["GPTQ-Int4-Int8Mix"])
+    parts = {form.split(f"q_proj.{name}")[1]: tensor for name, tensor in stored.items()}
+    assert torch.equal(form.decode(parts, tuple(wanted.shape)).half(), wanted)
+    tensors = {part: StoredTensor(part, DATA, tuple(t.shape), DTYPES[t.dtype]) for part, t in parts.items()}
+    assert not list(form.problems("q_proj.weight", tensors, tuple(wanted.shape)))
+    assert form.label(tensors) == f"GPTQ INT{bits}"
+
+
+def test_a_text_model_that_says_it_for_the_whole():
+    """As Kimi-K2.5."""
+    text = SimpleNamespace(quantization_config=PUBLISHED["Kimi-K2-Thinking"])
+    assert format_of(SimpleNamespace(get_text_config=lambda: text)).title == "compressed-tensors"
+
+
+def damaged(tensor):
+    """Other sizes and dtypes than a tensor has."""
+    for dim in range(tensor.dim()):
+        yield tensor.narrow(dim, 0, tensor.shape[dim] // 2)
+        yield torch.cat((tensor, tensor), dim)
+    yield tensor[None] if tensor.dim() else tensor.expand(3)
+    yield from (tensor.to(dtype) for dtype in (torch.float64, torch.int16, torch.bool))
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_no_tensor_of_another_shape_or_dtype_leads_to_wrong_numbers(model):
+    stored, wanted = packed(PUBLISHED[model])
+    form = opened(PUBLISHED[model])
+    for name in stored.keys() - {"input_scale"}:
+        rest = {other: tensor for other, tensor in stored.items() if other != name}
+        assert problems(form, rest, wanted) or name in ("weight_shape", "weight_zero_point"), f"without {name}"
+        for tensor in damaged(stored[name]):
+            assert problems(form, rest | {name: tensor}, wanted), (name, tensor.shape, tensor.dtype)
+
+
+@pytest.mark.parametrize("model", ["Qwen3-30B-A3B-GPTQ-Int4", "w4a16, asymmetric, ordered by activations"])
+def test_columns_of_groups_that_do_not_exist(model):
+    stored, wanted = packed(PUBLISHED[model])
+    form, [name] = opened(PUBLISHED[model]), [name for name in stored if name.endswith("g_idx")]
+    for column, group in ((5, 3), (0, -2), (95, 1000)):
+        stored[name][column] = group
+        assert "names groups" in problems(form, stored, wanted)[0]
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,33 @@ def edited(directory, source, change):
     return directory
 
 
+@pytest.mark.parametrize("files", ["GPTQ INT4"], indirect=True)
+def test_damage_is_named_with_its_file(files, tmp_path):
+    """What headers tell, and groups of columns that do not exist: those of attention before weights are read, as transformers would
+    collect the error into its own, those of experts when they are read."""
+    packed, expert, attention = files[0], "model.layers.1.mlp.experts.3.down_proj", "model.layers.0.self_attn.o_proj"
+
+    def cut(tensors):
+        tensors[f"{expert}.scales"] = tensors[f"{expert}.scales"][:1].contiguous()
+        del tensors[f"{attention}.qzeros"]
+
+    path = edited(tmp_path / "cut", packed, cut)
+    file = str(path / "model.safetensors")
+    with pytest.raises(
+        KTModelError, match=r"2 tensors do not fit .*scales is F16 .*, wanted .*o_proj.qzeros is missing"
+    ) as caught:
+        open_checkpoint(path, quantized=True).layout  # noqa: B018
+    assert str(caught.value).count(f"in {file}") == 2
+    for module in (attention, expert):
+        name = f"{module}.g_idx"
+        path = edited(tmp_path / module, packed, lambda tensors, name=name: tensors[name].add_(1))
+        if module == attention:
+            with pytest.raises(KTModelError, match=f"model.safetensors: {name} names groups 1 to"):
+                open_checkpoint(path, quantized=True).layout  # noqa: B018
+        with pytest.raises(KTModelError, match=f"model.safetensors: {name} names groups 1 to"):
+            load(path, "torch")
+
+
 EXPERT, ATTENTION = "model.layers.1.mlp.experts.3.down_proj", "model.layers.0.self_attn.o_proj"
 
 

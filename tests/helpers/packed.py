@@ -36,19 +36,22 @@ def affine(weight: torch.Tensor, group: int, order: torch.Tensor, dtype: torch.d
     return codes, scale, zero, (codes - zero[:, order]) * scale.float()[:, order]
 
 
-def gptq(group: int = 32, *, version: int = 1) -> Packer:
-    """With activation ordering: the columns of a group stand anywhere."""
+def gptq(group: int = 32, *, version: int = 1, ordered: bool = True) -> Packer:
+    """Args:
+    ordered: by activations, so that the columns of a group stand anywhere; otherwise ``g_idx`` is not stored.
+    """
 
     def pack(weight: torch.Tensor) -> Packed:
-        order = (torch.arange(weight.shape[1]) // group)[torch.randperm(weight.shape[1])]
+        order = torch.arange(weight.shape[1]) // group
+        order = order[torch.randperm(weight.shape[1])] if ordered else order
         codes, scale, zero, rounded = affine(weight, group, order, torch.float16)
         zero = zero.clamp(min=1) if version == 1 else zero  # as 0 - 1 cannot be stored alone
         rounded = (codes - zero[:, order]) * scale.float()[:, order]
         stored = {
-            "qweight": words(codes, 4).T.contiguous(), "scales": scale.T.contiguous(), "g_idx": order.to(torch.int32),
+            "qweight": words(codes, 4).T.contiguous(), "scales": scale.T.contiguous(),
             "qzeros": words((zero - int(version == 1)).T, 4),
         }  # fmt: skip
-        return stored, rounded
+        return stored | ({"g_idx": order.to(torch.int32)} if ordered else {}), rounded
 
     return pack
 
@@ -84,7 +87,7 @@ def compressed(scheme: dict, dtype: torch.dtype = torch.bfloat16) -> Packer:
     def pack(weight: torch.Tensor) -> Packed:
         strategy = scheme["weights"]["strategy"]
         order = torch.arange(weight.shape[1])
-        if scheme["weights"].get("actorder"):
+        if scheme["weights"].get("actorder") == "group":
             order = torch.randperm(weight.shape[1])
         if strategy == "group":
             parts, dims = weight[:, order].view(len(weight), -1, args.group_size), -1
@@ -103,7 +106,7 @@ def compressed(scheme: dict, dtype: torch.dtype = torch.bfloat16) -> Packer:
         state = {"weight": weight, "weight_scale": scale}
         if not args.symmetric:
             state["weight_zero_point"] = zero.to(torch.int8)
-        if scheme["weights"].get("actorder"):
+        if scheme["weights"].get("actorder") == "group":
             state["weight_g_idx"] = (torch.argsort(order) // args.group_size).to(torch.int32)
         stored = compressor.compress(state, found)
         return stored, compressor.decompress(stored, found)["weight"].float()

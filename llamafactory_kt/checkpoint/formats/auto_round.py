@@ -48,7 +48,7 @@ def auto_round(values: Values) -> Format | None:
             f"{other or None}; integers packed as GPTQ (4 or 8 bits) or AWQ (4 bits), in groups of one size and with activations of 16 "
             "bits, are supported. Use the model's unquantized checkpoint."
         )
-    return Awq(group) if packing in _AWQ else Gptq(group, first_version=packing in _FIRST)
+    return Awq(group) if packing in _AWQ else Gptq(group, first_version=packing in _FIRST, ordered=False)
 
 
 def _is_read(changes: Values, group: int | None) -> bool:

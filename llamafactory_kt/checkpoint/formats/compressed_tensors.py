@@ -28,6 +28,8 @@ from .packing import packed_width, unpack, unpacked_rows
 from .values import Values
 
 _READ = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+_ORDERED = (True, "group", "dynamic")
+"""values of ``actorder`` with which columns are not grouped as they stand"""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Scheme:
     group: int | None
     """columns that share a scale"""
     block: Block | None
+    ordered: bool
+    """whether the columns of a group may stand anywhere"""
     targets: tuple[str, ...]
 
     @classmethod
@@ -65,7 +69,7 @@ class Scheme:
             )
         return cls(
             bits or 8, kind or "int", packed, weights.flag("symmetric", default=True), weights.group_size("group_size"),
-            weights.block("block_structure") if strategy == "block" else None, tuple(group.patterns("targets")),
+            weights.block("block_structure") if strategy == "block" else None, weights.found.get("actorder") in _ORDERED, tuple(group.patterns("targets")),
         )  # fmt: skip
 
     def matches(self, module: str) -> bool:
@@ -120,7 +124,7 @@ class CompressedTensors(Format):
         if scheme.packed:
             found["packed"] = Wanted([(out, packed_width(width, scheme.bits))], ["I32"])
             found["shape"] = Wanted([(2,)], ["I64", "I32"], optional=True)
-            found["order"] = Wanted([(width,)], ["I32", "I64"], optional=True)
+            found["order"] = Wanted([(width,)], ["I32", "I64"], optional=not scheme.ordered)
             zero = Wanted([(packed_width(out, scheme.bits), groups)], ["I32"])
         else:
             found[WHOLE] = Wanted([shape], [E4M3 if scheme.kind == "float" else "I8"])

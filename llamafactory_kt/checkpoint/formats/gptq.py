@@ -38,8 +38,8 @@ class Gptq(Format):
 
     checked: ClassVar[Sequence[str]] = ("order",)
 
-    def __init__(self, group: int | None, first_version: bool):
-        self._group, self._first_version = group, first_version
+    def __init__(self, group: int | None, *, first_version: bool, ordered: bool):
+        self._group, self._first_version, self._ordered = group, first_version, ordered
 
     @classmethod
     def from_config(cls, values: Values) -> Format | None:
@@ -57,7 +57,7 @@ class Gptq(Format):
                 f"The GPTQ checkpoint has bits: {bits}, checkpoint_format: {form}, dynamic: {other or None} in {values.file}; 4 and 8 bits "
                 "in groups of one size, in the formats gptq and gptq_v2, are supported. Use the model's unquantized checkpoint."
             )
-        return cls(group, form == "gptq")
+        return cls(group, first_version=form == "gptq", ordered=values.flag("desc_act", default=False))
 
     @staticmethod
     def reads(changes: Values, group: int | None) -> bool:
@@ -80,7 +80,7 @@ class Gptq(Format):
             "packed": Wanted([(packed_width(width, bits), out)], ["I32"]),
             "scale": Wanted([(groups, out)], FLOATS),
             "zero": Wanted([(groups, packed_width(out, bits))], ["I32"]),
-            "order": Wanted([(width,)], ["I32", "I64"], optional=True),
+            "order": Wanted([(width,)], ["I32", "I64"], optional=not self._ordered),
         }
 
     def wrong_values(self, parts: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.packed import awq, compressed, gptq, mxfp4
+from helpers.packed import awq, compressed, gptq, mxfp4, nvfp4
 from helpers.places import DATA
 from safetensors.torch import load_file
 
@@ -70,6 +70,28 @@ def test_compressed_tensors_as_its_library_decompresses_them(form, kind, bits, s
     weights |= {"group_size": 32} if strategy == "group" else {}
     weights |= {"block_structure": [16, 48]} if strategy == "block" else {}
     check_compressed(form, weights)
+
+
+def test_nvfp4_as_compressed_tensors_decompresses_it():
+    """It rounds to bfloat16."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+    scheme = {"format": "nvfp4-pack-quantized", "targets": ["Linear"], "weights": weights}
+    own = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    theirs = QuantizationScheme(targets=["Linear"], weights=weights)
+    weight = torch.randn(OUT, IN)
+    made, _ = nvfp4()(weight)
+    state = {
+        "weight": weight,
+        "weight_scale": made["weight_scale"].float(),
+        "weight_global_scale": made["weight_global_scale"],
+    }
+    stored = own.compress(state, theirs)
+    wanted = own.decompress(dict(stored), theirs)["weight"]
+    assert wanted.dtype == torch.bfloat16 and torch.equal(stored["weight_packed"], made["weight_packed"])
+    check(opened(quant_method="compressed-tensors", config_groups={"group_0": scheme}), stored, wanted)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -247,8 +269,8 @@ def test_parts_that_do_not_fit(change, message):
     [
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\], wanted two sizes"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt: e5m2"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo: NVFP4"),
-        ({**CT, "format": "nvfp4-pack-quantized", "config_groups": {"g": {**SCHEME, "format": None}}}, "format: nvfp4-pack-quantized"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "quant_algo: NVFP4_AWQ"),
+        ({**CT, "format": "mxfp4-pack-quantized", "config_groups": {"g": {**SCHEME, "format": None}}}, "format: mxfp4-pack-quantized"),
         ({**CT, "config_groups": {"g": {**SCHEME, "weights": {**PACK, "num_bits": 3}}}}, "num_bits: 3"),
         ({**CT, "sparsity_config": {"format": "sparse-24-bitmask"}}, "is sparse"),
         ({"quant_method": "gptq", "bits": 3}, "bits: 3"),

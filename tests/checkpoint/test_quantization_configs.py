@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.packed import awq, compressed, gptq, mxfp4
+from helpers.packed import awq, compressed, gptq, mxfp4, nvfp4
 from helpers.places import DATA
 from helpers.published import AUTO_ROUND, PUBLISHED
 from safetensors.torch import load_file
@@ -41,6 +41,10 @@ def packed(values):
     """A weight as such a checkpoint stores it, and its numbers."""
     torch.manual_seed(0)
     method, weight = values["quant_method"], torch.randn(OUT, IN)
+    if values.get("quant_algo") == "NVFP4":
+        return nvfp4(("weight", "weight_scale", "weight_scale_2"))(weight)
+    if values.get("format") == "nvfp4-pack-quantized":
+        return nvfp4()(weight)
     if method in ("fp8", "modelopt"):
         return fp8(values)
     if method == "compressed-tensors":
@@ -267,7 +271,7 @@ def test_modelopts_file_beside_a_configuration_that_says_nothing(tmp_path):
     assert format_of(config).title == "FP8" and quantization(config)["quant_method"] == "modelopt"
     assert type(format_of(modelopt(tmp_path, {"quant_algo": None, "kv_cache_quant_algo": "FP8"}))) is Format
     for quant, more, message in (
-        ({"quant_algo": "NVFP4"}, {}, "quant_algo: NVFP4 in .*hf_quant_config.json"),
+        ({"quant_algo": "W4A8_AWQ"}, {}, "quant_algo: W4A8_AWQ in .*hf_quant_config.json"),
         ({"quant_algo": ["FP8"]}, {}, r'hf_quant_config.json: quantization.quant_algo is \["FP8"\], wanted a string'),
         ("FP8", {}, 'the file.quantization is "FP8", wanted an object'),
         ({}, {"name": "other"}, "hf_quant_config.json: The checkpoint was quantized by other"),

@@ -12,7 +12,7 @@ from helpers.architectures import tiny_model
 from helpers.fp8 import make_fp8, quantized
 from helpers.loading import answer, load
 from helpers.models import make_model
-from helpers.packed import awq, compressed, gptq, mxfp4, quantized_checkpoint, save_both
+from helpers.packed import awq, compressed, gptq, mxfp4, nvfp4, quantized_checkpoint, save_both
 from helpers.references import merged_float32, per_token, rel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
@@ -49,6 +49,10 @@ CASES = {
     "F8_E4M3": ("glm4_moe", lambda: compressed(ROWS, torch.float32), compressed_tensors(ROWS), quantized),
     "GPTQ INT4": (
         "qwen3_moe", lambda: gptq(32), {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}, quantized,
+    ),
+    "NVFP4": (
+        "deepseek_v2", lambda: nvfp4(("weight", "weight_scale", "weight_scale_2")),
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"}, quantized,
     ),
     "AWQ INT4": ("mixtral", lambda: awq(32), {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, quantized),
 }  # fmt: skip

@@ -127,6 +127,25 @@ def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return blocks, (exponent + 127).to(torch.uint8), rounded
 
 
+def nvfp4(names: tuple[str, str, str] = ("weight_packed", "weight_scale", "weight_global_scale")) -> Packer:
+    """As compressed-tensors stores it, or by ModelOpt's names, whose last scale is one by the other's."""
+
+    def pack(weight: torch.Tensor) -> Packed:
+        values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        groups = weight.unflatten(-1, (-1, 16))
+        factor = (groups.abs().amax() / (6 * 448)).reshape(1)
+        scale = (groups.abs().amax(-1) / (6 * factor)).clamp(min=0.01).to(torch.float8_e4m3fn)
+        last = factor if names[2] == "weight_scale_2" else 1 / factor
+        whole = scale.float() * last if last is factor else scale.float() / last
+        codes = (groups.div(whole.unsqueeze(-1)).abs().unsqueeze(-1) - values).abs().argmin(-1)
+        rounded = (values[codes] * groups.sign() * whole.unsqueeze(-1)).flatten(-2)
+        codes = (codes + 8 * (groups < 0)).flatten(-2)
+        packed = (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
+        return dict(zip(names, (packed, scale, last), strict=True)), rounded
+
+    return pack
+
+
 def quantized_checkpoint(
     directory: Path, source: Path, pack: Packer, quantization: dict, wanted: Callable[[str], bool]
 ) -> tuple[Path, Path]:

@@ -80,6 +80,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "pack-quantized", {"group_size": 32, "num_bits": 4, "strategy": "group", "type": "int"}, None,
         ignore=["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*"],
     ),
+    "Qwen3-30B-A3B-NVFP4": compressed_tensors(
+        "nvfp4-pack-quantized", {"group_size": 16, "num_bits": 4, "strategy": "tensor_group", "type": "float"},
+        {"dynamic": "local", "group_size": 16, "num_bits": 4, "strategy": "tensor_group", "symmetric": True, "type": "float"},
+    ),
+    "DeepSeek-R1-NVFP4": {
+        "ignore": ["lm_head", "model.layers.0.self_attn*"], "producer": {"name": "modelopt", "version": "0.33.0"},
+        "quant_algo": "NVFP4", "group_size": 16, "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+        "quant_method": "modelopt",
+    },
     "gpt-oss-120b": {"modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"], "quant_method": "mxfp4"},
     "Qwen3-30B-A3B-GPTQ-Int4": {
         "bits": 4, "checkpoint_format": "gptq", "damp_percent": 0.01, "desc_act": True, "group_size": 32, "lm_head": False,

@@ -16,12 +16,13 @@ from .format import FLOATS, WHOLE, Format, Shape
 from .fp8 import Fp8, ScaledFp8
 from .gptq import Gptq
 from .mxfp4 import Mxfp4
+from .nvfp4 import Nvfp4
 from .source import check_file, stored_values
 from .values import Values
 
 __all__ = ["FLOATS", "FORMATS", "WHOLE", "Format", "Shape", "check_file", "format_of", "quantization"]
 
-FORMATS: tuple[type[Format], ...] = (Fp8, ScaledFp8, CompressedTensors, Mxfp4, Gptq, Awq)
+FORMATS: tuple[type[Format], ...] = (Fp8, Nvfp4, ScaledFp8, CompressedTensors, Mxfp4, Gptq, Awq)
 """of quantized checkpoints"""
 _READERS: tuple[Callable[[Values], Format | None], ...] = (*(kind.from_config for kind in FORMATS), auto_round)
 _ROTATIONS = ("transform_config", "rotation_config", "spinquant_config")
@@ -51,7 +52,7 @@ def format_of(config: Any) -> Format:
             return found
     raise KTModelError(
         f"The model is a quantized checkpoint (quant_method: {values.text('quant_method')} in {values.file}), which use_kt cannot read. It "
-        "reads FP8, compressed-tensors (INT4, INT8, FP8), GPTQ, AWQ, AutoRound and MXFP4 checkpoints. Use one of these, or the model's "
+        "reads FP8, NVFP4, compressed-tensors (INT4, INT8, FP8), GPTQ, AWQ, AutoRound and MXFP4 checkpoints. Use one of these, or the model's "
         "unquantized checkpoint, whose experts kt_backend: AMXINT4 packs to 4 bits."
     )
 

@@ -5,6 +5,7 @@
   ``weight_shape``, which the model knows too; for asymmetric weights ``weight_zero_point``, packed along the columns, int32
   [ceil(out * bits / 32), groups]; with activation ordering ``weight_g_idx`` [in], the group of each column; filled with -1 where the
   order is the usual one.
+- ``nvfp4-pack-quantized``: see :mod:`.nvfp4`.
 - ``int-quantized``, ``float-quantized`` and ``naive-quantized``: ``weight`` as int8 or float8_e4m3fn, with ``weight_scale`` per weight,
   row, group or block, and ``weight_zero_point`` for asymmetric integers.
 
@@ -24,10 +25,16 @@ from ...ground.errors import KTModelError
 from ..stored import StoredTensor
 from .format import FLOATS, WHOLE, Format, Shape, Wanted, of_rows, scaled, wrong_groups
 from .fp8 import E4M3, Block, dequantize, scales, widened
+from .nvfp4 import nvfp4, nvfp4_wanted
 from .packing import packed_width, unpack, unpacked_rows
 from .values import Values
 
-_READ = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+_BYTES = (("int", 8), ("float", 8))
+_READ = {
+    "pack-quantized": (("int", 4), ("int", 8)), "nvfp4-pack-quantized": (("float", 4),), "int-quantized": _BYTES,
+    "float-quantized": _BYTES, "naive-quantized": _BYTES,
+}  # fmt: skip
+"""format -> type and number of bits"""
 _ORDERED = (True, "group", "dynamic")
 """values of ``actorder`` with which columns are not grouped as they stand"""
 
@@ -57,20 +64,28 @@ class Scheme:
         Raises:
             KTModelError: It cannot be read.
         """
-        weights, form = group.section("weights"), group.text("format", default=default)
-        bits, kind = weights.integer("num_bits", default=8), weights.text("type", default="int")
-        strategy, packed = weights.text("strategy"), form == "pack-quantized"
-        readable = (kind, bits) in ((("int", 4), ("int", 8)) if packed else (("int", 8), ("float", 8)))
-        if form not in _READ or not readable or strategy not in (None, "tensor", "channel", "group", "block"):
+        weights, form = group.section("weights"), group.text("format", default=default) or default
+        bits, kind = weights.integer("num_bits", default=8) or 8, weights.text("type", default="int") or "int"
+        strategy, symmetric = weights.text("strategy"), weights.flag("symmetric", default=True)
+        readable = (kind, bits) in _READ.get(form, ()) and (strategy != "block" or symmetric)
+        if not readable or strategy not in (None, "tensor", "channel", "group", "block", "tensor_group"):
             raise KTModelError(
-                f"The compressed-tensors checkpoint has weights of format: {form}, type: {kind}, num_bits: {bits}, "
-                f"strategy: {strategy} in {group.file}; {', '.join(_READ)} with integers of 4 or 8 bits or FP8 are supported. Use the model's "
-                "unquantized checkpoint."
+                f"The compressed-tensors checkpoint has weights of format: {form}, type: {kind}, num_bits: {bits}, strategy: {strategy}, "
+                f"symmetric: {symmetric} in {group.file}; {', '.join(_READ)} with integers of 4 or 8 bits, FP8 or NVFP4 are supported. Use "
+                "the model's unquantized checkpoint."
             )
         return cls(
-            bits or 8, kind or "int", packed, weights.flag("symmetric", default=True), weights.group_size("group_size"),
-            weights.block("block_structure") if strategy == "block" else None, weights.found.get("actorder") in _ORDERED, tuple(group.patterns("targets")),
+            bits, kind, form.endswith("pack-quantized"), symmetric, weights.group_size("group_size"),
+            weights.block("block_structure") if strategy == "block" else None, weights.found.get("actorder") in _ORDERED,
+            tuple(group.patterns("targets")),
         )  # fmt: skip
+
+    @property
+    def is_nvfp4(self) -> bool:
+        return self.packed and self.kind == "float"
+
+    def __str__(self) -> str:
+        return "NVFP4" if self.is_nvfp4 else f"INT{self.bits}"
 
     def matches(self, module: str) -> bool:
         """Whether a module is meant: by its name, by ``re:`` and a pattern, or by its class, which can only be ``Linear``."""
@@ -87,7 +102,7 @@ class CompressedTensors(Format):
     end = ".weight"
     parts: ClassVar[Mapping[str, str]] = {
         WHOLE: ".weight", "packed": ".weight_packed", "scale": ".weight_scale", "zero": ".weight_zero_point",
-        "order": ".weight_g_idx", "shape": ".weight_shape",
+        "order": ".weight_g_idx", "shape": ".weight_shape", "divisor": ".weight_global_scale",
     }  # fmt: skip
     checked: ClassVar[Sequence[str]] = ("order",)
 
@@ -108,7 +123,7 @@ class CompressedTensors(Format):
         return cls(schemes) if schemes else Format()  # without any, only caches are quantized
 
     def label(self, parts: Mapping[str, StoredTensor]) -> str:
-        return super().label(parts) if "packed" not in parts else f"INT{self._scheme(parts['packed'].name).bits}"
+        return super().label(parts) if "packed" not in parts else str(self._scheme(parts["packed"].name))
 
     def _scheme(self, name: str) -> Scheme:
         module = name.rpartition(".")[0]
@@ -118,6 +133,8 @@ class CompressedTensors(Format):
 
     def wanted(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Mapping[str, Wanted]:
         scheme, (out, width) = self._scheme(name), shape[-2:]
+        if scheme.is_nvfp4:
+            return dict(zip(("packed", "scale", "divisor"), nvfp4_wanted(shape), strict=True))
         groups = width // scheme.group if scheme.group and width % scheme.group == 0 else 1
         scale = Wanted([(out, groups)], FLOATS) if scheme.group else scales(shape, scheme.block)
         found = {"scale": scale}
@@ -138,6 +155,8 @@ class CompressedTensors(Format):
 
     def rows(self, parts: Mapping[str, torch.Tensor], rows: slice, shape: Shape) -> torch.Tensor:
         scale, zero, width = parts["scale"], parts.get("zero"), shape[1]
+        if "divisor" in parts:
+            return nvfp4(parts["packed"][rows], scale[rows].float() / parts["divisor"])
         if "packed" in parts:
             bits = 4 if parts["packed"].shape[1] == packed_width(width, 4) else 8
             values = unpack(parts["packed"][rows], bits)[:, :width]

@@ -23,7 +23,7 @@ _AT_A_TIME = 2**18
 WHOLE = "weight"
 """the part that bears the weight's own name; the only one of a weight that is not quantized"""
 FLOATS = ("F32", "BF16", "F16")
-_QUANTIZED = ("F8", "F4", "I8")
+_QUANTIZED = ("F8", "F4", "I8", "U8")
 """how the dtypes of weights begin that are nothing without a scale"""
 
 

@@ -62,17 +62,24 @@ class ScaledFp8(Fp8):
     def from_config(cls, values: Values) -> Format | None:
         method = values.text("quant_method")
         if method == "modelopt":
-            algorithm = values.text("quant_algo") or values.section("quantization").text("quant_algo")
+            algorithm = modelopt_algorithm(values)
             if algorithm is None:
                 return Format()  # only the cache is quantized
             if algorithm not in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
                 raise KTModelError(
-                    f"The checkpoint was quantized by ModelOpt with quant_algo: {algorithm} in {values.file}; only FP8 with a scale for "
-                    "each weight or row is supported. Use the model's unquantized checkpoint."
+                    f"The checkpoint was quantized by ModelOpt with quant_algo: {algorithm} in {values.file}; NVFP4, and FP8 with a scale "
+                    "for each weight or row are supported. Use the model's unquantized checkpoint."
                 )
         elif method != "fbgemm_fp8" and not is_autofp8(values):
             return None
         return cls(None)
+
+
+def modelopt_algorithm(values: Values) -> str | None:
+    """How NVIDIA's ModelOpt quantized the weights; None if it did not."""
+    if values.text("quant_method") != "modelopt":
+        return None
+    return values.text("quant_algo") or values.section("quantization").text("quant_algo")
 
 
 def is_autofp8(values: Values) -> bool:

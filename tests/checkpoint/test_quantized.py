@@ -12,7 +12,7 @@ from helpers.architectures import tiny_model
 from helpers.fp8 import make_fp8, quantized
 from helpers.loading import answer, load
 from helpers.models import make_model
-from helpers.packed import awq, compressed, gptq, mxfp4, nvfp4, quantized_checkpoint, save_both
+from helpers.packed import awq, compressed, gptq, mxfp4, nvfp4, quantized_checkpoint, save_both, split_experts
 from helpers.references import merged_float32, per_token, rel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
@@ -265,16 +265,7 @@ def test_fused_experts_that_the_quantizer_has_split(tmp_path, architecture, monk
     """As the FP8 files of Qwen3.5 and Qwen3-VL: transformers has no rule for a tensor of one expert there."""
     model = tiny_model(architecture)
     model.save_pretrained(tmp_path / "source")
-    tensors, plain = load_file(tmp_path / "source" / "model.safetensors"), {}
-    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        experts, (block, _, weight) = tensors.pop(name), name.rpartition(".")
-        experts = experts.transpose(1, 2) if architecture == "llama4_text" else experts
-        for number, expert in enumerate(experts):
-            halves = (
-                zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True) if "gate" in weight else [(weight, expert)]
-            )
-            tensors |= {f"{block}.{number}.{projection}.weight": part.contiguous() for projection, part in halves}
-    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    split_experts(tmp_path / "source", transposed=architecture == "llama4_text")
     packed, dequantized = make_fp8(tmp_path, tmp_path / "source", [32, 48])
     plain = load_file(dequantized / "model.safetensors")
     for name, parameter in model.named_parameters():

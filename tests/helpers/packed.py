@@ -146,6 +146,21 @@ def nvfp4(names: tuple[str, str, str] = ("weight_packed", "weight_scale", "weigh
     return pack
 
 
+def split_experts(directory: Path, *, transposed: bool = False) -> Path:
+    """Store a checkpoint's fused experts as one tensor per expert and projection, as quantizers do."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, (block, _, weight) = tensors.pop(name), name.rpartition(".")
+        for number, expert in enumerate(experts.transpose(1, 2) if transposed else experts):
+            halves = (
+                zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True) if "gate" in weight else [(weight, expert)]
+            )
+            tensors |= {f"{block}.{number}.{projection}.weight": part.contiguous() for projection, part in halves}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return directory
+
+
 def quantized_checkpoint(
     directory: Path, source: Path, pack: Packer, quantization: dict, wanted: Callable[[str], bool]
 ) -> tuple[Path, Path]:

@@ -4,14 +4,19 @@ sum."""
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from helpers.adapters import edit_adapter, make_adapter
+from helpers.architectures import tiny_model
+from helpers.loading import answer
+from helpers.loading import load as load_with_engines
 from helpers.marks import needs_kernel
 from helpers.models import make_model
+from helpers.packed import split_experts
 from helpers.places import DATA
 from helpers.references import merged_float32, per_token, rel
 from peft import PeftModel
@@ -161,3 +166,14 @@ def test_command_and_the_way_there_from_export(tmp_path, demo):
     }
     with pytest.raises(KTConfigError, match="llamafactory-kt merge --model M --adapter A --output DIR"):
         get_infer_args({**arguments, "kt_backend": "torch", "export_dir": str(tmp_path / "export")})
+
+
+def test_fused_experts_that_were_split(tmp_path):
+    """As a dequantized copy of Qwen3.5's FP8 files may have them. transformers has no rule for these."""
+    tiny_model("qwen3_5_moe_text").save_pretrained(tmp_path / "fused")
+    shutil.copytree(tmp_path / "fused", tmp_path / "split")
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "fused", rank=5)
+    merge_adapter(split_experts(tmp_path / "split"), adapter, tmp_path / "merged")
+    wanted, base = (answer(merged_float32(tmp_path / "fused", adapters)) for adapters in (adapter, None))
+    found = answer(load_with_engines(tmp_path / "merged", "torch", dtype=torch.float32))
+    assert per_token(found, wanted) < 1e-4 < 0.3 < rel(base, wanted)

@@ -107,7 +107,7 @@ class CheckpointLayout:
             if tensor.dtype not in FLOATS:
                 raise KTModelError(
                     f"{tensor.file}: {tensor.name} is {tensor.dtype}; experts must be stored as F32, F16 or BF16, or quantized and "
-                    "with a quantization_config in config.json that says how."
+                    "with a quantization_config in config.json, or ModelOpt's hf_quant_config.json beside it, that says how."
                 )
 
     def _check_quantized(

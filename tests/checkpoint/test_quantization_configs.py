@@ -244,7 +244,7 @@ def test_nested_values_are_named_by_their_path():
     values["config_groups"]["group_0"]["targets"] = ["re:.*(experts"]
     config = SimpleNamespace(quantization_config=values, name_or_path="models/kimi")
     with pytest.raises(
-        KTModelError, match=r"^models/kimi/config.json: quantization_config.config_groups.group_0.targets is .re:"
+        KTModelError, match=r"^config.json of models/kimi: quantization_config.config_groups.group_0.targets is .re:"
     ):
         format_of(config)
 
@@ -271,10 +271,14 @@ def test_modelopts_file_beside_a_configuration_that_says_nothing(tmp_path):
     assert format_of(config).title == "FP8" and quantization(config)["quant_method"] == "modelopt"
     assert type(format_of(modelopt(tmp_path, {"quant_algo": None, "kv_cache_quant_algo": "FP8"}))) is Format
     for quant, more, message in (
-        ({"quant_algo": "W4A8_AWQ"}, {}, "quant_algo: W4A8_AWQ in .*hf_quant_config.json"),
-        ({"quant_algo": ["FP8"]}, {}, r'hf_quant_config.json: quantization.quant_algo is \["FP8"\], wanted a string'),
+        ({"quant_algo": "W4A8_AWQ"}, {}, "quant_algo: W4A8_AWQ in hf_quant_config.json of "),
+        (
+            {"quant_algo": ["FP8"]},
+            {},
+            r'^hf_quant_config.json of .*: quantization.quant_algo is \["FP8"\], wanted a string',
+        ),
         ("FP8", {}, 'the file.quantization is "FP8", wanted an object'),
-        ({}, {"name": "other"}, "hf_quant_config.json: The checkpoint was quantized by other"),
+        ({}, {"name": "other"}, "hf_quant_config.json of .*: The checkpoint was quantized by other"),
     ):
         with pytest.raises(KTModelError, match=message):
             format_of(modelopt(tmp_path, quant, **more))

@@ -50,7 +50,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "weight_block_size": [32, 48],
     },
     "Mixtral-8x7B-Instruct-v0.1-FP8": {"activation_scheme": "static", "ignored_layers": ["lm_head"], "quant_method": "fp8"},
-    "Llama-4-Scout-17B-16E-Instruct-FP8": {
+    "Mixtral-8x7B-Instruct-v0.1-FP8 by ModelOpt": {
         "config_groups": {"group_0": {"input_activations": {"dynamic": False, "num_bits": 8, "type": "float"}, "targets": ["Linear"]}},
         "ignore": ["lm_head"], "producer": {"name": "modelopt", "version": "0.27.1"}, "quant_algo": "FP8", "quant_method": "modelopt",
     },

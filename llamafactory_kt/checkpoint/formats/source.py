@@ -31,7 +31,7 @@ def check_file(name: str | Path) -> None:
         return  # transformers says so
     for key in _KEYS:
         if isinstance(whole, dict) and whole.get(key) is not None:
-            Values(whole[key], str(file), key)
+            Values(whole[key], f"config.json of {file.parent}", key)
 
 
 def stored_values(config: Any) -> Values | None:
@@ -44,7 +44,7 @@ def stored_values(config: Any) -> Values | None:
         KTModelError: It is no object, or the file beside ``config.json`` cannot be read.
     """
     directory = Path(str(getattr(config, "name_or_path", None) or "."))
-    file = str(directory / "config.json") if directory.name else "config.json"
+    file = f"config.json of {directory}" if directory.name else "config.json"
     for key, stored in _stored(config):
         if stored is None or stored == {}:
             continue
@@ -81,11 +81,12 @@ def _modelopt(file: Path) -> Values | None:
         read = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise KTModelError(f"{file} cannot be read as JSON ({error}); download or copy it again.") from error
-    whole = Values(read, str(file), "the file")
+    place = f"{file.name} of {file.parent}"
+    whole = Values(read, place, "the file")
     producer = _producer(whole)
     if producer != "modelopt":
         raise KTModelError(
-            f"{file}: The checkpoint was quantized by {producer}, and config.json does not say how. Use a checkpoint with a "
+            f"{place}: The checkpoint was quantized by {producer}, and config.json does not say how. Use a checkpoint with a "
             "quantization_config in config.json, or the model's unquantized checkpoint."
         )
-    return Values({**whole.section("quantization").found, "quant_method": producer}, str(file), "quantization")
+    return Values({**whole.section("quantization").found, "quant_method": producer}, place, "quantization")

@@ -15,7 +15,7 @@ class Values:
 
     Args:
         found: what stands there.
-        file: for messages.
+        file: for messages, as ``config.json of models/m``.
         path: of the object in the file, for messages.
 
     Raises:

@@ -13,6 +13,7 @@ from helpers.models import make_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_kt import KTModelError, KTPathError
+from llamafactory_kt.checkpoint.opening import open_checkpoint
 from llamafactory_kt.model.state import kt_state
 
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
@@ -23,10 +24,31 @@ def test_missing_model_and_quantized_model(tmp_path, demo):
         chat_model(tmp_path / "nowhere")
     path = shutil.copytree(demo / "model", tmp_path / "bitsandbytes")
     config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(KTModelError, match=r"quant_method: bitsandbytes in config.json"):
-        chat_model(path)
+    for value, message in (
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            r"quant_method: bitsandbytes in config.json of .*bitsandbytes\)",
+        ),
+        (
+            {"quant_method": "gptq", "bits": [4]},
+            r"config.json of .*bitsandbytes: quantization_config.bits is \[4\], wanted an",
+        ),
+        (["fp8"], r"config.json of .*bitsandbytes: quantization_config is \[.fp8.\], wanted an object"),
+    ):
+        (path / "config.json").write_text(json.dumps(config | {"quantization_config": value}))
+        with pytest.raises(KTModelError, match=message):
+            chat_model(path)
+        with pytest.raises(KTModelError, match=message):
+            open_checkpoint(path, quantized=True).layout  # noqa: B018
+
+
+def test_a_checkpoint_that_says_that_it_is_not_quantized(tmp_path, demo):
+    """transformers refuses an empty section."""
+    path = shutil.copytree(demo / "model", tmp_path / "plain")
+    config = json.loads((path / "config.json").read_text())
+    for value in ({}, None):
+        (path / "config.json").write_text(json.dumps(config | {"quantization_config": value}))
+        kt_state(chat_model(path, kt_backend="torch").engine.model)
 
 
 def test_dense_model_is_refused_through_llamafactory(tmp_path):

@@ -217,6 +217,7 @@ def test_columns_of_groups_that_do_not_exist(model):
             r"weight_block_size is 128, wanted two sizes such as \[128, 128\]",
         ),
         ({"quant_method": "awq", "bits": 4, "zero_point": "yes"}, 'zero_point is "yes", wanted true or false'),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "has no config_groups in config.json"),
         ({"quant_method": ["awq"]}, r'quant_method is \["awq"\], wanted a string'),
         (
             {**PUBLISHED["Kimi-K2-Thinking"], "transform_config": {"config_groups": {}}},

@@ -1,6 +1,6 @@
 """How weights are stored in checkpoints: one file a format.
 
-A new format is a subclass of :class:`Format` in a file of its own, and its ``from_config`` in :data:`FORMATS`.
+A new format is a subclass of :class:`Format` in a file of its own, and its name in :data:`FORMATS`.
 """
 
 from __future__ import annotations

@@ -120,7 +120,12 @@ class CompressedTensors(Format):
             )
         form = values.text("format", default="dense") or "dense"
         schemes = [Scheme.of(group, form) for group in values.sections("config_groups").values()]
-        return cls(schemes) if schemes else Format()  # without any, only caches are quantized
+        if not schemes and not values.section("kv_cache_scheme").found:
+            raise KTModelError(
+                f"The compressed-tensors checkpoint has no config_groups in {values.file}, which say how weights are stored. Restore the file "
+                "from where the checkpoint was published."
+            )
+        return cls(schemes) if schemes else Format()  # only the cache is quantized
 
     def label(self, parts: Mapping[str, StoredTensor]) -> str:
         return super().label(parts) if "packed" not in parts else str(self._scheme(parts["packed"].name))

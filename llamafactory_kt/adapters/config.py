@@ -67,17 +67,19 @@ class LoraSettings:
 
     def expected_rank(self, module: str) -> int:
         """The rank that PEFT gives the module: from ``rank_pattern``, else ``r``."""
-        return int(_match(self.rank_pattern, module, self.r))
+        return int(match_pattern(self.rank_pattern, module, self.r))
 
     def scaling(self, module: str, rank: int) -> float:
         """``alpha / rank``, with rsLoRA ``alpha / sqrt(rank)`` (peft 0.18, ``LoraLayer.update_layer``)."""
-        alpha = _match(self.alpha_pattern, module, self.lora_alpha)
+        alpha = match_pattern(self.alpha_pattern, module, self.lora_alpha)
         return float(alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _match(pattern: dict[str, Any], module: str, default: float) -> float:
+def match_pattern(pattern: dict[str, Any], module: str, default: float) -> float:
+    """The value that PEFT finds for a module in a ``rank_pattern`` or ``alpha_pattern``."""
     if not pattern:
         return default
     from peft.utils.other import get_pattern_key  # imports all of transformers: not for adapters without patterns
 
-    return float(pattern.get(get_pattern_key(list(pattern), module), default))
+    value: float = pattern.get(get_pattern_key(list(pattern), module), default)
+    return value

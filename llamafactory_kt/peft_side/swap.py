@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..adapters import Adapter
+from ..adapters.config import LoraSettings, match_pattern
 from ..adapters.keys import PEFT_PREFIX, split_module
 from ..ground.errors import KTAdapterError, name_some
 from ..ground.internals import SWITCH, TESTED, Internal
@@ -143,9 +144,24 @@ def _config(adapter: Adapter, part: PeftPart) -> Any:
             "layers_to_transform": None,
             "layers_pattern": None,
             "target_parameters": None,
+            **_patterns(settings, part),
             "inference_mode": True,
         }
     )
+
+
+def _patterns(settings: LoraSettings, part: PeftPart) -> dict[str, dict[str, Any]]:
+    """``rank_pattern`` and ``alpha_pattern``, which hold for names in the adapter, for the model's own."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, pattern, default in (
+        ("rank_pattern", settings.rank_pattern, settings.r), ("alpha_pattern", settings.alpha_pattern, settings.lora_alpha),
+    ):  # fmt: skip
+        values = {
+            module: match_pattern(pattern, split_module(tensors[0])[0], default)
+            for module, tensors in part.modules.items()
+        }
+        found[key] = {f"^{re.escape(module)}": value for module, value in values.items()} if pattern else {}
+    return found
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -195,7 +211,8 @@ def _set_routers(model: Any, parts: Parts, pristine: dict[str, torch.Tensor]) ->
     for adapter, part in parts:
         for name, pair in part.routers.items():
             a, b = (adapter.read(tensor).float() for tensor in pair)
-            deltas[name] = deltas.get(name, 0) + adapter.settings.scaling(name, a.shape[0]) * (b @ a)
+            scaling = adapter.settings.scaling(split_module(pair[0])[0], a.shape[0])
+            deltas[name] = deltas.get(name, 0) + scaling * (b @ a)
     for name in {*pristine, *deltas}:
         weight = _weight(model, name)
         own = pristine.setdefault(name, weight.clone())

@@ -39,10 +39,11 @@ def check_first_layer(model: nn.Module, parts: Sequence[tuple[Adapter, PeftPart]
     x = torch.randn(3, layer.base_layer.in_features, generator=torch.Generator().manual_seed(0))
     wanted = torch.zeros(3, layer.base_layer.out_features)
     for adapter, part in parts:
-        halves = {split_module(tensor)[1]: adapter.read(tensor).float() for tensor in part.modules.get(module, ())}
+        halves = {split_module(tensor)[1]: tensor for tensor in part.modules.get(module, ())}
         if halves:
-            a, b = halves["lora_A.weight"], halves["lora_B.weight"]
-            wanted += adapter.settings.scaling(module, a.shape[0]) * F.linear(F.linear(x, a), b)
+            a, b = (adapter.read(halves[f"lora_{side}.weight"]).float() for side in "AB")
+            own_name = split_module(halves["lora_A.weight"])[0]
+            wanted += adapter.settings.scaling(own_name, a.shape[0]) * F.linear(F.linear(x, a), b)
     error = float((layer(x) - wanted).norm() / wanted.norm().clamp_min(1e-30))
     if not error <= 1e-3:
         raise KTAdapterError(

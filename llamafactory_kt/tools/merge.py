@@ -142,9 +142,10 @@ class _MergePlan:
         halves = self._others[target]
         if "weight" in halves:
             return self.adapter.read(halves["weight"]).to(value.dtype).reshape(value.shape)
-        a, b = (self.adapter.read(halves[f"lora_{side}.weight"]).float() for side in "AB")
-        scaling = self.adapter.settings.scaling(target.removesuffix(".weight"), a.shape[0])
-        return (value.float() + scaling * (b @ a)).to(value.dtype)
+        names = [halves[f"lora_{side}.weight"] for side in "AB"]
+        a, b = (self.adapter.read(name).float().flatten(1) for name in names)  # of a convolution, B has windows of one
+        scaling = self.adapter.settings.scaling(split_module(names[0])[0], a.shape[0])
+        return (value.float() + scaling * (b @ a).view_as(value)).to(value.dtype)
 
     def _expert_delta(self, layer: int, piece: tuple[str, int | None], value: torch.Tensor) -> torch.Tensor:
         """ΔW of one expert's projection, or of a fused weight of all experts, in the checkpoint's orientation, float32."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.adapters import edit_adapter, make_adapter
+from helpers.adapters import edit_adapter, make_adapter, write_config
 from helpers.image_text import ARCHITECTURES, make_image_text_model, picture, prompt
 from helpers.references import merged_float32, per_token, rel
 from safetensors.torch import load_file
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from llamafactory_kt import KTAdapterError, KTExpertsConfig, apply_adapter, optimize_for_inference, switch_adapter
 from llamafactory_kt.checkpoint.opening import open_checkpoint
+from llamafactory_kt.tools.merge import merge_adapter
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +97,28 @@ def test_pictures_and_lora_everywhere(models, tmp_path, name):
     ids=["text-only class", "no PEFT prefix", "no model."],
 )  # fmt: skip
 def test_an_adapter_by_other_names(models, tmp_path, change):
-    path = models("qwen3_vl_moe")
-    adapter = make_adapter(tmp_path / "a", path, rank=3)
-    given, wanted = inputs(path, "qwen3_vl_moe"), merged_float32(path, adapter)
+    """Patterns of its configuration are for its own names too."""
+    path, special = models("qwen3_vl_moe"), "base_model.model.model.language_model.layers.1.self_attn.q_proj"
+    adapter = make_adapter(tmp_path / "a", path, rank=3, alpha=6)
+    cut = {f"{special}.lora_A.weight": (slice(2),), f"{special}.lora_B.weight": (slice(None), slice(2))}
+    edit_adapter(
+        adapter, lambda tensors: tensors | {name: tensors[name][part].contiguous() for name, part in cut.items()}
+    )
+
+    def scaling(module: str, rank: int) -> float:
+        return 40 / 2 if module in special else 6 / rank
+
+    given, wanted = inputs(path, "qwen3_vl_moe"), merged_float32(path, adapter, scaling=scaling)
     edit_adapter(adapter, naming(change))
+    own_name = change(f"{special}.lora_A.weight").removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+    patterns = {"rank_pattern": {own_name: 2}, "alpha_pattern": {own_name: 40}}
+    write_config(adapter, path, r=3, lora_alpha=6, target_modules="all-linear", **patterns)
     model, report = apply_adapter(load(path, torch.float32), adapter)
     assert report.peft + report.experts == report.total
     assert rel(logits(model, given), logits(wanted, given)) < 2e-5
+    merge_adapter(path, adapter, tmp_path / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    assert rel(logits(merged, given), logits(wanted, given)) < 2e-5
 
 
 def test_an_image_text_adapter_on_the_text_only_class(models, tmp_path):
@@ -152,3 +168,33 @@ def test_lora_on_the_convolution_that_cuts_patches(models, tmp_path):
         assert not [module for module in model.modules() if isinstance(module, torch.nn.Conv3d)]
         assert rel(logits(model, given), wanted) < 2e-5
     assert rel(wanted, base) > 0.01
+    merge_adapter(path, tmp_path / "a", tmp_path / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    assert rel(logits(merged, given), wanted) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe"])
+def test_dora_and_saved_modules(models, tmp_path, name):
+    """DoRA on the vision tower and a projector that was trained as a whole, against PEFT's own model."""
+    from peft import LoraConfig, get_peft_model
+
+    path = models(name)
+    given = inputs(path, name)
+    stock = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    base = logits(stock, given)
+    tower = [
+        n
+        for n, m in stock.named_modules()
+        if ".visual.blocks." in n and ".attn." in n and isinstance(m, torch.nn.Linear)
+    ]
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=tower, use_dora=True, modules_to_save=["merger"])
+    made = get_peft_model(stock, config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for tensor in (p for n, p in made.named_parameters() if "lora_" in n or "modules_to_save" in n):
+            tensor.add_(torch.randn_like(tensor) * 0.1)
+    made.save_pretrained(tmp_path / "a")
+    wanted = logits(made.eval(), given)
+    model, report = apply_adapter(load(path, torch.float32), tmp_path / "a")
+    assert report.peft == report.total == len(load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    assert per_token(logits(model, given), wanted) < 2e-5 < 0.1 < rel(wanted, base)

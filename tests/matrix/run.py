@@ -24,7 +24,7 @@ ROWS, RESULTS = HERE / "rows.txt", HERE / "results.json"
 TESTS = (
     "matrix/test_exactness.py", "peft_side/test_given_names.py", "peft_side/test_untested_peft.py", "model/test_untested.py",
     "model/test_every_architecture.py", "model/test_formulas.py", "decoding/test_attention.py", "matmul/test_mkldnn_blob.py",
-    "checkpoint/test_quantized.py", "checkpoint/test_fp8.py",
+    "checkpoint/test_quantized.py", "checkpoint/test_fp8.py", "router_stats/test_router_stats.py",
 )  # fmt: skip
 PAGES = {
     ROOT

@@ -32,12 +32,12 @@ def patch(module: ModuleType) -> None:
         given = _by_name(args, kwargs)
         if not has_kt_experts(given["model"]):
             return stock_process(**given)
-        from .media import add_token_types, check_media
+        from .media import add_token_types, read_media
         from .videos import with_videos
 
         generation = _generation(given)
         del given["input_kwargs"]["kt_generation"]
-        check_media(given)
+        read_media(given)
         given["template"] = with_videos(given["template"], given.get("videos"), given["processor"])
         gen_kwargs, length = stock_process(**given)
         add_token_types(gen_kwargs, given["model"], given["processor"])

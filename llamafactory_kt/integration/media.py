@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from ..ground.errors import KTDataError, describe
 from ..model.state import plain_model
@@ -22,62 +24,102 @@ KINDS = ("image", "video", "audio")
 _TYPES = "mm_token_type_ids"
 
 
-def check_media(given: Mapping[str, Any]) -> None:
-    """Check a conversation's media against the chat's template and processor.
+def read_media(given: dict[str, Any]) -> None:
+    """Check a conversation's media against the chat's template and processor, and put Pillow's pictures in place of its images and of
+    its videos' frames.
+
+    LLaMA-Factory takes paths as text, bytes, rows of datasets (``{"bytes", "path"}``) and Pillow's pictures; here also a
+    :class:`Path`, an open file, and an array ``[height, width, 3]`` uint8.
 
     Args:
         given: ``template``, ``processor``, ``messages`` and the media, as ``HuggingfaceEngine._process_args`` takes them.
 
     Raises:
-        KTDataError: The template has no place for them, the checkpoint has no processor, a message holds the model's
-            own token for them, messages and media differ in number, or a video is no video.
+        KTDataError: The template has no place for them, the checkpoint has no processor, a text holds the model's own
+            token for them, messages and media differ in number, or one of them cannot be read.
     """
+    for name in KINDS:
+        _check_places(name, given)
+    if images := given.get("images"):
+        given["images"] = [_read_image(image) for image in images]
+    if videos := given.get("videos"):
+        given["videos"] = [_read_video(video) for video in videos]
+
+
+def takes_media(template: Any) -> bool:
+    """Whether a chat's template has a place for pictures, videos or sound."""
+    return any(getattr(template.mm_plugin, f"{name}_token", None) for name in KINDS)
+
+
+def _check_places(name: str, given: Mapping[str, Any]) -> None:
+    """Raise KTDataError if media of one kind cannot be put into the conversation."""
     from llamafactory.extras import constants
 
-    plugin = given["template"].mm_plugin
-    for name in KINDS:
-        kind, items = f"{name}s", given.get(f"{name}s") or ()
-        taken, place = getattr(plugin, f"{name}_token", None), getattr(constants, f"{name.upper()}_PLACEHOLDER")
-        if items and taken is None:
-            raise KTDataError(
-                f"The conversation has {kind}, but this chat's template takes none. If the model does, set template to its own; "
-                "else send text."
-            )
-        if items and given["processor"] is None:
-            raise KTDataError(
-                f"The conversation has {kind}, but the checkpoint has no processor for them. Copy processor_config.json or "
-                "preprocessor_config.json of the original model beside its weights."
-            )
-        if items and taken != place and any(taken in message["content"] for message in given["messages"]):
-            raise KTDataError(
-                f"A message holds {taken}, which is the model's own token for {kind}: there would be more of them than {kind}. Write "
-                f"{place} for each of the {kind}, or leave the token out."
-            )
-        places = sum(message["content"].count(place) for message in given["messages"])
-        if taken is not None and places and places != len(items):
-            raise KTDataError(
-                f"Places for {kind} ({place}) in the messages: {places}; {kind} that came with them: {len(items)}. Send one for each "
-                "place, or begin a new conversation."
-            )
-    for video in given.get("videos") or ():
-        _check_video(video)
+    kind, items = f"{name}s", given.get(f"{name}s") or ()
+    plugin, place = given["template"].mm_plugin, getattr(constants, f"{name.upper()}_PLACEHOLDER")
+    taken = getattr(plugin, f"{name}_token", None)
+    messages = [message["content"] for message in given["messages"]]
+    if not isinstance(items, list | tuple):
+        raise KTDataError(f"{kind} must be a list, with an item for each of the {kind}; found {type(items).__name__}.")
+    if items and taken is None:
+        raise KTDataError(
+            f"The conversation has {kind}, but this chat's template takes none. If the model does, set template to its own; "
+            "else send text."
+        )
+    if items and given["processor"] is None:
+        raise KTDataError(
+            f"The conversation has {kind}, but the checkpoint has no processor for them. Copy processor_config.json or "
+            "preprocessor_config.json of the original model beside its weights."
+        )
+    texts = [*messages, given.get("system") or "", given.get("tools") or ""]
+    if items and taken != place and any(taken in text for text in texts):
+        raise KTDataError(
+            f"A text of the conversation holds {taken}, which is the model's own token for {kind}: there would be more of them than "
+            f"{kind}. Write {place} for each of the {kind}, or leave the token out."
+        )
+    places = sum(text.count(place) for text in messages)
+    if taken is not None and places and places != len(items):
+        raise KTDataError(
+            f"Places for {kind} ({place}) in the messages: {places}; {kind} that came with them: {len(items)}. Send one for each "
+            "place, or begin a new conversation."
+        )
 
 
-def _check_video(video: Any) -> None:
-    """Raise KTDataError if a path or an open file is no video; frames are checked when they are read."""
+def _read_image(image: Any) -> Image.Image:
+    source = image
+    if isinstance(source, dict):
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, Image.Image):
+        return source
+    try:
+        if isinstance(source, np.ndarray):
+            return Image.fromarray(source)
+        read = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        read.load()
+    except Exception as error:  # Pillow raises a dozen types; all mean the same here
+        raise KTDataError(f"A picture of the conversation cannot be read: {describe(error)}") from error
+    return read
+
+
+def _read_video(video: Any) -> Any:
+    """A path, an open file, or a list of frames that is not empty; a file is opened to see whether it is a video."""
     import av
 
-    if not isinstance(video, str | Path | io.BytesIO):
-        return
+    if isinstance(video, list | tuple):
+        if not video:
+            raise KTDataError("A video of the conversation has no frames.")
+        return [_read_image(frame) for frame in video]
+    source = str(video) if isinstance(video, Path) else io.BytesIO(video) if isinstance(video, bytes) else video
     try:
-        with av.open(video) as container:
+        with av.open(source) as container:
             found = bool(container.streams.video)
-    except (OSError, av.FFmpegError) as error:
+    except (OSError, ValueError, av.FFmpegError) as error:
         raise KTDataError(f"A video of the conversation cannot be read: {describe(error)}") from error
-    if isinstance(video, io.BytesIO):
-        video.seek(0)
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
     if not found:
         raise KTDataError("A video of the conversation has no pictures: its file has sound alone.")
+    return source
 
 
 def add_token_types(inputs: dict[str, Any], model: Any, processor: Any) -> None:

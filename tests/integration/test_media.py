@@ -4,6 +4,7 @@ does with that."""
 from __future__ import annotations
 
 import asyncio
+import io
 import re
 import wave
 from types import SimpleNamespace
@@ -144,6 +145,33 @@ def test_a_video_file(chat, tmp_path):
             ours.chat(messages(["What happens?"]), videos=[str(wrong)])
 
 
+def test_forms_of_pictures(chat, tmp_path):
+    """Paths, bytes, open files, arrays, rows of datasets; and frames of videos likewise."""
+    ours, *_ = chat
+    shown, file = PICTURES[0], tmp_path / "shown.png"
+    shown.save(file)
+    forms = [
+        str(file),
+        file,
+        file.read_bytes(),
+        io.BytesIO(file.read_bytes()),
+        np.array(shown),
+        {"bytes": None, "path": str(file)},
+    ]
+    engine = ours.engine
+    parts = engine.model, engine.tokenizer, engine.processor, engine.template, engine.generating_args
+
+    def inputs(**media):
+        return engine._process_args(*parts, messages(["?"]), **media, input_kwargs={})[0]
+
+    for media in ({"images": [shown]}, {"videos": [[shown] * 2]}):
+        wanted = {name: value for name, value in inputs(**media).items() if isinstance(value, torch.Tensor)}
+        assert any("pixel" in name for name in wanted)
+        for form in forms:
+            found = inputs(images=[form]) if "images" in media else inputs(videos=[[form, shown]])
+            assert all(torch.equal(found[name], value) for name, value in wanted.items()), form
+
+
 def test_what_does_not_fit_is_refused(chat):
     ours, _, processor, _ = chat
     for keys, turns, reason in (
@@ -152,6 +180,15 @@ def test_what_does_not_fit_is_refused(chat):
             [f"<image>What does {processor.image_token} mean?"],
             "is the model's own token for images",
         ),
+        ({"images": PICTURES[:1], "system": processor.image_token}, ["?"], "is the model's own token for images"),
+        ({"images": PICTURES[0]}, ["?"], "images must be a list, .* found Image"),
+        (
+            {"images": ["none.png"]},
+            ["?"],
+            "A picture of the conversation cannot be read: FileNotFoundError: .*none.png",
+        ),
+        ({"images": [3]}, ["?"], "A picture of the conversation cannot be read"),
+        ({"videos": [[]]}, ["?"], "A video of the conversation has no frames"),
         ({"images": PICTURES[:1]}, ["<image><image>?"], r"\(<image>\) in the messages: 2; images .*: 1"),
         ({}, ["<image>What is it?", "A cat.", "And now?"], r"\(<image>\) in the messages: 1; images .*: 0"),
         ({"videos": FRAMES}, ["<video>?"], r"\(<video>\) in the messages: 1; videos .*: 2"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -21,14 +22,14 @@ from ...ground.errors import describe
 from ...model.state import has_kt_experts
 from ..generation import Generation, generation_of_request
 from ..known_versions import REQUEST
-from ..media import check_media
+from ..media import read_media
 from ..patching import expect, replace
 from ..sglang_engine import KTSGLangEngine
 from .disconnect import StopUnwanted
 from .errors import CONTEXT_LENGTH_EXCEEDED, BadRequest, answer_errors, of_exception
 
-DATA_TYPES = {"image": "png|jpg|jpeg|gif|bmp", "video": "mp4|mkv|avi|mov", "audio": "mpeg|mp3|wav|ogg"}
-"""of data URLs, that LLaMA-Factory's ``_process_request`` takes"""
+DATA_TYPES = {"image": "png|jpg|jpeg|gif|bmp|webp", "video": "mp4|mkv|avi|mov", "audio": "mpeg|mp3|wav|ogg"}
+"""of data URLs; all but webp are those of LLaMA-Factory's ``_process_request``"""
 MOST_ANSWERS = 128
 """largest ``n``, as in OpenAI's API; without SGLang, all answers of a request are one batch in memory"""
 
@@ -124,19 +125,50 @@ def _check(request: Any, chat_model: Any) -> None:
     if problems:
         raise BadRequest(" ".join(text for _, text in problems), problems[0][0])
     _check_length(request, chat_model, [text or "" for text in texts])
+    for message in request.messages:
+        _rewrite(message)
+
+
+def _rewrite(message: Any) -> None:
+    """Put into LLaMA-Factory's words what it would cut off, misread or refuse."""
+    if message.role == "system":
+        message.content = _text(message)  # of several parts it would take the first
+    elif message.role == "assistant" and message.tool_calls:  # their arguments would be text within the text
+        calls = [(call.function.name, json.loads(call.function.arguments or "{}")) for call in message.tool_calls]
+        message.content = json.dumps([{"name": n, "arguments": a} for n, a in calls], ensure_ascii=False)
+        message.role, message.tool_calls = type(message.role)("function"), None
+    for item in message.content if isinstance(message.content, list) else ():
+        if item.image_url is not None:  # Pillow goes by the content
+            item.image_url.url = re.sub("^data:image/webp;", "data:image/png;", item.image_url.url)
 
 
 def _unreadable(message: Any) -> Iterator[str]:
-    """What is wrong with a message's media; LLaMA-Factory takes data URLs of other types for addresses."""
+    """What is wrong with a message's media and tool calls; LLaMA-Factory takes data URLs of other types for addresses."""
+    for call in message.tool_calls or ():
+        if not _is_object(call.function.arguments or "{}"):
+            yield f"the arguments of the tool call {call.function.name} are not a JSON object."
     for item in message.content if isinstance(message.content, list) else ():
         if item.type == "text":
             continue
         url, kind = getattr(getattr(item, item.type), "url", None), item.type.removesuffix("_url")
-        if not url:
+        if message.role == "system":
+            yield f"a system prompt takes text alone; put the {kind} into a message of the user."
+        elif not url:
             yield f"{item.type} has no url."
-        elif url.startswith("data:") and not re.match(rf"data:{kind}/({DATA_TYPES[kind]});base64,.", url):
-            expected = DATA_TYPES[kind].replace("|", ", ")
-            yield f"{item.type} begins with {url[:40]!r}, expected data:{kind}/TYPE;base64, with one of the types {expected}."
+        elif url.startswith("data:"):
+            if not re.match(rf"data:{kind}/({DATA_TYPES[kind]});base64,.", url):
+                expected = DATA_TYPES[kind].replace("|", ", ")
+                yield f"{item.type} begins with {url[:40]!r}, expected data:{kind}/TYPE;base64, with one of the types {expected}."
+        elif "://" not in url and not os.path.isfile(url):
+            yield f"{item.type} {url[:200]!r} is neither a data URL, nor an address with http(s)://, nor a file on the server."
+
+
+def _is_object(text: str) -> bool:
+    """Whether a text is JSON for an object."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def _text(message: Any) -> str | None:
@@ -174,7 +206,7 @@ def _stream(request: Any, chat_model: Any) -> AsyncIterator[str]:
     processed = _process_request(request)
     if not isinstance(chat_model.engine, KTSGLangEngine):
         media = dict(zip(REQUEST, processed, strict=False))
-        check_media({"template": chat_model.engine.template, "processor": chat_model.engine.processor, **media})
+        read_media({"template": chat_model.engine.template, "processor": chat_model.engine.processor, **media})
     generation = generation_of_request.get() or Generation()
     chunk = functools.partial(
         _create_stream_chat_completion_chunk, completion_id=f"chatcmpl-{uuid.uuid4().hex}", model=request.model

@@ -128,10 +128,11 @@ def _move(element: Any, before: Any = None, after: Any = None) -> None:
 
 
 def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[str, Any]:
-    """The load table below the status line. It and the heat map are refreshed when the status line changes."""
+    """The load table below the status line. It, the fields for pictures and the heat map are refreshed when the status line changes."""
     import gradio as gr
 
     from ...load_report import load_markdown, load_rows
+    from ..media import takes_media
 
     def refresh(lang: str, status: str) -> list[Any]:
         model: Any = getattr(engine.chatter.engine, "model", None)
@@ -142,6 +143,8 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
             locales.ALERTS["info_loaded"][lang] if loaded and unloaded else gr.skip(),
             gr.Accordion(visible=loaded),
             load_markdown(load_rows(model)) if loaded else "",
+            # LLaMA-Factory shows it for names of its list, which a model given by its path has not
+            gr.Column(visible=True) if loaded and takes_media(engine.chatter.engine.template) else gr.skip(),
             *(draw_experts(engine) if experts else ()),
         ]
 
@@ -152,7 +155,7 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
     _move(report, after=box)
     experts = [elements[name] for name in ("kt_heat_map", "kt_plot") if name in elements]
     box.change(
-        refresh, [lang, box], [box, report, table, *experts],
+        refresh, [lang, box], [box, report, table, elements["mm_box"], *experts],
         trigger_mode="always_last", show_progress="hidden", show_api=False,
     )  # fmt: skip
     return {"kt_report": report}

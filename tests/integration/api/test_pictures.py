@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 
 import httpx
 import openai
@@ -40,9 +41,9 @@ def text(words: str) -> dict:
     return {"type": "text", "text": words}
 
 
-def data_url(shown: Image.Image, kind: str = "png") -> str:
+def data_url(shown: Image.Image, kind: str = "png", **keys) -> str:
     file = io.BytesIO()
-    shown.save(file, kind)
+    shown.save(file, kind, **keys)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -71,19 +72,66 @@ def test_two_pictures_and_a_turn_of_text(chat, client):
     assert other.response_text != chat.chat(said, images=list(pictures))[0].response_text
 
 
+def test_webp(client):
+    asked = [text("What is it?")]
+    wanted, found = (
+        ask(client, [image(url), *asked]) for url in (data_url(picture()), data_url(picture(), "webp", lossless=True))
+    )
+    assert found.choices[0].message.content == wanted.choices[0].message.content
+
+
+def test_what_stands_around_a_picture(chat, client):
+    """A system prompt in parts, and a tool call with its result: what LLaMA-Factory's own chat makes of the same."""
+    tools = [{"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}}}]  # fmt: skip
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "it"}'}}
+    answer = client.chat.completions.create(
+        model="any", tools=tools,
+        messages=[
+            {"role": "system", "content": [text("Be brief."), text(" And kind.")]},
+            {"role": "user", "content": [image(data_url(picture())), text("What is it?")]},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": [text("This: "), image(data_url(picture(64, 48, 1)))]},
+        ],
+    )  # fmt: skip
+    said = [
+        {"role": "user", "content": "<image>What is it?"},
+        {"role": "function", "content": '[{"name": "look", "arguments": {"at": "it"}}]'},
+        {"role": "observation", "content": "This: <image>"},
+    ]
+    functions = json.dumps([tool["function"] for tool in tools])
+    (wanted,) = chat.chat(said, "Be brief. And kind.", functions, images=[picture(), picture(64, 48, 1)])
+    assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (
+        wanted.response_text,
+        wanted.prompt_length,
+    )
+
+
+def test_pictures_and_calls_that_would_be_lost(client):
+    for message, reason in (
+        ({"role": "system", "content": [text("Like this:"), image(data_url(picture()))]}, "a system prompt takes text alone"),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "look", "arguments": "it"}}]},
+            "the arguments of the tool call look are not a JSON object",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(openai.BadRequestError, match=reason):
+            client.chat.completions.create(model="any", messages=[message, {"role": "user", "content": "?"}])
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("item", "reason"),
     [
         (image("data:image/png;base64,AAAA"), "An image, video or audio cannot be read: UnidentifiedImageError"),
         (image(data_url(picture(640, 480), "jpeg")[:2000]), "An image, video or audio cannot be read"),
-        (image(data_url(picture(), "webp")), "image_url begins with 'data:image/webp;.*one of the types png, jpg"),
+        (image(data_url(picture(), "tiff")), "image_url begins with 'data:image/tiff;.*one of the types png, jpg"),
+        (image("/none/at/all.png"), "is neither a data URL, nor an address"),
         (image(""), "image_url has no url"),
         (image("file:///etc/hostname"), "Only HTTP/HTTPS URLs are allowed"),
         ({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}, "A video of the conversation cannot be read"),
         (text("<image>"), r"Places for images \(<image>\) in the messages: 1; images that came with them: 0"),
     ],
-    ids=["no picture", "cut off", "type", "no url", "file", "no video", "no picture for a place"],
+    ids=["no picture", "cut off", "type", "path", "no url", "file", "no video", "no picture for a place"],
 )  # fmt: skip
 def test_what_cannot_be_read(client, item, reason, stream):
     with pytest.raises(openai.BadRequestError, match=reason):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from helpers.chats import EXPECTED, PROMPTS
+from helpers.image_text import make_image_text_model
 from helpers.pages import FIGURES
 from llamafactory.webui.chatter import WebChatModel
 
@@ -28,7 +29,7 @@ class Board:
         from llamafactory.webui.components import create_infer_tab, create_top
         from llamafactory.webui.engine import Engine
 
-        with gradio.Blocks():
+        with gradio.Blocks() as self.page:
             self.engine = Engine()
             self.manager = self.engine.manager
             self.manager.add_elems("top", create_top())
@@ -62,6 +63,27 @@ def tab(tmp_path, demo, monkeypatch) -> Iterator[Board]:
     board = Board(demo)
     yield board
     board.unload()
+
+
+def test_fields_for_pictures(tab, tmp_path):
+    """LLaMA-Factory shows them for names of its list, and for no model that is given by its path."""
+    import gradio
+
+    box = tab.manager.get_elem_by_id("infer.mm_box")
+    refresh = next(each for each in tab.page.fns.values() if each.fn.__name__ == "refresh")
+    assert box in refresh.outputs
+
+    def shown() -> bool:
+        update = refresh.fn("en", "loaded")[refresh.outputs.index(box)]
+        return isinstance(update, gradio.Column) and update.visible
+
+    tab.load()
+    assert not shown()
+    tab.unload()
+    model = make_image_text_model(tmp_path / "model", "qwen3_vl_moe")
+    tab.set("top", model_path=str(model), template="qwen3_vl_nothink")
+    tab.load()
+    assert shown()
 
 
 def test_section_and_extra_arguments(tab):

@@ -96,7 +96,7 @@ def _verify(
     chat = LoadedChat.load_yaml(config, overrides)
     reference = Reference(chat.checkpoint, chat.adapters)
     wanted = _parse_layers(layers, list(reference.modules))
-    ids, _ = chat.encode(Prompt(0, messages=[{"role": "user", "content": prompt}]))
+    ids = chat.encode(Prompt(0, messages=[{"role": "user", "content": prompt}])).ids
     inputs = record_inputs(chat.model, ids)
     chosen = {layer: inputs[layer] for layer in wanted}
     steps = verify_layers(chat.model, chosen, reference)

@@ -32,7 +32,7 @@ def generate(
     from ..tools.experiments.generating import answer_all
 
     keys = read_yaml(config, overrides or [])
-    prompts = read_prompts(input)
+    prompts = read_prompts(input, keys.get("media_dir"))
     answers = AnswerFile(output, prompts, {**keys, "seed": seed}, overwrite)
     kept = len(answers.lines)
     todo = [prompt for prompt in prompts if prompt.index not in answers.lines]
@@ -82,7 +82,7 @@ def compare(
     from ..tools.experiments.report_html import shown_columns, write_report
 
     variants = plan_variants(configs, set_ or [], ablate)
-    rows = read_prompts(prompts)
+    rows = read_prompts(prompts, variants[0].config.get("media_dir"))
     check_free(output)
     data = compare_variants(variants, rows, CompareOptions(batch_size, kl_tokens, seed))
     with replacing(output) as folder:
@@ -117,7 +117,8 @@ def stats(
     from ..router_stats.stats import router_table
     from ..tools.experiments.usage import count_usage, write_usage
 
-    keys, rows = read_yaml(config, overrides or []), read_prompts(prompts)
+    keys = read_yaml(config, overrides or [])
+    rows = read_prompts(prompts, keys.get("media_dir"))
     check_free(output)
     with tqdm(total=len(rows), unit="prompt", desc="Counting") as bar:
         usage = count_usage(keys, rows, split_by, batch_size, bar.update)

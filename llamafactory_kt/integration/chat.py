@@ -6,15 +6,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..adapters import AdapterSet
 from ..ground.errors import KTConfigError
 from . import bootstrap
 from .chat_config import open_configured, parse, parse_from, read_yaml
 from .known_versions import PARAMETERS
+from .media import add_token_types
 from .patching import expect
 from .prompts import Prompt
+
+
+class Encoded(NamedTuple):
+    """What ``generate`` takes."""
+
+    ids: list[int]
+    """of the prompt"""
+    config: Any
+    """GenerationConfig"""
+    media: dict[str, Any]
+    """tensors of pictures, videos and sound, and ``mm_token_type_ids`` [1, T], where the model takes them"""
 
 
 def import_chat() -> Any:
@@ -114,13 +126,21 @@ class LoadedChat:
         """The configuration's adapters, opened from their files."""
         return open_configured(self.model_args)
 
-    def encode(self, prompt: Prompt, **generating: Any) -> tuple[list[int], Any]:
-        """Token ids and GenerationConfig, exactly as LLaMA-Factory's chat makes them."""
+    def encode(self, prompt: Prompt, **generating: Any) -> Encoded:
+        """A prompt as LLaMA-Factory's chat makes it for the model.
+
+        Raises:
+            KTDataError: With KT experts, the prompt's media cannot be read or placed.
+        """
         parts = (getattr(self.engine, name) for name in PARAMETERS[:5])
         messages = [dict(message) for message in prompt.messages]
         asked = {"system": prompt.system or None, "tools": prompt.tools or None, "input_kwargs": dict(generating)}
-        kwargs, _ = self.engine._process_args(*parts, messages, **asked)
-        return kwargs["inputs"][0].tolist(), kwargs["generation_config"]
+        kwargs, _ = self.engine._process_args(*parts, messages, **asked, **prompt.media)
+        # also for stock models: what a comparison shows is not what LLaMA-Factory leaves out
+        add_token_types(kwargs, self.model, self.engine.processor)
+        text = {"inputs", "attention_mask", "generation_config", "stopping_criteria"}
+        media = {name: value for name, value in kwargs.items() if name not in text} if prompt.media else {}
+        return Encoded(kwargs["inputs"][0].tolist(), kwargs["generation_config"], media)
 
     def encode_reference(self, prompt: Prompt) -> list[int]:
         """Token ids of the row's own answer with the template's suffix, as in training."""

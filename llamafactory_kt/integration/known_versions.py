@@ -50,6 +50,7 @@ TABLE = (
     Row("model.loader.load_config", "model_args"),
     Row("model.loader.patch_config", "config tokenizer model_args init_kwargs is_trainable"),
     Row("model.loader.init_adapter", "config model model_args finetuning_args is_trainable"),
+    Row("model.loader.is_torch_version_greater_than", "content"),
     Row("model.patcher.configure_attn_implementation", "config model_args"),
     # main takes a seed among input_kwargs, and hands it to _chat and _stream_chat as gen_kwargs["_seed"]
     Row(f"{_ENGINE}._process_args", " ".join(PARAMETERS)),

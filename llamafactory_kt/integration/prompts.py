@@ -34,6 +34,8 @@ class Prompt:
     tools: str = ""
     reference: str = ""
     """the row's own answer, if any"""
+    media: Mapping[str, list[Any]] = field(default_factory=dict)
+    """``images``, ``videos`` and ``audios``, of those that the row has"""
     problem: str = ""
     """why the row cannot be used"""
 
@@ -43,11 +45,15 @@ class Prompt:
         return self.messages[-1]["content"] if self.messages else ""
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
+def read_prompts(path: str | Path, media_dir: str | Path | None = None) -> list[Prompt]:
     """Read a ``.jsonl`` file (one row per line) or a ``.json`` file (a list of rows).
 
     A row has one of three forms. alpaca: ``instruction`` or ``prompt``, with ``input``, ``output``, ``history`` and ``system``.
     sharegpt: ``conversations`` or ``messages``, with ``from`` and ``value``. openai: the same, with ``role`` and ``content``.
+    ``images``, ``videos`` and ``audios`` are paths, or lists of them; a video may also be a list of frames.
+
+    Args:
+        media_dir: where such paths begin; by default, the directory of the file.
 
     Raises:
         KTPathError: The file does not exist.
@@ -56,6 +62,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise KTPathError(f"{path}: the file of prompts does not exist.")
+    folder = path.parent if media_dir is None else Path(media_dir).expanduser()
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json":
         try:
@@ -64,9 +71,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             raise KTDataError(f"{path} is not valid JSON: {error}. For one row per line, name it .jsonl.") from error
         if not isinstance(rows, list):
             raise KTDataError(f"{path} must be a list of rows, found {type(rows).__name__}.")
-        prompts = [convert(index, row) for index, row in enumerate(rows)]
+        prompts = [convert(index, row, folder) for index, row in enumerate(rows)]
     else:
-        prompts = [_parse(index, line) for index, line in enumerate(filter(str.strip, text.split("\n")))]
+        prompts = [_parse(index, line, folder) for index, line in enumerate(filter(str.strip, text.split("\n")))]
     if not prompts:
         raise KTDataError(f"{path} holds no prompts.")
     return prompts
@@ -87,28 +94,51 @@ def make_prompts(prompts: Iterable[Any]) -> list[Prompt]:
     return made
 
 
-def _parse(index: int, line: str) -> Prompt:
+def _parse(index: int, line: str, folder: Path) -> Prompt:
     try:
-        return convert(index, json.loads(line))
+        return convert(index, json.loads(line), folder)
     except ValueError as error:
         return Prompt(index, problem=f"not valid JSON: {error}")
 
 
-def convert(index: int, row: Any) -> Prompt:
-    """Convert one row. A malformed one has its reason in ``problem``."""
+def convert(index: int, row: Any, folder: Path = Path()) -> Prompt:
+    """Convert one row. A malformed one has its reason in ``problem``.
+
+    Args:
+        folder: where paths of media begin.
+    """
     if not isinstance(row, dict):
         return Prompt(index, problem=f"a row must be a dictionary, found {type(row).__name__}")
-    if media := [name for name in _MEDIA if row.get(name)]:
-        return Prompt(index, row, problem=f"{', '.join(media)}: only text is supported")
     try:
+        media = {
+            name: _located(items if isinstance(items, list) else [items], folder)
+            for name in _MEDIA
+            if (items := row.get(name))
+        }
         aligned = _align(row)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return Prompt(index, row, problem=str(error) if isinstance(error, KTDataError) else f"malformed: {error!r}")
     response = aligned["_response"]
     return Prompt(
         index, row, aligned["_prompt"], aligned["_system"] or "", aligned["_tools"] or "",
-        reference=response[0]["content"] if response else "",
+        reference=response[0]["content"] if response else "", media=media,
     )  # fmt: skip
+
+
+def _located(item: Any, folder: Path) -> Any:
+    """A path as a file, in the folder or as it stands; the items of a list so; a program's pictures and bytes as they are.
+
+    Raises:
+        KTDataError: There is no such file.
+    """
+    if isinstance(item, list):
+        return [_located(each, folder) for each in item]
+    if not isinstance(item, str | Path):
+        return item
+    found = next((str(path) for path in (folder / item, Path(item)) if path.is_file()), None)
+    if found is None:
+        raise KTDataError(f"{item} is no file, neither in {folder.absolute()} nor as a path of its own")
+    return found
 
 
 def _align(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from llamafactory_kt import KTConfigError, KTDataError, KTPathError
@@ -45,12 +47,28 @@ def test_forms_of_prompts():
         ({"messages": []}, "list of messages that is not empty"),
         ({"messages": [{"role": "user", "content": None}]}, "needs the texts role and content"),
         ({"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}, "must alternate"),
-        ({"instruction": "a", "images": ["x.png"]}, "images: only text is supported"),
+        ({"instruction": "a", "images": ["x.png"]}, "x.png is no file, neither in /"),
+        ({"instruction": "a", "videos": [["x.png"]]}, "x.png is no file, neither in /"),
         ({"instruction": "a", "history": [["x"]]}, "malformed"),
     ],
 )
 def test_malformed_rows(row, problem):
     assert problem in convert(0, row).problem
+
+
+def test_media(tmp_path):
+    """Relative to media_dir, or to the file of prompts; what a program gives stays as it is."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").touch()
+    for folder, name in ((None, "pictures/a.png"), (tmp_path / "pictures", "a.png")):
+        (tmp_path / "rows.jsonl").write_text(
+            json.dumps({"instruction": "?", "images": name, "videos": [[name, name]], "audios": []})
+        )
+        (prompt,) = read_prompts(tmp_path / "rows.jsonl", folder)
+        found = str(tmp_path / "pictures" / "a.png")
+        assert prompt.media == {"images": [found], "videos": [[found, found]]} and not prompt.problem
+    given = [b"bytes", {"bytes": b"", "path": None}]
+    assert convert(0, {"instruction": "?", "images": given}).media == {"images": given}
 
 
 def test_files_that_cannot_be_read(tmp_path):

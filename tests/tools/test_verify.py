@@ -72,7 +72,7 @@ def test_layers_and_the_table(tmp_path, demo):
 @pytest.fixture(scope="module", params=ENGINES)
 def loaded(request, tmp_path_factory, demo):
     chat = LoadedChat.load_yaml(write(tmp_path_factory.mktemp("c") / "c.yaml", demo, kt_backend=request.param))
-    ids, _ = chat.encode(*make_prompts(["Hello, who are you? 你好，请介绍一下你自己。"]))
+    ids = chat.encode(*make_prompts(["Hello, who are you? 你好，请介绍一下你自己。"])).ids
     inputs = record_inputs(chat.model, ids)
     return chat, inputs, Reference(chat.checkpoint, chat.adapters)
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -71,6 +72,22 @@ def patch(module: ModuleType) -> None:
         return stock_init(config, model, model_args, finetuning_args, is_trainable)
 
     replace(module, _get_init_kwargs, load_config, patch_config, init_adapter)
+
+
+@contextlib.contextmanager
+def for_text_alone() -> Iterator[None]:
+    """Let stock models load that LLaMA-Factory refuses with torch 2.9: it does so for a Conv3d, which is slow, and text does not use it.
+
+    Raises:
+        KTHookError: The loader is not one of a known LLaMA-Factory.
+    """
+    loader: Any = import_module("llamafactory.model.loader")
+    stock = expect(loader, "is_torch_version_greater_than")  # which decides nothing else there
+    loader.is_torch_version_greater_than = lambda content: False
+    try:
+        yield
+    finally:
+        loader.is_torch_version_greater_than = stock
 
 
 @contextlib.contextmanager

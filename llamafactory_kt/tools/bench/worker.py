@@ -94,6 +94,7 @@ def _load(config: BenchConfig, prompt_tokens: Sequence[int]) -> tuple[Any, LoadS
 
     from ...integration.chat import LoadedChat, import_chat
     from ...integration.chat_config import open_configured, parse
+    from ...integration.model.loader import for_text_alone
     from ...model.state import has_kt_experts, kt_state
     from .memory import ModelBytes
     from .stock import FastestExperts, merge_into
@@ -102,7 +103,8 @@ def _load(config: BenchConfig, prompt_tokens: Sequence[int]) -> tuple[Any, LoadS
     args = parse(config.config) if config.stock else None
     adapters = open_configured(args) if config.stock else None
     before, started = resident_memory(), time.perf_counter()
-    model = LoadedChat.load(config.loaded_config).model
+    with for_text_alone() if config.stock else contextlib.nullcontext():  # the prompts are
+        model = LoadedChat.load(config.loaded_config).model
     load = time.perf_counter() - started
     prepare: Prepare = lambda tokens: None  # noqa: E731
     _generate(model, min(prompt_tokens), 2, prepare)  # weights that are only mapped become resident

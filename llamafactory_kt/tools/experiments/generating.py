@@ -1,4 +1,4 @@
-"""Answer many prompts, in left-padded batches of similar length."""
+"""Answer many prompts, in left-padded batches of similar length; those with pictures, videos or sound one by one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def generate(
 
     Args:
         chat: a configuration (dictionary, or the path of a YAML file), or a LLaMA-Factory ``ChatModel``.
-        prompts: texts, lists of messages (``role`` and ``content``), or rows in alpaca, sharegpt or openai form.
+        prompts: texts, lists of messages (``role`` and ``content``), or rows in alpaca, sharegpt or openai form; rows may have
+            ``images``, ``videos`` and ``audios`` (paths; images also as Pillow's pictures or bytes).
         batch_size: prompts per batch.
         seed: for sampling; None leaves torch's generator as it is.
         generating: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``, ``top_k`` and the other arguments of
@@ -91,16 +92,25 @@ def answer_all(
         try:
             if prompt.problem:
                 raise ValueError(prompt.problem)
-            encoded.append(_Encoded(prompt, *chat.encode(prompt, **generating)))
+            ids, config, _ = chat.encode(prompt, **generating)  # pictures of all prompts could be more than memory
+            encoded.append(_Encoded(prompt, ids, config))
         except Exception as error:  # a template may raise anything
             failed.append(Answer(prompt.index, error=str(error)))
     if failed:
         yield failed
     if encoded and encoded[0].config.max_new_tokens is None:
         raise KTConfigError("max_length counts the padding of a batch; set max_new_tokens instead.")
-    encoded.sort(key=lambda item: -len(item.ids))
-    for start in range(0, len(encoded), batch_size):
-        yield _answer_safely(chat, encoded[start : start + batch_size])
+    for batch in _batches(encoded, batch_size):
+        yield _answer_safely(chat, batch)
+
+
+def _batches(encoded: list[_Encoded], size: int) -> list[list[_Encoded]]:
+    """The longest first. Prompts with media are answered one by one, as in a chat: each model lays out a batch's pictures in its own way."""
+    encoded = sorted(encoded, key=lambda item: -len(item.ids))
+    texts = [item for item in encoded if not item.prompt.media]
+    batches = [[item] for item in encoded if item.prompt.media]
+    batches += [texts[start : start + size] for start in range(0, len(texts), size)]
+    return sorted(batches, key=lambda batch: -len(batch[0].ids))
 
 
 def _answer_safely(chat: LoadedChat, batch: list[_Encoded]) -> list[Answer]:
@@ -123,8 +133,11 @@ def _answer(chat: LoadedChat, batch: list[_Encoded]) -> list[Answer]:
         ids[row, width - len(item.ids) :] = torch.tensor(item.ids)
         mask[row, width - len(item.ids) :] = 1
     device = chat.model.device
+    media = chat.encode(batch[0].prompt).media if batch[0].prompt.media else {}
     started = time.perf_counter()
-    output = chat.model.generate(inputs=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+    output = chat.model.generate(
+        inputs=ids.to(device), attention_mask=mask.to(device), generation_config=config, **media
+    )
     output = output[:, width:].cpu()
     seconds = time.perf_counter() - started
     ends = set(config.eos_token_id)

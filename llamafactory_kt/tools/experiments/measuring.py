@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from ...ground.errors import KTDataError
 from ...ground.machine import gib
@@ -154,17 +155,20 @@ def _measure(
 
 
 @torch.inference_mode()
-def log_probs(chat: LoadedChat, ids: Sequence[int], count: int) -> torch.Tensor:
-    """Next-token log-probabilities of the last ``count`` tokens: [count, vocabulary], float32, on the CPU."""
-    tokens = torch.tensor([ids], device=chat.model.device)
-    logits: torch.Tensor = chat.model(input_ids=tokens, logits_to_keep=count + 1).logits[0, -count - 1 : -1]
+def log_probs(chat: LoadedChat, prompt: Prompt, answer: Sequence[int]) -> torch.Tensor:
+    """Next-token log-probabilities along an answer to a prompt: [len(answer), vocabulary], float32, on the CPU."""
+    ids, _, media = chat.encode(prompt)
+    tokens, count = torch.tensor([[*ids, *answer]], device=chat.model.device), len(answer)
+    for name in (name for name in media if name.endswith("token_type_ids")):
+        media[name] = pad(media[name], (0, count))  # with zeros: text
+    logits: torch.Tensor = chat.model(input_ids=tokens, logits_to_keep=count + 1, **media).logits[0, -count - 1 : -1]
     return logits.float().log_softmax(-1).cpu()
 
 
 def perplexity(chat: LoadedChat, prompt: Prompt) -> tuple[float, int]:
     """(perplexity of the prompt's own answer, its tokens with the template's end)."""
     answer = chat.encode_reference(prompt)
-    found = log_probs(chat, chat.encode(prompt)[0] + answer, len(answer))
+    found = log_probs(chat, prompt, answer)
     return math.exp(-float(found[range(len(answer)), answer].double().mean())), len(answer)
 
 
@@ -181,7 +185,7 @@ def _keep_distributions(
     (folder / "vocabulary").write_text(_vocabulary(chat))
     for prompt in prompts:
         if tokens := wanted.get(prompt.index):
-            found = log_probs(chat, chat.encode(prompt)[0] + tokens, len(tokens))
+            found = log_probs(chat, prompt, tokens)
             torch.save((tokens, found), folder / f"{prompt.index}.pt")
 
 
@@ -193,7 +197,7 @@ def _compare_distributions(chat: LoadedChat, prompts: list[Prompt], result: Vari
         path = folder / f"{prompt.index}.pt"
         if path.is_file() and not row.error:
             tokens, wanted = torch.load(path, weights_only=True)
-            found = log_probs(chat, chat.encode(prompt)[0] + tokens, len(tokens))
+            found = log_probs(chat, prompt, tokens)
             row.kl = float((wanted.exp() * (wanted - found)).double().sum(-1).mean())
             row.top1 = float((wanted.argmax(-1) == found.argmax(-1)).double().mean())
 

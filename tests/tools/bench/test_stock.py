@@ -6,6 +6,7 @@ import accelerate
 import pytest
 import torch
 from helpers.adapters import make_adapter
+from helpers.image_text import make_image_text_model
 from helpers.models import make_model
 from helpers.references import merged_float32
 from transformers import AutoModelForCausalLM
@@ -13,6 +14,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llamafactory_kt import KTModelError
 from llamafactory_kt.adapters import open_adapters
+from llamafactory_kt.integration.chat import LoadedChat
+from llamafactory_kt.integration.model.loader import for_text_alone
 from llamafactory_kt.tools.bench import stock
 from llamafactory_kt.tools.bench.memory import ModelBytes
 from llamafactory_kt.tools.bench.stock import FastestExperts, merge_into
@@ -81,6 +84,18 @@ def test_stock_that_a_gpu_does_not_hold(tmp_path, monkeypatch):
     model.hf_device_map["model"] = "disk"
     with pytest.raises(KTModelError, match=r"leaves a part of it on disk.*without --against stock"):
         merge_into(model, open_adapters([adapter]))
+
+
+def test_image_text_models_are_measured_with_text(tmp_path):
+    """LLaMA-Factory refuses their Conv3d with torch 2.9, and does so again afterwards."""
+    path = make_image_text_model(tmp_path / "model", "qwen3_vl_moe")
+    keys = {"model_name_or_path": str(path), "template": "qwen3_vl_nothink"}
+    with for_text_alone():
+        model = LoadedChat.load(keys).model
+    assert isinstance(model.model.visual.patch_embed.proj, torch.nn.Conv3d)
+    if torch.__version__.startswith("2.9."):
+        with pytest.raises(ValueError, match="Conv3D"):
+            LoadedChat.load(keys)
 
 
 def test_a_slow_implementation_is_timed_once(monkeypatch, tmp_path):

@@ -53,7 +53,7 @@ def test_batched_answers_equal_single_ones(chat_model, config):
         ties += 1
         [other] = generate(chat_model, [text])
         place = next(i for i, (a, b) in enumerate(zip(answer.token_ids, other.token_ids, strict=False)) if a != b)
-        ids, _ = LoadedChat.of(chat_model).encode(make_prompts([text])[0])
+        ids = LoadedChat.of(chat_model).encode(make_prompts([text])[0]).ids
         with torch.inference_mode():
             logits = chat_model.engine.model(torch.tensor([ids + other.token_ids[:place]])).logits[0, -1].float()
         gap = abs(logits[answer.token_ids[place]] - logits[other.token_ids[place]])

@@ -32,14 +32,15 @@ def patch(module: ModuleType) -> None:
         given = _by_name(args, kwargs)
         if not has_kt_experts(given["model"]):
             return stock_process(**given)
-        from .media import add_token_types, read_media
+        from .media import add_token_types, read_media, videos_in_files
         from .videos import with_videos
 
         generation = _generation(given)
         del given["input_kwargs"]["kt_generation"]
         read_media(given)
-        given["template"] = with_videos(given["template"], given.get("videos"), given["processor"])
-        gen_kwargs, length = stock_process(**given)
+        with videos_in_files(given):
+            given["template"] = with_videos(given["template"], given.get("videos"), given["processor"])
+            gen_kwargs, length = stock_process(**given)
         add_token_types(gen_kwargs, given["model"], given["processor"])
         eos = gen_kwargs["generation_config"].eos_token_id
         generation.begin(given["tokenizer"], length, [eos] if isinstance(eos, int) else list(eos or ()))
@@ -51,11 +52,12 @@ def patch(module: ModuleType) -> None:
         if not has_kt_experts(given["model"]):
             return stock_chat(**given)
         from .generation import StopText
-        from .media import each_answer
+        from .media import each_answer, read_media
 
         generation = _generation(given)
         if generation.stopped:  # while it waited for the semaphore
             return [module.Response(response_text="", response_length=0, prompt_length=0, finish_reason="stop")]
+        read_media(given)  # once for all answers: what comes from the network cannot be read again
         stop_strings = generation.stop_strings
         try:
             responses = [response for call in each_answer(given) for response in stock_chat(**call)]

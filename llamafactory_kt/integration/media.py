@@ -7,9 +7,11 @@ takes the positions of plain text: the model answers, and has seen each picture 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,24 +104,41 @@ def _read_image(image: Any) -> Image.Image:
 
 
 def _read_video(video: Any) -> Any:
-    """A path, an open file, or a list of frames that is not empty; a file is opened to see whether it is a video."""
+    """A path, a file in memory, which can be read several times, or a list of frames; a file is opened to see whether it is a video."""
     import av
 
     if isinstance(video, list | tuple):
         if not video:
             raise KTDataError("A video of the conversation has no frames.")
         return [_read_image(frame) for frame in video]
-    source = str(video) if isinstance(video, Path) else io.BytesIO(video) if isinstance(video, bytes) else video
+    source = video
     try:
+        if isinstance(video, Path):
+            source = str(video)
+        elif not isinstance(video, str | io.BytesIO):
+            source = io.BytesIO(video if isinstance(video, bytes) else video.read())
         with av.open(source) as container:
             found = bool(container.streams.video)
-    except (OSError, ValueError, av.FFmpegError) as error:
+    except (OSError, AttributeError, av.FFmpegError) as error:  # the second: it cannot be read at all
         raise KTDataError(f"A video of the conversation cannot be read: {describe(error)}") from error
     if isinstance(source, io.BytesIO):
         source.seek(0)
     if not found:
         raise KTDataError("A video of the conversation has no pictures: its file has sound alone.")
     return source
+
+
+@contextlib.contextmanager
+def videos_in_files(given: dict[str, Any]) -> Iterator[None]:
+    """Put videos that :func:`read_media` has in memory into files: some plugins open a video several times, and find the end of what they
+    have read already."""
+    with tempfile.TemporaryDirectory(prefix="llamafactory-kt-") as folder:
+        for number, video in enumerate(given.get("videos") or ()):
+            if isinstance(video, io.BytesIO):
+                file = Path(folder) / str(number)
+                file.write_bytes(video.getvalue())
+                given["videos"][number] = str(file)
+        yield
 
 
 def add_token_types(inputs: dict[str, Any], model: Any, processor: Any) -> None:

@@ -122,6 +122,10 @@ def test_a_video_file(chat, tmp_path):
     engine = ours.engine
     parts = engine.model, engine.tokenizer, engine.processor, engine.template, engine.generating_args
     given, _ = engine._process_args(*parts, messages(["What happens?"]), videos=[str(file)], input_kwargs={})
+    for form in (file, file.read_bytes(), io.BytesIO(file.read_bytes()), file.open("rb", buffering=0)):
+        same, _ = engine._process_args(*parts, messages(["What happens?"]), videos=[form], input_kwargs={})
+        tensors = [name for name, value in given.items() if isinstance(value, torch.Tensor)]
+        assert all(torch.equal(same[name], given[name]) for name in tensors), form
     text = processor.tokenizer.decode(given["inputs"][0])
     if architecture == "gemma4":
         assert given["pixel_values_videos"].flatten(0, -3).shape[0] == 6, "three seconds, two frames a second"

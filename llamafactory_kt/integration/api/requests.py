@@ -205,8 +205,10 @@ def _stream(request: Any, chat_model: Any) -> AsyncIterator[str]:
 
     processed = _process_request(request)
     if not isinstance(chat_model.engine, KTSGLangEngine):
-        media = dict(zip(REQUEST, processed, strict=False))
-        read_media({"template": chat_model.engine.template, "processor": chat_model.engine.processor, **media})
+        given = dict(zip(REQUEST, processed, strict=False))
+        parts = {"template": chat_model.engine.template, "processor": chat_model.engine.processor, **given}
+        read_media(parts)
+        processed = tuple(parts[name] for name in given)
     generation = generation_of_request.get() or Generation()
     chunk = functools.partial(
         _create_stream_chat_completion_chunk, completion_id=f"chatcmpl-{uuid.uuid4().hex}", model=request.model

@@ -62,7 +62,7 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
     """
     found = []
     for name, module in model.named_modules():
-        if not _looks_like_experts(name, module):
+        if not _looks_like_experts(name, module) or not _is_of_language(model, name):
             continue
         if not INTERNAL.usable:
             raise KTModelError(
@@ -103,6 +103,16 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
 def _looks_like_experts(name: str, module: nn.Module) -> bool:
     marked = all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed"))
     return marked or (name.rpartition(".")[2] == "experts" and any(p.dim() == 3 for p in module.parameters(False)))
+
+
+def _is_of_language(model: nn.Module, name: str) -> bool:
+    """Whether a module belongs to the language model. A vision tower may have experts too (dots.note), which stay transformers' own."""
+    from transformers import PreTrainedModel
+
+    path = name.split(".")
+    around = (model.get_submodule(".".join(path[:length])) for length in range(len(path), 0, -1))
+    owner = next((module for module in around if isinstance(module, PreTrainedModel)), model)
+    return owner is model or type(owner.config) is type(_text_config(model))
 
 
 def _text_config(model: nn.Module) -> Any:

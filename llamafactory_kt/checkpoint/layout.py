@@ -16,6 +16,8 @@ from pathlib import Path
 
 from torch import nn
 
+from ..adapters.fused_layout import USUAL
+from ..adapters.keys import PROJECTIONS
 from ..ground.errors import KTModelError, name_some
 from ..peft_side.model_names import CheckpointNames, Target
 from .discovery import ExpertsModule
@@ -201,13 +203,20 @@ def _grouped(form: Format, files: Iterable[Path]) -> list[StoredWeight]:
 
 def _place(layer: LayerTensors, weight: StoredWeight, target: Target) -> None:
     attribute, operations = target.name.rpartition(".")[2], target.operations
+    shape = layer.module.shape
+    firsts = [name for name in shape.projections if name != "down"]
+    by_rows = attribute == "gate_up_proj" and shape.fused == USUAL  # dimension 1 has the rows of gate and up
     if operations in ([], ["Transpose"]):  # Transpose turns a fused tensor only if its shape asks for it
         layer.stored[attribute, None] = weight
+    elif operations == ["Interleave"] and by_rows:
+        layer.stored[attribute, None] = weight
+        layer.interleaved = True
+    elif operations == ["Concatenate"] and by_rows:
+        layer.stored[firsts[target.source], None] = weight
     elif operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) and attribute in layer.module.weights:
         number = _NUMBER.search(weight.name)
         if number is None:
             raise KTModelError(f"{weight.file}: Unsupported weight naming scheme: {weight.name}.")
-        firsts = [name for name in layer.module.shape.projections if name != "down"]
         projection = "down" if attribute == "down_proj" else firsts[target.source]
         layer.stored[projection, int(number[0])] = weight
     else:
@@ -219,7 +228,7 @@ def _place(layer: LayerTensors, weight: StoredWeight, target: Target) -> None:
 def _name(layer: LayerTensors, weight: str, expert: int | None) -> str:
     """The name that a missing tensor would have."""
     if expert is None:
-        return f"{layer.module.name}.{weight}"
+        return f"{layer.module.name}.{weight}{'_proj' if weight in PROJECTIONS else ''}"
     example = next((stored for (projection, _), stored in layer.stored.items() if projection == weight), None)
     name = f"{layer.module.name}.{expert}.{weight}_proj.weight"
     return _NUMBER.sub(str(expert), example.name) if example else name

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
 from ..adapters import ExpertLora, ExpertsShape
+from ..adapters.fused_layout import FusedLayout
 from ..adapters.keys import PROJECTIONS
 from ..ground.paging import drop_pages, in_huge_pages, prefetch_pages
 from .discovery import ExpertsModule
@@ -18,7 +19,8 @@ from .stored import StoredTensor, opened
 from .stored_weight import StoredWeight
 
 Piece = tuple[str, int | None]
-"""of a layer's experts: (projection, expert), or (one of the module's ``weights`` or ``biases``, None)"""
+"""of a layer's experts: (projection, expert), (projection, None) for all experts together, or (one of the module's ``weights`` or
+``biases``, None)"""
 
 
 class ExpertWeights(NamedTuple):
@@ -73,6 +75,14 @@ class LayerTensors:
     """weights and biases"""
     split: bool = False
     """whether a quantizer has split fused weights, and no rule of transformers joins them"""
+    interleaved: bool = False
+    """whether the rows of gate and up take turns in the checkpoint alone, and transformers puts them in order (Inkling)"""
+
+    @property
+    def layout(self) -> FusedLayout:
+        """Of the fused weights in the checkpoint."""
+        own = self.module.shape.fused
+        return replace(own, interleaved=own.interleaved or self.interleaved)
 
     @property
     def fused(self) -> bool:
@@ -80,15 +90,17 @@ class LayerTensors:
 
     def of_expert(self, expert: int) -> list[Piece]:
         """The pieces that hold one expert's weights."""
-        if self.fused:
-            return [(weight, None) for weight in self.module.weights]
-        return [(projection, expert) for projection in self.module.shape.projections]
+        if not self.fused:
+            return [(projection, expert) for projection in self.module.shape.projections]
+        first, down = self.module.weights
+        apart = [("gate", None), ("up", None)]  # gate and up of all experts in a tensor each (Step-3.7)
+        return [*(apart if any(piece in self.stored for piece in apart) else [(first, None)]), (down, None)]
 
     def shapes(self, name: str, expert: int | None) -> list[Shape]:
         """The shapes that a piece may have in the checkpoint."""
         shape = self.module.shape
-        if expert is not None:
-            return [shape.projection(name)]
+        if name in shape.projections:
+            return [shape.projection(name) if expert is not None else (shape.num_experts, *shape.projection(name))]
         if name in self.module.biases:
             out, width = self.parameter(name.removesuffix("_bias"))
             return [(shape.num_experts, width if shape.fused.transposed else out)]
@@ -189,32 +201,37 @@ class LayerTensors:
 
     def _read(self, dtype: torch.dtype) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
         """Each expert's (gate, up and down as [out, in]; the mapped tensors that they come from)."""
-        get, fused = opened(), self.fused
+        get = opened()
         for expert in range(self.module.shape.num_experts):
-            stored = [self.stored[piece] for piece in self.of_expert(expert)]
-            pages = [
-                {part: get(tensor)[expert] if fused else get(tensor) for part, tensor in weight.parts.items()}
-                for weight in stored
-            ]
-            weights = [weight.decode(parts, dtype) for weight, parts in zip(stored, pages, strict=True)]
-            plain = self.canonical(*weights) if fused else self._with_gate(weights)
-            yield plain, [page for parts in pages for page in parts.values()]
+            own, pages = {}, []
+            for name, number in self.of_expert(expert):
+                weight = self.stored[name, number]
+                parts = {part: get(tensor) for part, tensor in weight.parts.items()}
+                if number is None:
+                    parts = {part: tensor[expert] for part, tensor in parts.items()}
+                own[name] = weight.decode(parts, dtype)
+                pages += parts.values()
+            plain = self.canonical(own)
+            yield [plain[projection] for projection in PROJECTIONS], pages
 
-    def canonical(self, first: torch.Tensor, down: torch.Tensor) -> list[torch.Tensor]:
-        """gate, up and down as [out, in], of one expert's fused weights, which are stored like the model's parameters, or, in older
-        checkpoints, the other way round."""
-        shape, layout = self.module.shape, self.module.shape.fused
-        plain = []
-        for weight, name in ((first, self.module.weights[0]), (down, "down_proj")):
+    def canonical(self, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """gate, up and down as [out, in], from one expert's part of its pieces, by their names. Fused weights are stored like the model's
+        parameters, or, in older checkpoints, the other way round."""
+        layout, plain = self.layout, {}
+        for name, weight in own.items():
+            if name in PROJECTIONS:
+                plain[name] = weight
+                continue
             parameter = weight if weight.shape == self.parameter(name) else weight.T
-            plain.append(parameter.T if layout.transposed else parameter)
-        return [*(layout.split(plain[0], 0) if shape.has_gate else (plain[0][:0], plain[0])), plain[1]]
+            value = parameter.T if layout.transposed else parameter
+            if name == "gate_up_proj":
+                plain["gate"], plain["up"] = layout.split(value, 0)
+            else:
+                plain[name.removesuffix("_proj")] = value
+        return {"gate": plain["up"][:0], **plain}
 
     def parameter(self, name: str) -> tuple[int, int]:
         """The sizes of one expert's part of a fused weight, as the model stores it."""
         shape = self.module.shape
         out, width = shape.projection("down" if name == "down_proj" else "up")
         return shape.fused.stored(2 * out if name == "gate_up_proj" else out, width)
-
-    def _with_gate(self, weights: list[torch.Tensor]) -> list[torch.Tensor]:
-        return weights if self.module.shape.has_gate else [weights[0][:0], *weights]

@@ -16,7 +16,8 @@ from ..ground.errors import KTModelError
 from ..ground.internals import SWITCH, TESTED, Internal
 
 _KNOWN: dict[str, dict[str, Any]] = {
-    "MergeModulelist": {"dim": 0}, "Concatenate": {"dim": 1}, "Transpose": {"dim0": 1, "dim1": 2, "check_dims": True}
+    "MergeModulelist": {"dim": 0}, "Concatenate": {"dim": 1}, "Transpose": {"dim0": 1, "dim1": 2, "check_dims": True},
+    "Interleave": {"dim": 1, "inverse": False},
 }  # fmt: skip
 """the conversions of experts, with the settings that they are known with"""
 INTERNAL = Internal("transformers-names", "transformers", TESTED["transformers"], essential=True)

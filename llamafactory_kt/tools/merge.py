@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..adapters import Adapter, AdapterSet, ExpertLora, open_adapter
-from ..adapters.keys import split_module
+from ..adapters.keys import PROJECTIONS, split_module
 from ..checkpoint.opening import MoEModel, open_checkpoint
 from ..ground.atomic_output import check_free, replacing
 from ..ground.errors import KTAdapterError, KTModelError, name_some
@@ -88,6 +88,7 @@ class _MergePlan:
         names = moe.layout.names()
         [(_, part)] = moe.fit(AdapterSet((adapter,)), finite=True)
         self._shapes = moe.shapes
+        self._layouts = {module.layer: moe.layout.layer(module.name).layout for module in moe.experts}
         self._others = self._plan_others(part)
         self._experts = {
             tensor: (module.layer, piece)
@@ -152,7 +153,7 @@ class _MergePlan:
         if self._lora is None or self._lora.layer != layer:
             self._lora = self.adapter.read_layer(layer, self._shapes[layer])
         lora, (kind, expert) = self._lora, piece
-        if expert is not None:
-            return lora.delta(kind, expert)
-        parameter = lora.fused_delta(kind, self._shapes[layer].fused, slice(None))
+        if kind in PROJECTIONS:
+            return lora.delta(kind, slice(None) if expert is None else expert)
+        parameter = lora.fused_delta(kind, self._layouts[layer], slice(None))
         return parameter if parameter.shape == value.shape else parameter.transpose(1, 2)

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, __version__
+from transformers import CONFIG_MAPPING, __version__
 
 from llamafactory_kt import KTExpertsConfig
 from llamafactory_kt.checkpoint.discovery import find_experts
+from llamafactory_kt.checkpoint.opening import auto_class
 from llamafactory_kt.engines.registry import engines
 
 from .places import ROOT
@@ -33,23 +34,39 @@ _SIZES: dict[str, Any] = {
     "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "index_n_heads": 2, "index_head_dim": 16, "index_topk": 64, "mamba_num_heads": 4, "mamba_head_dim": 16,
-    "mamba_d_state": 8, "sliding_window": 16,
+    "mamba_d_state": 8, "sliding_window": 16, "linear_num_heads": 4, "linear_head_dim": 16,
+    "depth": 2, "num_heads": 4, "out_hidden_size": 64,
 }  # fmt: skip
 _MLA = {"num_key_value_heads": 4, "head_dim": 8}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_ONE_DENSE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+_INDEXED = {"layer_types": ["indexed_attention"] * 3, "indexer_types": ["full", "shared", "full"]}
+_NEMOTRON = {"layers_block_type": ["attention", "moe", "moe"], "num_hidden_layers": None}
+_QWEN4 = {
+    "layer_types": ["linear_attention", "indexed_attention", "linear_attention"], "hc_lowrank": 8,
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64, "indexer_compress_ratio": 4,
+}  # fmt: skip
+_DOTS_NOTE = {**_MLA, **_ONE_DENSE, "layer_types": ["indexed_attention", "sliding_attention", "sliding_attention"]}
 TINY: dict[str, dict[str, Any]] = {
     "afmoe": {},
+    "aria": {"text_config": {"moe_topk": 3}},
     "aria_text": {"moe_topk": 3},
     "axk1": _MLA,
     "axk2": _MLA,
     "bailing_hybrid": {**_MLA, **_HYBRID},
-    "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "beam": _ONE_DENSE,
     "cohere2_moe": {},
+    "deepseek_ocr2": {"text_config": _ONE_DENSE},
     "deepseek_v2": {**_MLA, "topk_method": "greedy"},
     "deepseek_v3": _MLA,
     "deepseek_v32": _MLA,
     "deepseek_v4": {},
     "dots1": {},
+    "dots3_note": {
+        "text_config": _DOTS_NOTE, "audio_config": {"adapter_out_dim": 64, "adapter_input_size": 64},
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64, "pyramid_num_routed": [0, 4, 5]},
+    },
+    "dots3_note_text": _DOTS_NOTE,
     "ernie4_5_moe": {},
     "exaone_moe": {},
     "flex_olmo": {},
@@ -60,7 +77,13 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "glm4_moe": {},
     "glm4_moe_lite": _MLA,
-    "glm_moe_dsa": {**_MLA, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "glm5_next": {
+        "text_config": {
+            **_MLA, **_ONE_DENSE, "qk_rope_head_dim": 0, "indexer_types": ["full"] * 3,
+            "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        },
+    },
+    "glm_moe_dsa": {**_MLA, **_ONE_DENSE},
     "gpt_oss": {},
     "granitemoe": {},
     "granitemoe_swa": {},
@@ -69,8 +92,16 @@ TINY: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {},
     "hy_v3": {},
     "hy_v4": {},
+    "hy_v4_vl": {
+        "text_config": {
+            **_MLA, **_ONE_DENSE, **_INDEXED,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        },
+    },
+    "inkling_mm_model": {"text_config": _ONE_DENSE},
     "inkling_text": {},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0, "use_mamba_kernels": False},
+    "kimi_k25": {"text_config": _MLA},
     "kimi_linear": {**_MLA, **_HYBRID, "linear_head_dim": 16, "linear_num_heads": 4},
     "kolibri1": {},
     "laguna": {},
@@ -81,29 +112,52 @@ TINY: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {},
     "minimax": {},
     "minimax_m2": {},
+    "minimax_m3_vl": {},
     "minimax_m3_vl_text": {},
     "mistral4": {"num_key_value_heads": 4, "head_dim": 24},
+    "mistral_large4": {
+        "text_config": {**_MLA, **_ONE_DENSE, **_INDEXED, "no_rope_layers": [1, 1, 0], "kv_source_layers": [0, 1, 2]}
+    },
     "mixtral": {},
-    "nemotron_h": {"layers_block_type": ["attention", "moe", "moe"], "num_hidden_layers": None},
+    "nemotron_h": _NEMOTRON,
+    "nemotron_h_omni": {"text_config": _NEMOTRON, "vision_config": {"video_temporal_patch_size": 2}},
     "olmoe": {},
     "phimoe": {},
     "qwen2_moe": {},
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_moe": {},
     "qwen3_next": _HYBRID,
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
     "sarvam_mla": _MLA,
     "sarvam_moe": {},
     "solar_open": {},
+    "step3p7": {
+        "text_config": {
+            **_ONE_DENSE, "layer_types": ["full_attention", "sliding_attention", "full_attention"], "share_expert_dim": 80,
+        },
+    },
+    "unlimited_ocr": {"text_config": _ONE_DENSE},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
-    """The configuration of a small model."""
-    kind = CONFIG_MAPPING[model_type]
-    known = {*kind().to_dict(), *kind.attribute_map}
-    sizes = {key: value for key, value in _SIZES.items() if key in known}
-    return AutoConfig.for_model(model_type, **copy.deepcopy({**sizes, **TINY[model_type], **changes}))
+    """The configuration of a small model, with what else it can see and hear."""
+    return _sized(CONFIG_MAPPING[model_type], {**TINY[model_type], **changes})
+
+
+def _sized(kind: Any, changes: dict[str, Any]) -> Any:
+    usual = kind()
+    parts = {name: part for name in kind.sub_configs if (part := getattr(usual, name)) is not None}
+    known = {*usual.to_dict(), *kind.attribute_map}
+    return kind(
+        **copy.deepcopy(
+            {key: value for key, value in _SIZES.items() if key in known}
+            | {key: value for key, value in changes.items() if key not in parts}
+        ),
+        **{name: _sized(type(part), changes.get(name, {})) for name, part in parts.items()},
+    )
 
 
 PAGES = [ROOT / "docs" / name for name in ("architectures.md", "architectures_zh.md")]
@@ -142,8 +196,7 @@ def tiny_model(model_type: str, **changes: Any) -> torch.nn.Module:
     """A random model in float32; the weights of no two experts are equal."""
     torch.manual_seed(0)
     config = tiny_config(model_type, **changes)
-    causal = type(config) in AutoModelForCausalLM._model_mapping
-    model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(config, dtype=torch.float32)
+    model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bias" in name:

@@ -68,7 +68,7 @@ class Reference:
         return outs
 
     def _read(self, layer: int, expert: int) -> ExpertWeights:
-        module, tensors = self.modules[layer], self._layout.layer(self.modules[layer].name)
+        tensors = self._layout.layer(self.modules[layer].name)
 
         def read(weight: StoredWeight, slice_of: int | None) -> torch.Tensor:
             parts = {}
@@ -78,13 +78,12 @@ class Reference:
                     parts[part] = value[slice_of] if slice_of is not None else value
             return weight.decode(parts, torch.float32)
 
-        if not tensors.fused:
-            own = {
-                projection: read(tensors.stored[projection, expert], None) for projection in module.shape.projections
+        return tensors.canonical(
+            {
+                name: read(tensors.stored[name, number], expert if number is None else None)
+                for name, number in tensors.of_expert(expert)
             }
-            return {"gate": own["up"][:0], **own}
-        fused = (read(tensors.stored[weight, None], expert) for weight in module.weights)
-        return dict(zip(PROJECTIONS, tensors.canonical(*fused), strict=True))
+        )
 
 
 def _output(formula: ExpertFormula, expert: ExpertWeights, biases: ExpertWeights, x: torch.Tensor) -> torch.Tensor:

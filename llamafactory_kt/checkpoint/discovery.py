@@ -78,7 +78,13 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
         layer = _LAYER.search(f".{name}.")
         if layer is None:
             raise KTModelError(f"{type(model).__name__}: {name} is not inside a numbered list of layers.")
-        top_k = 1 if contract.presorted else _top_k(model, name)
+        top_k, experts = _top_k(model, name), contract.shape.num_experts
+        if top_k > experts:
+            raise KTModelError(
+                f"{type(model).__name__}: config.json asks for {top_k} experts per token, and {name} has {experts}. Correct one of the "
+                "two numbers in config.json, which is not that of these weights."
+            )
+        top_k = 1 if contract.presorted else top_k
         found.append(ExpertsModule(name, int(layer[1]), contract.shape, top_k, contract.formula, contract.presorted))
     if not found:
         counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
-"""``x * sigmoid(alpha * x)``; GELU, exact and by tanh; ``relu(x) ** 2``"""
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+"""``x * sigmoid(alpha * x)``; GELU, exact and by tanh; ``max(x, 0)`` and its square"""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ PLAIN = ExpertFormula()
 
 def activation(x: torch.Tensor, name: str, alpha: float = 1.0) -> torch.Tensor:
     """One of :data:`ACTIVATIONS`, elementwise."""
-    if name == "relu2":
-        return F.relu(x).square()
+    if name in ("relu", "relu2"):
+        return F.relu(x) if name == "relu" else F.relu(x).square()
     if name == "silu":
         return F.silu(x) if alpha == 1 else x * torch.sigmoid(alpha * x)
     return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")

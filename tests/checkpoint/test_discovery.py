@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
+from helpers import image_text
 from helpers.models import ARCHITECTURES
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from llamafactory_kt import KTModelError
 from llamafactory_kt.adapters.fused_layout import FusedLayout
@@ -38,6 +39,11 @@ PLAIN = "down(silu(gate x) * up x)"
 COMPUTED = [
     ("qwen3_moe", ARCHITECTURES["qwen3_moe"], PLAIN, FusedLayout()),
     ("qwen3_moe", {**ARCHITECTURES["qwen3_moe"], "hidden_act": "gelu"}, "down(gelu(gate x) * up x)", FusedLayout()),
+    ("qwen3_moe", {**ARCHITECTURES["qwen3_moe"], "hidden_act": "relu"}, "down(relu(gate x) * up x)", FusedLayout()),
+    (
+        "qwen3_moe", {**ARCHITECTURES["qwen3_moe"], "hidden_act": "quick_gelu"},
+        "down(silu(gate x, alpha 1.702) * up x)", FusedLayout(),
+    ),
     (
         "gpt_oss", {**SMALL, "num_local_experts": 4, "num_key_value_heads": 2, "head_dim": 32},
         "down(silu(min(gate x, 7), alpha 1.702) * (clamp(up x, ±7) + 1)) with biases",
@@ -69,6 +75,12 @@ def test_what_experts_compute_is_learnt(name, keys, formula, layout):
             "they do not compute down(f(gate x) * up x)",
         ),
         ("longcat_flash", {}, "does not go with down_proj"),
+        (
+            "qwen3_moe",
+            {**ARCHITECTURES["qwen3_moe"], "num_experts_per_tok": 7},
+            "config.json asks for 7 experts per token, and model.layers.0.mlp.experts has 6",
+        ),
+        ("llama4_text", {**SMALL, "num_local_experts": 2, "num_experts_per_tok": 3}, "asks for 3 experts per token"),
     ],
 )
 def test_refused_with_the_reason(name, keys, message):
@@ -131,6 +143,17 @@ def test_experts_with_weights_of_their_own_are_refused():
         KTModelError, match=r"they have weights that the contract does not know: norm\.bias, norm\.weight"
     ):
         find_experts(model)
+
+
+def test_experts_of_a_vision_tower_stay_transformers_own():
+    """As in dots.note."""
+    with torch.device("meta"):
+        parts = image_text.ARCHITECTURES["qwen3_vl_moe"]
+        config = {"text_config": parts.text_config(), "vision_config": parts.vision_config()}
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("qwen3_vl_moe", **config))
+    experts = model.model.language_model.layers[0].mlp.experts
+    model.model.visual.blocks[0].mlp.experts = copy.deepcopy(experts)
+    assert [m.name for m in find_experts(model)] == [f"model.language_model.layers.{n}.mlp.experts" for n in range(3)]
 
 
 def test_two_groups_of_experts_in_a_layer_are_refused():

@@ -149,3 +149,26 @@ def test_a_value_that_the_configuration_refuses(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts_per_tok": 3.5}')
     with pytest.raises(KTPathError, match=r"is not a model that can be opened: .*num_experts_per_tok.* expected int"):
         empty_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hidden_act": "nonsense"}, r"config.json has hidden_act: 'nonsense', which is no activation .* gelu_new, .* silu,"),
+        ({"moe_intermediate_size": -4}, "transformers cannot build qwen3_moe from config.json: RuntimeError: Trying to create tensor"),
+        (
+            {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]},
+            """has the model_type 'kimi_k2', .* DeepseekV3ForCausalLM, is its 'deepseek_v3'. Write "model_type": "deepseek_v3" in""",
+        ),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_transformers_builds_nothing_from(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", **config}))
+    with pytest.raises(KTModelError, match=message):
+        empty_model(tmp_path)
+
+
+def test_an_activation_of_a_part(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl_moe", "text_config": {"hidden_act": "nonsense"}}')
+    with pytest.raises(KTModelError, match=r"config.json has text_config\.hidden_act: 'nonsense'"):
+        empty_model(tmp_path)

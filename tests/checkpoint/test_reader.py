@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.adapters import make_adapter
 from helpers.loading import answer, load
 from helpers.marks import needs_kernel
 from helpers.models import make_model
+from helpers.references import merged_float32, per_token
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, conversion_mapping, core_model_loading
 
-from llamafactory_kt import KTModelError
+from llamafactory_kt import KTModelError, apply_adapter
+from llamafactory_kt.adapters import open_adapters
+from llamafactory_kt.ground import internals
+from llamafactory_kt.tools.merge import merge_adapter
+from llamafactory_kt.tools.verify import record_inputs, verify_layers
+from llamafactory_kt.tools.verify.reference import Reference
 
 
 def stock(path):
@@ -32,6 +39,53 @@ def test_sharded_and_fused_checkpoints(tmp_path, name):
     fused = make_model(tmp_path / "fused", name, save_original_format=False)
     assert any(key.endswith("gate_up_proj") for key in load_file(fused / "model.safetensors"))
     assert torch.allclose(ours(fused), wanted, atol=1e-4)
+
+
+@pytest.fixture(params=["Concatenate", "Interleave"])
+def stored_otherwise(request, tmp_path, monkeypatch):
+    """A checkpoint of Qwen3-MoE, and transformers' rules for it: gate and up of all experts in a tensor each, as in Step-3.7, or their
+    rows in turn, as in Inkling."""
+    if not hasattr(core_model_loading, request.param):
+        pytest.skip("this transformers stores no model like that")
+    sources = ["moe.gate_proj", "moe.up_proj"] if request.param == "Concatenate" else ["moe.w13"]
+    rules = [
+        core_model_loading.WeightConverter(
+            sources, "mlp.experts.gate_up_proj", [getattr(core_model_loading, request.param)(dim=1)]
+        ),
+        core_model_loading.WeightRenaming("moe.down_proj", "mlp.experts.down_proj"),
+    ]
+    monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", None)
+    conversion_mapping.register_checkpoint_conversion_mapping("qwen3_moe", rules, overwrite=True)
+    path = make_model(tmp_path / "m", "qwen3_moe", dtype=torch.float32, moe_intermediate_size=40)
+    assert all(f"model.layers.1.{name}" in load_file(path / "model.safetensors") for name in sources)
+    return path
+
+
+def test_experts_that_transformers_puts_together(stored_otherwise, tmp_path, monkeypatch, kt_log):
+    path = stored_otherwise
+    monkeypatch.setitem(
+        internals.TESTED, "transformers", "<5"
+    )  # which adds the check against transformers' own conversion
+    assert torch.allclose(ours(path), stock(path), atol=1e-4)
+    assert "as they should be" in kt_log.text
+    adapter = make_adapter(tmp_path / "a", path)
+    wanted = answer(merged_float32(path, adapter))
+    assert per_token(wanted, stock(path)) > 0.05
+    merge_adapter(path, adapter, tmp_path / "merged")
+    assert torch.allclose(stock(tmp_path / "merged"), wanted, atol=1e-4)
+    model, _ = apply_adapter(load(path, "torch", dtype=torch.float32, adapter=str(adapter)), adapter)
+    assert torch.allclose(answer(model), wanted, atol=1e-4)
+    results = verify_layers(model, record_inputs(model, [*range(2, 40)]), Reference(path, open_adapters(adapter)))
+    assert all(result.prompt.total < 1e-4 < result.prompt.effect for result in results)
+
+
+def test_half_of_what_transformers_puts_together_is_missing(stored_otherwise):
+    tensors = load_file(stored_otherwise / "model.safetensors")
+    removed = next(name for name in tensors if "layers.1.moe" in name and "down" not in name)
+    del tensors[removed]
+    save_file(tensors, stored_otherwise / "model.safetensors", {"format": "pt"})
+    with pytest.raises(KTModelError, match=r"is missing 1 expert tensors of layer 1: model.layers.1.mlp.experts.gate_"):
+        ours(stored_otherwise)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

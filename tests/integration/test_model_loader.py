@@ -60,6 +60,32 @@ def test_dense_model_is_refused_through_llamafactory(tmp_path):
         chat_model(tmp_path / "dense")
 
 
+REMOTE = {"AutoConfig": "kimi.DeepseekV3Config", "AutoModelForCausalLM": "kimi.DeepseekV3ForCausalLM"}
+REMOTE_CODE = """
+from transformers import PretrainedConfig
+
+
+class DeepseekV3Config(PretrainedConfig):
+    model_type = "kimi_k2"
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"hidden_act": "nonsense"}, KTModelError, "config.json has hidden_act: 'nonsense'"),
+        ({"num_experts_per_tok": 2.5}, KTPathError, "is not a model that can be opened: .*num_experts_per_tok.* expected int"),
+        ({"model_type": "kimi_k2", "auto_map": REMOTE}, KTModelError, 'Write "model_type": "deepseek_v2" in config.json'),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_cannot_be_right(tmp_path, demo, changes, error, message):
+    path = shutil.copytree(demo / "model", tmp_path / "m")
+    (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | changes))
+    (path / "kimi.py").write_text(REMOTE_CODE)
+    with pytest.raises(error, match=message):
+        chat_model(path, trust_remote_code=True)
+
+
 TOKENIZER_CODE = """
 from transformers import PreTrainedTokenizerFast
 

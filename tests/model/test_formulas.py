@@ -93,6 +93,7 @@ FORMULAS = [
     ExpertFormula("silu", limit=2.0),
     ExpertFormula("silu", limit=2.0, limit_activated=True),
     ExpertFormula("silu", alpha=1.702, limit=2.0, up_offset=1.0, has_biases=True),
+    ExpertFormula("relu"),
     ExpertFormula("relu2", has_gate=False),
     ExpertFormula("silu", has_gate=False, has_biases=True),
 ]

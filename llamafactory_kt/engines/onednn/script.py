@@ -90,7 +90,7 @@ def _activated(x: Tensor, activation: str, alpha: float) -> Tensor:
         return F.gelu(x)
     if activation == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
-    return F.relu(x).square()
+    return F.relu(x) if activation == "relu" else F.relu(x).square()
 
 
 def _products(x: Tensor, rows: list[int], weights: list[Tensor], wide: bool, numbers: Tensor, threads: int) -> Tensor:

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -35,22 +36,27 @@ def patch(module: ModuleType) -> None:
 
             _share_log()
             check_file(model_args.model_name_or_path)
+            _check_readable(model_args.model_name_or_path)
             _prefer_native(model_args, init_kwargs)
         return init_kwargs
 
     def load_config(model_args: Any) -> Any:
         if not with_kt(model_args):
             return stock_load(model_args)
-        from ...checkpoint.opening import thinker
-
-        if not getattr(model_args, "kt_native", False):
-            return thinker(stock_load(model_args))
         from transformers import AutoConfig
 
-        keys = {**_get_init_kwargs(model_args), "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(model_args.model_name_or_path, **keys)
-        # With an auto_map, LLaMA-Factory would register transformers' own classes as remote code.
-        vars(config).pop("auto_map", None)
+        from ...checkpoint.opening import check_config, opening, thinker
+
+        name = model_args.model_name_or_path
+        with opening(name):
+            if not getattr(model_args, "kt_native", False):
+                config = stock_load(model_args)
+            else:
+                keys = {**_get_init_kwargs(model_args), "trust_remote_code": False}
+                config = AutoConfig.from_pretrained(name, **keys)
+                # With an auto_map, LLaMA-Factory would register transformers' own classes as remote code.
+                vars(config).pop("auto_map", None)
+        check_config(name, config)
         return thinker(config)
 
     def patch_config(
@@ -108,6 +114,21 @@ def _share_log() -> None:
     logger.handlers = list(stock.handlers)
     logger.setLevel(stock.level)
     logger.propagate = False
+
+
+def _check_readable(name: str) -> None:
+    """Refuse a local model with a configuration that transformers refuses. It is read with the tokenizer first, and LLaMA-Factory's error
+    then says that the tokenizer failed to load."""
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+    from ...checkpoint.opening import opening
+
+    if not Path(name).is_dir():
+        return
+    with opening(name):
+        raw, _ = PretrainedConfig.get_config_dict(name)
+        if raw.get("model_type") in CONFIG_MAPPING:
+            AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def _prefer_native(model_args: Any, init_kwargs: dict[str, Any]) -> None:

@@ -239,6 +239,6 @@ def empty_model(name: str | Path, *, quantized: bool = False) -> Any:
             return auto_class(config).from_config(config)
     except Exception as error:  # of any kind: what transformers' classes make of the values
         raise KTModelError(
-            f"{name}: transformers cannot build {config.model_type} from config.json: {type(error).__name__}: {first_line(error)}. Correct "
+            f"{name}: transformers cannot build {config.model_type} from config.json: {type(error).__name__}: {first_line(error).rstrip('.')}. Correct "
             "config.json, if a value is wrong; else this transformers cannot run the model, with or without use_kt."
         ) from error

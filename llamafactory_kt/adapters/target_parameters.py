@@ -89,8 +89,16 @@ class TargetParametersAdapter(Adapter):
     def _expected(self, layer: int) -> list[tuple[int, float]]:
         """(rank, scaling) of each weight that may have LoRA."""
         module = self._pairs[layer][0].module
-        names = [f"{module}.{weight}" for weight in (_GATE_UP, _DOWN)]
+        names = [f"{module}.{weight}" for weight in (self._first(layer), _DOWN)]
         return [(rank := self.settings.expected_rank(name), self.settings.scaling(name, rank)) for name in names]
+
+    def _first(self, layer: int) -> str:
+        """The weight beside ``down_proj``, as the adapter tells: ``up_proj`` has the same two sizes, ``gate_up_proj`` has not."""
+        named = self.settings.raw.get("target_parameters") or []
+        ends = {str(name).rpartition(".")[2] for name in ([named] if isinstance(named, str) else named)}
+        sizes = [{a[-1], b[0]} for a, b in map(self._shapes, self._pairs[layer])]
+        alike = len(sizes) == 2 and sizes[0] == sizes[1]
+        return _UP if alike or (_UP in ends and _GATE_UP not in ends) else _GATE_UP
 
     def rank(self, layer: int) -> int:
         return max(rank for rank, _ in self._expected(layer))

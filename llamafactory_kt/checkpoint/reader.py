@@ -203,7 +203,8 @@ class LayerTensors:
         """Each expert's (gate, up and down as [out, in]; the mapped tensors that they come from)."""
         get = opened()
         for expert in range(self.module.shape.num_experts):
-            own, pages = {}, []
+            own: dict[str, torch.Tensor] = {}
+            pages: list[torch.Tensor] = []
             for name, number in self.of_expert(expert):
                 weight = self.stored[name, number]
                 parts = {part: get(tensor) for part, tensor in weight.parts.items()}

@@ -73,6 +73,26 @@ def test_lora_is_exact(models, name):
     assert per_token(found, logits(reference)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("targets", "pattern", "rank", "scaling"),
+    [
+        (["experts.up_proj", "experts.down_proj"], {"up_proj": 5}, 5, 11 / 5),
+        (["experts.up_proj", "experts.down_proj"], {"down_proj": 5}, 5, 11 / 3),
+        (["experts.up_proj"], {"up_proj": 9}, 9, 11 / 9),
+    ],
+)
+def test_ranks_of_experts_without_a_gate(models, tmp_path, targets, pattern, rank, scaling):
+    path, *_ = models("nemotron_h")
+    adapter, reference = peft_target_parameters(
+        tmp_path, path, targets, std=0.3,
+        rank_pattern={rf"experts\.{name}": size for name, size in pattern.items()}, alpha_pattern={r"experts\.up_proj": 11},
+    )  # fmt: skip
+    model = load(path, "torch", dtype=torch.float32, adapter=str(adapter))
+    spec = kt_state(model).wrappers[0].engine.spec
+    assert (spec.lora_rank, spec.lora_scaling) == (rank, pytest.approx(scaling))
+    assert per_token(logits(apply_adapter(model, adapter)[0]), logits(reference)) < 1e-5
+
+
 @needs_onednn
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("name", DEVIATING)

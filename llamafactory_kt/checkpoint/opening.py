@@ -5,8 +5,7 @@ Everything that reads a checkpoint, or checks an adapter against a model, starts
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import torch
 from torch import nn
 
 from ..adapters import Adapter, AdapterSet, ExpertsShape
-from ..ground.errors import KTError, KTModelError, KTPathError, first_line, one_line
+from ..ground.errors import KTModelError, KTPathError, first_line
 from ..ground.tensor_files import shards
 from ..peft_side.split import PeftPart, check_peft_part
+from .configuration import check_configuration, reading_configuration
 from .discovery import find_experts
 from .formats import check_file, format_of, quantization
 from .layout import CheckpointLayout
@@ -136,77 +136,6 @@ def auto_class(config: Any) -> Any:
     return AutoModelForImageTextToText if with_images else AutoModelForCausalLM
 
 
-@contextlib.contextmanager
-def opening(name: str | Path) -> Iterator[None]:
-    """While transformers reads a model's configuration: its errors say what is wrong with the files.
-
-    Raises:
-        KTModelError: The model type is unknown, and transformers has the model's class under another one.
-        KTPathError: There is no such model.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        yield
-    except (OSError, ValueError, StrictDataclassError) as error:
-        if isinstance(error, KTError):
-            raise
-        if hint := _other_type(name):
-            raise KTModelError(hint) from error
-        reason = one_line(error) if isinstance(error, StrictDataclassError) else first_line(error)
-        raise KTPathError(f"{name} is not a model that can be opened: {reason}") from error
-
-
-def _other_type(name: str | Path) -> str:
-    """What to write in ``config.json`` if its model type is unknown and its class is not: published Kimi-K2 checkpoints say ``kimi_k2``
-    and have DeepSeek-V3's architecture. Empty if that is not so."""
-    from transformers import CONFIG_MAPPING, PretrainedConfig
-    from transformers.models.auto import modeling_auto
-
-    try:
-        raw, _ = PretrainedConfig.get_config_dict(name)
-    except (OSError, ValueError):
-        return ""
-    wanted, classes = raw.get("model_type"), raw.get("architectures")
-    if wanted in CONFIG_MAPPING or not isinstance(classes, list):
-        return ""
-    known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    kind = next((kind for kind, model in known.items() if model in classes), None)
-    if kind is None:
-        return ""
-    return (
-        f"{name}: config.json has the model_type {wanted!r}, which this transformers does not know, but the class that it names, "
-        f'{known[kind]}, is its {kind!r}. Write "model_type": "{kind}" in config.json.'
-    )
-
-
-def check_config(name: str | Path, config: Any) -> None:
-    """Check what transformers would fail on, while it builds the model, without saying where.
-
-    Raises:
-        KTModelError: The model type is unknown, and transformers has the model's class under another one; or an activation is unknown.
-    """
-    from transformers.activations import ACT2FN
-
-    remote = not type(config).__module__.startswith("transformers.")
-    if hint := _other_type(name) if remote else "":
-        raise KTModelError(hint)
-    for key, value in _activations(config.to_dict()):
-        if value not in ACT2FN:
-            raise KTModelError(
-                f"{name}: config.json has {key}: {value!r}, which is no activation that transformers has. They are "
-                f"{', '.join(sorted(ACT2FN))}. Restore the model's own config.json."
-            )
-
-
-def _activations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{key}.{inner}", name) for inner, name in _activations(value))
-        elif isinstance(value, str) and str(key).endswith(("hidden_act", "hidden_activation")):
-            yield key, value
-
-
 def empty_model(name: str | Path, *, quantized: bool = False) -> Any:
     """Build the model, as it is without quantization, on the meta device from its ``config.json``.
 
@@ -224,9 +153,9 @@ def empty_model(name: str | Path, *, quantized: bool = False) -> Any:
     directory = Path(name).expanduser()
     check_file(directory)
     place = directory if directory.is_dir() else name
-    with opening(place):
+    with reading_configuration(place):
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)  # None would ask in the terminal
-    check_config(place, config)
+    check_configuration(place, config)
     if not quantized and quantization(config):
         title = format_of(config).title
         raise KTModelError(

@@ -45,10 +45,11 @@ def patch(module: ModuleType) -> None:
             return stock_load(model_args)
         from transformers import AutoConfig
 
-        from ...checkpoint.opening import check_config, opening, thinker
+        from ...checkpoint.configuration import check_configuration, reading_configuration
+        from ...checkpoint.opening import thinker
 
         name = model_args.model_name_or_path
-        with opening(name):
+        with reading_configuration(name):
             if not getattr(model_args, "kt_native", False):
                 config = stock_load(model_args)
             else:
@@ -56,7 +57,7 @@ def patch(module: ModuleType) -> None:
                 config = AutoConfig.from_pretrained(name, **keys)
                 # With an auto_map, LLaMA-Factory would register transformers' own classes as remote code.
                 vars(config).pop("auto_map", None)
-        check_config(name, config)
+        check_configuration(name, config)
         return thinker(config)
 
     def patch_config(
@@ -121,11 +122,11 @@ def _check_readable(name: str) -> None:
     then says that the tokenizer failed to load."""
     from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-    from ...checkpoint.opening import opening
+    from ...checkpoint.configuration import reading_configuration
 
     if not Path(name).is_dir():
         return
-    with opening(name):
+    with reading_configuration(name):
         raw, _ = PretrainedConfig.get_config_dict(name)
         if raw.get("model_type") in CONFIG_MAPPING:
             AutoConfig.from_pretrained(name, trust_remote_code=False)

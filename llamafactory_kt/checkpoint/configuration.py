@@ -37,9 +37,9 @@ def _other_type(name: str | Path) -> str:
 
     try:
         raw, _ = PretrainedConfig.get_config_dict(name)
+        wanted, classes = raw.get("model_type"), raw.get("architectures")
     except Exception:  # which the caller reports
         return ""
-    wanted, classes = raw.get("model_type"), raw.get("architectures")
     if not isinstance(wanted, str) or wanted in CONFIG_MAPPING or not isinstance(classes, list):
         return ""
     known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES

@@ -110,4 +110,5 @@ def test_a_slow_implementation_is_timed_once(monkeypatch, tmp_path):
     monkeypatch.setattr(stock, "TIME_LIMIT", 1e-9)
     best = FastestExperts(model, [5])
     assert set(best.best) == {1, 5}
-    assert calls == [5, 5, 5, 1, 1, 1], "once for each implementation, the slow ones too"
+    prompt = calls.count(5)  # newer transformers have more implementations
+    assert prompt >= 3 and calls == [5] * prompt + [1] * prompt, "once for each implementation, the slow ones too"

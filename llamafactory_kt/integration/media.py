@@ -132,12 +132,16 @@ def _read_video(video: Any) -> Any:
 def videos_in_files(given: dict[str, Any]) -> Iterator[None]:
     """Put videos that :func:`read_media` has in memory into files: some plugins open a video several times, and find the end of what they
     have read already."""
+    videos: Any = given.get("videos") or ()
+    in_memory = [number for number, video in enumerate(videos) if isinstance(video, io.BytesIO)]
+    if not in_memory:
+        yield
+        return
     with tempfile.TemporaryDirectory(prefix="llamafactory-kt-") as folder:
-        for number, video in enumerate(given.get("videos") or ()):
-            if isinstance(video, io.BytesIO):
-                file = Path(folder) / str(number)
-                file.write_bytes(video.getvalue())
-                given["videos"][number] = str(file)
+        for number in in_memory:
+            file = Path(folder) / str(number)
+            file.write_bytes(videos[number].getvalue())
+            videos[number] = str(file)
         yield
 
 

@@ -160,9 +160,7 @@ class ExpertsLoad:
         experts = KTExperts(module, engine, self._config.router_stats, debugger, transfers, overlap)
         setattr(block, attribute, PresortedExperts(experts) if module.presorted else experts)
         vars(block)["_is_hf_initialized"] = True  # Qwen3-Omni's block would initialize the experts' weights
-        if not hasattr(
-            block, "num_experts"
-        ):  # DeepSeek-V2's looks for it to choose by groups, and has none before 5.16
+        if not hasattr(block, "num_experts"):  # which DeepSeek-V2's reads to choose by groups, and lacks before 5.16
             vars(block)["num_experts"] = experts.num_experts
         if debugger is not None:
             debugger.watch_router(block)

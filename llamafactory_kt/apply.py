@@ -21,8 +21,8 @@ from .decoding.prepare import changing_layers
 from .ground.errors import KTMemoryError, KTModelError
 from .ground.machine import available_memory, gib
 from .model.state import KTState, LoadReport, kt_state, plain_model
-from .peft_side.split import PeftPart
-from .peft_side.swap import exchange_peft_layers, merge_peft_layers, peft_reads_weights
+from .peft_side.part import PeftPart
+from .peft_side.swap import exchange_peft_layers, merge_dense_part, reads_weights
 
 __all__ = ["LoadReport", "apply_adapter", "load_moe_lora_from_adapter", "switch_adapter"]
 
@@ -136,21 +136,20 @@ def _files(adapters: AdapterSet) -> list[tuple[Path, Path]]:
 def _merge(model: Any, state: KTState, adapters: AdapterSet, scope: str) -> tuple[nn.Module, LoadReport]:
     parts = _fit(model, state, adapters, scope)
     with state.lock.exchange():
-        wrapped, _ = exchange_peft_layers(model, parts, state.router_weights)
-        plain = merge_peft_layers(wrapped)
+        merge_dense_part(model, parts)
         report = replace(_report(adapters, parts), merged=True)
         state.adapters, state.expert_adapters, state.report = adapters, adapters, report
     logger.info("Merged the adapter into the weights: it costs nothing now, and cannot be exchanged or taken away.")
-    return plain, report
+    return model, report
 
 
 def _exchange(model: Any, state: KTState, adapters: AdapterSet, scope: str) -> tuple[nn.Module, LoadReport]:
     base = plain_model(model)
     _check_experts(state, adapters)
     parts = _fit(base, state, adapters, scope)
-    weights_read = any(peft_reads_weights(adapter) for adapter in adapters.adapters)
+    weights_read = reads_weights(base, parts, state.own_weights)
     with state.lock.exchange(), changing_layers(base, prepared=state.optimized, weights_are_read=weights_read):
-        wrapped, undo = exchange_peft_layers(base, parts, state.router_weights)
+        wrapped, undo = exchange_peft_layers(base, parts, state.own_weights)
         try:
             _exchange_experts(state, adapters)
         except BaseException:

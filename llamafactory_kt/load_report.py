@@ -11,8 +11,8 @@ from rich.table import Table
 from torch import nn
 
 from .ground.machine import gib
+from .model.memory import nbytes_by_device
 from .model.state import kt_state
-from .peft_side.split import count_lora, nbytes_by_device
 
 TITLE = "KTransformers experts"
 
@@ -28,7 +28,7 @@ def load_rows(model: nn.Module) -> Rows:
     lora_bytes = sum(w.engine.lora_nbytes for w in wrappers)
     torch_bytes = nbytes_by_device(model)
     torch_params = sum(p.numel() for p in model.parameters())
-    peft_params = count_lora(model)
+    peft_params = _count_lora(model)
 
     rows = [("Layers wrapped", f"{len(wrappers)} ({_ranges([w.layer_idx for w in wrappers])})")]
     if kinds := layer_kinds(model):
@@ -126,3 +126,8 @@ def debug_structure(model: nn.Module) -> str:
         line,
     ]
     return "\n".join(lines)
+
+
+def _count_lora(model: nn.Module) -> int:
+    """Parameters of PEFT's LoRA in the model."""
+    return sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)

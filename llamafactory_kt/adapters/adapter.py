@@ -13,6 +13,9 @@ from ..ground.tensor_files import TensorStore, all_finite
 from .config import LoraSettings
 from .expert_lora import ExpertLora, ExpertsShape
 
+_FLOATS = {"BF16", "F16", "F32", "F64"}
+_LONGEST_NAME = 1_000
+
 
 class Adapter(ABC):
     """A LoRA adapter, opened by its headers; values are read on demand."""
@@ -30,6 +33,17 @@ class Adapter(ABC):
         self.store = store
         self._finite: set[str] = set()
         """tensors found without NaN and Inf, so that none is checked twice"""
+        self._check_headers()
+
+    def _check_headers(self) -> None:
+        infos = self.store.infos
+        if strange := [name for name in infos if not name.isprintable() or len(name) > _LONGEST_NAME]:
+            raise KTAdapterError(f"{self.store.path}: {strange[0]!r:.120} is no name of a tensor.")
+        if other := {name: info.dtype for name, info in infos.items() if info.dtype not in _FLOATS}:
+            raise KTAdapterError(
+                f"{self.store.path}: {len(other)} of {len(infos)} tensors are {name_some(sorted(set(other.values())))}, first "
+                f"{next(iter(other))}; an adapter's are BF16, F16 or F32. Save it again in one of these."
+            )
 
     @property
     def other_names(self) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..ground.errors import KTAdapterError, name_some
 from .adapter import Adapter
 from .expert_lora import ExpertLora, ExpertsShape
+from .keys import split_module
 from .opening import open_adapter
 
 
@@ -80,8 +81,9 @@ def open_adapters(
 
 def _check_adds_up(adapter: Adapter) -> None:
     settings = adapter.settings
-    saved = settings.raw.get("modules_to_save")
-    wrong = "use_dora" if settings.use_dora else f"modules_to_save: {saved}" if saved else None
+    whole = (name for name in adapter.other_names if not split_module(name)[1].startswith("lora_"))
+    saved = f"modules_to_save: {settings.modules_to_save}" if settings.modules_to_save else next(whole, None)
+    wrong = "use_dora" if settings.use_dora else saved
     if wrong:
         raise KTAdapterError(
             f"{settings.path} has {wrong}, which cannot be added to other adapters: only LoRA is a sum. Use this adapter "

@@ -2,14 +2,58 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from ..ground.errors import KTAdapterError
+import regex
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..ground.errors import KTAdapterError, name_some
+from ..ground.json_files import read_json_object
+from ..ground.printable import printable
 
 CONFIG = "adapter_config.json"
+_SECONDS = 1.0
+"""that one pattern may take for one name"""
+_VARIANT = re.compile(r"^use_|_config$")
+"""by PEFT's convention, what changes the computation is called so"""
+_NO_VARIANT = {
+    "use_rslora", "use_dora", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "megatron_config",
+    "runtime_config",
+}  # fmt: skip
+"""computed here; or settings of training alone, of the start of training, and of where PEFT computes"""
+_KEEP_BASE = {"gaussian", "orthogonal", "eva", "mica"}
+"""values of ``init_lora_weights`` with which PEFT (``tuners/lora/layer.py``, 0.18 and 0.21) leaves the base weight as it is"""
+
+logger = logging.getLogger(__name__)
+
+Rank = Annotated[int, Field(ge=1, le=65_536)]
+Alpha = Annotated[float, Field(ge=-1e6, le=1e6)]
+
+
+class _Keys(BaseModel):
+    """The keys that decide what the tensors mean, with PEFT's types."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    r: Rank = 8
+    lora_alpha: Alpha = 8.0
+    use_rslora: bool | None = False
+    use_dora: bool | None = False
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
+    lora_bias: bool | None = False
+    bias: Literal["none", "all", "lora_only"] | None = "none"
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    init_lora_weights: bool | str | None = True
+    base_model_name_or_path: str | None = None
+    peft_version: str | None = None
 
 
 class LoraSettings:
@@ -18,68 +62,128 @@ class LoraSettings:
     ``raw`` has all keys; messages name the file ``path``.
 
     Raises:
-        KTAdapterError: A value has another type than in PEFT.
+        KTAdapterError: A value has another type than in PEFT, or changes the computation in a way that is not computed here.
     """
 
     def __init__(self, path: Path, raw: dict[str, Any]):
         self.path, self.raw = path, raw
-        self.r: int = raw.get("r", 8)
-        self.lora_alpha: float = raw.get("lora_alpha", 8)
-        self.use_rslora = bool(raw.get("use_rslora", False))
-        self.use_dora = bool(raw.get("use_dora", False))
-        self.rank_pattern: dict[str, int] = raw.get("rank_pattern") or {}
-        self.alpha_pattern: dict[str, float] = raw.get("alpha_pattern") or {}
-        self.target_modules: list[str] | str | None = raw.get("target_modules")
-        self._check_types()
+        keys = self._checked(raw)
+        self.r: int = keys.r
+        self.lora_alpha: float = keys.lora_alpha
+        self.use_rslora, self.use_dora, self.lora_bias = (
+            bool(keys.use_rslora),
+            bool(keys.use_dora),
+            bool(keys.lora_bias),
+        )
+        self.rank_pattern, self.alpha_pattern = keys.rank_pattern or {}, keys.alpha_pattern or {}
+        self.base_model = keys.base_model_name_or_path
+        self.target_modules = keys.target_modules
+        self.modules_to_save: list[str] = keys.modules_to_save or []
+        self.trainable_token_indices = keys.trainable_token_indices or {}
+        self._ranks, self._alphas = (
+            _Patterns(path, name, pattern)
+            for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern))
+        )
+        if variants := list(self._variants()):
+            raise KTAdapterError(
+                f"{path}: {name_some(variants)} is set: it makes of the adapter something else than LoRA, DoRA and rsLoRA, which alone are "
+                "computed here. Merge it into the model with the PEFT that trained it, and load the merged model."
+            )
+        if not self._keeps_base(keys.init_lora_weights):
+            raise KTAdapterError(
+                f"{path}: init_lora_weights: {keys.init_lora_weights}. Training with it changed the base model's weights too, and the file does "
+                "not hold by how much. Convert the adapter to plain LoRA: LLaMA-Factory with pissa_convert: true writes it to pissa_converted; "
+                "in PEFT, save_pretrained(DIR, path_initial_model_for_weight_conversion=START) with the adapter as it was before training. If "
+                "the model that you load is the changed base, set init_lora_weights to true in this file."
+            )
 
     @classmethod
     def read(cls, path: Path) -> LoraSettings:
         """Read an adapter's configuration.
 
         Raises:
-            KTAdapterError: It is missing, not JSON or not of a LoRA, or a value has another type than in PEFT.
+            KTAdapterError: It is missing, not JSON or not of a LoRA, or as the constructor.
         """
-        if not path.is_file():
+        if not path.exists():
             raise KTAdapterError(f"{path} is missing: rank and lora_alpha of the adapter are unknown without it.")
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise KTAdapterError(f"{path} is not valid JSON: {error}.") from error
-        if not isinstance(raw, dict) or raw.get("peft_type", "LORA") != "LORA":
-            found = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
-            raise KTAdapterError(f"{path}: peft_type must be LORA, found {found!r}.")
+        raw = read_json_object(path, KTAdapterError)
+        if raw.get("peft_type", "LORA") != "LORA":
+            raise KTAdapterError(f"{path}: peft_type must be LORA, found {raw['peft_type']!r:.80}.")
         return cls(path, raw)
 
-    def _check_types(self) -> None:
-        def number(value: object) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    def _checked(self, raw: dict[str, Any]) -> _Keys:
+        try:
+            return _Keys.model_validate(raw)
+        except ValidationError as error:
+            wrong = []
+            for problem in error.errors(include_url=False, include_context=False):
+                place = [
+                    str(part) for part in problem["loc"] if not str(part).startswith(("list[", "dict[", "literal["))
+                ]
+                name = ".".join(place[:3])
+                wrong.append(f"{name}: {problem['msg'].removeprefix('Input ')}, found {problem['input']!r:.80}")
+            raise KTAdapterError(printable(f"{self.path}: {name_some(dict.fromkeys(wrong), 4)}.")) from error
 
-        wrong = []
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
-            wrong.append(f"r must be a positive whole number, found {self.r!r}")
-        if not number(self.lora_alpha):
-            wrong.append(f"lora_alpha must be a number, found {self.lora_alpha!r}")
-        for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            if not isinstance(pattern, dict) or not all(number(value) for value in pattern.values()):
-                wrong.append(f"{name} must map module names to numbers, found {pattern!r}")
-        if wrong:
-            raise KTAdapterError(f"{self.path}: " + "; ".join(wrong) + ".")
+    def _variants(self) -> Iterator[str]:
+        """Keys that are set and change the computation."""
+        if self.raw.get("layer_replication"):
+            yield "layer_replication"
+        if self.raw.get("alora_invocation_tokens"):
+            yield "alora_invocation_tokens"
+        for key, value in self.raw.items():
+            if value and _VARIANT.search(key) and key not in _NO_VARIANT:
+                yield printable(key)
+
+    @staticmethod
+    def _keeps_base(start: bool | str | None) -> bool:
+        return not isinstance(start, str) or start.lower() in _KEEP_BASE
 
     def expected_rank(self, module: str) -> int:
-        """The rank that PEFT gives the module: from ``rank_pattern``, else ``r``."""
-        return int(match_pattern(self.rank_pattern, module, self.r))
+        """The rank that PEFT gives the module, by its name when it was trained: from ``rank_pattern``, else ``r``."""
+        return int(self._ranks.find(module, self.r))
+
+    def alpha(self, module: str) -> float:
+        """``alpha_pattern``'s for the module, by its name when it was trained, else ``lora_alpha``."""
+        return self._alphas.find(module, self.lora_alpha)
 
     def scaling(self, module: str, rank: int) -> float:
         """``alpha / rank``, with rsLoRA ``alpha / sqrt(rank)`` (peft 0.18, ``LoraLayer.update_layer``)."""
-        alpha = match_pattern(self.alpha_pattern, module, self.lora_alpha)
-        return float(alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+        return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def saves(self, module: str) -> bool:
+        """Whether the module, by its name when it was trained, or one around it is among ``modules_to_save``, which get weights of their
+        own (peft 0.18, ``_set_trainable``)."""
+        parts = module.split(".")
+        around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return any(name.endswith(saved) for saved in self.modules_to_save for name in around)
 
 
-def match_pattern(pattern: dict[str, Any], module: str, default: float) -> float:
-    """The value that PEFT finds for a module in a ``rank_pattern`` or ``alpha_pattern``."""
-    if not pattern:
-        return default
-    from peft.utils.other import get_pattern_key  # imports all of transformers: not for adapters without patterns
+class _Patterns:
+    """``rank_pattern`` or ``alpha_pattern``: the first key that a module's name ends with, as a regular expression
+    (``peft.utils.other.get_pattern_key``). The ``regex`` package has a time limit."""
 
-    value: float = pattern.get(get_pattern_key(list(pattern), module), default)
-    return value
+    def __init__(self, path: Path, name: str, values: dict[str, Any]):
+        self._path, self._name = path, name
+        self._found: dict[str, float | None] = {}
+        try:
+            self._values = [(regex.compile(rf"(.*\.)?({key})$"), value) for key, value in values.items()]
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise KTAdapterError(
+                printable(f"{path}: {name} has a key that is no regular expression: {error}.")
+            ) from error
+
+    def find(self, module: str, default: float) -> float:
+        if not self._values:
+            return default
+        if module not in self._found:
+            self._found[module] = self._match(module)
+        found = self._found[module]
+        return default if found is None else found
+
+    def _match(self, module: str) -> float | None:
+        try:
+            return next((value for key, value in self._values if key.match(module, timeout=_SECONDS)), None)
+        except TimeoutError as error:
+            raise KTAdapterError(
+                f"{self._path}: a regular expression in {self._name} takes more than {_SECONDS:g} s for the name {module}."
+            ) from error

@@ -24,6 +24,8 @@ _EXPERT = re.compile(
 )
 _ROUTED = re.compile(r"(?:^|\.)experts\.")
 _SIDE = re.compile(r"^\.lora_(?P<side>[AB])(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.weight)?$")
+_WRAPPED = re.compile(r"\.(?:base_layer|token_adapter|modules_to_save(?:\.default)?|orig_module)(?=\.)")
+"""parts of a name that PEFT's and kt-kernel's wrappers add"""
 _ADAPTER_NAME = re.compile(r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)[^.]+(?=\.|$)")
 
 
@@ -72,14 +74,14 @@ def expert_module(key: str) -> str:
 
 
 def split_module(key: str) -> tuple[str, str]:
-    """Split a PEFT tensor name into module and rest, without PEFT's prefix and the adapter's name.
+    """Split a PEFT tensor name into module and rest, without PEFT's prefix, the names of its wrappers and the adapter's name.
 
     >>> split_module("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight")
     ('model.layers.0.self_attn.q_proj', 'lora_A.weight')
-    >>> split_module("base_model.model.lm_head.weight")
+    >>> split_module("base_model.model.lm_head.base_layer.weight")
     ('lm_head', 'weight')
     """
-    name = _ADAPTER_NAME.sub(r".\1", key.removeprefix(PEFT_PREFIX)).replace(".orig_module.", ".")
+    name = _WRAPPED.sub("", _ADAPTER_NAME.sub(r".\1", key.removeprefix(PEFT_PREFIX)))
     module, found, rest = name.partition(".lora_")
     if found:
         rest = f"lora_{rest}"

@@ -16,8 +16,8 @@ from torch import nn
 from ..adapters import Adapter, AdapterSet, ExpertsShape
 from ..ground.errors import KTModelError, KTPathError, first_line
 from ..ground.tensor_files import shards
-from ..peft_side.split import PeftPart, check_peft_part
-from .configuration import check_configuration, reading_configuration
+from ..peft_side.part import PeftPart
+from ..peft_side.split import check_peft_part
 from .discovery import find_experts
 from .formats import check_file, format_of, quantization
 from .layout import CheckpointLayout

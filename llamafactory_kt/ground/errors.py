@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+from .printable import printable
+
 
 class KTError(Exception):
-    """Base of all errors raised by llamafactory_kt."""
+    """Base of all errors raised by llamafactory_kt. Names and values from files, which messages quote, cannot move a terminal's cursor."""
+
+    def __init__(self, *args: object):
+        super().__init__(*("\n".join(map(printable, str(arg).split("\n"))) for arg in args))
 
 
 class KTConfigError(KTError, ValueError):

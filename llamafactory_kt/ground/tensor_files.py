@@ -130,6 +130,10 @@ class PickledStore:
         tensors = self._named(content) if isinstance(content, dict) else None
         if tensors is None or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
             raise KTAdapterError(f"{path} must hold named tensors and nothing else; it has another structure.")
+        if odd := [n for n, t in tensors.items() if t.layout != torch.strided or t.is_quantized or t.is_meta]:
+            raise KTAdapterError(
+                f"{path}: {name_some(odd, 3)}: sparse, quantized or without values; save plain tensors."
+            )
         self._tensors = tensors
         self.infos = {
             name: TensorInfo(tuple(t.shape), DTYPES.get(t.dtype, str(t.dtype)), t.nbytes, path)

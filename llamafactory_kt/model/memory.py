@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import nn
 
@@ -74,3 +76,11 @@ def _others(model: nn.Module, experts: Sequence[ExpertsModule]) -> list[int]:
     """Bytes of each parameter but routed experts'."""
     names = {f"{module.name}.{name}" for module in experts for name in (*module.weights, *module.biases)}
     return [p.nbytes for n, p in model.named_parameters() if n not in names]
+
+
+def nbytes_by_device(model: nn.Module) -> dict[str, int]:
+    """Bytes of parameters and buffers per device type."""
+    sizes: Counter[str] = Counter()
+    for tensor in chain(model.parameters(), model.buffers()):
+        sizes[tensor.device.type] += tensor.nbytes
+    return dict(sizes)

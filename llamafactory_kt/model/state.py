@@ -72,8 +72,8 @@ class KTState:
     """those whose LoRA the experts have; others where ``load_moe_lora_from_adapter`` was called since"""
     report: LoadReport | None = None
     """what became of the tensors of what is in place; None without any"""
-    router_weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    """the routers' own weights, of those that an adapter has ever changed"""
+    own_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    """the model's own parameters and buffers, of those that the adapters in place have changed"""
     optimized: bool = False
     """the layers around the experts are optimized for inference"""
     show_stats: bool = False

@@ -107,6 +107,14 @@ def _described(operation: Any) -> str:
     return name if settings == _KNOWN.get(name, settings) else f"{name}({settings})"
 
 
+def tied_weights(model: Any) -> dict[str, set[str]]:
+    """Parameter -> the others that are the same weight by the model's configuration (``lm_head`` and the embeddings, mostly)."""
+    groups: dict[str, set[str]] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, {source}).add(target)
+    return {name: group - {name} for group in groups.values() for name in group}
+
+
 class ModuleNames:
     """The names of a model's modules, in an adapter trained with this or an older transformers."""
 

@@ -1,11 +1,8 @@
-"""The part of an adapter that PEFT applies: everything except routed experts, by exact module names."""
+"""The dense part of an adapter, everything except routed experts: by a model's own names, LoRA for PEFT and other weights for us."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -13,33 +10,11 @@ from torch import nn
 from ..adapters import Adapter
 from ..adapters.keys import MLP_TARGETS, split_module
 from ..ground.errors import KTAdapterError, name_some
-from .model_names import ModuleNames
+from .changes import Change, Replace, ReplaceRows
+from .model_names import ModuleNames, tied_weights
+from .part import ModuleLora, PeftPart
 
-
-@dataclass(frozen=True)
-class PeftPart:
-    """An adapter's non-expert tensors, by the modules of one model."""
-
-    modules: dict[str, list[str]]
-    """module of the model -> its tensors in the file"""
-    targets: list[str]
-    """PEFT's target_modules: a bare name if every module of that name has LoRA, else exact module names"""
-    filtered: list[str]
-    """the adapter's own targets without :data:`MLP_TARGETS`, which PEFT never gets as bare names"""
-    left_out: list[str]
-    """tensors that the scope ``attention`` leaves out"""
-    routers: dict[str, tuple[str, str]]
-    """router that PEFT cannot wrap -> its A and B, which are added to the weight"""
-
-    @property
-    def tensors(self) -> list[str]:
-        """All tensors that are applied."""
-        return [name for part in (self.modules, self.routers) for names in part.values() for name in names]
-
-    @property
-    def exact(self) -> list[str]:
-        """Targets that are exact module names."""
-        return [target for target in self.targets if "." in target]
+_ROWS = "trainable_tokens_delta"
 
 
 def check_peft_part(model: nn.Module, adapter: Adapter, scope: str = "all") -> PeftPart:
@@ -50,34 +25,85 @@ def check_peft_part(model: nn.Module, adapter: Adapter, scope: str = "all") -> P
         scope: ``all`` or ``attention``, as ``kt_lora_scope``.
 
     Raises:
-        KTAdapterError: Tensors belong to no module of the model (all are counted), a tensor does not have the size of the
-            weight it changes, or a router has anything but one LoRA pair.
+        KTAdapterError: Tensors belong to no module of the model (all are counted), or a tensor does not have the size of the
+            weight it changes.
     """
     names = ModuleNames(model)
-    modules: dict[str, list[str]] = {}
-    routers: dict[str, list[str]] = {}
+    lora: dict[str, ModuleLora] = {}
+    weights: dict[str, tuple[str, str]] = {}  # parameter -> (its tensor, the module's name when it was trained)
     left_over, left_out = [], []
     for tensor in adapter.other_names:
-        module = names.find(split_module(tensor)[0])
-        if module is None:
+        trained, part = split_module(tensor)
+        module = names.find(trained)
+        is_lora = part.startswith("lora_")
+        leaf = "weight" if is_lora or part == _ROWS else part
+        if module is None or not isinstance(getattr(submodule(model, module), leaf, None), torch.Tensor):
             left_over.append(tensor)
         elif scope == "attention" and _bare(module) in MLP_TARGETS:
             left_out.append(tensor)
+        elif is_lora:
+            lora.setdefault(module, ModuleLora(trained, {})).tensors[part] = tensor
         else:
-            part = routers if _is_bare_router(submodule(model, module)) else modules
-            part.setdefault(module, []).append(tensor)
+            weights[f"{module}.{leaf}"] = tensor, trained
     if left_over:
         raise KTAdapterError(
             f"{adapter.store.path}: {len(left_over)} of {len(adapter.store.infos)} tensors belong to no module of "
             f"{type(model).__name__}, first {name_some(left_over, 3)}. Nothing is dropped silently: is the adapter meant "
             "for this model?"
         )
-    _check_shapes(model, adapter, modules)
-    pairs = {module: _router_pair(model, adapter, module, tensors) for module, tensors in routers.items()}
+    _check_saved(
+        adapter, {split_module(tensor)[0] for tensor in (*left_out, *(tensor for tensor, _ in weights.values()))}
+    )
+    changes = _weight_changes(adapter, weights, tied_weights(model))
+    for module in [module for module in lora if _is_bare_router(submodule(model, module))]:
+        changes.setdefault(f"{module}.weight", []).extend(lora.pop(module).changes(adapter, module).values())
+    found = PeftPart(lora, changes, _targets(lora, names.known), _filtered(adapter, lora), left_out)
+    _check_shapes(model, adapter, found)
+    return found
+
+
+def _check_saved(adapter: Adapter, found: Collection[str]) -> None:
+    """Find what the configuration says was trained as a whole among the modules (by their names then) that the file has weights of."""
+    settings = adapter.settings
+    rows = settings.trainable_token_indices
+    wanted = [*settings.modules_to_save, *(rows if isinstance(rows, dict) else ())]
+    if absent := [
+        name
+        for name in wanted
+        if not any(f"{module}.".endswith(f"{name}.") or f"{name}." in module for module in found)
+    ]:
+        raise KTAdapterError(
+            f"{settings.path} says that {name_some(absent)} was trained as a whole, and {adapter.store.path.name} has no tensor of it; the "
+            "file is incomplete."
+        )
+
+
+def _weight_changes(
+    adapter: Adapter, weights: Mapping[str, tuple[str, str]], ties: Mapping[str, set[str]]
+) -> dict[str, list[Change]]:
+    """The changes by whole weights and rows. Of weights that are one by the model's configuration, all change, as in PEFT, unless the
+    file has its own tensor for one, or the weight is among ``modules_to_save``, which are copies."""
+    changes: dict[str, list[Change]] = {}
+    for weight, (tensor, trained) in weights.items():
+        rows = tensor.endswith(_ROWS)
+        own = not rows and (adapter.settings.saves(trained) or ".modules_to_save." in tensor)
+        change = ReplaceRows((tensor,), _rows(adapter, trained)) if rows else Replace((tensor,))
+        for name in {weight} if own else {weight, *(ties.get(weight, set()) - weights.keys())}:
+            changes[name] = [change]
+    return changes
+
+
+def _rows(adapter: Adapter, module: str) -> tuple[int, ...]:
+    indices = adapter.settings.trainable_token_indices
+    if isinstance(indices, dict):  # by the ends of modules' names
+        indices = next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), [])
+    return tuple(indices)
+
+
+def _filtered(adapter: Adapter, lora: Collection[str]) -> list[str]:
     original = adapter.settings.target_modules
-    targets = original if isinstance(original, list) else sorted({_bare(module) for module in modules})
-    filtered = [target for target in targets if _bare(target) not in MLP_TARGETS]
-    return PeftPart(modules, _targets(modules, names.known), filtered, left_out, pairs)
+    targets = original if isinstance(original, list) else sorted({_bare(module) for module in lora})
+    return [target for target in targets if _bare(target) not in MLP_TARGETS]
 
 
 def _bare(module: str) -> str:
@@ -92,6 +118,13 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
+def weight_of(model: nn.Module, name: str) -> torch.Tensor:
+    """The model's own parameter or buffer of that name."""
+    module, _, leaf = name.rpartition(".")
+    found: torch.Tensor = getattr(submodule(model, module), leaf)
+    return found
+
+
 def _targets(modules: Collection[str], known: set[str]) -> list[str]:
     """Bare names that select exactly the given modules, else the modules' full names."""
     targets = []
@@ -103,54 +136,16 @@ def _targets(modules: Collection[str], known: set[str]) -> list[str]:
 
 
 def _is_bare_router(module: nn.Module) -> bool:
-    """Whether it is a top-k router of transformers 5, whose weight is a bare parameter [E, H] that PEFT 0.18 cannot wrap."""
+    """Whether it is a top-k router of transformers 5, whose weight is a bare parameter [E, H] that PEFT cannot wrap."""
     weight = getattr(module, "weight", None)
     return not isinstance(module, nn.Linear | nn.Embedding) and isinstance(weight, nn.Parameter) and weight.dim() == 2
 
 
-def _router_pair(model: nn.Module, adapter: Adapter, module: str, tensors: list[str]) -> tuple[str, str]:
-    """Names of A and B of one router; raises KTAdapterError if the tensors are not one LoRA pair of the router's size."""
-    halves = {split_module(tensor)[1]: tensor for tensor in tensors}
-    if set(halves) != {"lora_A.weight", "lora_B.weight"} or adapter.settings.use_dora:
-        raise KTAdapterError(
-            f"{adapter.store.path}: the router {module} has {name_some(tensors)}; only a LoRA pair without DoRA and bias can "
-            "be applied to it."
-        )
-    weight: torch.Tensor = submodule(model, module).weight  # type: ignore[assignment]
-    pair = halves["lora_A.weight"], halves["lora_B.weight"]
-    a, b = (adapter.store.infos[name].shape for name in pair)
-    if (b[0], a[1]) != tuple(weight.shape) or a[0] != b[1]:
-        raise KTAdapterError(
-            f"{adapter.store.path}: LoRA of {a} and {b} for the router {module}, whose weight is {tuple(weight.shape)}."
-        )
-    return pair
-
-
-def _check_shapes(model: nn.Module, adapter: Adapter, modules: dict[str, list[str]]) -> None:
-    """Compare LoRA of linear layers with the weights it changes: PEFT's own error would not name file, module and sizes."""
-    for module, tensors in modules.items():
-        layer = submodule(model, module)
-        if not isinstance(layer, nn.Linear):
-            continue
-        for tensor in tensors:
-            kind, shape = split_module(tensor)[1], adapter.store.infos[tensor].shape
-            wanted = {"lora_A.weight": (1, layer.in_features), "lora_B.weight": (0, layer.out_features)}.get(kind)
-            if wanted and (len(shape) != 2 or shape[wanted[0]] != wanted[1]):
-                raise KTAdapterError(
-                    f"{adapter.store.path}: {tensor} has shape {shape}, but {module} is a weight of "
-                    f"{layer.out_features} x {layer.in_features}. The adapter was trained for another model"
-                    f" ({adapter.settings.raw.get('base_model_name_or_path')})."
-                )
-
-
-def count_lora(model: nn.Module) -> int:
-    """Parameters of PEFT's LoRA in the model."""
-    return sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-
-
-def nbytes_by_device(model: nn.Module) -> dict[str, int]:
-    """Bytes of parameters and buffers per device type."""
-    sizes: Counter[str] = Counter()
-    for tensor in chain(model.parameters(), model.buffers()):
-        sizes[tensor.device.type] += tensor.nbytes
-    return dict(sizes)
+def _check_shapes(model: nn.Module, adapter: Adapter, part: PeftPart) -> None:
+    """Compare tensors with the weights that they change: PEFT's own error would not name file, module and sizes."""
+    changes = [(name, change) for name, all_of_it in part.changes.items() for change in all_of_it]
+    for module, lora in part.lora.items():
+        changes += [(f"{module}.weight", lora.sum(adapter))]
+    for name, change in changes:
+        if wrong := change.problem(adapter, tuple(weight_of(model, name).shape)):
+            raise KTAdapterError(f"{adapter.store.path}: {name}: {wrong}{adapter.trained_for}")

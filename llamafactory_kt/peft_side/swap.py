@@ -1,44 +1,48 @@
-"""Exchanging what PEFT and the routers have of adapters, as a whole: if it fails, the model is as it was.
+"""Exchanging the dense part of adapters as a whole: if it fails, the model is as it was.
+
+PEFT gets plain LoRA alone, by the model's own names and with each module's own rank and alpha. All else, routers and whatever an adapter
+saves as a whole, changes the model's weights, of which the own ones are kept.
 
 PEFT has no public way to take an adapter off and put it back unchanged: we move its layers, and read its classes for them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..adapters import Adapter
-from ..adapters.config import LoraSettings, match_pattern
-from ..adapters.keys import PEFT_PREFIX, split_module
+from ..adapters.keys import PEFT_PREFIX
 from ..ground.errors import KTAdapterError, name_some
 from ..ground.internals import SWITCH, TESTED, Internal
+from .changes import AddLora, Change
 from .given_names import names_as_given
-from .split import PeftPart, submodule
+from .part import ModuleLora, PeftPart
+from .split import submodule, weight_of
 from .untested import check_first_layer
 
 INTERNAL = Internal("peft-layers", "peft", TESTED["peft"], essential=True)
-_VARIANT = re.compile(r"^use_|_config$")
 logger = logging.getLogger(__name__)
 
 Parts = Sequence[tuple[Adapter, PeftPart]]
+Weights = dict[str, torch.Tensor]
+"""a model's own parameters and buffers, of those that adapters have changed"""
 
 
-def exchange_peft_layers(model: Any, parts: Parts, routers: dict[str, torch.Tensor]) -> tuple[Any, Callable[[], None]]:
+def exchange_peft_layers(model: Any, parts: Parts, own: Weights) -> tuple[Any, Callable[[], None]]:
     """Replace the non-expert tensors of earlier adapters by those of these adapters.
 
-    Only these tensors are read. Each adapter's ranks, alphas, patterns, rsLoRA, DoRA and modules_to_save stay in force;
-    several adapters are active together and add up.
+    Only these tensors are read. Several adapters are active together and add up.
 
     Args:
-        model: the plain model; PEFT changes it in place.
-        routers: router -> its weight without LoRA, of all routers that adapters have changed so far; updated.
+        model: the plain model; it is changed in place.
+        own: the weights that earlier adapters have changed, as they were before; updated.
 
     Returns:
         The model in PEFT's wrapper (the model itself if PEFT has no part), and a function that restores the old state.
@@ -48,39 +52,88 @@ def exchange_peft_layers(model: Any, parts: Parts, routers: dict[str, torch.Tens
             the file's. The model is as it was.
     """
     require_peft_layers(parts)
-    undo = _remember(model, {*routers, *(router for _, part in parts for router in part.routers)})
+    undo = _remember(model, parts, own)
     try:
         _detach(model)
-        _set_routers(model, parts, routers)
-        return _wrap(model, [(adapter, part) for adapter, part in parts if part.modules]), undo
+        _restore(model, own)
+        _change(model, [(adapter, part.changes) for adapter, part in parts], own)
+        _log_routers(parts, own)
+        return _wrap(model, [(adapter, part) for adapter, part in parts if part.lora]), undo
     except BaseException:
         undo()
         raise
 
 
-def require_peft_layers(parts: Sequence[tuple[Adapter, PeftPart]]) -> None:
+def require_peft_layers(parts: Parts) -> None:
     """Check that this PEFT can be given its parts of adapters; loads ask before they read weights.
 
     Raises:
         KTAdapterError: It is not installed, or switched off.
     """
-    if any(part.modules for _, part in parts) and not INTERNAL.usable:
+    if any(part.lora for _, part in parts) and not INTERNAL.usable:
         raise KTAdapterError(
             f"LoRA outside the routed experts is applied by PEFT, which is not installed, or {SWITCH} switches it off."
         )
 
 
-def merge_peft_layers(wrapped: Any) -> Any:
-    """Let PEFT merge its LoRA into the weights for good. Returns the plain model."""
-    if not hasattr(wrapped, "merge_and_unload"):  # PEFT has no part
-        return wrapped
-    plain = wrapped.merge_and_unload()
-    vars(plain).pop("peft_config", None)
-    return plain
+def merge_dense_part(model: Any, parts: Parts) -> None:
+    """Change the weights of a plain model for good, LoRA included.
+
+    Raises:
+        KTAdapterError: A part cannot be merged. Nothing has been changed.
+    """
+    merged = [(adapter, part.merged(adapter)) for adapter, part in parts]
+    for adapter, changes in merged:
+        if absent := [name for name in changes if weight_of(model, name) is None]:
+            raise KTAdapterError(
+                f"{adapter.store.path}: {name_some(absent, 3)}: the model has no such weight to merge into."
+            )
+    _change(model, merged, {})
+
+
+def reads_weights(model: nn.Module, parts: Parts, own: Weights) -> bool:
+    """Whether an exchange reads or replaces weights of linear layers, which may be packed; with plain LoRA it does not."""
+    changed = {*own, *(name for _, part in parts for name in part.changes)}
+    return any(adapter.settings.use_dora for adapter, _ in parts) or any(
+        isinstance(submodule(model, name.rpartition(".")[0]), nn.Linear) for name in changed
+    )
+
+
+@torch.no_grad()
+def _change(model: Any, parts: Sequence[tuple[Adapter, Mapping[str, Sequence[Change]]]], own: Weights) -> None:
+    for name in dict.fromkeys(name for _, changes in parts for name in changes):
+        weight = weight_of(model, name)
+        changed = weight.detach()
+        for adapter, changes in parts:
+            for change in changes.get(name, ()):
+                changed = change.apply(adapter, changed)
+        changed = changed.to(weight.dtype)
+        own[name] = weight
+        _set(model, name, nn.Parameter(changed, requires_grad=False) if isinstance(weight, nn.Parameter) else changed)
+
+
+def _log_routers(parts: Parts, own: Weights) -> None:
+    added = {name for _, part in parts for name, changes in part.changes.items() if isinstance(changes[-1], AddLora)}
+    if added:
+        logger.info(
+            "Added the LoRA of %d routers to their weights (PEFT cannot wrap them), rounded to %s",
+            len(added), str(own[added.pop()].dtype).removeprefix("torch."),
+        )  # fmt: skip
+
+
+def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(submodule(model, module), leaf, value)
+
+
+def _restore(model: nn.Module, own: Weights) -> None:
+    for name, weight in own.items():
+        _set(model, name, weight)
+    own.clear()
 
 
 def _wrap(model: Any, parts: Parts) -> Any:
-    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+    from peft import PeftModelForCausalLM
     from peft.functional import cast_adapter_dtype
     from peft.utils import set_peft_model_state_dict
 
@@ -88,15 +141,14 @@ def _wrap(model: Any, parts: Parts) -> Any:
     for name, (adapter, part) in zip(names, parts, strict=False):
         config = _config(adapter, part)
         state = {
-            f"{PEFT_PREFIX}{module}.{split_module(tensor)[1]}": adapter.read(tensor)
-            for module, tensors in part.modules.items()
-            for tensor in tensors
+            f"{PEFT_PREFIX}{module}.{rest}": adapter.read(tensor)
+            for module, lora in part.lora.items()
+            for rest, tensor in lora.tensors.items()
         }
         try:
             with names_as_given(model):
                 if wrapped is model:
-                    wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-                    wrapped = wrap(model, config, adapter_name=name)
+                    wrapped = PeftModelForCausalLM(model, config, adapter_name=name)
                 else:
                     wrapped.add_adapter(name, config)
                     cast_adapter_dtype(wrapped, name)  # to float32, as PEFT does for the first
@@ -116,61 +168,40 @@ def _wrap(model: Any, parts: Parts) -> Any:
     return wrapped.eval()
 
 
-def peft_reads_weights(adapter: Adapter) -> bool:
-    """Whether PEFT reads or copies weights of the model for this adapter; for plain LoRA it does not."""
-    settings = adapter.settings.raw
-    start = settings.get("init_lora_weights", True)
-    return bool(settings.get("use_dora") or settings.get("modules_to_save") or start not in (True, False, "gaussian"))
-
-
 def _config(adapter: Adapter, part: PeftPart) -> Any:
+    """PEFT's configuration of these modules alone, by exact names: the adapter's own patterns are about the names of its time."""
     from peft import LoraConfig
 
-    fields = {field.name for field in dataclasses.fields(LoraConfig)}
     settings = adapter.settings
-    # by PEFT's convention, what changes the computation is called so
-    if newer := [key for key, value in settings.raw.items() if value and key not in fields and _VARIANT.search(key)]:
-        raise KTAdapterError(
-            f"{settings.path}: {name_some(newer)} is set, which the installed PEFT does not know. Install the version that saved the "
-            f"adapter ({settings.raw.get('peft_version') or 'not recorded'})."
-        )
-    saved = adapter.settings.raw.get("modules_to_save") or []
+    ranks, rank = _patterns(part.lora, {m: settings.expected_rank(lora.trained) for m, lora in part.lora.items()})
+    alphas, alpha = _patterns(part.lora, {m: settings.alpha(lora.trained) for m, lora in part.lora.items()})
     return LoraConfig(
-        **{key: value for key, value in adapter.settings.raw.items() if key in fields}
-        | {
-            # Exact names replace every other way of choosing modules.
-            "target_modules": [t for t in part.targets if t.rpartition(".")[2] not in saved] or None,
-            "exclude_modules": None,
-            "layers_to_transform": None,
-            "layers_pattern": None,
-            "target_parameters": None,
-            **_patterns(settings, part),
-            "inference_mode": True,
-        }
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        lora_bias=settings.lora_bias,
+        target_modules=part.targets,
+        init_lora_weights=True,  # of what is overwritten
+        inference_mode=True,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=settings.base_model,
     )
 
 
-def _patterns(settings: LoraSettings, part: PeftPart) -> dict[str, dict[str, Any]]:
-    """``rank_pattern`` and ``alpha_pattern``, which hold for names in the adapter, for the model's own."""
-    found: dict[str, dict[str, Any]] = {}
-    for key, pattern, default in (
-        ("rank_pattern", settings.rank_pattern, settings.r), ("alpha_pattern", settings.alpha_pattern, settings.lora_alpha),
-    ):  # fmt: skip
-        values = {
-            module: match_pattern(pattern, split_module(tensors[0])[0], default)
-            for module, tensors in part.modules.items()
-        }
-        found[key] = {f"^{re.escape(module)}": value for module, value in values.items()} if pattern else {}
-    return found
+def _patterns(modules: Mapping[str, ModuleLora], values: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Exact name -> value, of the modules whose value is not the most frequent one; and that one."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return {f"^{re.escape(module)}": values[module] for module in modules if values[module] != common}, common
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
     """name -> PEFT's outermost wrapper around one of the model's own modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
-    found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     return {name: found[name] for name in found if not any(name.startswith(f"{outer}.") for outer in found)}
 
 
@@ -185,40 +216,17 @@ def _put(model: nn.Module, modules: dict[str, nn.Module]) -> None:
         setattr(model.get_submodule(parent), attribute, module)
 
 
-def _remember(model: Any, routers: Iterable[str]) -> Callable[[], None]:
-    layers, config = _layers(model), vars(model).get("peft_config")
-    weights = {name: _weight(model, name).clone() for name in routers}
+def _remember(model: Any, parts: Parts, own: Weights) -> Callable[[], None]:
+    layers, config, before = _layers(model), vars(model).get("peft_config"), dict(own)
+    weights = {name: weight_of(model, name) for name in {*own, *(name for _, part in parts for name in part.changes)}}
 
-    @torch.no_grad()
     def undo() -> None:
         _detach(model)
+        _restore(model, weights)
         _put(model, layers)
         if config is not None:
             model.peft_config = config
-        for name, weight in weights.items():
-            _weight(model, name).copy_(weight)
+        own.clear()
+        own.update(before)
 
     return undo
-
-
-def _weight(model: nn.Module, router: str) -> torch.Tensor:
-    return submodule(model, router).weight.data  # type: ignore[return-value, union-attr]
-
-
-def _set_routers(model: Any, parts: Parts, pristine: dict[str, torch.Tensor]) -> None:
-    """Set each router to its own weight plus the sum of the adapters' LoRA, rounded once to its dtype."""
-    deltas: dict[str, torch.Tensor] = {}
-    for adapter, part in parts:
-        for name, pair in part.routers.items():
-            a, b = (adapter.read(tensor).float() for tensor in pair)
-            scaling = adapter.settings.scaling(split_module(pair[0])[0], a.shape[0])
-            deltas[name] = deltas.get(name, 0) + scaling * (b @ a)
-    for name in {*pristine, *deltas}:
-        weight = _weight(model, name)
-        own = pristine.setdefault(name, weight.clone())
-        weight.copy_((own.float() + deltas[name].to(own.device)).to(own.dtype) if name in deltas else own)
-    if deltas:
-        logger.info(
-            "Added the LoRA of %d routers to their weights (PEFT cannot wrap them), rounded to %s",
-            len(deltas), str(weight.dtype).removeprefix("torch."),
-        )  # fmt: skip

@@ -11,10 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..adapters import Adapter
-from ..adapters.keys import split_module
 from ..ground.errors import KTAdapterError
 from ..ground.internals import untested
-from .split import PeftPart
+from .part import PeftPart
 
 _PLAIN = {"lora_A.weight", "lora_B.weight"}
 
@@ -27,8 +26,8 @@ def check_first_layer(model: nn.Module, parts: Sequence[tuple[Adapter, PeftPart]
         KTAdapterError: PEFT computes something else.
     """
     plain = (
-        module for module, tensors in parts[0][1].modules.items()
-        if {split_module(tensor)[1] for tensor in tensors} == _PLAIN and not parts[0][0].settings.use_dora
+        module for module, lora in parts[0][1].lora.items()
+        if set(lora.tensors) == _PLAIN and not parts[0][0].settings.use_dora
         and isinstance(getattr(model.get_submodule(module), "base_layer", None), nn.Linear)
     )  # fmt: skip
     if (module := next(plain, None)) is None:
@@ -37,13 +36,11 @@ def check_first_layer(model: nn.Module, parts: Sequence[tuple[Adapter, PeftPart]
     for parameter in layer.base_layer.parameters():
         parameter.zero_()
     x = torch.randn(3, layer.base_layer.in_features, generator=torch.Generator().manual_seed(0))
-    wanted = torch.zeros(3, layer.base_layer.out_features)
+    delta = torch.zeros(layer.base_layer.out_features, layer.base_layer.in_features)
     for adapter, part in parts:
-        halves = {split_module(tensor)[1]: tensor for tensor in part.modules.get(module, ())}
-        if halves:
-            a, b = (adapter.read(halves[f"lora_{side}.weight"]).float() for side in "AB")
-            own_name = split_module(halves["lora_A.weight"])[0]
-            wanted += adapter.settings.scaling(own_name, a.shape[0]) * F.linear(F.linear(x, a), b)
+        if module in part.lora:
+            delta = part.lora[module].sum(adapter).apply(adapter, delta)
+    wanted = F.linear(x, delta)
     error = float((layer(x) - wanted).norm() / wanted.norm().clamp_min(1e-30))
     if not error <= 1e-3:
         raise KTAdapterError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,13 @@ import torch
 from tqdm.auto import tqdm
 
 from ..adapters import Adapter, AdapterSet, ExpertLora, open_adapter
-from ..adapters.keys import PROJECTIONS, split_module
 from ..checkpoint.opening import MoEModel, open_checkpoint
 from ..ground.atomic_output import check_free, replacing
 from ..ground.errors import KTAdapterError, KTModelError, name_some
+from ..ground.json_files import read_json_object
 from ..ground.tensor_files import SafetensorsStore
 from ..ground.tensor_writer import write_safetensors
-from ..peft_side.model_names import CheckpointNames
-from ..peft_side.split import PeftPart
+from ..peft_side.model_names import CheckpointNames, tied_weights
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
     """Write a checkpoint with attention, dense, shared-expert, router and routed-expert LoRA merged.
 
     Each weight becomes ``W + scaling * B @ A``, computed in float32 and rounded once to the stored dtype. Shards, tensor names
-    and all other files are unchanged.
+    and all other files are unchanged, unless the adapter makes two weights of embeddings and output layer that were one.
 
     Args:
         model_path: a local checkpoint directory in safetensors.
@@ -54,8 +55,7 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
     Raises:
         KTPathError: A directory does not exist.
         KTModelError: The checkpoint is not in safetensors, or its experts do not follow the contract.
-        KTAdapterError: The adapter does not fit, or has DoRA or biases, which cannot be merged by a sum. No output is left
-            behind.
+        KTAdapterError: The adapter does not fit, or has what cannot be merged. No output is left behind.
     """
     source = Path(model_path).expanduser()
     check_free(Path(output))
@@ -67,16 +67,31 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
         with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Merging", delay=1.0) as bar:
             for store in plan.stores:
                 tensors = plan.tensors(store, bar)
-                write_safetensors(temporary / store.path.name, store.infos.keys(), tensors, store.metadata())
+                write_safetensors(temporary / store.path.name, plan.names(store), tensors, store.metadata())
         for file in source.iterdir():
             if file.is_file() and file.suffix not in _WEIGHTS:
                 shutil.copy2(file, temporary / file.name)
+        if plan.unties:
+            _untie(temporary, {other: store.path.name for store in plan.stores for other in plan.names(store)})
         if plan.todo:
             raise KTAdapterError(
                 f"{len(plan.todo)} weights that the adapter changes are missing from the checkpoint, first {name_some(sorted(plan.todo), 3)}."
             )
     count = sum(len(store.infos) for store in plan.stores)
     return MergeReport(str(output), len(moe.files), count, plan.merged, len(adapter.store.infos))
+
+
+def _untie(directory: Path, files: dict[str, str]) -> None:
+    """Have transformers load each of the weights that were one; ``files`` says in which file a tensor is."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        content = read_json_object(index, KTModelError)
+        index.write_text(json.dumps({**content, "weight_map": files}, indent=2) + "\n")
+    config = read_json_object(directory / "config.json", KTModelError)
+    for part in (config, *config.values()):
+        if part is config or (isinstance(part, dict) and "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 class _MergePlan:
@@ -88,8 +103,7 @@ class _MergePlan:
         names = moe.layout.names()
         [(_, part)] = moe.fit(AdapterSet((adapter,)), finite=True)
         self._shapes = moe.shapes
-        self._layouts = {module.layer: moe.layout.layer(module.name).layout for module in moe.experts}
-        self._others = self._plan_others(part)
+        self._others = part.merged(adapter)
         self._experts = {
             tensor: (module.layer, piece)
             for module in moe.experts
@@ -101,52 +115,51 @@ class _MergePlan:
         checkpoint = CheckpointNames(moe.model)
         self._targets = {name: checkpoint.renamed(name) for store in self.stores for name in store.infos}
         self._lora: ExpertLora | None = None
-        known = set(self._targets.values())
+        self.beside: dict[str, list[str]] = {}
+        """tensor of the checkpoint -> parameters that are the same weight there and another one from now on"""
+        self.unties = False
+        self._untie(tied_weights(moe.model))
+        known = {*self._targets.values(), *chain(*self.beside.values())}
         if absent := [name for name in self._others if name not in known]:
             raise KTModelError(f"The checkpoint has no tensor for {name_some(absent, 3)}, which the adapter changes.")
         self.todo = set(self._others) | set(self._experts)
 
-    def _plan_others(self, part: PeftPart) -> dict[str, dict[str, str]]:
-        """parameter -> {``lora_A.weight``: tensor, ``lora_B.weight``: tensor}, or {``weight``: tensor} for a saved module"""
-        planned: dict[str, dict[str, str]] = {}
-        for module, tensors in {**part.modules, **part.routers}.items():
-            for tensor in tensors:
-                kind = split_module(tensor)[1]
-                if kind in ("lora_A.weight", "lora_B.weight"):
-                    planned.setdefault(f"{module}.weight", {})[kind] = tensor
-                elif kind in ("weight", "bias"):
-                    planned[f"{module}.{kind}"] = {"weight": tensor}
-                else:
-                    raise KTAdapterError(
-                        f"{self.adapter.store.path}: {tensor} cannot be merged by a sum (DoRA, bias or embedding)."
-                    )
-        for name, halves in planned.items():
-            if "weight" not in halves and len(halves) != 2:
-                raise KTAdapterError(f"{self.adapter.store.path}: {name} has only {name_some(halves.values())}.")
-        return planned
+    def _untie(self, ties: Mapping[str, set[str]]) -> None:
+        """Of weights that are one in the checkpoint, find those that the adapter makes two of."""
+        stored = {target: name for name, target in self._targets.items()}
+        for group in {frozenset({name, *others}) for name, others in ties.items()}:
+            missing = sorted(group - stored.keys())
+            if len({tuple(self._others.get(name, ())) for name in group}) > 1:
+                self.unties = True
+                self.beside[stored[next(iter(group & stored.keys()))]] = missing
+            else:
+                self._others = {name: changes for name, changes in self._others.items() if name not in missing}
+
+    def names(self, store: SafetensorsStore) -> list[str]:
+        """Of the tensors that are written in the place of a file."""
+        return [name for stored in store.infos for name in (stored, *self.beside.get(stored, ()))]
 
     def tensors(self, store: SafetensorsStore, bar: Any) -> Iterator[tuple[str, torch.Tensor]]:
         for name, info in store.infos.items():
-            value = store.read(name)
-            target = self._targets[name]
+            value, target = store.read(name), self._targets[name]
+            for other in self.beside.get(name, ()):
+                yield other, self._changed(other, value)
             if name in self._experts:
+                self.todo.discard(name)
                 value = (value.float() + self._expert_delta(*self._experts[name], value)).to(value.dtype)
-            elif target in self._others:
-                value = self._merge_other(target, value)
-            if name in self._experts or target in self._others:
                 self.merged += 1
-                self.todo -= {name, target}
             bar.update(info.nbytes)
-            yield name, value
+            yield name, self._changed(target, value)
 
-    def _merge_other(self, target: str, value: torch.Tensor) -> torch.Tensor:
-        halves = self._others[target]
-        if "weight" in halves:
-            return self.adapter.read(halves["weight"]).to(value.dtype).reshape(value.shape)
-        names = [halves[f"lora_{side}.weight"] for side in "AB"]
-        a, b = (self.adapter.read(name).float().flatten(1) for name in names)  # of a convolution, B has windows of one
-        scaling = self.adapter.settings.scaling(split_module(names[0])[0], a.shape[0])
-        return (value.float() + scaling * (b @ a).view_as(value)).to(value.dtype)
+    def _changed(self, target: str, value: torch.Tensor) -> torch.Tensor:
+        if target not in self._others:
+            return value
+        changed = value
+        for change in self._others[target]:
+            changed = change.apply(self.adapter, changed)
+        self.merged += 1
+        self.todo.discard(target)
+        return changed.to(value.dtype)
 
     def _expert_delta(self, layer: int, piece: tuple[str, int | None], value: torch.Tensor) -> torch.Tensor:
         """ΔW of one expert's projection, or of a fused weight of all experts, in the checkpoint's orientation, float32."""

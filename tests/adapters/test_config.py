@@ -14,10 +14,13 @@ from llamafactory_kt.ground.errors import KTAdapterError
     [
         (None, "is missing: rank and lora_alpha"),
         ("{", "is not valid JSON"),
-        ("[]", "peft_type must be LORA"),
+        ("[]", "must hold a JSON object, found list"),
         ('{"peft_type": "LOHA"}', "peft_type must be LORA"),
-        ('{"r": 0}', "r must be a positive whole number"),
-        ('{"lora_alpha": "x", "rank_pattern": [1]}', "lora_alpha must be a number, found 'x'; rank_pattern must map"),
+        ('{"r": 0}', "r: should be greater than or equal to 1, found 0"),
+        (
+            '{"lora_alpha": "x", "rank_pattern": [1]}',
+            "lora_alpha: should be a valid number, found 'x', rank_pattern: should be a valid dictionary, found [1]",
+        ),
     ],
 )
 def test_broken_config(tmp_path, text, message):

@@ -49,7 +49,7 @@ def merged_float32(
                     half = weight.shape[0] // 2
                     weight[place * half : (place + 1) * half] += delta
             else:
-                weights[f"{module}.weight"] += delta
+                weights[f"{module.replace('block_sparse_moe', 'mlp')}.weight"] += delta
     return stock.to(dtype).eval()
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from helpers.adapters import edit_adapter, make_adapter, make_dora
-from helpers.models import make_model, other_modules
+from helpers.models import make_model, moe_layers, other_modules
 from helpers.references import merged_float32, rel
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -111,8 +111,8 @@ def test_attention_scope_leaves_out_shared_and_dense(tmp_path, model, kt_log):
     ("change", "message"),
     [
         (lambda t: {**t, "base_model.model.model.layers.0.self_attn.x_proj.lora_A.weight": torch.ones(2, 2), "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)}, "2 of 116 tensors belong to no module of DeepseekV2ForCausalLM"),
-        (lambda t: {n: v for n, v in t.items() if n != "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"}, "PEFT found no tensor for"),
-        (lambda t: {**t, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(8, 63)}, "layers.0.self_attn.q_proj is a weight of 96 x 64"),
+        (lambda t: {n: v for n, v in t.items() if n != "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"}, "lora_B.weight is missing; the file is incomplete"),
+        (lambda t: {**t, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(8, 63)}, "for a weight of (96, 64)"),
         (lambda t: {**t, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.full((8, 64), float("nan"))}, "1 of 114 tensors hold NaN or Inf"),
     ],
 )  # fmt: skip
@@ -168,3 +168,35 @@ def test_mixtral_names_of_transformers_4(tmp_path):
     assert {"w1", "w2", "w3"} < set(config["target_modules"])
     _, report = apply_adapter(kt_model(model), adapter)
     assert report.experts == 3 * 6 * 3 * 2 and report.experts + report.peft == report.total
+
+
+def test_patterns_are_about_the_names_of_the_files_time(tmp_path):
+    """A Mixtral router under its old path, with a rank and an alpha of its own, and an anchored pattern of a layer."""
+    model = make_model(tmp_path / "m", "mixtral")
+    keys = {
+        "rank_pattern": {"block_sparse_moe.gate": 3, r"^model\.layers\.1\.self_attn\.q_proj": 2},
+        "alpha_pattern": {"block_sparse_moe.gate": 32, r"layers\.0\.block_sparse_moe\.experts\..*\.w2": 3},
+    }
+    adapter = make_adapter(tmp_path / "a", model, naming="mixtral", rank=4, alpha=8, **keys)
+    generator = torch.Generator().manual_seed(3)
+
+    def add_routers(tensors):
+        for layer, (_, experts, hidden, _) in moe_layers(model).items():
+            router = f"base_model.model.model.layers.{layer}.block_sparse_moe.gate"
+            tensors[f"{router}.lora_A.weight"] = torch.randn(4, hidden, generator=generator) * 0.3
+            tensors[f"{router}.lora_B.weight"] = torch.randn(experts, 4, generator=generator) * 0.3
+        return cut_ranks(keys["rank_pattern"])(tensors)
+
+    edit_adapter(adapter, add_routers)
+
+    def scaling(module, rank):
+        old_down = "layers.0." in module and module.endswith(".w2")
+        return (32 if module.endswith("gate") else 3 if old_down else 8) / rank
+
+    ours, report = apply_adapter(kt_model(model, dtype=torch.float32), adapter)
+    assert report.peft + report.experts == report.total
+    ids = torch.arange(2, 40)[None]
+    with torch.inference_mode():
+        wanted = merged_float32(model, adapter, scaling=scaling)(input_ids=ids).logits
+        assert rel(ours(input_ids=ids).logits, wanted) < 2e-5
+        assert rel(merged_float32(model, adapter)(input_ids=ids).logits, wanted) > 0.05

@@ -46,7 +46,9 @@ def test_settings_that_this_peft_does_not_know(tmp_path, model):
     for value, refused in (({"a": 1}, True), (None, False)):
         file.write_text(json.dumps({**config, "newer_config": value, "peft_version": "0.30.0", "comment": "mine"}))
         if refused:
-            with pytest.raises(KTAdapterError, match=r"newer_config is set, which .* does not know\. .* \(0\.30\.0\)"):
+            with pytest.raises(
+                KTAdapterError, match="newer_config is set: it makes of the adapter something else than LoRA"
+            ):
                 apply_adapter(load(model, "torch"), adapter)
         else:
             apply_adapter(load(model, "torch"), adapter)

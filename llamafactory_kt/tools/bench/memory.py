@@ -14,8 +14,8 @@ from ...engines.registry import AUTO, find_engine
 from ...ground.errors import KTMemoryError
 from ...ground.machine import available_memory, gib
 from ...ground.tensor_files import SafetensorsStore
+from ...model.memory import nbytes_by_device
 from ...model.state import has_kt_experts, kt_state
-from ...peft_side.split import nbytes_by_device
 from .configs import BenchConfig
 from .results import BANDWIDTH_BUFFER
 

@@ -15,7 +15,7 @@ from ...checkpoint.discovery import find_experts
 from ...checkpoint.opening import MoEModel
 from ...ground.errors import KTModelError, name_some
 from ...ground.machine import available_memory
-from ...peft_side.swap import exchange_peft_layers, merge_peft_layers
+from ...peft_side.swap import merge_dense_part
 
 TIME_LIMIT = 6.0
 """seconds after which an implementation is not timed again"""
@@ -23,9 +23,9 @@ TIME_LIMIT = 6.0
 
 @torch.no_grad()
 def merge_into(model: Any, adapters: AdapterSet, scope: str = "all") -> Any:
-    """Merge adapters into a loaded stock model: PEFT merges its part, this function the routed experts.
+    """Merge adapters into a loaded stock model.
 
-    Each expert weight becomes ``W + ΔW``, summed in float32 and rounded once.
+    Each weight becomes ``W + ΔW``, summed in float32 and rounded once.
 
     Args:
         scope: as ``kt_lora_scope``.
@@ -38,8 +38,7 @@ def merge_into(model: Any, adapters: AdapterSet, scope: str = "all") -> Any:
         return model
     with _without_offload_hooks(model):
         moe = MoEModel(model)
-        wrapped, _ = exchange_peft_layers(model, moe.fit(adapters, scope), {})
-        model = merge_peft_layers(wrapped)
+        merge_dense_part(model, moe.fit(adapters, scope))
         for module in moe.experts:
             loras = [a.read_layer(module.layer, module.shape) for a in adapters.adapters if module.layer in a.layers]
             for name in module.weights if loras else ():

@@ -1,0 +1,125 @@
+"""What an adapter has beside LoRA: whole modules, biases, rows of embeddings. In a chat, merged, and taken away again, against PEFT's own
+float32 forward of the model that it trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers.loading import load, logits
+from helpers.models import make_model
+from helpers.references import per_token
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from llamafactory_kt import KTAdapterError, apply_adapter, switch_adapter
+from llamafactory_kt.adapters import open_adapter
+from llamafactory_kt.tools.merge import merge_adapter
+
+CASES = {
+    "embeddings saved": {"modules_to_save": ["embed_tokens"]},
+    "output layer saved": {"modules_to_save": ["lm_head"]},
+    "both saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "both kept tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "LoRA on embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "LoRA on both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "LoRA on both, kept tied": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "tokens": {"trainable_token_indices": [17, 301, 999]},
+    "tokens of the output layer": {"trainable_token_indices": {"lm_head": [17, 301]}},
+    "norms and routers saved": {"modules_to_save": ["input_layernorm", "norm", "mlp.gate"]},
+    "a dense layer saved": {"modules_to_save": ["o_proj"]},
+    "biases": {"bias": "all"},
+    "biases of LoRA's layers": {"bias": "lora_only"},
+    "biases of B": {"lora_bias": True},
+    "DoRA, and a module saved": {"use_dora": True, "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("bases")
+    return {
+        tied: make_model(
+            directory / str(tied), "qwen3_moe", num_hidden_layers=2, tie_word_embeddings=tied, attention_bias=True
+        )
+        for tied in (False, True)
+    }
+
+
+def trained(base, directory, scale=0.1, **keys):
+    """An adapter of PEFT's with random values in all that it trains, and the float32 model that has it."""
+    torch.manual_seed(5)
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(
+        **{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **keys}
+    )
+    model = get_peft_model(stock, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * scale)
+    model.save_pretrained(directory)
+    return directory, model.eval()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_chat_exchange_and_merge(bases, tmp_path, case, tied):
+    base = bases[tied]
+    adapter, reference = trained(base, tmp_path / "adapter", **CASES[case])
+    if case == "biases of LoRA's layers" and not any("bias" in name for name in open_adapter(adapter).store.infos):
+        pytest.skip("this PEFT does not save them")
+    wanted, plain = logits(reference), logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    assert per_token(plain, wanted) > 0.05
+
+    model, report = apply_adapter(load(base, "torch", dtype=torch.float32), adapter)
+    assert report.peft == report.total
+    before = model.state_dict()
+    assert per_token(logits(model), wanted) < 1e-5
+    switch_adapter(model, None)
+    assert per_token(logits(model), plain) < 1e-5
+    switch_adapter(model, adapter)
+    assert per_token(logits(model), wanted) < 1e-5
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    merge_adapter(base, adapter, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert per_token(logits(merged), wanted) < 0.02  # rounded to bfloat16
+    together = load(base, "torch", dtype=torch.float32, adapter=str(adapter), merge_adapter=True)
+    assert per_token(logits(apply_adapter(together, adapter)[0]), wanted) < 1e-5
+
+
+def test_untied_checkpoint_in_several_files(tmp_path):
+    base = make_model(
+        tmp_path / "base", "qwen3_moe", num_hidden_layers=2, tie_word_embeddings=True, max_shard_size="200KB"
+    )
+    adapter, reference = trained(base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    merge_adapter(base, adapter, tmp_path / "merged")
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())["weight_map"]
+    with safe_open(tmp_path / "merged" / index["lm_head.weight"], framework="pt") as file:
+        assert "lm_head.weight" in file.keys()  # noqa: SIM118 (safe_open is no mapping)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert per_token(logits(merged), logits(reference)) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"modules_to_save": ["lm_head", "nowhere"]}, "says that nowhere was trained as a whole"),
+        ({"trainable_token_indices": [17, 1 << 20]}, r"trainable_token_indices has 1048576, the model has 1024 tokens"),
+        ({"trainable_token_indices": [17]}, r"wanted \(1, 72\), a row for each"),
+    ],
+)
+def test_what_does_not_go_together(bases, tmp_path, keys, message):
+    made = (
+        {"trainable_token_indices": [17, 301]}
+        if "trainable_token_indices" in keys
+        else {"modules_to_save": ["lm_head"]}
+    )
+    adapter, _ = trained(bases[False], tmp_path / "adapter", **made)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+    with pytest.raises(KTAdapterError, match=message):
+        load(bases[False], "torch", adapter=str(adapter))

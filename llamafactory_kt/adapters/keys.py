@@ -24,7 +24,7 @@ _EXPERT = re.compile(
 )
 _ROUTED = re.compile(r"(?:^|\.)experts\.")
 _SIDE = re.compile(r"^\.lora_(?P<side>[AB])(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.weight)?$")
-_WRAPPED = re.compile(r"\.(?:base_layer|token_adapter|modules_to_save(?:\.default)?|orig_module)(?=\.)")
+_WRAPPED = re.compile(r"\.(?:base_layer|token_adapter|modules_to_save(?:\.default)?|original_module|orig_module)(?=\.)")
 """parts of a name that PEFT's and kt-kernel's wrappers add"""
 _ADAPTER_NAME = re.compile(r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)[^.]+(?=\.|$)")
 

@@ -58,13 +58,14 @@ class MoEModel:
             )
         return CheckpointLayout(self.model, self.experts, self.files)
 
-    def fit(self, adapters: AdapterSet, scope: str = "all", *, finite: bool = False) -> list[tuple[Adapter, PeftPart]]:
+    def fit(self, adapters: AdapterSet, scope: str = "all", **options: bool) -> list[tuple[Adapter, PeftPart]]:
         """:func:`fit_adapters` for this model."""
-        return fit_adapters(self.model, self.shapes, adapters, scope, finite=finite)
+        return fit_adapters(self.model, self.shapes, adapters, scope, **options)
 
 
 def fit_adapters(
-    model: nn.Module, shapes: Mapping[int, ExpertsShape], adapters: AdapterSet, scope: str = "all", *, finite: bool = False
+    model: nn.Module, shapes: Mapping[int, ExpertsShape], adapters: AdapterSet, scope: str = "all", *, finite: bool = False,
+    resizes: bool = False,
 ) -> list[tuple[Adapter, PeftPart]]:  # fmt: skip
     """Check adapters against a model, the experts' part as well as PEFT's. Nothing is changed.
 
@@ -73,6 +74,7 @@ def fit_adapters(
         shapes: layer -> its experts' sizes.
         scope: as ``kt_lora_scope``.
         finite: also read the adapters' values, for NaN and Inf; otherwise only headers are read.
+        resizes: the model's embeddings are yet to be resized.
 
     Returns:
         Each adapter with the part of it that PEFT gets, in order.
@@ -81,7 +83,7 @@ def fit_adapters(
         KTAdapterError: An adapter was made for other experts; as :func:`check_peft_part`; values are NaN or Inf.
     """
     adapters.check_fits(shapes)
-    parts = [(adapter, check_peft_part(model, adapter, scope)) for adapter in adapters.adapters]
+    parts = [(adapter, check_peft_part(model, adapter, scope, resizes=resizes)) for adapter in adapters.adapters]
     for adapter in adapters.adapters if finite else ():
         adapter.check_finite()
     return parts

@@ -57,7 +57,7 @@ def _check_model(name: str, adapter: Any) -> tuple[Any, str]:
 
     moe = MoEModel(empty_model(name, quantized=True))
     try:
-        moe.fit(AdapterSet((adapter,)))
+        moe.fit(AdapterSet((adapter,)), resizes=True)
     except KTError as error:
         return moe.shapes, str(error)
     return moe.shapes, ""

@@ -107,6 +107,7 @@ def experts_config(model_args: Any) -> KTExpertsConfig:
         adapter=[str(path) for path in adapter_directories(model_args)],
         moe_lora=str(moe_lora) if moe_lora else None,
         merge_adapter=model_args.kt_merge_adapter,
+        resize_vocab=bool(model_args.resize_vocab),
         router_stats=model_args.kt_router_stats,
         debug=model_args.kt_debug,
         debug_dir=model_args.kt_debug_dir,

@@ -42,6 +42,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         lora_rank: room for LoRA in layers where ``adapter`` says nothing.
         merge_adapter: add the LoRA of ``adapter`` to the experts' weights while they are read, in float32, before they are
             packed. ``apply_adapter`` then merges the rest. ``AVX2BF16``, which computes no LoRA, always does that.
+        resize_vocab: the embeddings will be resized before ``apply_adapter``, so ``adapter`` may have others than the checkpoint.
         router_stats: count what the routers choose; ``get_router_stats`` reads the counts.
         debug: let the kernel write to stdout, log where each step's time goes, and stop at NaN and Inf.
         debug_dir: with ``debug``, directory for a trace of the chosen experts and torch.profiler's of the first steps.
@@ -64,6 +65,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     moe_lora: str | None = None
     lora_rank: int = DEFAULT_LORA_RANK
     merge_adapter: bool = False
+    resize_vocab: bool = False
     router_stats: bool = False
     debug: bool = False
     debug_dir: str | None = None

@@ -68,7 +68,7 @@ class ExpertsLoad:
         self.unexpected = layout.unexpected()
         """see :meth:`CheckpointLayout.unexpected`"""
         self._adapters = open_adapters(config.adapter, config.moe_lora)
-        require_peft_layers(opened.fit(self._adapters, finite=True))
+        require_peft_layers(opened.fit(self._adapters, finite=True, resizes=config.resize_vocab))
         if config.recalibrate:
             forget_measured()
         around = 0 if on_gpu else read_around(model, experts) // len(experts)

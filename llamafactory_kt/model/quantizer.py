@@ -54,6 +54,9 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._load.fill()
         del self._load  # which holds the model
+        vars(model).pop(
+            "quantization_method", None
+        )  # all but the experts is as ever: LLaMA-Factory may resize the embeddings
         return model
 
     def is_serializable(self) -> bool:

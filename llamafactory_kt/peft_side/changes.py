@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..adapters import Adapter
+from ..ground.errors import KTAdapterError, name_some
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,18 @@ class Change(ABC):
 
 
 class Replace(Change):
-    """Another weight: ``modules_to_save``, ``bias: all``, and embeddings that PEFT saved with an adapter."""
+    """Another weight: ``modules_to_save``, ``bias: all``, and embeddings that PEFT saved with an adapter; some under two names."""
 
     def problem(self, adapter: Adapter, shape: tuple[int, ...]) -> str:
-        [found] = self.shapes(adapter)
-        if found == shape:
-            return ""
-        resized = len(found) == len(shape) == 2 and found[1:] == shape[1:] and found[0] != shape[0]
-        advice = (
-            " It was trained with another vocabulary: set resize_vocab, add_tokens or new_special_tokens as in training."
-            if resized
-            else ""
-        )
-        return f"{self.tensors[0]} has shape {found}, the model's weight {shape}.{advice}"
+        found = self.shapes(adapter)
+        wrong = next((number for number, of_it in enumerate(found) if of_it != shape), None)
+        return "" if wrong is None else f"{self.tensors[wrong]} has shape {found[wrong]}, the model's weight {shape}."
 
     def apply(self, adapter: Adapter, weight: torch.Tensor) -> torch.Tensor:
-        return adapter.read(self.tensors[0]).to(weight.device, copy=True)
+        first, *others = (adapter.read(name) for name in self.tensors)
+        if not all(torch.equal(first, other) for other in others):
+            raise KTAdapterError(f"{adapter.store.path}: {name_some(self.tensors)} are the same weight, and differ.")
+        return first.to(weight.device, copy=True)
 
 
 @dataclass(frozen=True)

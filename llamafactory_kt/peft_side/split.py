@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,19 +11,18 @@ from torch import nn
 from ..adapters import Adapter
 from ..adapters.keys import MLP_TARGETS, split_module
 from ..ground.errors import KTAdapterError, name_some
-from .changes import Change, Replace, ReplaceRows
 from .model_names import ModuleNames, tied_weights
 from .part import ModuleLora, PeftPart
+from .whole_weights import ROWS, WholeWeights
 
-_ROWS = "trainable_tokens_delta"
 
-
-def check_peft_part(model: nn.Module, adapter: Adapter, scope: str = "all") -> PeftPart:
+def check_peft_part(model: nn.Module, adapter: Adapter, scope: str = "all", *, resizes: bool = False) -> PeftPart:
     """Find the model's module of every non-expert tensor, and check what headers tell.
 
     Args:
         model: empty or loaded, without PEFT's wrapper.
         scope: ``all`` or ``attention``, as ``kt_lora_scope``.
+        resizes: the embeddings and the output layer are yet to be resized, so theirs are not compared.
 
     Raises:
         KTAdapterError: Tensors belong to no module of the model (all are counted), or a tensor does not have the size of the
@@ -30,74 +30,35 @@ def check_peft_part(model: nn.Module, adapter: Adapter, scope: str = "all") -> P
     """
     names = ModuleNames(model)
     lora: dict[str, ModuleLora] = {}
-    weights: dict[str, tuple[str, str]] = {}  # parameter -> (its tensor, the module's name when it was trained)
+    weights = WholeWeights(adapter)
     left_over, left_out = [], []
     for tensor in adapter.other_names:
         trained, part = split_module(tensor)
         module = names.find(trained)
         is_lora = part.startswith("lora_")
-        leaf = "weight" if is_lora or part == _ROWS else part
+        leaf = "weight" if is_lora or part == ROWS else part
         if module is None or not isinstance(getattr(submodule(model, module), leaf, None), torch.Tensor):
             left_over.append(tensor)
         elif scope == "attention" and _bare(module) in MLP_TARGETS:
             left_out.append(tensor)
         elif is_lora:
-            lora.setdefault(module, ModuleLora(trained, {})).tensors[part] = tensor
+            same = lora.setdefault(module, ModuleLora(trained, {})).tensors.setdefault(part, tensor)
+            if same != tensor:
+                raise KTAdapterError(f"{adapter.store.path}: {same} and {tensor} are the same weight.")
         else:
-            weights[f"{module}.{leaf}"] = tensor, trained
+            weights.add(f"{module}.{leaf}", tensor)
     if left_over:
         raise KTAdapterError(
             f"{adapter.store.path}: {len(left_over)} of {len(adapter.store.infos)} tensors belong to no module of "
             f"{type(model).__name__}, first {name_some(left_over, 3)}. Nothing is dropped silently: is the adapter meant "
             "for this model?"
         )
-    _check_saved(
-        adapter, {split_module(tensor)[0] for tensor in (*left_out, *(tensor for tensor, _ in weights.values()))}
-    )
-    changes = _weight_changes(adapter, weights, tied_weights(model))
+    changes = weights.changes(tied_weights(model))
     for module in [module for module in lora if _is_bare_router(submodule(model, module))]:
         changes.setdefault(f"{module}.weight", []).extend(lora.pop(module).changes(adapter, module).values())
     found = PeftPart(lora, changes, _targets(lora, names.known), _filtered(adapter, lora), left_out)
-    _check_shapes(model, adapter, found)
+    _check_shapes(model, adapter, found, resizes)
     return found
-
-
-def _check_saved(adapter: Adapter, found: Collection[str]) -> None:
-    """Find what the configuration says was trained as a whole among the modules (by their names then) that the file has weights of."""
-    settings = adapter.settings
-    rows = settings.trainable_token_indices
-    wanted = [*settings.modules_to_save, *(rows if isinstance(rows, dict) else ())]
-    if absent := [
-        name
-        for name in wanted
-        if not any(f"{module}.".endswith(f"{name}.") or f"{name}." in module for module in found)
-    ]:
-        raise KTAdapterError(
-            f"{settings.path} says that {name_some(absent)} was trained as a whole, and {adapter.store.path.name} has no tensor of it; the "
-            "file is incomplete."
-        )
-
-
-def _weight_changes(
-    adapter: Adapter, weights: Mapping[str, tuple[str, str]], ties: Mapping[str, set[str]]
-) -> dict[str, list[Change]]:
-    """The changes by whole weights and rows. Of weights that are one by the model's configuration, all change, as in PEFT, unless the
-    file has its own tensor for one, or the weight is among ``modules_to_save``, which are copies."""
-    changes: dict[str, list[Change]] = {}
-    for weight, (tensor, trained) in weights.items():
-        rows = tensor.endswith(_ROWS)
-        own = not rows and (adapter.settings.saves(trained) or ".modules_to_save." in tensor)
-        change = ReplaceRows((tensor,), _rows(adapter, trained)) if rows else Replace((tensor,))
-        for name in {weight} if own else {weight, *(ties.get(weight, set()) - weights.keys())}:
-            changes[name] = [change]
-    return changes
-
-
-def _rows(adapter: Adapter, module: str) -> tuple[int, ...]:
-    indices = adapter.settings.trainable_token_indices
-    if isinstance(indices, dict):  # by the ends of modules' names
-        indices = next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), [])
-    return tuple(indices)
 
 
 def _filtered(adapter: Adapter, lora: Collection[str]) -> list[str]:
@@ -141,11 +102,24 @@ def _is_bare_router(module: nn.Module) -> bool:
     return not isinstance(module, nn.Linear | nn.Embedding) and isinstance(weight, nn.Parameter) and weight.dim() == 2
 
 
-def _check_shapes(model: nn.Module, adapter: Adapter, part: PeftPart) -> None:
+def _check_shapes(model: nn.Module, adapter: Adapter, part: PeftPart, resizes: bool) -> None:
     """Compare tensors with the weights that they change: PEFT's own error would not name file, module and sizes."""
     changes = [(name, change) for name, all_of_it in part.changes.items() for change in all_of_it]
     for module, lora in part.lora.items():
         changes += [(f"{module}.weight", lora.sum(adapter))]
+    vocabulary = vocabulary_weights(model)
     for name, change in changes:
-        if wrong := change.problem(adapter, tuple(weight_of(model, name).shape)):
-            raise KTAdapterError(f"{adapter.store.path}: {name}: {wrong}{adapter.trained_for}")
+        wrong = change.problem(adapter, tuple(weight_of(model, name).shape))
+        if wrong and not (resizes and name in vocabulary):
+            advice = (
+                " If it was trained with more tokens, set resize_vocab, add_tokens or new_special_tokens as then."
+                if name in vocabulary
+                else ""
+            )
+            raise KTAdapterError(f"{adapter.store.path}: {name}: {wrong}{advice}{adapter.trained_for}")
+
+
+def vocabulary_weights(model: Any) -> dict[str, nn.Module]:
+    """The weights with a row for each token: name -> embeddings or output layer."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return {f"{name}.weight": module for name, module in model.named_modules() if any(module is one for one in modules)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,10 +21,13 @@ from ..ground.errors import KTAdapterError, KTModelError, name_some
 from ..ground.json_files import read_json_object
 from ..ground.tensor_files import SafetensorsStore
 from ..ground.tensor_writer import write_safetensors
+from ..peft_side.changes import Replace
 from ..peft_side.model_names import CheckpointNames, tied_weights
+from ..peft_side.split import vocabulary_weights
 
 logger = logging.getLogger(__name__)
 
+_TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 
@@ -73,6 +76,8 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
                 shutil.copy2(file, temporary / file.name)
         if plan.unties:
             _untie(temporary, {other: store.path.name for store in plan.stores for other in plan.names(store)})
+        if plan.vocabulary is not None:
+            _write_vocabulary(temporary, *plan.vocabulary, adapter.directory)
         if plan.todo:
             raise KTAdapterError(
                 f"{len(plan.todo)} weights that the adapter changes are missing from the checkpoint, first {name_some(sorted(plan.todo), 3)}."
@@ -87,11 +92,47 @@ def _untie(directory: Path, files: dict[str, str]) -> None:
     if index.is_file():
         content = read_json_object(index, KTModelError)
         index.write_text(json.dumps({**content, "weight_map": files}, indent=2) + "\n")
+
+    def untie(config: dict[str, Any]) -> None:
+        config["tie_word_embeddings"] = False
+
+    _edit_config(directory, untie)
+
+
+def _write_vocabulary(directory: Path, before: int, now: int, adapter: Path) -> None:
+    """Note the number of tokens, and take over the tokenizer that was trained, where LLaMA-Factory saved it with the adapter."""
+
+    def resize(config: dict[str, Any]) -> None:
+        if config.get("vocab_size") == before:
+            config["vocab_size"] = now
+
+    _edit_config(directory, resize)
+    for file in adapter.iterdir() if (adapter / "tokenizer_config.json").is_file() else ():
+        if file.name.startswith(_TOKENIZER):
+            shutil.copy2(file, directory / file.name)
+
+
+def _edit_config(directory: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Edit ``config.json`` and the configurations of its parts (``text_config``)."""
     config = read_json_object(directory / "config.json", KTModelError)
     for part in (config, *config.values()):
-        if part is config or (isinstance(part, dict) and "tie_word_embeddings" in part):
-            part["tie_word_embeddings"] = False
+        if part is config or (isinstance(part, dict) and part.keys() & {"tie_word_embeddings", "vocab_size"}):
+            edit(part)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _resize(moe: MoEModel, adapter: Adapter) -> tuple[int, int] | None:
+    """Give the empty model as many tokens as the adapter's whole embeddings have; the number before and after, if it changes."""
+    [(_, part)] = moe.fit(AdapterSet((adapter,)), resizes=True)
+    names = vocabulary_weights(moe.model)
+    model: Any = moe.model
+    before = model.get_input_embeddings().weight.shape[0]
+    whole = [c for name in names for c in part.changes.get(name, ()) if isinstance(c, Replace)]
+    now = {change.shapes(adapter)[0][0] for change in whole} or {before}
+    if len(now) > 1 or now == {before}:  # a contradiction is an error of the fit
+        return None
+    model.resize_token_embeddings(*now, mean_resizing=False)
+    return before, now.pop()
 
 
 class _MergePlan:
@@ -101,6 +142,8 @@ class _MergePlan:
         self.adapter = adapter
         self.merged = 0
         names = moe.layout.names()
+        self.vocabulary = _resize(moe, adapter)
+        """the number of tokens before and after; None if it stays"""
         [(_, part)] = moe.fit(AdapterSet((adapter,)), finite=True)
         self._shapes = moe.shapes
         self._others = part.merged(adapter)

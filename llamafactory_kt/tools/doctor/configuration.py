@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ...adapters import AdapterSet
     from ...checkpoint.opening import MoEModel
 
+_RESIZE = ("resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config")
+"""keys with which LLaMA-Factory resizes embeddings"""
+
 
 def configuration(config: Path, overrides: Sequence[str] = ()) -> Findings:
     """Check everything that a load checks before it reads weights, and estimate the memory of a load."""
@@ -97,7 +100,8 @@ def _adapters(args: Any, moe: MoEModel) -> Any:
         return AdapterSet()
     try:
         adapters = open_configured(args)
-        parts = moe.fit(adapters, args.kt_lora_scope)
+        resizes = any(getattr(args, key, None) for key in _RESIZE)
+        parts = moe.fit(adapters, args.kt_lora_scope, resizes=resizes)
     except KTError as problem:
         yield error("adapter", describe(problem), "llamafactory-kt inspect shows what the adapter holds.")
         return AdapterSet()

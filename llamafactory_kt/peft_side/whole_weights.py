@@ -1,0 +1,92 @@
+"""Tensors of an adapter that are no LoRA: whole weights, biases and rows of embeddings, and whose place they take."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from enum import IntEnum
+
+from ..adapters import Adapter
+from ..adapters.keys import split_module
+from ..ground.errors import KTAdapterError, name_some
+from .changes import Change, Replace, ReplaceRows
+
+ROWS = "trainable_tokens_delta"
+
+
+class _Level(IntEnum):
+    """Later ones take the place of earlier ones, as PEFT's wrappers lie around each other."""
+
+    BASE = 0
+    """the base model's own weight: biases, and embeddings that PEFT saved because they were resized"""
+    COPY = 1
+    """of a module among ``modules_to_save``"""
+    ROWS = 2
+    """some tokens' embeddings"""
+
+
+class WholeWeights:
+    """Collects them by the model's parameters."""
+
+    def __init__(self, adapter: Adapter):
+        self._adapter = adapter
+        self._found: dict[str, dict[_Level, list[str]]] = defaultdict(lambda: defaultdict(list))
+
+    def add(self, parameter: str, tensor: str) -> None:
+        """Note that a tensor changes a parameter or buffer of the model.
+
+        Raises:
+            KTAdapterError: Another one is for the same place.
+        """
+        level = self._level(tensor)
+        same = self._found[parameter][level]
+        if same and level is not _Level.COPY:  # which save_embedding_layers=True writes under two names
+            raise KTAdapterError(f"{self._adapter.store.path}: {same[0]} and {tensor} are the same weight.")
+        same.append(tensor)
+
+    def _level(self, tensor: str) -> _Level:
+        if tensor.endswith(ROWS):
+            return _Level.ROWS
+        if ".base_layer." in tensor or ".original_module." in tensor:
+            return _Level.BASE
+        copied = ".modules_to_save." in tensor or self._adapter.settings.saves(split_module(tensor)[0])
+        return _Level.COPY if copied else _Level.BASE
+
+    def changes(self, ties: Mapping[str, set[str]]) -> dict[str, list[Change]]:
+        """What becomes of each parameter. Of those that are one weight by the model's configuration (``ties``), all change, as in PEFT,
+        unless the file has a tensor for one itself, or the change is a copy's.
+
+        Raises:
+            KTAdapterError: The configuration says that a module was trained as a whole, and the file has no tensor of it.
+        """
+        self._check_complete()
+        changes: dict[str, list[Change]] = {}
+        for level in _Level:
+            for parameter, found in self._found.items():
+                if level not in found:
+                    continue
+                tensors = tuple(found[level])
+                change = ReplaceRows(tensors, self._rows(tensors[0])) if level is _Level.ROWS else Replace(tensors)
+                others = ties.get(parameter, set()) if level is not _Level.COPY else set()
+                for name in {parameter, *(other for other in others if level not in self._found.get(other, {}))}:
+                    changes.setdefault(name, []).append(change)
+        return changes
+
+    def _rows(self, tensor: str) -> tuple[int, ...]:
+        indices, module = self._adapter.settings.trainable_token_indices, split_module(tensor)[0]
+        if isinstance(indices, dict):  # by the ends of modules' names
+            indices = next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), [])
+        return tuple(indices)
+
+    def _check_complete(self) -> None:
+        settings = self._adapter.settings
+        modules = {
+            split_module(tensor)[0] for found in self._found.values() for same in found.values() for tensor in same
+        }
+        rows = settings.trainable_token_indices
+        wanted = [*settings.modules_to_save, *(rows if isinstance(rows, dict) else ())]
+        if absent := [name for name in wanted if not any(f"{name}." in f"{module}." for module in modules)]:
+            raise KTAdapterError(
+                f"{settings.path} says that {name_some(absent)} was trained as a whole, and {self._adapter.store.path.name} has no tensor "
+                "of it; the file is incomplete."
+            )

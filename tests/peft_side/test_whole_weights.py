@@ -8,6 +8,7 @@ import json
 import peft
 import pytest
 import torch
+from helpers.chats import chat_model
 from helpers.loading import load, logits
 from helpers.models import make_model
 from helpers.references import per_token
@@ -156,3 +157,14 @@ def test_what_does_not_go_together(bases, tmp_path, keys, message):
     file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
     with pytest.raises(KTAdapterError, match=message):
         load(bases[False], "torch", adapter=str(adapter))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_more_tokens_in_llamafactorys_chat(tmp_path, tied):
+    """``add_tokens`` resizes the embeddings by itself."""
+    pytest.importorskip("llamafactory.chat")
+    base = make_model(tmp_path / "base", "qwen3_moe", num_hidden_layers=1, tie_word_embeddings=tied)
+    adapter, reference = trained(base, tmp_path / "adapter", tokens=1088, modules_to_save=["embed_tokens", "lm_head"])
+    keys = {"add_tokens": "<one>,<two>", "kt_backend": "torch", "infer_dtype": "float32"}
+    model = chat_model(base, adapter, **keys).engine.model
+    assert per_token(logits(model), logits(reference)) < 0.02  # the chat computes in bfloat16

@@ -18,7 +18,7 @@ from rich.table import Table
 from ..ground.errors import KTConfigError, name_some
 
 if TYPE_CHECKING:
-    from ..tools.verify import LayerResult
+    from ..tools.verify import DenseResult, LayerResult
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 PROMPT = (
@@ -64,33 +64,37 @@ def verify(
     prompt: str = typer.Option(PROMPT, help="The text whose hidden states are used.", show_default=False),
     as_json: bool = _JSON,
 ) -> None:
-    """Load the model as a chat would, and compare each layer's experts with float32 arithmetic from the files."""
+    """Load the model as a chat would. Compare each layer's experts with float32 arithmetic from the files, and all else with the files and
+    with what PEFT makes of the adapter."""
     with contextlib.redirect_stdout(sys.stderr):  # LLaMA-Factory logs to stdout
-        results, skipped, merged = _verify(config, overrides or [], layers, prompt)
+        results, dense, skipped, merged = _verify(config, overrides or [], layers, prompt)
     failed = [result for result in results if result.problem]
     worst = max(results, key=lambda result: (bool(result.problem), max(result.prompt.total, result.worst.total)))
     if as_json:
-        content = {"passed": not failed, "worst_layer": worst.layer, "layers": [_to_dict(result) for result in results]}
+        others = {"modules": len(dense.modules), "base_weights": dense.base, "problems": dense.problems}
+        passed, each = not failed and not dense.problems, [_to_dict(result) for result in results]
+        content = {"passed": passed, "worst_layer": worst.layer, "layers": each, "others": others}
         typer.echo(json.dumps(content, ensure_ascii=False, indent=2))
     else:
         _show(results, failed, worst, skipped)
+        _show_dense(dense)
         if merged:
             typer.echo("The adapter is merged into the weights: compared as a whole, without its separate effect.")
-    if failed:
+    if failed or dense.problems:
         raise typer.Exit(1)
 
 
 def _verify(
     config: Path, overrides: list[str], layers: str | None, prompt: str
-) -> tuple[list[LayerResult], bool, bool]:
-    """(results, whether layers were left out, whether the adapter is merged into the weights)."""
+) -> tuple[list[LayerResult], DenseResult, bool, bool]:
+    """(experts, all else, whether layers were left out, whether the adapter is merged into the weights)."""
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     from tqdm import tqdm
 
     from ..integration.chat import LoadedChat
     from ..integration.prompts import Prompt
     from ..model.state import kt_state
-    from ..tools.verify import record_inputs, verify_layers
+    from ..tools.verify import record_inputs, verify_dense, verify_layers
     from ..tools.verify.reference import Reference
 
     chat = LoadedChat.load_yaml(config, overrides)
@@ -102,7 +106,8 @@ def _verify(
     steps = verify_layers(chat.model, chosen, reference)
     results = list(tqdm(steps, total=len(chosen), desc="Verifying layers", delay=1.0))
     merged = kt_state(chat.model).merged is not None and bool(chat.adapters.adapters)
-    return results, len(chosen) < len(inputs), merged
+    dense = verify_dense(chat.model, chat.checkpoint, chat.adapters, chat.config.get("kt_lora_scope") or "all")
+    return results, dense, len(chosen) < len(inputs), merged
 
 
 def _parse_layers(text: str | None, known: list[int]) -> list[int]:
@@ -157,3 +162,19 @@ def _show(results: list[LayerResult], failed: list[LayerResult], worst: LayerRes
     console.print(
         f"{verdict}{more}; engine {worst.engine}; worst: layer {worst.layer}.", highlight=False, soft_wrap=True
     )
+
+
+def _show_dense(dense: DenseResult) -> None:
+    console = Console()
+    for problem in dense.problems:
+        console.print(escape(problem), highlight=False, soft_wrap=True)
+    wrong = sum(bool(module.comparison.problem) for module in dense.modules)
+    text = f"{wrong} of {len(dense.modules)} other modules with LoRA or weights of their own are wrong"
+    if not wrong:
+        text = (
+            f"All {len(dense.modules)} other modules with LoRA or weights of their own are right"
+            if dense.modules
+            else ""
+        )
+    base = f"without adapters, {dense.base - len(dense.differing)} of {dense.base} other weights are the checkpoint's, bit for bit"
+    console.print("; ".join(filter(None, [text, base if dense.base else ""])) + ".", highlight=False, soft_wrap=True)

@@ -53,7 +53,7 @@ def check_peft_part(model: nn.Module, adapter: Adapter, scope: str = "all", *, r
             f"{type(model).__name__}, first {name_some(left_over, 3)}. Nothing is dropped silently: is the adapter meant "
             "for this model?"
         )
-    changes = weights.changes(tied_weights(model))
+    changes = weights.changes(tied_weights(model), input_embeddings(model))
     for module in [module for module in lora if _is_bare_router(submodule(model, module))]:
         changes.setdefault(f"{module}.weight", []).extend(lora.pop(module).changes(adapter, module).values())
     found = PeftPart(lora, changes, _targets(lora, names.known), _filtered(adapter, lora), left_out)
@@ -117,6 +117,12 @@ def _check_shapes(model: nn.Module, adapter: Adapter, part: PeftPart, resizes: b
                 else ""
             )
             raise KTAdapterError(f"{adapter.store.path}: {name}: {wrong}{advice}{adapter.trained_for}")
+
+
+def input_embeddings(model: Any) -> str:
+    """The name of the input embeddings' weight."""
+    module = model.get_input_embeddings()
+    return next(f"{name}.weight" for name, found in model.named_modules() if found is module)
 
 
 def vocabulary_weights(model: Any) -> dict[str, nn.Module]:

@@ -52,9 +52,13 @@ class WholeWeights:
         copied = ".modules_to_save." in tensor or self._adapter.settings.saves(split_module(tensor)[0])
         return _Level.COPY if copied else _Level.BASE
 
-    def changes(self, ties: Mapping[str, set[str]]) -> dict[str, list[Change]]:
-        """What becomes of each parameter. Of those that are one weight by the model's configuration (``ties``), all change, as in PEFT,
-        unless the file has a tensor for one itself, or the change is a copy's.
+    def changes(self, ties: Mapping[str, set[str]], embeddings: str) -> dict[str, list[Change]]:
+        """What becomes of each parameter. Of those that are one weight by the model's configuration, all change, as in PEFT, unless the
+        file has a tensor for one itself, or the change is a copy's, or of rows of another than the input embeddings.
+
+        Args:
+            ties: parameter -> the others that are the same weight.
+            embeddings: the input embeddings' weight.
 
         Raises:
             KTAdapterError: The configuration says that a module was trained as a whole, and the file has no tensor of it.
@@ -67,7 +71,8 @@ class WholeWeights:
                     continue
                 tensors = tuple(found[level])
                 change = ReplaceRows(tensors, self._rows(tensors[0])) if level is _Level.ROWS else Replace(tensors)
-                others = ties.get(parameter, set()) if level is not _Level.COPY else set()
+                shared = level is _Level.BASE or (level is _Level.ROWS and parameter == embeddings)
+                others = ties.get(parameter, set()) if shared else set()
                 for name in {parameter, *(other for other in others if level not in self._found.get(other, {}))}:
                     changes.setdefault(name, []).append(change)
         return changes

@@ -11,34 +11,15 @@ import torch
 from helpers.chats import chat_model
 from helpers.loading import load, logits
 from helpers.models import make_model
+from helpers.peft_training import CASES, TOKENS, trained
 from helpers.references import per_token
 from packaging.version import Version
-from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from llamafactory_kt import KTAdapterError, apply_adapter, switch_adapter
 from llamafactory_kt.adapters import open_adapter
 from llamafactory_kt.tools.merge import merge_adapter
-
-CASES = {
-    "embeddings saved": {"modules_to_save": ["embed_tokens"]},
-    "output layer saved": {"modules_to_save": ["lm_head"]},
-    "both saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
-    "both kept tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-    "LoRA on embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
-    "LoRA on both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
-    "LoRA on both, kept tied": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
-    "tokens": {"trainable_token_indices": [17, 301, 999]},
-    "tokens of both": {"trainable_token_indices": {"embed_tokens": [17, 301], "lm_head": [17, 301]}},
-    "tokens of the output layer": {"trainable_token_indices": {"lm_head": [17, 301]}},
-    "norms and routers saved": {"modules_to_save": ["input_layernorm", "norm", "mlp.gate"]},
-    "a dense layer saved": {"modules_to_save": ["o_proj"]},
-    "biases": {"bias": "all"},
-    "biases of LoRA's layers": {"bias": "lora_only"},
-    "biases of B": {"lora_bias": True},
-    "DoRA, and a module saved": {"use_dora": True, "modules_to_save": ["lm_head"]},
-}
 
 
 @pytest.fixture(scope="module")
@@ -50,24 +31,6 @@ def bases(tmp_path_factory):
         )
         for tied in (False, True)
     }
-
-
-def trained(base, directory, scale=0.1, tokens=None, save="auto", **keys):
-    """An adapter of PEFT's with random values in all that it trains, and the float32 model that has it."""
-    torch.manual_seed(5)
-    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if tokens is not None:
-        stock.resize_token_embeddings(tokens, mean_resizing=False)
-    config = LoraConfig(
-        **{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **keys}
-    )
-    model = get_peft_model(stock, config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * scale)
-    model.save_pretrained(directory, save_embedding_layers=save)
-    return directory, model.eval()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -116,7 +79,7 @@ def test_untied_checkpoint_in_several_files(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     "keys",
-    [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, {"trainable_token_indices": [17, 1030]}],
+    [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, {"trainable_token_indices": [*TOKENS, 1030]}],
     ids=["saved", "LoRA", "tokens"],
 )  # fmt: skip
 def test_more_tokens(tmp_path, keys, tied, save):

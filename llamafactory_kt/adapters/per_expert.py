@@ -98,6 +98,12 @@ class PerExpertAdapter(Adapter):
         """(out, in) of the weight that a pair changes."""
         return self.store.infos[pair[1]].shape[0], self.store.infos[pair[0]].shape[1]
 
+    def pairs(self, layer: int, expert: int) -> dict[str, tuple[str, str]]:
+        """projection -> names of A and B, of those that the expert has."""
+        return {
+            projection: pair for (number, projection), pair in self._pairs.get(layer, {}).items() if number == expert
+        }
+
     def rank(self, layer: int) -> int:
         return max(self._rank(a) for a, _ in self._pairs[layer].values())
 

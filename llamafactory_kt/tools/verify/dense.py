@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...adapters import Adapter, AdapterSet
 from ...adapters.keys import MLP_TARGETS, split_module
@@ -29,7 +28,6 @@ from .peft_reading import read_by_peft
 from .probe import Probe
 
 _FLOATS = {"BF16", "F16", "F32", "F64"}
-_NONE = "no_embeddings"
 _ROUNDING = Bounds(relative=0.005)
 """one rounding to bfloat16, of each weight or of each output, is off by up to 2**-9"""
 
@@ -138,10 +136,9 @@ def _add_wanted(
     source = input_embeddings(plain).removesuffix(".weight")
     tied = {name.removesuffix(".weight") for name in ties.get(f"{source}.weight", ())} & trained.keys()
     skeleton = {trained[module]: deepcopy(copy) for module, copy in copies.items()}
-    if source not in trained:
-        skeleton[_NONE] = nn.Embedding(1, 1)
-    embeddings = trained.get(source, _NONE)
-    read = read_by_peft(adapter, skeleton, embeddings, {trained[output]: embeddings for output in tied})
+    tensors = {name: adapter.read(name) for name in adapter.other_names}
+    embeddings = (trained[source], {trained[output]: trained[source] for output in tied}) if source in trained else ()
+    read = read_by_peft(adapter.settings, tensors, skeleton, *embeddings)
     for module, probe in probes.items():
         if scope == "attention" and module.rpartition(".")[2] in MLP_TARGETS:
             continue

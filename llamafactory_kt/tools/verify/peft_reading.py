@@ -7,14 +7,15 @@ the file has tensors for, by the file's own names, and PEFT loads the file into 
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import set_peft_model_state_dict
 from torch import nn
 
-from ...adapters import Adapter
+from ...adapters.config import LoraSettings
 from ...adapters.keys import split_module
 from ...ground.errors import KTAdapterError, name_some
 
@@ -22,6 +23,7 @@ _DROPPED = {
     "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "auto_mapping",
 }  # fmt: skip
 """keys that choose modules, of routed experts too; and those with which PEFT imports code"""
+_NO_EMBEDDINGS = "no_embeddings"
 
 
 class Skeleton(nn.Module):
@@ -31,7 +33,7 @@ class Skeleton(nn.Module):
         ties: output layer -> embeddings, where the model's configuration ties them.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], embeddings: str, ties: dict[str, str]):
+    def __init__(self, modules: dict[str, nn.Module], embeddings: str, ties: Mapping[str, str]):
         super().__init__()
         for name, module in modules.items():
             parent: nn.Module = self
@@ -59,27 +61,34 @@ class Weights(nn.Module):
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
-def read_by_peft(adapter: Adapter, modules: dict[str, nn.Module], embeddings: str, ties: dict[str, str]) -> nn.Module:
-    """The modules with the adapter merged into them by PEFT.
+def read_by_peft(
+    settings: LoraSettings,
+    tensors: Mapping[str, torch.Tensor],
+    modules: dict[str, nn.Module],
+    embeddings: str = _NO_EMBEDDINGS,
+    ties: Mapping[str, str] = MappingProxyType({}),
+) -> nn.Module:
+    """The modules with an adapter merged into them by PEFT.
 
     Args:
-        modules: float32, by the names of the file's time: those that the adapter has tensors for, those tied to them, and the embeddings.
+        settings: of which all keys go to PEFT, but for those that choose modules: that is what the tensors say.
+        tensors: by PEFT's names.
+        modules: float32, by the names of the file's time: those that there are tensors for, those tied to them, and the embeddings.
         embeddings: the input embeddings among them.
+        ties: output layer -> embeddings, where the model's configuration ties them.
     """
     torch.manual_seed(0)
-    lora = sorted({split_module(name)[0] for name in adapter.other_names if ".lora_" in name})
-    known = {field.name for field in dataclasses.fields(LoraConfig)} - _DROPPED
-    raw = {key: value for key, value in adapter.settings.raw.items() if key in known}
-    # which modules have LoRA is what the file says; all that is about them is PEFT's reading
-    targets = [f"^{re.escape(name)}$" for name in lora] or ["^$"]
-    config = LoraConfig(**raw | {"target_modules": "|".join(targets), "inference_mode": True, "task_type": None})
-    skeleton = Skeleton(modules, embeddings, ties)
+    if embeddings == _NO_EMBEDDINGS:
+        modules[embeddings] = nn.Embedding(1, 1)
+    lora = sorted({split_module(name)[0] for name in tensors if ".lora_" in name})
     if not lora:  # PEFT wants a target
-        skeleton.add_module("none", nn.Linear(1, 1))
-        config.target_modules = {"none"}
-    model = PeftModel(skeleton, config)
-    found = set_peft_model_state_dict(model, {name: adapter.read(name) for name in adapter.other_names})
+        modules["none"], lora = nn.Linear(1, 1), ["none"]
+    known = {field.name for field in dataclasses.fields(LoraConfig)} - _DROPPED
+    raw = {key: value for key, value in settings.raw.items() if key in known}
+    config = LoraConfig(**raw | {"target_modules": lora, "inference_mode": True, "task_type": None})
+    model = PeftModel(Skeleton(modules, embeddings, ties), config)
+    found = set_peft_model_state_dict(model, dict(tensors))
     if found.unexpected_keys:
-        raise KTAdapterError(f"{adapter.store.path}: PEFT has no place for {name_some(found.unexpected_keys, 3)}.")
+        raise KTAdapterError(f"{settings.path}: PEFT has no place for {name_some(found.unexpected_keys, 3)}.")
     merged: nn.Module = model.merge_and_unload()
     return merged

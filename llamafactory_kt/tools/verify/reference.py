@@ -5,18 +5,22 @@ It shares no code and no weights with the engines; only where the tensors are, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from torch.nn import functional as F
 
-from ...adapters import AdapterSet, ExpertLora
-from ...adapters.keys import PROJECTIONS
+from ...adapters import Adapter, AdapterSet, ExpertLora
+from ...adapters.keys import PEFT_PREFIX, PROJECTIONS, expert_module
+from ...adapters.per_expert import PerExpertAdapter
 from ...checkpoint.discovery import ExpertsModule
 from ...checkpoint.formula import ExpertFormula
 from ...checkpoint.opening import open_checkpoint
 from ...checkpoint.stored_weight import StoredWeight
+from .peft_reading import read_by_peft
 
 ExpertWeights = dict[str, torch.Tensor]
 """``gate`` and ``up`` [I, H], ``down`` [H, I], float32; without a gate, ``gate`` is [0, H]"""
@@ -54,7 +58,8 @@ class Reference:
         Returns:
             The output without and with LoRA, both [T, H] float32.
         """
-        x, scores, lora, module = hidden.float(), weights.float(), self.lora(layer), self.modules[layer]
+        x, scores, module = hidden.float(), weights.float(), self.modules[layer]
+        deltas = [_deltas(adapter, layer, module) for adapter in self.adapters.adapters if layer in adapter.layers]
         biases = self._layout.layer(module.name).biases()
         outs = torch.zeros_like(x), torch.zeros_like(x)
         for expert in index.unique().tolist():
@@ -63,7 +68,9 @@ class Reference:
             share = scores[token, slot, None]
             own = dict(zip(PROJECTIONS, (bias[expert] for bias in biases), strict=True)) if biases is not None else {}
             outs[0].index_add_(0, token, share * _output(module.formula, base, own, x[token]))
-            changed = _merged(base, lora, expert) if lora is not None else base
+            changed = dict(base)
+            for delta in deltas:
+                changed = {p: weight + delta(expert).get(p, 0) for p, weight in changed.items()}
             outs[1].index_add_(0, token, share * _output(module.formula, changed, own, x[token]))
         return outs
 
@@ -91,11 +98,34 @@ def _output(formula: ExpertFormula, expert: ExpertWeights, biases: ExpertWeights
     return F.linear(formula.activate(gate, up), expert["down"], biases.get("down"))
 
 
-def _merged(expert: ExpertWeights, lora: ExpertLora, number: int) -> ExpertWeights:
-    """The weights with ``scaling * B @ A`` added; engines multiply by A and B instead."""
-    return {
-        projection: weight
-        + (lora.b[projection][number].float() * lora.scaling[projection][number].float())
-        @ lora.a[projection][number].float()
-        for projection, weight in expert.items()
+Deltas = Callable[[int], ExpertWeights]
+"""expert -> what an adapter adds to its weights"""
+
+
+def _deltas(adapter: Adapter, layer: int, module: ExpertsModule) -> Deltas:
+    """One layer's, as PEFT reads the adapter; bundles and stacked experts, which PEFT does not know, by a plain sum."""
+    if isinstance(adapter, PerExpertAdapter):
+        return lambda expert: _delta_by_peft(adapter, layer, module, expert)
+    lora = adapter.read_layer(layer, module.shape)
+    return lambda expert: {
+        projection: (lora.b[projection][expert].float() * lora.scaling[projection][expert].float())
+        @ lora.a[projection][expert].float()
+        for projection in PROJECTIONS
     }
+
+
+def _delta_by_peft(adapter: PerExpertAdapter, layer: int, module: ExpertsModule, expert: int) -> ExpertWeights:
+    pairs = adapter.pairs(layer, expert)
+    if not pairs:
+        return {}
+    modules: dict[str, nn.Module] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    names = {projection: expert_module(a) for projection, (a, _) in pairs.items()}
+    for projection, pair in pairs.items():
+        out, width = module.shape.projection(projection)
+        modules[names[projection]] = nn.Linear(width, out, bias=False)
+        nn.init.zeros_(modules[names[projection]].weight)  # type: ignore[arg-type]
+        for side, tensor in zip("AB", pair, strict=True):
+            tensors[f"{PEFT_PREFIX}{names[projection]}.lora_{side}.weight"] = adapter.read(tensor)
+    read = read_by_peft(adapter.settings, tensors, modules)
+    return {projection: read.get_parameter(f"{name}.weight").data for projection, name in names.items()}

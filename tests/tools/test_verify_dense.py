@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.adapters import make_adapter
 from helpers.loading import load
 from helpers.models import make_model
 from helpers.peft_training import CASES, trained
 
 from llamafactory_kt import apply_adapter
 from llamafactory_kt.adapters import open_adapters
+from llamafactory_kt.adapters.config import LoraSettings
 from llamafactory_kt.model.state import plain_model
-from llamafactory_kt.tools.verify import verify_dense
+from llamafactory_kt.tools.verify import record_inputs, verify_dense, verify_layers
+from llamafactory_kt.tools.verify.reference import Reference
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +79,14 @@ def test_wrong(base, tmp_path, spoil, message):
     model = loaded(base, adapter)
     spoil(plain_model(model))
     assert [message in problem for problem in verify_dense(model, base, open_adapters(adapter)).problems] == [True]
+
+
+def test_a_wrong_reading_of_the_adapter(base, tmp_path, monkeypatch):
+    """Neither experts nor all else are compared with what this package takes the configuration for."""
+    adapter = make_adapter(tmp_path / "adapter", base, alpha_pattern={"q_proj": 3, r"experts\.\d+\.up_proj": 5})
+    monkeypatch.setattr(LoraSettings, "alpha", lambda self, module: self.lora_alpha)
+    model = loaded(base, adapter)
+    problems = verify_dense(model, base, open_adapters(adapter)).problems
+    assert len(problems) == 2 and all("q_proj: the effect of LoRA has strength" in problem for problem in problems)
+    inputs = record_inputs(model, range(2, 40))
+    assert all(result.problem for result in verify_layers(model, inputs, Reference(base, open_adapters(adapter))))

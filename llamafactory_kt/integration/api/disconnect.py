@@ -12,7 +12,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ..generation import Generation, generation_of_request
+from .errors import BadRequest
 
+MOST_BYTES = 128 * 2**20
+"""of a request"""
 _POLL_SECONDS = 0.5
 
 Message = dict[str, Any]
@@ -20,7 +23,7 @@ Receive = Callable[[], Awaitable[Message]]
 
 
 class StopUnwanted:
-    """ASGI middleware. Gives each request a :class:`Generation`, and stops it once nobody wants the answer."""
+    """ASGI middleware. Gives each request a :class:`Generation`, and stops it once nobody wants the answer; bounds its size."""
 
     def __init__(self, app: Any):
         self.app = app
@@ -31,8 +34,14 @@ class StopUnwanted:
             return
         generation, complete = Generation(), asyncio.Event()
 
+        size = 0
+
         async def receive_body() -> Message:
+            nonlocal size
             message = await receive()
+            size += len(message.get("body", b""))
+            if size > MOST_BYTES:
+                raise BadRequest(f"The request is larger than {MOST_BYTES >> 20} MiB.")
             if not message.get("more_body"):
                 complete.set()
             return message

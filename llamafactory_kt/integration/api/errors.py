@@ -12,6 +12,7 @@ from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.middleware import Middleware
 
 from ...ground.errors import KTDataError
 
@@ -19,6 +20,8 @@ logger = logging.getLogger("llamafactory_kt")
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 """OpenAI's code for a conversation that is too long"""
+LONGEST = 2000
+"""characters of a message: some quote what the client sent"""
 
 
 def body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -34,11 +37,15 @@ def body(message: str, status: int, param: str | None = None, code: str | None =
     'invalid_request_error'
     """
     kind = "server_error" if status >= 500 else "invalid_request_error"
+    message = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
+    message = message.encode(errors="backslashreplace").decode()  # it may quote half of a surrogate pair
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def of_exception(error: BaseException) -> dict[str, Any]:
-    """The body for an error while generating. Logs the traceback."""
+    """The body for an error while generating. Logs the traceback, unless the conversation is to blame."""
+    if isinstance(error, KTDataError):
+        return body(str(error), 400, "messages")
     logger.error("The request ended with an error.", exc_info=error)
     return body(f"{type(error).__name__}: {error}", 500)
 
@@ -70,10 +77,32 @@ def answer_errors(app: Any) -> None:
     async def unusable(request: Any, error: Any) -> Any:
         return JSONResponse(body(str(error), 400, "messages"), 400)
 
-    async def failed(request: Any, error: Exception) -> Any:
-        return JSONResponse(body(f"{type(error).__name__}: {error}", 500), 500)
-
     app.add_exception_handler(AnyHTTPException, refused)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(KTDataError, unusable)
-    app.add_exception_handler(Exception, failed)  # Starlette raises it again, into the server's log
+    app.user_middleware.append(Middleware(AnswerErrors))  # the innermost, so that CORS headers are added to its answers
+
+
+class AnswerErrors:
+    """ASGI middleware. Answers uncaught exceptions, and ends them: Starlette would raise them again after its answer, whereupon
+    uvicorn closes the connection, on which the client may have sent its next request already."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        begun = False
+
+        async def send_noting(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_noting)
+        except Exception as error:
+            if scope["type"] != "http":
+                raise
+            content = of_exception(error)
+            if not begun:
+                await JSONResponse(content, 500)(scope, receive, send)

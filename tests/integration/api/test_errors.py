@@ -25,12 +25,14 @@ def test_what_goes_wrong_while_generating(tmp_path):
             raise RuntimeError("broken on purpose")
 
         class engine:
-            can_generate, name, processor = True, None, None
-            template = SimpleNamespace(mm_plugin=None)
-            tokenizer = SimpleNamespace(encode=lambda text, **keys: [1])
+            can_generate, name, processor, tokenizer, generating_args, template = True, None, None, None, None, None
             model = SimpleNamespace(
                 config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=9))
             )
+
+            @staticmethod
+            def _process_args(**given):
+                return {}, 1
 
     set_kt_state(Broken.engine.model, SimpleNamespace())
     http = TestClient(module.create_app(Broken()), raise_server_exceptions=False)

@@ -1,0 +1,117 @@
+"""Downloads for requests that name a web address: from the public internet alone, and never more than a limit.
+
+LLaMA-Factory's ``check_ssrf_url`` looks at one address of a name, and the download then asks for the name again, follows redirects
+anywhere, and ends neither by time nor by size. Here every connection, those after a redirect too, goes to the very address that was
+checked. Proxies of the environment are not used: they would look names up themselves.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import time
+
+import httpx
+
+from .errors import BadRequest
+
+SECONDS = 60
+"""for a whole download"""
+_TIMEOUT = httpx.Timeout(10.0)
+_REDIRECTS = 5
+
+
+def fetch(url: str, limit: int) -> bytes:
+    """What is at a web address.
+
+    Args:
+        url: http or https.
+        limit: bytes at most.
+
+    Raises:
+        BadRequest: The address is not a public one, or there is no such thing, or it is too large or too slow.
+    """
+    deadline = time.monotonic() + SECONDS
+    with httpx.Client(
+        transport=_Public(), timeout=_TIMEOUT, follow_redirects=True, max_redirects=_REDIRECTS, trust_env=False
+    ) as client:
+        try:
+            with client.stream("GET", url) as answer:
+                if not answer.is_success:
+                    raise BadRequest(
+                        f"The server of {_short(url)} answered with status {answer.status_code}.", "messages"
+                    )
+                data = bytearray()
+                for piece in answer.iter_bytes(2**16):
+                    data += piece
+                    if len(data) > limit:
+                        raise BadRequest(f"{_short(url)} is larger than {limit >> 20} MiB.", "messages")
+                    if time.monotonic() > deadline:
+                        raise BadRequest(f"{_short(url)} took longer than {SECONDS} seconds.", "messages")
+                return bytes(data)
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, ValueError) as error:
+            raise BadRequest(f"{_short(url)} cannot be read: {type(error).__name__}.", "messages") from error
+
+
+class _Public(httpx.BaseTransport):
+    """Connects to checked addresses; the name stays in the ``Host`` header and in the certificate."""
+
+    def __init__(self) -> None:
+        self._inner = httpx.HTTPTransport(trust_env=False)
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Answer one request; a redirect is another one."""
+        url = request.url
+        if url.scheme not in ("http", "https") or not url.host:
+            raise BadRequest("Only HTTP/HTTPS URLs are allowed.", "messages")
+        address = public_address(url.host, url.port or {"http": 80, "https": 443}[url.scheme])
+        return self._inner.handle_request(
+            httpx.Request(
+                request.method, url.copy_with(host=address), headers=request.headers,
+                extensions={**request.extensions, "sni_hostname": url.raw_host.decode()},
+            )
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._inner.close()
+
+
+def public_address(host: str, port: int) -> str:
+    """The first address of a name.
+
+    Raises:
+        BadRequest: There is none, or one of them is not for the public internet.
+    """
+    try:
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    except (OSError, UnicodeError):
+        raise BadRequest(f"Could not resolve hostname: {_short(host)}", "messages") from None
+    if not all(map(is_public, found)):
+        raise BadRequest("Access to private or reserved IP addresses is not allowed.", "messages")
+    return found[0]
+
+
+def is_public(address: str) -> bool:
+    """Whether an address belongs to the public internet, as does the IPv4 address inside it, if any.
+
+    >>> [is_public(a) for a in ("8.8.8.8", "127.0.0.1", "169.254.169.254", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::")]
+    [True, False, False, False, False, False]
+    """
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.is_multicast or not ip.is_global:
+        return False
+    if isinstance(ip, ipaddress.IPv4Address):
+        return True
+    inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+    if ip in _NAT64:
+        inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+    return all(one.is_global for one in inner if one is not None)
+
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+"""RFC 6052"""
+
+
+def _short(text: str) -> str:
+    return ascii(text[:100])

@@ -72,7 +72,7 @@ def answer_errors(app: Any) -> None:
             ("", p) if p["type"] == "json_invalid" else (".".join(map(str, p["loc"][1:])), p) for p in error.errors()
         ]
         text = "; ".join(f"{place or 'body'}: {problem['msg']}" for place, problem in problems)
-        return JSONResponse(body(text, 400, problems[0][0] or None), 400)
+        return JSONResponse(body(text, 400, problems[0][0][:100] or None), 400)
 
     async def unusable(request: Any, error: Any) -> Any:
         return JSONResponse(body(str(error), 400, "messages"), 400)

@@ -11,10 +11,8 @@ from helpers.api import ask
 from llamafactory_kt.model.state import set_kt_state
 
 
-def test_what_goes_wrong_while_generating(tmp_path):
-    """The engine breaks in the middle of an answer, which the model itself cannot be made to do."""
-    from fastapi.testclient import TestClient
-    from llamafactory.api import app as module
+def broken():
+    """A chat whose engine breaks in the middle of an answer, which a model itself cannot be made to do."""
 
     class Broken:
         async def astream_chat(self, *args, **kwargs):
@@ -35,8 +33,20 @@ def test_what_goes_wrong_while_generating(tmp_path):
                 return {}, 1
 
     set_kt_state(Broken.engine.model, SimpleNamespace())
-    http = TestClient(module.create_app(Broken()), raise_server_exceptions=False)
-    client = openai.OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=http)
+    return Broken()
+
+
+def client_of(chat) -> openai.OpenAI:
+    from fastapi.testclient import TestClient
+    from llamafactory.api import app as module
+
+    return openai.OpenAI(
+        base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=TestClient(module.create_app(chat))
+    )
+
+
+def test_what_goes_wrong_while_generating():
+    client = client_of(broken())
     with pytest.raises(openai.InternalServerError, match="RuntimeError: broken on purpose"):
         ask(client, "x")
     texts = []
@@ -44,3 +54,107 @@ def test_what_goes_wrong_while_generating(tmp_path):
         for chunk in ask(client, "x", stream=True):
             texts.append(chunk.choices[0].delta.content)
     assert texts == ["", "one"]
+
+
+def test_the_next_request_on_a_connection_after_an_error():
+    """Starlette alone raises an error again after its answer, and uvicorn then closes the connection under the next request."""
+    import http.client
+    import json
+    import threading
+    import time
+
+    import uvicorn
+    from llamafactory.api import app as module
+
+    server = uvicorn.Server(uvicorn.Config(module.create_app(broken()), port=0, log_level="critical"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    connection = http.client.HTTPConnection(*server.servers[0].sockets[0].getsockname())
+    body = json.dumps({"model": "any", "messages": [{"role": "user", "content": "x"}]})
+    connection.connect()
+    own = connection.sock
+    for _ in range(3):
+        connection.request(
+            "POST", "/v1/chat/completions", body, {"Content-Type": "application/json", "Origin": "http://x"}
+        )
+        answer = connection.getresponse()
+        assert answer.status == 500 and b"broken on purpose" in answer.read()
+        assert answer.getheader("access-control-allow-origin"), "a page in a browser may read it"
+        time.sleep(0.05)
+        connection.request("GET", "/v1/models")
+        assert connection.getresponse().read().startswith(b'{"object":"list"')
+    assert connection.sock is own, "one connection all the time"
+    server.should_exit = True
+    thread.join(10)
+
+
+def test_a_body_that_is_too_large(monkeypatch):
+    from fastapi.testclient import TestClient
+    from llamafactory.api import app as module
+
+    from llamafactory_kt.integration.api import disconnect
+
+    monkeypatch.setattr(disconnect, "MOST_BYTES", 2**20)
+    client = TestClient(module.create_app(broken()))
+    for content in (b"x" * (2**20 + 1), iter([b"x" * 2**19] * 3)):
+        answer = client.post("/v1/chat/completions", content=content)
+        assert answer.status_code == 400 and answer.json()["error"]["message"] == "The request is larger than 1 MiB."
+    assert client.get("/v1/models").status_code == 200
+
+
+def test_a_stream_with_tools():
+    """Calls come as the openai client puts them together, text as text, and what is almost a call too."""
+    from llamafactory.data.template import TEMPLATES
+
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    calls = [
+        '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>',
+        '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>',
+    ]
+    for text, wanted, reason in (
+        ("\n".join(calls), [("f", '{"a": 1}'), ("g", "{}")], "tool_calls"),
+        ("Just text.", None, "length"),
+        ('<tool_call>{"name": 1, "arguments": 2}</tool_call>', None, "length"),
+        ("<tool_call>3</tool_call>", None, "length"),
+    ):
+        chat = broken()
+        chat.engine.template = TEMPLATES["qwen"]
+
+        async def pieces(*args, text=text, **keys):
+            for start in range(0, len(text), 7):
+                yield text[start : start + 7]
+
+        async def whole(*args, text=text, **keys):
+            return [SimpleNamespace(response_text=text, response_length=1, prompt_length=1, finish_reason="length")]
+
+        chat.astream_chat, chat.achat = pieces, whole
+        client = client_of(chat)
+        chunks = [chunk.choices[0] for chunk in ask(client, "x", stream=True, tools=tools)]
+        assert chunks[-1].finish_reason == reason and chunks[0].delta.role == "assistant"
+        streamed = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+        message = ask(client, "x", tools=tools).choices[0].message
+        if wanted is None:
+            assert "".join(chunk.delta.content or "" for chunk in chunks) == message.content == text and not streamed
+            continue
+        assert [(call.index, call.type) for call in streamed] == [(n, "function") for n in range(len(wanted))]
+        for found in (streamed, message.tool_calls):
+            assert [(call.function.name, call.function.arguments) for call in found] == wanted
+            assert len({call.id for call in found}) == len(wanted)
+
+
+def test_errors_in_a_stream_end_it():
+    """Also those for which the conversation is to blame, and which only the engine finds."""
+    from llamafactory_kt import KTDataError
+
+    chat = broken()
+
+    async def refused(*args, **keys):
+        yield "one"
+        raise KTDataError("A picture is missing.")
+
+    chat.astream_chat = refused
+    with pytest.raises(openai.APIError, match="A picture is missing") as caught:
+        list(ask(client_of(chat), "x", stream=True))
+    assert caught.value.type == "invalid_request_error"

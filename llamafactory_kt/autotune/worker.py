@@ -29,6 +29,7 @@ from ..engines.plan import Plan
 from ..engines.registry import get_engine
 from ..ground.paging import in_huge_pages
 from ..ground.process import die_with_parent
+from ..ground.streams import keep_stdout_clean
 from ..matmul.linear import linear
 from .choose import PlanTimes
 
@@ -45,6 +46,7 @@ _SETTLE = 0.1
 
 def main() -> None:
     """Measure what standard input asks for."""
+    keep_stdout_clean()  # for the result
     task = json.load(sys.stdin)
     around = _weights_around(task)
     context = multiprocessing.get_context("fork")  # imports take longer than measuring; no thread has been started yet

@@ -8,6 +8,7 @@ import typer
 
 from .._version import __version__
 from ..ground.errors import KTError, traceback_wanted
+from ..ground.streams import keep_stdout_clean
 from .bench import bench
 from .checks import doctor, verify
 from .conversions import convert, merge, quantize
@@ -29,11 +30,14 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
     ),
 ) -> None:
     """MoE chats with the routed experts on the CPU, for stock LLaMA-Factory."""
+    if context.invoked_subcommand != "serve":  # becomes the server, whose stdout is its own
+        keep_stdout_clean()
 
 
 for _command in (bench, compare, convert, demo, doctor, generate, inspect, merge, quantize, serve, stats, verify):

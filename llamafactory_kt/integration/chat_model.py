@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 from ..ground.errors import KTDataError, KTModelError
+from ..ground.streams import keep_stdout_clean, take_any_text
 from ..model.state import has_kt_experts, kt_state
 from .patching import asks_for, expect, replace
 
@@ -23,9 +25,19 @@ def patch(module: ModuleType) -> None:
 
     def run_chat() -> None:
         if asks_for("use_kt"):
+            take_any_text()
             with contextlib.suppress(ImportError):
-                import readline  # noqa: F401 (history and editing for input())
-            _converse(module.ChatModel())
+                import readline  # history and editing for input()
+
+                for setting in ("input-meta on", "output-meta on", "convert-meta off"):  # bytes above 127 are text
+                    readline.parse_and_bind(f"set {setting}")
+            debug = asks_for("kt_debug")  # shows the kernel's own output while it loads
+            if not debug:
+                keep_stdout_clean()
+            chat_model = module.ChatModel()
+            if debug:
+                keep_stdout_clean()
+            _converse(chat_model)
         else:
             stock()
 
@@ -56,6 +68,11 @@ def _converse(chat_model: Any) -> None:
         except EOFError:
             print()
             return
+        if "\ufffd" in query:
+            print(
+                "The line has bytes that are no text in this terminal's encoding; \ufffd stands for them.",
+                file=sys.stderr,
+            )
         command = query.strip()
         if command == "exit":
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import threading
 
 import pexpect
@@ -74,6 +75,51 @@ def test_whole_answers_and_figures(tmp_path, demo):
     chat.expect(STATS)
     assert int(chat.match[1]) > 20 and int(chat.match[2]) > 5
     chat.sendline("exit")
+    chat.expect(pexpect.EOF)
+    chat.close()
+    assert chat.exitstatus == 0
+
+
+def test_a_pipe_gets_the_conversation_and_nothing_else(tmp_path, demo):
+    """In a locale without an encoding, with a line that is no text, while a library prints what it does."""
+    path = config(tmp_path, demo, kt_backend="oneDNN", kt_num_threads=None, adapter_name_or_path=str(demo / "adapter"))
+    env = {
+        **os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "DNNL_VERBOSE": "1", "LLAMAFACTORY_VERBOSITY": "INFO",
+        "MKL_VERBOSE": "1",
+    }  # fmt: skip
+    lines = [PROMPTS[0].encode(), b"clear", b"ab\xffcd", b"exit"]
+    result = subprocess.run(
+        [CLI, "chat", path], input=b"\n".join(lines) + b"\n", capture_output=True, env=env, timeout=300
+    )
+    said = result.stdout.decode()
+    assert result.returncode == 0 and b"onednn_verbose" in result.stderr, result.stderr[-2000:]
+    assert "│ LoRA tensors" in said and "Logging error" not in result.stderr.decode(), "the load table"
+    talk = said[said.index("Welcome to the CLI") :].partition("\nUser: ")[2]
+    first, rest = talk.split("\n\nUser: History has been removed.\n\nUser: Assistant: ")
+    assert first == f"Assistant: {EXPECTED[PROMPTS[0]]['adapter']}", "not a line of anything else"
+    assert rest.endswith("\n\nUser: ") and "verbose" not in said
+    assert "The line has bytes that are no text" in result.stderr.decode()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "environment", [{}, {"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "latin-1"}]
+)  # fmt: skip
+def test_pasted_bytes(tmp_path, demo, environment):
+    """Bytes that are no text, then Chinese, then a line, in a terminal that edits lines."""
+    path = config(tmp_path, demo, kt_backend="torch", kt_num_threads=None, adapter_name_or_path=str(demo / "adapter"))
+    env = {**os.environ, "LLAMAFACTORY_VERBOSITY": "INFO", "TERM": "dumb", **environment}
+    chat = pexpect.spawn(str(CLI), ["chat", str(path)], env=env, timeout=120)
+    chat.expect_exact(b"User: ")
+    if "PYTHONIOENCODING" not in environment:
+        assert "│ LoRA tensors" in chat.before.decode()
+    for line, shown in ((b"ab\xffcd", b"Assistant: "), (b"clear", b"removed"), (PROMPTS[0].encode(), b"Assistant: ")):
+        chat.send(line + b"\n")
+        chat.expect_exact(shown)
+        chat.expect_exact(b"User: ")
+    if "PYTHONIOENCODING" not in environment:
+        assert EXPECTED[PROMPTS[0]]["adapter"] in chat.before.decode()
+    chat.sendline(b"exit")
     chat.expect(pexpect.EOF)
     chat.close()
     assert chat.exitstatus == 0

@@ -24,6 +24,7 @@ TARGETS = {
     "llamafactory.webui.components.chatbot": "llamafactory_kt.integration.webui.chatbot",
     "llamafactory.webui.components.infer": "llamafactory_kt.integration.webui.infer",
     "llamafactory.webui.chatter": "llamafactory_kt.integration.webui.chatter",
+    "llamafactory.webui.interface": "llamafactory_kt.integration.webui.interface",
     "llamafactory.chat.sglang_engine": "llamafactory_kt.integration.sglang_engine",
     "llamafactory.v1.config.arg_parser": "llamafactory_kt.integration.v1_arg_parser",
 }

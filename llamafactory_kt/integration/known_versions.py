@@ -89,6 +89,7 @@ TABLE = (
     Row("webui.components.chatbot.create_chat_box", "engine visible"),
     Row("webui.components.infer.create_infer_tab", "engine"),
     Row("webui.manager.Manager.get_base_elems", "self"),
+    Row("webui.interface.run_web_demo", ""),
     Row("v1.config.arg_parser.get_args", "args"),
 )
 

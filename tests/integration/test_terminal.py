@@ -80,6 +80,7 @@ def test_whole_answers_and_figures(tmp_path, demo):
     assert chat.exitstatus == 0
 
 
+@pytest.mark.nightly
 def test_a_pipe_gets_the_conversation_and_nothing_else(tmp_path, demo):
     """In a locale without an encoding, with a line that is no text, while a library prints what it does."""
     path = config(tmp_path, demo, kt_backend="oneDNN", kt_num_threads=None, adapter_name_or_path=str(demo / "adapter"))

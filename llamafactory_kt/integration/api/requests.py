@@ -22,7 +22,7 @@ from ...ground.errors import KTError, KTHookError, describe
 from ...model.state import has_kt_experts
 from ..generation import Generation, generation_of_request
 from ..known_versions import PARAMETERS
-from ..listening import listening_locally
+from ..listening import API, listening_locally
 from ..patching import expect, replace, versions
 from ..sglang_engine import KTSGLangEngine
 from . import answers
@@ -62,7 +62,7 @@ def patch(module: ModuleType) -> None:
         return app
 
     def run_api() -> None:
-        with listening_locally("API_HOST"):
+        with listening_locally(API):
             stock_run()
 
     replace(module, create_app, run_api)

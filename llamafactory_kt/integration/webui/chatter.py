@@ -17,6 +17,7 @@ from typing import Any
 from ...ground.errors import KTError
 from ...ground.paging import give_back_memory
 from ...model.state import has_kt_experts, kt_state
+from ..listening import warn_if_open
 from ..patching import asks_for, expect, replace
 from .background_load import PageLoad, warn
 from .texts import say
@@ -54,6 +55,9 @@ def patch(module: ModuleType) -> None:
             if not asks_for("use_kt", args) or (self.loaded and not switching):
                 yield from stock_load(self, data)  # which refuses if a model is loaded
                 return
+
+            if not switching:
+                warn_if_open()
 
             def work() -> None:
                 if switching:

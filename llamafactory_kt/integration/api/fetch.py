@@ -7,17 +7,16 @@ checked. Proxies of the environment are not used: they would look names up thems
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
-import time
 
 import httpx
 
 from .errors import BadRequest
 
-SECONDS = 60
+SECONDS = 30
 """for a whole download"""
-_TIMEOUT = httpx.Timeout(10.0)
 _REDIRECTS = 5
 
 
@@ -31,50 +30,54 @@ def fetch(url: str, limit: int) -> bytes:
     Raises:
         BadRequest: The address is not a public one, or there is no such thing, or it is too large or too slow.
     """
-    deadline = time.monotonic() + SECONDS
-    with httpx.Client(
-        transport=_Public(), timeout=_TIMEOUT, follow_redirects=True, max_redirects=_REDIRECTS, trust_env=False
-    ) as client:
-        try:
-            with client.stream("GET", url) as answer:
-                if not answer.is_success:
-                    raise BadRequest(
-                        f"The server of {_short(url)} answered with status {answer.status_code}.", "messages"
-                    )
-                data = bytearray()
-                for piece in answer.iter_bytes(2**16):
-                    data += piece
-                    if len(data) > limit:
-                        raise BadRequest(f"{_short(url)} is larger than {limit >> 20} MiB.", "messages")
-                    if time.monotonic() > deadline:
-                        raise BadRequest(f"{_short(url)} took longer than {SECONDS} seconds.", "messages")
-                return bytes(data)
-        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, ValueError) as error:
-            raise BadRequest(f"{_short(url)} cannot be read: {type(error).__name__}.", "messages") from error
+    return asyncio.run(_fetch(url, limit))  # only there do all steps together have a deadline
 
 
-class _Public(httpx.BaseTransport):
+async def _fetch(url: str, limit: int) -> bytes:
+    try:
+        async with (
+            asyncio.timeout(SECONDS),
+            httpx.AsyncClient(
+                transport=_Public(), timeout=SECONDS, follow_redirects=True, max_redirects=_REDIRECTS, trust_env=False
+            ) as client,
+            client.stream("GET", url) as answer,
+        ):
+            if not answer.is_success:
+                raise BadRequest(f"The server of {_short(url)} answered with status {answer.status_code}.", "messages")
+            data = bytearray()
+            async for piece in answer.aiter_bytes():
+                data += piece
+                if len(data) > limit:
+                    raise BadRequest(f"{_short(url)} is larger than {limit >> 20} MiB.", "messages")
+            return bytes(data)
+    except TimeoutError:
+        raise BadRequest(f"{_short(url)} took longer than {SECONDS} seconds.", "messages") from None
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+        raise BadRequest(f"{_short(url)} cannot be read: {type(error).__name__}.", "messages") from error
+
+
+class _Public(httpx.AsyncBaseTransport):
     """Connects to checked addresses; the name stays in the ``Host`` header and in the certificate."""
 
     def __init__(self) -> None:
-        self._inner = httpx.HTTPTransport(trust_env=False)
+        self._inner = httpx.AsyncHTTPTransport(trust_env=False)
 
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Answer one request; a redirect is another one."""
         url = request.url
         if url.scheme not in ("http", "https") or not url.host:
             raise BadRequest("Only HTTP/HTTPS URLs are allowed.", "messages")
         address = public_address(url.host, url.port or {"http": 80, "https": 443}[url.scheme])
-        return self._inner.handle_request(
+        return await self._inner.handle_async_request(
             httpx.Request(
                 request.method, url.copy_with(host=address), headers=request.headers,
                 extensions={**request.extensions, "sni_hostname": url.raw_host.decode()},
             )
         )  # fmt: skip
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Close all connections."""
-        self._inner.close()
+        await self._inner.aclose()
 
 
 def public_address(host: str, port: int) -> str:

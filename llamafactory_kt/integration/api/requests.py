@@ -11,7 +11,9 @@ import asyncio
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -36,15 +38,18 @@ logger = logging.getLogger("llamafactory_kt")
 PATH = "/v1/chat/completions"
 MOST_ANSWERS = 128
 """largest ``n``, as in OpenAI's API; without SGLang, all answers of a request are one batch in memory"""
+_READERS = 32
 LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     # logits are divided by it in float32, where smaller ones give Inf
     ("temperature", lambda v: v == 0 or 1e-20 <= v <= 100, "0 or more, up to 100, and not closer to 0 than 1e-20"),
     ("top_p", lambda v: 0 <= v <= 1, "between 0 and 1"),
     ("presence_penalty", lambda v: v == 0 or 0.01 <= v <= 100, "0 (none) or a repetition penalty between 0.01 and 100"),
-    ("max_tokens", lambda v: 1 <= v < 2**31, "1 or more"),
-    ("max_completion_tokens", lambda v: 1 <= v < 2**31, "1 or more"),
+    ("max_tokens", lambda v: 1 <= v < 2**31, "1 or more, up to 2147483647"),
+    ("max_completion_tokens", lambda v: 1 <= v < 2**31, "1 or more, up to 2147483647"),
     ("n", lambda v: 1 <= v <= MOST_ANSWERS, f"between 1 and {MOST_ANSWERS}"),
 )
+_CONTROLS = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""what JSON leaves as it is, and a terminal obeys"""
 
 
 def patch(module: ModuleType) -> None:
@@ -82,11 +87,13 @@ def _take_over(app: Any, chat_model: Any) -> None:
             f"llamafactory.api.app.create_app: found {len(found)} routes {PATH}, expected 1. Installed: {versions()}."
         )
     (stock,) = found
+    # not asyncio's own threads, which answers need while downloads are slow
+    readers = ThreadPoolExecutor(_READERS, "reading_requests")
 
     async def create_chat_completion(request: ChatRequest) -> Any:
         if not chat_model.engine.can_generate:
             raise HTTPException(status_code=405, detail="Not allowed")
-        asked = await asyncio.to_thread(prepare, request, chat_model.engine)
+        asked = await asyncio.get_running_loop().run_in_executor(readers, prepare, request, chat_model.engine)
         generation = generation_of_request.get() or Generation()
         if request.stream:
             events = answers.stream(request, asked, chat_model, generation)
@@ -109,8 +116,8 @@ def prepare(request: ChatRequest, engine: Any) -> dict[str, Any]:
         BadRequest: Everything that is wrong with it.
         KTError: The conversation does not fit this chat.
     """
-    _log(request)
     _check(request, engine)
+    _log(request)
     conversation = read_conversation(request, engine.template)
     sampling = _sampling(request, engine)
     _check_length(request, engine, _prompt_tokens(conversation, sampling, engine))
@@ -120,7 +127,8 @@ def prepare(request: ChatRequest, engine: Any) -> dict[str, Any]:
 def _log(request: ChatRequest) -> None:
     """As LLaMA-Factory does, but without megabytes of pictures."""
     if os.environ.get("API_VERBOSE", "1").lower() in ("true", "y", "1"):
-        logger.info("==== request ====\n%s", json.dumps(_cut(request.model_dump(exclude_unset=True)), indent=2))
+        text = json.dumps(_cut(request.model_dump(exclude_unset=True)), indent=2, ensure_ascii=False)
+        logger.info("==== request ====\n%s", _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def _cut(value: Any) -> Any:

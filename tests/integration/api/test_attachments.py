@@ -5,10 +5,12 @@ The downloads go to servers on this machine, for which one address of it is decl
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import socket
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,6 +54,13 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", target)
             self.end_headers()
             return
+        if self.path.startswith("/slow"):
+            self.wfile.write(b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if self.path == "/slow_body" else b""))
+            with contextlib.suppress(OSError):
+                for _ in range(40):
+                    self.wfile.write(b"X-" if self.path == "/slow_head" else b"x")
+                    time.sleep(0.05)
+            return
         body = {"/picture": file_of(picture()), "/large": b"x" * 70_000}.get(self.path)
         self.send_response(404 if body is None else 200)
         self.end_headers()
@@ -72,7 +81,7 @@ def web(monkeypatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1" or stock(address))
     for server in (public, private):
         server.asked = asked
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield SimpleNamespace(public=f"http://127.0.0.1:{port}", private=f"http://127.0.0.2:{port}", port=port, asked=asked)
     for server in (public, private):
         server.shutdown()
@@ -93,6 +102,14 @@ def test_a_picture_from_the_web(web):
             read(web.public + path)
     with pytest.raises(BadRequest, match="larger than 0 MiB"):
         fetch.fetch(f"{web.public}/large", 60_000)
+
+
+@pytest.mark.parametrize("path", ["/slow_head", "/slow_body"])
+def test_a_download_has_a_deadline(web, monkeypatch, path):
+    """Also one of which a byte comes now and then."""
+    monkeypatch.setattr(fetch, "SECONDS", 0.4)
+    with pytest.raises(BadRequest, match="took longer than"):
+        read(web.public + path)
 
 
 @pytest.mark.parametrize(

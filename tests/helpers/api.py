@@ -16,12 +16,16 @@ import openai
 from .places import CLI
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @contextmanager
 def serving(path: Path, log: Path, **environment: str) -> Iterator[tuple[str, subprocess.Popen]]:
     """Run a server until the block ends; gives its address and its process once it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     env = {**os.environ, "API_HOST": "127.0.0.1", "API_PORT": str(port), "API_VERBOSE": "0", **environment}
     with log.open("wb") as out:
         process = subprocess.Popen([CLI, "api", path], stdout=out, stderr=subprocess.STDOUT, env=env)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +19,22 @@ def give_back_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def share_heaps() -> None:
+    """Let glibc have one heap per core, unless the environment says how many; as early as possible, before threads have theirs.
+
+    It has up to eight per core. Each answer that is streamed has a thread of its own, which takes any of them, and each of them keeps
+    the little that its threads leave behind: a server grew by megabytes every thousand answers, with the same objects in it.
+    """
+    if "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get("GLIBC_TUNABLES", ""):
+        return
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, max(2, os.cpu_count() or 1))
+
+
+_M_ARENA_MAX = -8
+"""of glibc's malloc.h"""
 
 
 def drop_pages(tensor: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+from ...ground.paging import share_heaps
 from ...ground.streams import take_any_text
 from ...settings.check import check_for_inference
 from ...settings.sglang_keys import serves
@@ -64,6 +65,7 @@ def _guard(module: ModuleType) -> None:
             if given is None:  # the command line, not a Python program
                 end_in_one_paragraph(debug=asks_for("kt_debug"))
                 take_any_text()
+                share_heaps()
             if bootstrap.failures:
                 raise next(iter(bootstrap.failures.values()))
             values = module.read_args(given)

@@ -36,22 +36,22 @@ MOST_GROWTH = 2 * 2**20
 SERVER = """
 import sys, threading
 import torch
-import uvicorn
-from llamafactory.api.app import create_app
-from llamafactory.chat import ChatModel
+from llamafactory.api import app
 from llamafactory_kt import switch_adapter
 
-model, port = sys.argv[1:]
-chat = ChatModel(dict(model_name_or_path=model, template="qwen3_vl_nothink", use_kt=True, kt_backend="torch", do_sample=False))
+stock, chats, switched = app.create_app, [], sys.argv.pop()
+app.create_app = lambda chat: chats.append(chat) or stock(chat)
 
 def obey():
     for line in sys.stdin:
-        switch_adapter(chat.engine.model, line.strip() or None)
-        print("switched", flush=True)
+        switch_adapter(chats[0].engine.model, line.strip() or None)
+        with open(switched, "a") as file:
+            file.write(".")
 
 threading.Thread(target=obey, daemon=True).start()
-uvicorn.run(create_app(chat), host="127.0.0.1", port=int(port), log_level="warning")
+app.run_api()
 """
+"""``llamafactory-cli api``, but for a thread that exchanges the adapter"""
 
 
 def data_url(shown: Any) -> str:
@@ -99,12 +99,24 @@ def text_of(body: dict, answer: httpx.Response) -> str:
 @contextlib.contextmanager
 def served(model: Path, log: Path) -> Iterator[tuple[str, subprocess.Popen]]:
     port = free_port()
-    env = {**os.environ, "API_VERBOSE": "0", "MAX_CONCURRENT": "2"}
-    with log.open("wb") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(model), str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=env,
-            text=True,
-        )  # fmt: skip
+    env = {
+        **os.environ,
+        "API_VERBOSE": "0",
+        "MAX_CONCURRENT": "2",
+        "API_PORT": str(port),
+        "LLAMAFACTORY_VERBOSITY": "WARN",
+    }
+    keys = {
+        "model_name_or_path": str(model),
+        "template": "qwen3_vl_nothink",
+        "use_kt": True,
+        "kt_backend": "torch",
+        "do_sample": False,
+    }
+    (path := log.with_name("api.yaml")).write_text(json.dumps(keys))
+    command = [sys.executable, "-c", SERVER, path, log.with_name("switched")]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=env, text=True)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
@@ -123,15 +135,18 @@ def served(model: Path, log: Path) -> Iterator[tuple[str, subprocess.Popen]]:
 @pytest.mark.timeout(0)
 def test_mixed_load(tmp_path):
     model = make_image_text_model(tmp_path / "model", "qwen3_vl_moe")
-    adapter = make_adapter(tmp_path / "adapter", model)
+    adapter, switched, switches = make_adapter(tmp_path / "adapter", model), tmp_path / "switched", 0
     with served(model, tmp_path / "log") as (address, process):
         url = f"{address}/v1/chat/completions"
 
         def switch(to: str) -> None:
+            nonlocal switches
+            switches += 1
             process.stdin.write(f"{to}\n")
             process.stdin.flush()
-            while process.stdout.readline().strip() != "switched":
-                assert process.poll() is None
+            while not switched.exists() or len(switched.read_text()) < switches:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.05)
 
         right: list[set[str]] = [set() for _ in GOOD]
         for to in ("", str(adapter)):
@@ -172,13 +187,12 @@ def test_mixed_load(tmp_path):
         clients = [threading.Thread(target=ask, args=(number,)) for number in range(CLIENTS)]
         for client in clients:
             client.start()
-        server, points, switches = psutil.Process(process.pid), [], 0
+        server, points = psutil.Process(process.pid), []
         while any(client.is_alive() for client in clients):
             time.sleep(min(2.0, SECONDS / 40))
             points.append((done.total(), server.memory_info().rss))
             if len(points) % 5 == 0:
                 switch(str(adapter) if switches % 2 else "")
-                switches += 1
         assert not wrong, wrong
         points = points[len(points) // 4 :]
         growth = 1000 * float(np.polyfit(*np.array(points, dtype=float).T, 1)[0])

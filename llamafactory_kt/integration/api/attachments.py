@@ -44,7 +44,7 @@ class Media:
 @dataclass(frozen=True)
 class _Kind:
     types: str
-    """those of data URLs that LLaMA-Factory takes"""
+    """of data URLs: those that LLaMA-Factory takes, and webp"""
     placeholder: str
     """its name in LLaMA-Factory's constants"""
     add: Callable[[Media, bytes], None]
@@ -89,16 +89,21 @@ def _read(url: str, field_name: str, kind: _Kind, place: str) -> bytes:
         return base64.b64decode(encoded, validate=True)
     if url.lower().startswith(("http://", "https://")):
         return fetch(url, MOST_BYTES)
-    return _read_file(url)
+    if ":" in url.partition("/")[0] or url.startswith("//"):
+        raise BadRequest("Only HTTP/HTTPS URLs are allowed.", "messages")
+    return _read_file(url, f"{place}: {field_name}")
 
 
-def _read_file(name: str) -> bytes:
+def _read_file(name: str, place: str) -> bytes:
     """A file below ``SAFE_MEDIA_PATH``. Nobody learns whether there is one elsewhere."""
     from llamafactory.api import common
 
     path, safe = Path(name).resolve(), Path(common.SAFE_MEDIA_PATH).resolve()
     if not common.ALLOW_LOCAL_FILES or not path.is_relative_to(safe) or not path.is_file():
-        raise BadRequest("Only HTTP/HTTPS URLs are allowed, and files in the server's SAFE_MEDIA_PATH.", "messages")
+        raise BadRequest(
+            f"{place} {name[:200]!r} is neither a data URL, nor an address with http(s)://, nor a file in the server's SAFE_MEDIA_PATH.",
+            "messages",
+        )
     if path.stat().st_size > MOST_BYTES:
         raise BadRequest(f"The file is larger than {MOST_BYTES >> 20} MiB.", "messages")
     return path.read_bytes()
@@ -135,7 +140,7 @@ def _add_audio(media: Media, data: bytes) -> None:
 
 
 _KINDS = {
-    "image": _Kind("png|jpg|jpeg|gif|bmp", "IMAGE_PLACEHOLDER", _add_image),
+    "image": _Kind("png|jpg|jpeg|gif|bmp|webp", "IMAGE_PLACEHOLDER", _add_image),
     "video": _Kind("mp4|mkv|avi|mov", "VIDEO_PLACEHOLDER", _add_video),
     "audio": _Kind("mpeg|mp3|wav|ogg", "AUDIO_PLACEHOLDER", _add_audio),
 }

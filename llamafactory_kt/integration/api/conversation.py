@@ -72,6 +72,12 @@ def _text(message: Message, number: int, media: Media) -> str:
         raise BadRequest(problem, "messages")
     texts = []
     for part in message.parts():
+        if part.type != "text" and message.role in ("system", "developer"):
+            kind = part.type.removesuffix("_url")
+            raise BadRequest(
+                f"messages[{number}]: a system prompt takes text alone; put the {kind} into a message of the user.",
+                "messages",
+            )
         if part.type != "text":
             texts.append(read_media(part, f"messages[{number}]", media))
         elif part.text is None:

@@ -59,23 +59,22 @@ class Tool(_Model):
     function: FunctionDefinition
 
 
-def _as_arguments(text: str) -> str:
-    try:
-        arguments = json.loads(text or "{}")
-    except ValueError as error:
-        raise ValueError(f"not valid JSON: {error}") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(arguments, dict):
-        raise ValueError("not a JSON object")
-    return text
-
-
 class Function(_Model):
     """A call that the model has made."""
 
     name: Name
-    arguments: Annotated[str, AfterValidator(_as_arguments)]
+    arguments: str
+    """JSON"""
+
+    @model_validator(mode="after")
+    def _has_arguments(self) -> Function:
+        try:
+            read = json.loads(self.arguments or "{}")
+        except (ValueError, RecursionError):
+            read = None
+        if not isinstance(read, dict):
+            raise ValueError(f"the arguments of the tool call {self.name} are not a JSON object")
+        return self
 
     def plain(self) -> dict[str, Any]:
         """As LLaMA-Factory's datasets have it: the arguments are an object, not JSON in a string."""

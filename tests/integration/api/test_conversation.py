@@ -96,6 +96,16 @@ def test_system_messages():
     assert read(ASKED)["system"] is None
 
 
+def test_arguments_that_are_no_object():
+    for arguments in ("it", "3", "[]", "[" * 10_000, '{"a": '):
+        with pytest.raises(ValueError, match="the arguments of the tool call look are not a JSON object"):
+            read(says("assistant", tool_calls=[call("look", arguments)]), ASKED)
+    assert turns(says("assistant", tool_calls=[call("look", "")]), ASKED)[1] == (
+        "function",
+        '[{"name": "look", "arguments": {}}]',
+    )
+
+
 def test_older_forms_of_calls():
     """OpenAI's single function_call with its result, and LLaMA-Factory's function message, which is the call."""
     function = {"name": "weather", "arguments": '{"city": "Paris"}'}

@@ -158,3 +158,15 @@ def test_errors_in_a_stream_end_it():
     with pytest.raises(openai.APIError, match="A picture is missing") as caught:
         list(ask(client_of(chat), "x", stream=True))
     assert caught.value.type == "invalid_request_error"
+
+
+def test_other_models_have_the_stock_application():
+    from fastapi.testclient import TestClient
+    from llamafactory.api import app as module
+
+    chat = broken()
+    chat.engine.model = SimpleNamespace(config=None)
+    stock = TestClient(module.create_app(chat)).post(
+        "/v1/chat/completions", json={"model": "any", "messages": [], "n": None}
+    )
+    assert stock.status_code == 422 and "detail" in stock.json()

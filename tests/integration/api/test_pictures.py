@@ -72,6 +72,52 @@ def test_two_pictures_and_a_turn_of_text(chat, client):
     assert other.response_text != chat.chat(said, images=list(pictures))[0].response_text
 
 
+def test_webp(client):
+    asked = [text("What is it?")]
+    wanted, found = (
+        ask(client, [image(url), *asked]) for url in (data_url(picture()), data_url(picture(), "webp", lossless=True))
+    )
+    assert found.choices[0].message.content == wanted.choices[0].message.content
+
+
+def test_what_stands_around_a_picture(chat, client):
+    """A system prompt in parts, and a tool call with its result: what LLaMA-Factory's own chat makes of the same."""
+    tools = [{"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}}}]  # fmt: skip
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "it"}'}}
+    answer = client.chat.completions.create(
+        model="any", tools=tools,
+        messages=[
+            {"role": "system", "content": [text("Be brief."), text(" And kind.")]},
+            {"role": "user", "content": [image(data_url(picture())), text("What is it?")]},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": [text("This: "), image(data_url(picture(64, 48, 1)))]},
+        ],
+    )  # fmt: skip
+    said = [
+        {"role": "user", "content": "<image>What is it?"},
+        {"role": "function", "content": '[{"name": "look", "arguments": {"at": "it"}}]'},
+        {"role": "observation", "content": "This: <image>"},
+    ]
+    functions = json.dumps([tool["function"] for tool in tools])
+    (wanted,) = chat.chat(said, "Be brief. And kind.", functions, images=[picture(), picture(64, 48, 1)])
+    assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (
+        wanted.response_text,
+        wanted.prompt_length,
+    )
+
+
+def test_pictures_and_calls_that_would_be_lost(client):
+    for message, reason in (
+        ({"role": "system", "content": [text("Like this:"), image(data_url(picture()))]}, "a system prompt takes text alone"),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "look", "arguments": "it"}}]},
+            "the arguments of the tool call look are not a JSON object",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(openai.BadRequestError, match=reason):
+            client.chat.completions.create(model="any", messages=[message, {"role": "user", "content": "?"}])
+
+
 @pytest.mark.parametrize(
     "content", ["Which?", [image(data_url(picture())), text("What is it?")]], ids=["text", "picture"]
 )

@@ -8,7 +8,7 @@ import typer
 
 from .._version import __version__
 from ..ground.errors import KTError, traceback_wanted
-from ..ground.streams import keep_stdout_clean
+from ..ground.streams import keep_stdout_clean, take_any_text
 from .bench import bench
 from .checks import doctor, verify
 from .conversions import convert, merge, quantize
@@ -36,6 +36,7 @@ def _root(
     ),
 ) -> None:
     """MoE chats with the routed experts on the CPU, for stock LLaMA-Factory."""
+    take_any_text()
     if context.invoked_subcommand != "serve":  # becomes the server, whose stdout is its own
         keep_stdout_clean()
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 from ..ground.errors import KTAdapterError
 from ..ground.file_hash import file_sha256
+from ..ground.json_files import problems, read_json_object
 from ..ground.tensor_files import SafetensorsStore
 from .config import LoraSettings
 from .stacked import StackedAdapter
@@ -16,6 +18,23 @@ from .stacked import StackedAdapter
 logger = logging.getLogger(__name__)
 
 BUNDLE, MANIFEST = "fused_expert_lora.safetensors", "kt_adapter_manifest.json"
+
+
+class _Lora(BaseModel):
+    rank: int | None = None
+    alpha: float | None = None
+
+
+class _Artifact(BaseModel):
+    size: int | None = None
+    sha256: str | None = None
+
+
+class _Manifest(BaseModel):
+    version: int
+    status: str
+    artifacts: dict[str, _Artifact]
+    lora: _Lora | None = None
 
 
 def open_bundle(directory: Path, settings: LoraSettings) -> StackedAdapter:
@@ -58,24 +77,25 @@ def _check_manifest(directory: Path, settings: LoraSettings) -> None:
     """Check sizes and SHA-256 sums. The base model is not compared: its path is that of the training machine."""
     path = directory / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version, status, artifacts = manifest["version"], manifest["status"], dict(manifest["artifacts"])
-        lora = dict(manifest.get("lora") or {})
-    except (ValueError, KeyError, TypeError) as error:
-        raise KTAdapterError(f"{path} is not a KT adapter manifest: {error!r}.") from error
-    if version != 1 or status != "ready":
-        raise KTAdapterError(f"{path}: expected version 1 and status 'ready', found {version!r} and {status!r}.")
-    for key, wanted in (("rank", settings.r), ("alpha", settings.lora_alpha)):
-        if key in lora and lora[key] != wanted:
+        manifest = _Manifest.model_validate(read_json_object(path, KTAdapterError))
+    except ValidationError as error:
+        raise KTAdapterError(f"{path} is not a KT adapter manifest: {problems(error)}.") from error
+    if manifest.version != 1 or manifest.status != "ready":
+        raise KTAdapterError(
+            f"{path}: expected version 1 and status 'ready', found {manifest.version!r} and {manifest.status!r}."
+        )
+    lora = manifest.lora or _Lora()
+    for key, found, wanted in (("rank", lora.rank, settings.r), ("alpha", lora.alpha, settings.lora_alpha)):
+        if found is not None and found != wanted:
             raise KTAdapterError(
-                f"{path}: {key} is {lora[key]}, {settings.path.name} says {wanted}; the two do not belong together."
+                f"{path}: {key} is {found:g}, {settings.path.name} says {wanted:g}; the two do not belong together."
             )
-    for name, facts in artifacts.items():
+    for name, artifact in manifest.artifacts.items():
         file = directory / name
         if Path(name).name != name or not file.is_file():
             raise KTAdapterError(f"{path} lists {name!r}, which is not a file beside it.")
         size, digest = file.stat().st_size, file_sha256(file)
-        if size != facts.get("size", size) or digest != facts.get("sha256", digest):
+        if artifact.size not in (None, size) or artifact.sha256 not in (None, digest):
             raise KTAdapterError(
                 f"{file} is not the file that {MANIFEST} describes (size or SHA-256 differ): it was changed or is damaged. "
                 f"Copy the adapter again; if the change is intended, remove {MANIFEST}."

@@ -13,7 +13,7 @@ import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..ground.errors import KTAdapterError, name_some
-from ..ground.json_files import read_json_object
+from ..ground.json_files import problems, read_json_object
 from ..ground.printable import printable
 
 CONFIG = "adapter_config.json"
@@ -115,14 +115,7 @@ class LoraSettings:
         try:
             return _Keys.model_validate(raw)
         except ValidationError as error:
-            wrong = []
-            for problem in error.errors(include_url=False, include_context=False):
-                place = [
-                    str(part) for part in problem["loc"] if not str(part).startswith(("list[", "dict[", "literal["))
-                ]
-                name = ".".join(place[:3])
-                wrong.append(f"{name}: {problem['msg'].removeprefix('Input ')}, found {problem['input']!r:.80}")
-            raise KTAdapterError(printable(f"{self.path}: {name_some(dict.fromkeys(wrong), 4)}.")) from error
+            raise KTAdapterError(f"{self.path}: {problems(error)}.") from error
 
     def _variants(self) -> Iterator[str]:
         """Keys that are set and change the computation."""

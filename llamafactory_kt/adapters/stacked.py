@@ -167,6 +167,6 @@ def open_moe_lora(file: Path, directory: Path | None, settings: LoraSettings | N
     rank, alpha = experts.metadata.get("lora_rank"), experts.metadata.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise KTAdapterError(f"{file}: metadata must give lora_rank and lora_alpha, found {experts.metadata}.")
-    settings = settings or LoraSettings(file, {"r": rank, "lora_alpha": alpha})
+    own = LoraSettings(file, {"r": rank, "lora_alpha": alpha})
     beside = directory is not None
-    return StackedAdapter(directory or file.parent, settings, experts, alpha / rank, MOE_LORA, rest=beside)
+    return StackedAdapter(directory or file.parent, settings or own, experts, alpha / rank, MOE_LORA, rest=beside)

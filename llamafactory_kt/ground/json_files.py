@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import KTError, first_line
+from pydantic import ValidationError
+
+from .errors import KTError, first_line, name_some
 
 LARGEST = 64 * 2**20
 """bytes of a JSON file that is read"""
@@ -42,3 +44,12 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands in it twice")
     return found
+
+
+def problems(error: ValidationError) -> str:
+    """What is wrong with an object's values, each with its key and what was found."""
+    wrong = []
+    for problem in error.errors(include_url=False, include_context=False):
+        place = [str(part) for part in problem["loc"] if not str(part).startswith(("list[", "dict[", "literal["))]
+        wrong.append(f"{'.'.join(place[:3])}: {problem['msg'].removeprefix('Input ')}, found {problem['input']!r:.80}")
+    return name_some(dict.fromkeys(wrong), 4)

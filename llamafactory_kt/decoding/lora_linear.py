@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ..ground.internals import TESTED, Internal
 from ..matmul.linear import computed_in, numbers, product
+from ..matmul.packed_weight import for_kernels
 
 FEW_ROWS = 64
 """with fewer rows the calls dominate, and float32 is cheaper to call; with more, memory bandwidth does"""
@@ -54,7 +55,7 @@ class InferenceLora(Linear):  # type: ignore[misc]
         factors, scaling = [pairs[name] for name in names], [self.scaling[name] for name in names]
         if x.is_cuda:
             return _add(x.reshape(-1, x.shape[-1]), base(x), factors, scaling)
-        wide, threads, weight = own == torch.float32, torch.get_num_threads(), base.weight
+        wide, threads, weight = own == torch.float32, torch.get_num_threads(), for_kernels(base.weight)
         given = (x, weight, base.bias, factors, scaling, wide, dtype == torch.float32, numbers(weight), threads)
         result = _on_cpu()(*given)
         return result

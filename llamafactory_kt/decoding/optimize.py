@@ -17,8 +17,8 @@ def optimize_for_inference(model: nn.Module) -> None:
     prompts and, where they are in bfloat16, the linear layers. Their weights go where the CPU reads them fastest, and PEFT's LoRA,
     unmerged, is computed in fewer steps, also on a GPU.
 
-    The answers are the same but for rounding. Weights may be packed: they keep shape and dtype, and can be neither read from
-    Python nor saved. ``apply_adapter`` and ``switch_adapter`` still work, before and afterwards; PEFT's own ``merge_adapter``
+    The answers are the same but for rounding. Weights may be packed: they keep shape and dtype, are unpacked
+    by whatever reads them, and cannot be changed. ``apply_adapter`` and ``switch_adapter`` still work, before and afterwards; PEFT's own ``merge_adapter``
     does not. Waits for generations that run. Calling it again does nothing more.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..ground.paging import drop_pages, give_back_memory
+from ..ground.paging import are_of_a_file, drop_pages, give_back_memory
 from ..matmul.layouts import SMALLEST, Size, faster_packed, is_packed, placing, size_of, unpack
 from ..matmul.linear import PreparedLinear
 from ..matmul.mkldnn_blob import as_parameter
@@ -58,7 +58,8 @@ def _place_weights(model: nn.Module) -> None:
             plain = layer.weight.detach()
             layer.weight = as_parameter(place(number, plain))
             layer.__class__ = PreparedLinear  # PEFT and hooks hold the object
-            drop_pages(plain)
+            if are_of_a_file(plain):  # others may still show it: a state_dict(), for one
+                drop_pages(plain)
             del plain
 
 

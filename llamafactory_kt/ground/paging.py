@@ -8,6 +8,8 @@ import mmap
 import os
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     import torch
 
@@ -40,9 +42,27 @@ _M_ARENA_MAX = -8
 def drop_pages(tensor: torch.Tensor) -> None:
     """Drop the pages of a mapped file that hold only this tensor from the process's resident memory.
 
-    They stay in the system's page cache. The tensor must be contiguous, and must not be used any more.
+    They stay in the system's page cache, from where whoever still uses them gets them back. The tensor must be contiguous, and its
+    memory a file's that nobody has written to (:func:`are_of_a_file`): of other memory the values would be lost.
     """
     _advise(tensor, mmap.MADV_DONTNEED)
+
+
+def are_of_a_file(tensor: torch.Tensor) -> bool:
+    """Whether dropping a contiguous tensor's pages loses nothing: they are a file's, and nobody has written to them. False where
+    ``/proc/self/pagemap`` (proc_pid_pagemap(5)) cannot be read."""
+    first, last = tensor.data_ptr() // mmap.PAGESIZE, -(-(tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE)
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            pages = np.frombuffer(os.pread(file.fileno(), 8 * (last - first), 8 * first), np.uint64) >> np.uint64(61)
+    except OSError:
+        return False
+    return len(pages) == last - first and bool(_NOTHING_LOST[pages].all())
+
+
+_NOTHING_LOST = np.array([True, True, False, False, False, True, False, False])
+"""by the upper three bits of a page's entry: present, swapped, of a file or shared. A page that is neither present nor swapped holds
+nothing yet"""
 
 
 def prefetch_pages(tensor: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from . import column_tiles as columns
 from .mkldnn_ops import has_bfloat16_kernels, onednn_linear
+from .packed_weight import for_kernels
 
 FEW_ROWS = 8
 """with fewer, bfloat16 is faster even without oneDNN's kernels"""
@@ -28,7 +29,7 @@ def computed_in(rows: int) -> torch.dtype:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in], bfloat16 or float32 -> [..., out] in the dtype of x; the weight is bfloat16, plain or packed."""
     wide = computed_in(x.numel() // x.shape[-1]) == torch.float32
-    return product(x, weight, bias, wide, numbers(weight), torch.get_num_threads())
+    return product(x, for_kernels(weight), bias, wide, numbers(weight), torch.get_num_threads())
 
 
 def numbers(weight: Tensor) -> Tensor:
@@ -40,6 +41,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, wide: bool, numbers:
     """:func:`linear`, in what TorchScript can compile.
 
     Args:
+        weight: as :func:`~.packed_weight.for_kernels` gives it.
         wide: compute in float32.
         numbers: as :func:`numbers` gives them for the weight.
         threads: number of threads that compute.

@@ -17,6 +17,7 @@ from ..ground.internals import TESTED, Internal
 from ..ground.paging import in_huge_pages
 from .libtorch import libtorch
 from .mkldnn_ops import pack
+from .packed_weight import PackedWeight
 
 INTERNAL = Internal("mkldnn-blob", "torch", TESTED["torch"])
 _MEMORY = "_kt_memory"
@@ -43,7 +44,7 @@ class OneDNNPlaces:
             rows: the weight's rows [out, in], in one tensor or several.
 
         Returns:
-            [out, in], a tensor whose values Python cannot read. An alias (``detach()``) does not keep its memory alive.
+            [out, in], a :class:`~.packed_weight.PackedWeight`; where this PyTorch cannot place it, PyTorch's own packed tensor.
         """
         plain = torch.cat(rows, out=self._rows) if len(rows) > 1 else rows[0]
         packed = pack(plain)
@@ -55,14 +56,12 @@ class OneDNNPlaces:
             self._block = _from_page_start(self._count, step)
         place = self._block[number, :size]
         source = (ctypes.c_uint8 * size).from_address(torch.ops.mkldnn.data_ptr(packed))
-        return _adopt(place.copy_(torch.frombuffer(source, dtype=torch.uint8)), packed)
+        return PackedWeight(_adopt(place.copy_(torch.frombuffer(source, dtype=torch.uint8)), packed))
 
 
 def as_parameter(weight: torch.Tensor) -> torch.nn.Parameter:
-    """The weight as a layer holds it; keeps its memory alive."""
-    parameter = torch.nn.Parameter(weight, requires_grad=False)
-    vars(parameter).update(vars(weight))
-    return parameter
+    """The weight as a layer holds it."""
+    return torch.nn.Parameter(weight, requires_grad=False)
 
 
 def _from_page_start(count: int, step: int) -> torch.Tensor:
@@ -72,7 +71,7 @@ def _from_page_start(count: int, step: int) -> torch.Tensor:
 
 
 def _adopt(place: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    """A tensor like ``packed`` whose values are those in ``place``."""
+    """A tensor like ``packed`` whose values are those in ``place``. It keeps that, but its aliases do not."""
     layout = torch.ops.mkldnn._get_mkldnn_serialized_md(packed)
     rows, columns = packed.shape
     pair, handle, torchs = ctypes.c_int64 * 2, ctypes.c_void_p(), libtorch()
@@ -101,4 +100,5 @@ def _can_adopt() -> bool:
     except OSError:
         return False
     operators = ("_nbytes", "data_ptr", "_get_mkldnn_serialized_md")
-    return all_there and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+    all_there &= all(hasattr(torch.ops.mkldnn, name) for name in operators)
+    return all_there and hasattr(torch._C, "_set_throw_on_mutable_data_ptr")

@@ -53,7 +53,7 @@ def test_memory_stays_with_a_parameter_and_goes_with_it():
     size = 2048, 2048
     weight = torch.randn(size).bfloat16()
     placed = OneDNNPlaces(size, 2)(1, weight)
-    memory = weakref.ref(vars(placed)[mkldnn_blob._MEMORY])
+    memory = weakref.ref(vars(placed.native)[mkldnn_blob._MEMORY])
     parameter = as_parameter(placed)
     del placed
     gc.collect()

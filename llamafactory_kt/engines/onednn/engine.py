@@ -17,6 +17,7 @@ from ...checkpoint.reader import ExpertWeights
 from ...matmul.layouts import Size, faster_packed, placing
 from ...matmul.linear import computed_in, numbers
 from ...matmul.mkldnn_ops import onednn_problem
+from ...matmul.packed_weight import for_kernels
 from ..base import Engine, EngineOptions, LayerMemory, Undo
 from .lora import PackedLora, lora_size
 from .schedule import Part, compute, parts, together
@@ -72,7 +73,7 @@ class OneDNNEngine(Engine):
         packed = faster_packed(sizes, sample)
         gate_up_place, down_place = (placing(size, shape.num_experts, size in packed) for size in sizes)
         self._weights = [
-            (gate_up_place(number, gate, up), down_place(number, down))
+            (for_kernels(gate_up_place(number, gate, up)), for_kernels(down_place(number, down)))
             for number, (gate, up, down) in enumerate(chain(first, experts))
         ]
         self._numbers = max(map(numbers, self._weights[0]), key=len)

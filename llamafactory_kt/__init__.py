@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         KTKernelError,
         KTMemoryError,
         KTModelError,
+        KTOutputError,
         KTPathError,
         KTServerError,
     )
@@ -41,6 +42,7 @@ __all__ = [
     "KTKernelError",
     "KTMemoryError",
     "KTModelError",
+    "KTOutputError",
     "KTPathError",
     "KTServerError",
     "LayerStats",

@@ -90,7 +90,7 @@ def choose(
     )  # fmt: skip
     if recalibrate:
         memory.forget()
-    measured = _checked(memory.recall(), len(plans))
+    measured = memory.recall(lambda found: _checked(found, len(plans)))
     if measured is None:
         logger.info("Measuring engines and threads on a layer of this model's shape, once for this machine ...")
         try:
@@ -104,14 +104,12 @@ def choose(
     return plans[best], f"measured {measured[best]} per layer; {others}"
 
 
-def _checked(measured: Any, count: int) -> list[PlanTimes] | None:
-    """What was kept, where it makes sense."""
-    try:
-        found = [PlanTimes(float(one["decode"]), float(one["prefill"])) for one in measured]
-    except (TypeError, ValueError, KeyError):
-        return None
-    sensible = len(found) == count and all(0 < one.decode < 1e3 and 0 < one.prefill < 1e3 for one in found)
-    return found if sensible else None
+def _checked(measured: Any, count: int) -> list[PlanTimes]:
+    """What was kept, where it makes sense; else ValueError, or what reading it raises."""
+    found = [PlanTimes(float(one["decode"]), float(one["prefill"])) for one in measured]
+    if len(found) != count or not all(0 < one.decode < 1e3 and 0 < one.prefill < 1e3 for one in found):
+        raise ValueError("not the times of these plans")
+    return found
 
 
 def _measure(facts: dict[str, Any], experts: int) -> list[PlanTimes]:

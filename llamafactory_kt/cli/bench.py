@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -126,13 +127,17 @@ def _check_fit(configs: list[BenchConfig], weights: CheckpointBytes | None) -> d
 
 def _report(content: dict[str, Any], json_file: Path | None, show: Callable[[], None]) -> None:
     """Write JSON if a file is given; show the tables unless the JSON goes to stdout."""
+    from ..ground.atomic_output import replacing, writing
+
     text = json.dumps(content, indent=2, ensure_ascii=False)
     if str(json_file) == "-":
         typer.echo(text)
         return
-    if json_file is not None:
-        json_file.write_text(text + "\n", encoding="utf-8")
     show()
+    if json_file is not None:
+        special = json_file.exists() and not json_file.is_file()  # /dev/stderr, a pipe
+        with writing(json_file), contextlib.nullcontext(json_file) if special else replacing(json_file) as file:
+            file.write_text(text + "\n", encoding="utf-8")
 
 
 def _show_latency(found: EndpointLatency) -> None:

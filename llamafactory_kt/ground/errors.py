@@ -34,6 +34,13 @@ class KTAdapterError(KTError, ValueError):
     """The adapter is broken, or made for another model."""
 
 
+class KTOutputError(KTError, OSError):
+    """An output could not be written: the disk is full, a file larger than allowed, a directory protected."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
 class KTDataError(KTError, ValueError):
     """A file of prompts or answers, or a line of it, cannot be used."""
 

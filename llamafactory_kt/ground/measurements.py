@@ -10,15 +10,21 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .atomic_output import replacing
+from .caches import private_cache
+from .errors import KTError, one_line
 from .machine import cache_directory, cpu_name, numa_nodes, usable_cores
 
 logger = logging.getLogger(__name__)
+
+_DIRECTORY = "calibration"
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -43,24 +49,38 @@ class Remembered:
     def file(self) -> Path:
         """Each set of facts has a file of its own."""
         name = hashlib.sha256(json.dumps(self._every).encode()).hexdigest()[:16]
-        return cache_directory() / "calibration" / f"{name}.json"
+        return cache_directory() / _DIRECTORY / f"{name}.json"
 
-    def recall(self) -> Any:
-        """The measurement, or None if there is none for these facts."""
+    def recall(self, read: Callable[[Any], Measured]) -> Measured | None:
+        """The measurement, or None if there is none for these facts; warns of a file that is not one.
+
+        Args:
+            read: makes the measurement of JSON values; may raise anything of what is none.
+        """
         try:
-            content = json.loads(self.file.read_text())
-            return content["measured"] if content["facts"] == self._every else None
-        except (OSError, ValueError, TypeError, KeyError):
+            text = self.file.read_text()
+        except (OSError, UnicodeDecodeError):
+            return None
+        try:
+            content = json.loads(text)
+            if content["facts"] != self._every:
+                raise ValueError("of something else")
+            return read(content["measured"])
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError):
+            logger.warning("%s holds no measured times, or is damaged; it is ignored and written again.", self.file)
             return None
 
     def keep(self, measured: Any) -> None:
         """Keep a measurement (JSON values) in place of an earlier one; warn if it cannot be written."""
         try:
+            private_cache(_DIRECTORY)
             with replacing(self.file) as temporary:
                 temporary.write_text(json.dumps({"facts": self._every, "measured": measured}, indent=1))
-        except OSError as error:
+        except (OSError, KTError) as error:
             logger.warning(
-                "The measured times could not be kept in %s (%s); the next load measures again.", self.file, error
+                "The measured times could not be kept in %s (%s); the next load measures again.",
+                self.file,
+                one_line(error),
             )
 
     def forget(self) -> None:

@@ -6,6 +6,7 @@ no public way to write it piece by piece; this file uses ``torch._C.PyTorchFileW
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -35,6 +36,16 @@ def write_torch_archive(
         torch.save({"metadata": metadata, **dict(groups)}, path)
         return
     writer = torch._C.PyTorchFileWriter(str(path))
+    try:
+        _write(writer, metadata, groups)
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            writer.write_end_of_file()  # its destructor would call it, and end the process if that fails
+        raise
+    writer.write_end_of_file()
+
+
+def _write(writer: Any, metadata: dict[str, Any], groups: Iterator[tuple[str, dict[str, torch.Tensor]]]) -> None:
     content: dict[str, Any] = {"metadata": metadata}
     records = 0
     for group, tensors in groups:
@@ -43,14 +54,13 @@ def write_torch_archive(
             storage = tensor.contiguous().untyped_storage()
             if storage.nbytes() != tensor.nbytes:
                 storage = tensor.clone(memory_format=torch.contiguous_format).untyped_storage()
-            writer.write_record(f"data/{records}", storage, tensor.nbytes)  # type: ignore[arg-type]
+            writer.write_record(f"data/{records}", storage, tensor.nbytes)
             content[group][name] = _Tensor(str(records), tensor)
             records += 1
     structure = BytesIO()
     _Pickler(structure, protocol=2).dump(content)
     writer.write_record("data.pkl", structure.getvalue(), structure.tell())
     writer.write_record("byteorder", b"little", 6)
-    writer.write_end_of_file()
 
 
 class _Storage:

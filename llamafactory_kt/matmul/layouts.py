@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -109,10 +110,10 @@ def _memory() -> Remembered:
 
 
 def _recalled() -> dict[tuple[int, Size], float]:
-    try:
-        return {(int(n), (int(out), int(width))): float(ratio) for n, out, width, ratio in _memory().recall()}
-    except (TypeError, ValueError):
-        return {}
+    def read(measured: Any) -> dict[tuple[int, Size], float]:
+        return {(int(n), (int(out), int(width))): float(ratio) for n, out, width, ratio in measured}
+
+    return _memory().recall(read) or {}
 
 
 def _measure(samples: Mapping[Size, Sequence[torch.Tensor]]) -> dict[Size, float]:

@@ -20,6 +20,8 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from ..ground.atomic_output import replacing, writing
+from ..ground.errors import KTError
 from .router_counts import PROMPT, phase
 
 logger = logging.getLogger(__name__)
@@ -44,14 +46,14 @@ class Debugger:
         self._steps = 0
         self._total = {"experts": 0.0, "transfer": 0.0, "router": 0.0, "rest": 0.0}
         self._tokens = 0
-        self._file: IO[str] | None = None
-        self._log: IO[str] | None = None
+        self._file: _Lines | None = None
+        self._log: _Lines | None = None
         self._directory = directory
         self._profiled: set[str] = set()
         if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._file = (directory / "experts.jsonl").open("w", encoding="utf-8")
-            self._log = (directory / "steps.log").open("w", encoding="utf-8")
+            with writing(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+                self._file, self._log = _Lines(directory / "experts.jsonl"), _Lines(directory / "steps.log")
         reference = weakref.ref(self)
         atexit.register(lambda: debugger.close() if (debugger := reference()) else None)
 
@@ -77,7 +79,11 @@ class Debugger:
             return
         with torch.profiler.profile() as profiler:  # in the thread that computes: it records no other
             yield
-        profiler.export_chrome_trace(str(wanted))
+        try:
+            with replacing(wanted) as temporary:
+                profiler.export_chrome_trace(str(temporary))
+        except KTError as error:
+            logger.warning("kt_debug: %s", error)
 
     def _end_step(self, seconds: float) -> None:
         layers = self._local.layers
@@ -98,7 +104,10 @@ class Debugger:
         ]
         times = ", ".join(f"{key} {1000 * value:.2f}" for key, value in parts.items())
         lines.append(f"DEBUG step {step}: {tokens} tokens, {1000 * seconds:.2f} ms ({times})")
-        print(*lines, sep="\n", file=self._log or sys.stderr)
+        if self._log:
+            self._log.write("\n".join(lines) + "\n")
+        else:
+            print(*lines, sep="\n", file=sys.stderr)
 
     def watch_router(self, block: nn.Module) -> None:
         """Measure the router of a MoE block: its child ``gate`` or ``router``. What the block itself computes counts as rest."""
@@ -169,6 +178,39 @@ class Debugger:
             self._log.close()
             self._file = self._log = None
         self._steps = 0
+
+
+class _Lines:
+    """A file of lines that a chat writes beside its answers. If it cannot be written, the chat goes on without it.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: IO[str] | None = path.open("w", encoding="utf-8")
+
+    def write(self, text: str) -> None:
+        if self._file is not None:
+            try:
+                self._file.write(text)
+            except OSError as error:
+                self._end(error)
+
+    def close(self) -> None:
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:
+                self._end(error)
+
+    def _end(self, error: OSError) -> None:
+        logger.warning("kt_debug: %s is not complete, nothing more is written to it (%s).", self._path, error.strerror)
+        file, self._file = self._file, None
+        with contextlib.suppress(OSError):
+            if file is not None:
+                file.close()
 
 
 def _check(layer: int, what: str, tensor: torch.Tensor, index: torch.Tensor) -> None:

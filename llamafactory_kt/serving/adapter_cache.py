@@ -19,13 +19,14 @@ from pathlib import Path
 
 from ..adapters import Adapter, ExpertsShape
 from ..ground.atomic_output import replacing
+from ..ground.caches import private_cache
 from ..ground.errors import KTPathError
 from ..ground.file_hash import file_sha256
 from ..ground.machine import cache_directory, gib
 
 logger = logging.getLogger(__name__)
 
-ENTRY = "entry.json"
+_DIRECTORY, ENTRY = "adapters", "entry.json"
 VERSION = 1
 """version of the written forms; a change invalidates all entries"""
 
@@ -77,7 +78,7 @@ def prepared(
         entry = _read(path)
         if entry is None or not entry.complete:
             logger.info("Preparing %s for SGLang (%s)", adapter.directory, form)
-            shutil.rmtree(path, ignore_errors=True)  # damaged
+            _remove(path)
             with replacing(path) as temporary:
                 temporary.mkdir()
                 adapter.check_finite(adapter.other_names)
@@ -104,20 +105,29 @@ def clean(keep: Callable[[Entry], bool] = lambda entry: False) -> list[Entry]:
         for path in [path for path in sorted(root.iterdir()) if path.is_dir()]:
             entry = _read(path)
             if entry is None or not keep(entry):
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
                 removed += [entry] if entry is not None else []
     return removed
 
 
+def _remove(path: Path) -> None:
+    """Remove an entry, or what is in its place, damaged or somebody else's."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _root() -> Path:
-    return cache_directory() / "adapters"
+    return cache_directory() / _DIRECTORY
 
 
 def _read(path: Path) -> Entry | None:
     try:
         raw = json.loads((path / ENTRY).read_text(encoding="utf-8"))
-        return Entry(path, raw["source"], raw["form"], raw["created"], raw["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        entry = Entry(path, str(raw["source"]), str(raw["form"]), float(raw["created"]), dict(raw["files"]))
+        return entry if all(isinstance(size, int) for size in entry.files.values()) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -133,7 +143,7 @@ def _key(adapter: Adapter, form: str, shapes: Mapping[int, ExpertsShape] | None)
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        private_cache(_DIRECTORY)
         handle = (root / ".lock").open("w")
     except OSError as error:
         raise KTPathError(

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..adapters import Adapter, AdapterSet, ExpertLora, open_adapter
 from ..checkpoint.opening import MoEModel, open_checkpoint
-from ..ground.atomic_output import check_free, replacing
+from ..ground.atomic_output import check_free, check_room, replacing
 from ..ground.errors import KTAdapterError, KTModelError, name_some
 from ..ground.json_files import read_json_object
 from ..ground.tensor_files import SafetensorsStore
@@ -58,15 +58,18 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
     Raises:
         KTPathError: A directory does not exist.
         KTModelError: The checkpoint is not in safetensors, or its experts do not follow the contract.
-        KTAdapterError: The adapter does not fit, or has what cannot be merged. No output is left behind.
+        KTAdapterError: The adapter does not fit, or has DoRA or biases, which cannot be merged by a sum. No output is left
+            behind.
+        KTOutputError: The output cannot be written; nothing of it is left.
     """
     source = Path(model_path).expanduser()
     check_free(Path(output))
     moe, adapter = open_checkpoint(source), open_adapter(adapter_path)
     plan = _MergePlan(moe, adapter)
+    total = sum(info.nbytes for store in plan.stores for info in store.infos.values())
+    check_room(Path(output), total)
     with replacing(Path(output)) as temporary:
         temporary.mkdir()
-        total = sum(info.nbytes for store in plan.stores for info in store.infos.values())
         with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Merging", delay=1.0) as bar:
             for store in plan.stores:
                 tensors = plan.tensors(store, bar)

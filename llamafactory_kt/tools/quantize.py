@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
@@ -30,9 +31,8 @@ from ..engines.ktkernel.packed_files import (
     write_record,
 )
 from ..engines.ktkernel.sub_pools import sub_pools
-from ..ground.atomic_output import replacing
+from ..ground.atomic_output import check_room, replacing, writing
 from ..ground.errors import KTConfigError, KTKernelError, KTModelError
-from ..ground.machine import gib
 from ..ground.process import die_with_parent
 
 _LEAK = 2 * 2**30
@@ -73,7 +73,8 @@ def quantize_model(
         KTPathError: The checkpoint does not exist.
         KTModelError: The checkpoint is not in safetensors or not a supported MoE model, the disk is too small, or the output
             holds layers of another model or method.
-        KTKernelError: kt-kernel cannot run here.
+        KTKernelError: kt-kernel cannot run here, or its process ended.
+        KTOutputError: The output could not be written. The layers that are complete stay.
     """
     if method not in PACKING:
         raise KTConfigError(f"--method: unknown value {method!r}, expected {' or '.join(PACKING)}.")
@@ -90,11 +91,9 @@ def quantize_model(
         for module in layout.modules
     }
     _check_output(target, records)
-    missing = set(missing_layers(target, records))
+    missing = set(missing_layers(target, records, kind))
     sizes = {m.layer: PackedShape.of(kind, m.shape, pools).nbytes for m in layout.modules if m.layer in missing}
-    there = next(path for path in (target, *target.absolute().parents) if path.is_dir())
-    if (needed := sum(sizes.values())) > (free := shutil.disk_usage(there).free):
-        raise KTModelError(f"{target} needs {gib(needed)} and {gib(free)} are free there; choose another output.")
+    check_room(target, sum(sizes.values()))
     _pack_all(source, target, kind, pools, threads, sizes, records)
     total = sum(file.stat().st_size for file in target.rglob("*.kt"))
     return QuantizeReport(str(target), kind.name, len(sizes), len(records) - len(sizes), total)
@@ -106,9 +105,6 @@ def _pack_all(
 ) -> None:  # fmt: skip
     if not sizes:
         return
-    target.mkdir(parents=True, exist_ok=True)
-    for unfinished in target.glob("._layer_*"):
-        shutil.rmtree(unfinished)  # left by a killed run
     tasks = max(1, _LEAK // max(sizes.values()))
     with (
         ProcessPoolExecutor(1, get_context("spawn"), _begin, max_tasks_per_child=tasks) as pool,
@@ -117,11 +113,20 @@ def _pack_all(
         for number, (layer, size) in enumerate(sizes.items(), start=1):
             bar.set_postfix_str(f"layer {number} of {len(sizes)}", refresh=True)
             directory = layer_directory(target, layer)
-            if directory.is_dir():
-                shutil.rmtree(directory)  # without our record: written by kt-kernel itself or another version
+            with writing(target):
+                if directory.is_dir():
+                    shutil.rmtree(
+                        directory
+                    )  # incomplete, or without our record: written by kt-kernel itself or another version
             with replacing(directory) as temporary:
-                pool.submit(_pack_layer, source, layer, temporary.parent, method, pools, threads).result()
-                write_record(temporary, records[layer])
+                try:
+                    pool.submit(_pack_layer, source, layer, temporary.parent, method, pools, threads).result()
+                except BrokenProcessPool as error:
+                    raise KTKernelError(
+                        f"The process that packed layer {layer} of {source} was killed, most likely for memory; see what it printed "
+                        "last. Layers that are complete stay: run it again, with more memory free."
+                    ) from error
+                write_record(temporary, records[layer], method)
             bar.update(size)
 
 

@@ -7,9 +7,10 @@ record; of those, only the files' sizes are checked.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,15 @@ def layer_directory(root: Path, layer: int) -> Path:
     return root / f"_layer_{layer}"
 
 
-def write_record(directory: Path, record: LayerRecord) -> None:
-    """Describe a layer's directory, whose ``.kt`` files are complete."""
+def write_record(directory: Path, record: LayerRecord, method: Method) -> None:
+    """Describe a layer's directory that kt-kernel has written.
+
+    Raises:
+        OSError: Its files are not complete. kt-kernel says nothing of it when it cannot write.
+    """
+    expected = expected_files(record, method)
+    if wrong := wrong_files(directory, expected):
+        raise OSError(errno.EIO, f"{len(wrong)} of {len(expected)} files are incomplete, first {wrong[0]}")
     files = {str(file.relative_to(directory)): _facts(file) for file in sorted(directory.glob("_numa_*/*.kt"))}
     (directory / RECORD).write_text(json.dumps({**asdict(record), "files": files}, indent=1), encoding="utf-8")
 
@@ -94,7 +102,7 @@ class PackedLayer:
             )
         found = read_record(self._directory)
         if found is None:
-            self._files = self._expected_files(record, method)
+            self._files = expected_files(record, method)
             logger.warning(
                 "%s has no %s, so only the sizes of its files are checked, not whether they belong to this model.",
                 self._directory, RECORD,
@@ -102,8 +110,7 @@ class PackedLayer:
         else:
             self._compare(found[0], record)
             self._files = found[1]
-        wrong = [name for name, facts in self._files.items() if _size(self._directory / name) != facts["size"]]
-        if wrong:
+        if wrong := wrong_files(self._directory, {**self._files, **expected_files(record, method)}):
             raise KTModelError(
                 f"{self._directory}: {len(wrong)} of {len(self._files)} files are missing, truncated or of another size, first "
                 f"{name_some(wrong, 2)}. Remove the layer's directory and quantize again."
@@ -125,21 +132,6 @@ class PackedLayer:
                 "another model, or another version of it. Quantize this one."
             )
 
-    @staticmethod
-    def _expected_files(record: LayerRecord, method: Method) -> dict[str, dict[str, Any]]:
-        """kt-kernel's own names, which carry the sizes: ``INT8_gate_0_4096Byte_quant_.kt``."""
-        hidden = method.padded(record.hidden_size)
-        share = method.padded(record.intermediate_size, record.pools) // record.pools
-        files: dict[str, dict[str, Any]] = {}
-        for pool in range(record.pools):
-            for projection, rows, columns in (("gate", share, hidden), ("up", share, hidden), ("down", hidden, share)):
-                sizes = {"quant": rows * columns * method.bits // 8, "scale": 4 * rows}
-                for expert in range(record.num_experts):
-                    for part, size in sizes.items():
-                        name = f"{method.short}_{projection}_{expert}_{size}Byte_{part}_.kt"
-                        files[f"_numa_{pool}/{name}"] = {"size": size}
-        return files
-
     def check_files(self) -> None:
         """Compare the files with their checksums, as far as there are any.
 
@@ -154,6 +146,26 @@ class PackedLayer:
                 )
 
 
+def expected_files(record: LayerRecord, method: Method) -> dict[str, dict[str, Any]]:
+    """kt-kernel's own names, which carry the sizes: ``INT8_gate_0_4096Byte_quant_.kt``."""
+    hidden = method.padded(record.hidden_size)
+    share = method.padded(record.intermediate_size, record.pools) // record.pools
+    files: dict[str, dict[str, Any]] = {}
+    for pool in range(record.pools):
+        for projection, rows, columns in (("gate", share, hidden), ("up", share, hidden), ("down", hidden, share)):
+            sizes = {"quant": rows * columns * method.bits // 8, "scale": 4 * rows}
+            for expert in range(record.num_experts):
+                for part, size in sizes.items():
+                    name = f"{method.short}_{projection}_{expert}_{size}Byte_{part}_.kt"
+                    files[f"_numa_{pool}/{name}"] = {"size": size}
+    return files
+
+
+def wrong_files(directory: Path, expected: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Those that are missing or of another size."""
+    return [name for name, facts in expected.items() if _size(directory / name) != facts["size"]]
+
+
 def _size(file: Path) -> int:
     return file.stat().st_size if file.is_file() else -1
 
@@ -163,9 +175,14 @@ def record_for(shape: ExpertsShape, method: Method, pools: int, fingerprint: str
     return LayerRecord(method.name, pools, shape.num_experts, shape.hidden_size, shape.intermediate_size, fingerprint)
 
 
-def missing_layers(root: Path, records: dict[int, LayerRecord]) -> Iterable[int]:
-    """The layers that a directory does not hold yet as they must be."""
+def missing_layers(root: Path, records: dict[int, LayerRecord], method: Method) -> Iterable[int]:
+    """The layers that a directory does not hold yet as they must be; files may be incomplete."""
     for layer, record in records.items():
-        found = read_record(layer_directory(root, layer))
-        if found is None or found[0] != record:
+        directory = layer_directory(root, layer)
+        found = read_record(directory)
+        if (
+            found is None
+            or found[0] != record
+            or wrong_files(directory, {**found[1], **expected_files(record, method)})
+        ):
             yield layer

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ...ground.atomic_output import replacing
+from ...ground.atomic_output import replacing, writing
 from ...ground.errors import KTModelError
 from ...ground.machine import cache_directory, gib
 from ...ground.tensor_writer import write_safetensors
@@ -99,7 +99,8 @@ class SyntheticModel:
 
         parts = (self.model, self.tensors, self._write_model), (self.adapter, self.lora, self._write_adapter)
         missing = [part for part in parts if not part[0].is_dir()]
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
         total = sum(2 * prod(size) for _, tensors, _ in missing for size in tensors.values())
         if total > (free := shutil.disk_usage(self.directory).free):
             raise KTModelError(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...ground.atomic_output import replacing
+from ...ground.atomic_output import replacing, writing
 from ...ground.errors import KTDataError
 from ...integration.prompts import Prompt
 from .generating import Answer
@@ -55,12 +55,18 @@ class AnswerFile:
 
     def add(self, answers: list[Answer]) -> None:
         """Append a batch and flush it to disk."""
-        with self.path.open("a", encoding="utf-8") as file:
-            for answer in answers:
-                self.lines[answer.index] = self._line(answer)
-                file.write(_dump(self.lines[answer.index]))
-            file.flush()
-            os.fsync(file.fileno())
+        lines = {answer.index: self._line(answer) for answer in answers}
+        text = "".join(map(_dump, lines.values())).encode()
+        with writing(self.path), self.path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if (written := file.write(text)) != len(text):  # as far as the disk went
+                    file.write(text[written:])
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(before)
+                raise
+        self.lines |= lines
 
     def sort(self) -> None:
         """Rewrite the file in the order of the prompts."""

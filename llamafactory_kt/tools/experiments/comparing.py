@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -12,6 +11,7 @@ from math import exp, log
 from statistics import fmean
 from typing import Any
 
+from ...ground.atomic_output import temporary_directory
 from ...ground.errors import KTError
 from ...integration.prompts import Prompt
 from .measuring import CompareOptions, VariantResult, run_group
@@ -32,11 +32,11 @@ def compare_variants(variants: Sequence[Variant], prompts: list[Prompt], options
     """
     results: dict[str, VariantResult] = {}
     spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="llamafactory-kt-") as folder:
+    with temporary_directory("llamafactory-kt-compare-") as folder:
         for group in group_variants(variants):
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:
                 try:
-                    found = pool.submit(run_group, group, prompts, options, folder, variants[0].name).result()
+                    found = pool.submit(run_group, group, prompts, options, str(folder), variants[0].name).result()
                 except BrokenProcessPool as error:
                     names = ", ".join(variant.name for variant in group)
                     raise KTError(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from ...ground.atomic_output import replacing, writing
 from ...ground.errors import KTDataError
 from ...ground.machine import gib
 from ...integration.chat import LoadedChat
@@ -182,11 +183,13 @@ def _keep_distributions(
             f"The reference's distributions need {gib(size)} in {folder} and {gib(free)} are free; lower --kl-tokens, or "
             "set TMPDIR to a larger disk."
         )
-    (folder / "vocabulary").write_text(_vocabulary(chat))
+    with writing(folder / "vocabulary"):
+        (folder / "vocabulary").write_text(_vocabulary(chat))
     for prompt in prompts:
         if tokens := wanted.get(prompt.index):
             found = log_probs(chat, prompt, tokens)
-            torch.save((tokens, found), folder / f"{prompt.index}.pt")
+            with replacing(folder / f"{prompt.index}.pt") as temporary:
+                torch.save((tokens, found), temporary)
 
 
 def _compare_distributions(chat: LoadedChat, prompts: list[Prompt], result: VariantResult, folder: Path) -> None:

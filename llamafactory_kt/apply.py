@@ -55,9 +55,12 @@ def load_moe_lora_from_adapter(model: nn.Module, adapter_path: Adapters) -> Load
     for adapter in adapters.adapters:
         adapter.check_finite(adapter.expert_names)
     report = _report(adapters)
-    with state.lock.exchange():
+
+    def exchange() -> None:
         _exchange_experts(state, adapters)
         state.expert_adapters, state.report = adapters, _with_experts_of(state, report)
+
+    state.lock.alone(exchange)
     return report
 
 
@@ -135,10 +138,15 @@ def _files(adapters: AdapterSet) -> list[tuple[Path, Path]]:
 
 def _merge(model: Any, state: KTState, adapters: AdapterSet, scope: str) -> tuple[nn.Module, LoadReport]:
     parts = _fit(model, state, adapters, scope)
-    with state.lock.exchange():
-        merge_dense_part(model, parts)
+
+    def merge() -> tuple[nn.Module, LoadReport]:
+        wrapped, _ = exchange_peft_layers(model, parts, state.router_weights)
+        plain = merge_peft_layers(wrapped)
         report = replace(_report(adapters, parts), merged=True)
         state.adapters, state.expert_adapters, state.report = adapters, adapters, report
+        return plain, report
+
+    plain, report = state.lock.alone(merge)
     logger.info("Merged the adapter into the weights: it costs nothing now, and cannot be exchanged or taken away.")
     return model, report
 
@@ -147,20 +155,24 @@ def _exchange(model: Any, state: KTState, adapters: AdapterSet, scope: str) -> t
     base = plain_model(model)
     _check_experts(state, adapters)
     parts = _fit(base, state, adapters, scope)
-    weights_read = reads_weights(base, parts, state.own_weights)
-    with state.lock.exchange(), changing_layers(base, prepared=state.optimized, weights_are_read=weights_read):
-        wrapped, undo = exchange_peft_layers(base, parts, state.own_weights)
-        try:
-            _exchange_experts(state, adapters)
-        except BaseException:
-            undo()
-            raise
-        if model is not base and wrapped is not base:
-            model.base_model = wrapped.base_model  # PEFT's wrapper that the caller holds
-        report = _report(adapters, parts)
-        state.adapters, state.expert_adapters = adapters, adapters
-        state.report = report if adapters.adapters else None
-    return wrapped, report
+    weights_read = any(peft_reads_weights(adapter) for adapter in adapters.adapters)
+
+    def exchange() -> tuple[nn.Module, LoadReport]:
+        with changing_layers(base, prepared=state.optimized, weights_are_read=weights_read):
+            wrapped, undo = exchange_peft_layers(base, parts, state.router_weights)
+            try:
+                _exchange_experts(state, adapters)
+            except BaseException:
+                undo()
+                raise
+            if model is not base and wrapped is not base:
+                model.base_model = wrapped.base_model  # PEFT's wrapper that the caller holds
+            report = _report(adapters, parts)
+            state.adapters, state.expert_adapters = adapters, adapters
+            state.report = report if adapters.adapters else None
+        return wrapped, report
+
+    return state.lock.alone(exchange)
 
 
 def _fit(base: Any, state: KTState, adapters: AdapterSet, scope: str) -> Parts:

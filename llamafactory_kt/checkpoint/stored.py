@@ -9,9 +9,10 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ..ground.errors import KTModelError
+from ..ground.safetensors_files import open_mapped, read_header
 from ..ground.tensor_files import bits
 
 
@@ -40,15 +41,13 @@ def stored_tensors(file: Path) -> Iterator[StoredTensor]:
     if file.suffix != ".safetensors":
         raise KTModelError(f"{file}: experts are read from safetensors files only; convert the checkpoint first.")
     try:
-        with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                piece = handle.get_slice(name)
-                yield StoredTensor(name, file, tuple(piece.get_shape()), piece.get_dtype())
+        for name, tensor in read_header(file)[0].items():
+            yield StoredTensor(name, file, tensor.shape, tensor.dtype)
     except (SafetensorError, OSError) as error:
         raise KTModelError(f"{file} cannot be read as safetensors ({error}); download or copy it again.") from error
 
 
 def opened() -> Callable[[StoredTensor], torch.Tensor]:
     """A function that reads tensors as views of their mapped files, and opens each file once."""
-    handle = cache(lambda file: safe_open(file, framework="pt", device="cpu"))
+    handle = cache(open_mapped)
     return lambda tensor: handle(tensor.file).get_tensor(tensor.name)

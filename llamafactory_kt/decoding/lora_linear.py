@@ -106,7 +106,6 @@ def take_over(layer: LoraLayer) -> None:
         return
     plain = type(layer) in (Linear, InferenceLora) and isinstance(layer.get_base_layer(), nn.Linear)
     if plain and not layer.lora_variant and not any(layer.lora_bias.values()):
-        layer.__class__ = InferenceLora  # the model and hooks hold the object
         weight = layer.get_base_layer().weight
         layer._pairs = {
             dtype: {
@@ -115,3 +114,4 @@ def take_over(layer: LoraLayer) -> None:
             }
             for dtype in ({torch.bfloat16} if weight.is_cuda else {torch.float32, computed_in(FEW_ROWS)})
         }
+        layer.__class__ = InferenceLora  # the model and hooks hold the object; at last, since it reads the pairs

@@ -29,12 +29,15 @@ def optimize_for_inference(model: nn.Module) -> None:
         RuntimeError: The calling thread is generating with this model.
     """
     state, base = kt_state(model), plain_model(model)
-    with state.lock.exchange():
+
+    def optimize() -> None:
         if not state.optimized:
             straighten_last_token(base)
             widen_values(base)
         prepare_layers(base)
         state.optimized = True
+
+    state.lock.alone(optimize)
 
 
 def prepare_for_inference(model: nn.Module) -> None:

@@ -56,8 +56,11 @@ def _place_weights(model: nn.Module) -> None:
         place = placing(size, len(same), size in packed)
         for number, layer in enumerate(same):
             plain = layer.weight.detach()
-            layer.weight = as_parameter(place(number, plain))
-            layer.__class__ = PreparedLinear  # PEFT and hooks hold the object
+            placed = as_parameter(place(number, plain))
+            layer.__class__ = (
+                PreparedLinear  # PEFT and hooks hold the object; before the weight, which it alone can read
+            )
+            layer.weight = placed
             if are_of_a_file(plain):  # others may still show it: a state_dict(), for one
                 drop_pages(plain)
             del plain
@@ -71,13 +74,15 @@ def changing_layers(model: nn.Module, *, prepared: bool, weights_are_read: bool)
         prepared: whether the model's layers are, so that new ones become so, too.
         weights_are_read: PEFT will read weights, so packed ones are unpacked before.
     """
-    cut_patches_by_convolutions(model)
-    if weights_are_read:
-        packed: list[nn.Linear] = [m for m in model.modules() if isinstance(m, PreparedLinear) and is_packed(m.weight)]
-        for layer in packed:
-            layer.weight = as_parameter(unpack(layer.weight.detach()))
-            layer.__class__ = nn.Linear
     try:
+        cut_patches_by_convolutions(model)
+        if weights_are_read:
+            packed: list[nn.Linear] = [
+                m for m in model.modules() if isinstance(m, PreparedLinear) and is_packed(m.weight)
+            ]
+            for layer in packed:
+                layer.weight = as_parameter(unpack(layer.weight.detach()))
+                layer.__class__ = nn.Linear
         yield
     finally:
         if prepared:

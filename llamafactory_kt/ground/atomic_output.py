@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import re
 import resource
@@ -19,8 +18,11 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import KTAdapterError, KTError, KTModelError, KTOutputError, first_line
 from .machine import gib
+from .safetensors_files import read_header
 
 _LOCK = ".llamafactory-kt"
 """name of the file in a temporary directory that its process holds a lock on"""
@@ -149,14 +151,10 @@ def is_whole(file: Path) -> bool:
     if file.suffix in (".pt", ".bin"):
         return zipfile.is_zipfile(file)
     if file.suffix == ".safetensors":
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            try:
-                header = json.loads(handle.read(min(length, file.stat().st_size)))
-            except ValueError:
-                return False
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        return file.stat().st_size == 8 + length + max(ends, default=0)
+        try:
+            read_header(file)
+        except SafetensorError:
+            return False
     return True
 
 

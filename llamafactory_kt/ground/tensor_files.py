@@ -6,14 +6,14 @@ import json
 import pickle
 import re
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from .errors import KTAdapterError, KTError, first_line, name_some
+from .safetensors_files import open_mapped, read_header
 
 SAFETENSORS, INDEX, PICKLED = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"
 
@@ -75,38 +75,39 @@ class SafetensorsStore:
     def __init__(self, path: Path, files: list[Path] | None = None):
         self.path = path
         self.infos: dict[str, TensorInfo] = {}
+        self._metadata: dict[str, str] = {}
         self._handles: dict[Path, Any] = {}
+        """of the files that were read last"""
         self._read = 0
         for file in files or [path]:
             self._open(file)
 
     def _open(self, file: Path) -> None:
         try:
-            handle = safe_open(file, framework="pt", device="cpu")
-            names = list(handle.keys())
+            tensors, metadata = read_header(file)
         except (SafetensorError, OSError) as error:
             raise KTAdapterError(
                 f"{file} cannot be read as safetensors ({error}). It is damaged, incomplete, or another format under "
                 "this name (torch.save writes .pt or .bin): copy or save it again."
             ) from error
-        for name in names:
+        for name, tensor in tensors.items():
             if name in self.infos:
                 raise KTAdapterError(f"The tensor {name} stands both in {self.infos[name].file} and in {file}.")
-            piece = handle.get_slice(name)
-            shape, dtype = tuple(piece.get_shape()), str(piece.get_dtype())
-            self.infos[name] = TensorInfo(shape, dtype, prod(shape) * bits(dtype) // 8, file)
-        self._handles[file] = handle
+            self.infos[name] = TensorInfo(tensor.shape, tensor.dtype, tensor.stop - tensor.start, file)
+        self._metadata = self._metadata or metadata
 
     def metadata(self) -> dict[str, str]:
-        """The first file's own metadata."""
-        return dict(next(iter(self._handles.values())).metadata() or {})
+        """The first file's own metadata that has any."""
+        return dict(self._metadata)
 
     def read(self, name: str) -> torch.Tensor:
         info = self.infos[name]
         self._read += info.nbytes
         if self._read > _KEEP_MAPPED:
-            self._handles = {file: safe_open(file, framework="pt", device="cpu") for file in self._handles}
+            self._handles.clear()
             self._read = info.nbytes
+        if info.file not in self._handles:
+            self._handles[info.file] = open_mapped(info.file)
         tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
         return tensor
 

@@ -26,6 +26,7 @@ from ..ground.machine import available_memory, gib, usable_cores
 from ..ground.paging import give_back_memory
 from ..ground.process import require_own_process
 from ..ground.progress import with_progress
+from ..ground.safetensors_files import open_mapped
 from ..matmul.layouts import forget_measured
 from ..matmul.openmp import release_team
 from ..peft_side.swap import require_peft_layers
@@ -108,6 +109,8 @@ class ExpertsLoad:
                 f"The experts of {len(opened.experts)} layers need {gib(need.experts)}, with what loading takes and the rest of "
                 f"the model {gib(need.on_cpu)}; {gib(free)} are free. Free memory, use a machine with more, or a smaller model."
             )
+        for file in opened.files:
+            open_mapped(file)  # as transformers will: it may be larger than memory
 
     def replace_experts(self) -> None:
         """Put engines, still empty, in place of the model's experts."""

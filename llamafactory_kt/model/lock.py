@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from ..ground.process import require_own_process
+from ..ground.uninterrupted import uninterrupted
 from ..matmul.openmp import release_team
+
+Result = TypeVar("Result")
 
 
 class ModelLock:
     """A readers-writer lock: many generations at once, or one exchange alone. An exchange that waits goes before generations that come
-    later. The standard library has no such lock."""
+    later. The standard library has no such lock.
+
+    Each thread that generates holds a lock of its own, and an exchange holds those of all threads. They are Python's own locks, which
+    ``with`` takes and gives back in one step each, so that no Ctrl-C leaves one behind. A count would be wrong if one came between the
+    lines that change it.
+    """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._running = 0
-        self._waiting = 0
-        self._exchanging = False
-        self._inside = threading.local()
+        self._turn = threading.Lock()
+        """held by an exchange; a generation takes it on its way"""
+        self._every: dict[int, weakref.ref[Any]] = {}
+        self._own = threading.local()
 
     @contextlib.contextmanager
     def generation(self) -> Iterator[None]:
@@ -29,51 +38,65 @@ class ModelLock:
             KTKernelError: The process was forked from the model's.
         """
         require_own_process()
-        depth = getattr(self._inside, "depth", 0)
-        if depth == 0:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._exchanging and not self._waiting)
-                self._running += 1
-        self._inside.depth = depth + 1
-        try:
+        own = self._of_this_thread()
+        if not own._is_owned():
+            with self._turn:
+                pass
+        with own:
             yield
-        finally:
-            self._inside.depth = depth
-            if depth == 0:
-                with self._changed:
-                    self._running -= 1
-                    self._changed.notify_all()
 
     def wait_until_idle(self) -> None:
-        """Return when no generation runs."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._running)
+        """Return when the generations that run now have ended."""
+        for lock in self._of_all_threads():
+            with lock:
+                pass
+
+    def alone(self, work: Callable[[], Result]) -> Result:
+        """Do something with the model alone (:meth:`exchange`) that Ctrl-C does not leave half done (:func:`uninterrupted`).
+
+        Raises:
+            RuntimeError: As :meth:`exchange`.
+            KTKernelError: As :meth:`exchange`.
+        """
+        self._check_outside()
+
+        def locked() -> Result:
+            with self.exchange():
+                return work()
+
+        return uninterrupted(locked)
 
     @contextlib.contextmanager
     def exchange(self) -> Iterator[None]:
-        """Have the model alone; waits for generations that run.
+        """Have the model alone; waits for generations that run. The calling thread may use the model itself.
 
         Raises:
             RuntimeError: The calling thread is generating, and would wait for itself.
             KTKernelError: As in :meth:`generation`.
         """
-        require_own_process()
-        if getattr(self._inside, "depth", 0):
-            raise RuntimeError("The model cannot be changed from within a generation.")
-        with self._changed:
-            self._waiting += 1
+        self._check_outside()
+        own = self._of_this_thread()
+        with self._turn, own, contextlib.ExitStack() as others:
+            for lock in self._of_all_threads():
+                others.enter_context(lock)
             try:
-                self._changed.wait_for(lambda: not self._exchanging and not self._running)
-                self._exchanging = True
+                yield
             finally:
-                self._waiting -= 1
-                self._changed.notify_all()
-        self._inside.depth = 1  # this thread may use the model itself
-        try:
-            yield
-        finally:
-            release_team()
-            self._inside.depth = 0
-            with self._changed:
-                self._exchanging = False
-                self._changed.notify_all()
+                release_team()
+
+    def _check_outside(self) -> None:
+        require_own_process()
+        if self._of_this_thread()._is_owned():
+            raise RuntimeError("The model cannot be changed from within a generation.")
+
+    def _of_this_thread(self) -> Any:
+        """An RLock, which tells in CPython whether its thread holds it (``Condition`` asks it, too); it goes with its thread."""
+        lock = getattr(self._own, "lock", None)
+        if lock is None:
+            lock = threading.RLock()
+            self._every[threading.get_ident()] = weakref.ref(lock)  # in the place of one whose thread has ended
+            self._own.lock = lock
+        return lock
+
+    def _of_all_threads(self) -> list[Any]:
+        return [lock for reference in list(self._every.values()) if (lock := reference()) is not None]

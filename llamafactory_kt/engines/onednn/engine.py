@@ -85,8 +85,7 @@ class OneDNNEngine(Engine):
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:
         before = self._lora, self.lora_rank
-        self._lora = PackedLora(lora) if lora else None
-        self.lora_rank = lora.rank if lora else 0
+        self._lora, self.lora_rank = (PackedLora(lora), lora.rank) if lora else (None, 0)
 
         def undo() -> None:
             self._lora, self.lora_rank = before

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import nn
 from torch.nn import functional as F
 
 from ...adapters import Adapter, AdapterSet, ExpertLora
@@ -20,7 +18,7 @@ from ...checkpoint.discovery import ExpertsModule
 from ...checkpoint.formula import ExpertFormula
 from ...checkpoint.opening import open_checkpoint
 from ...checkpoint.stored_weight import StoredWeight
-from .peft_reading import read_by_peft
+from ...ground.safetensors_files import open_mapped
 
 ExpertWeights = dict[str, torch.Tensor]
 """``gate`` and ``up`` [I, H], ``down`` [H, I], float32; without a gate, ``gate`` is [0, H]"""
@@ -80,7 +78,7 @@ class Reference:
         def read(weight: StoredWeight, slice_of: int | None) -> torch.Tensor:
             parts = {}
             for part, tensor in weight.parts.items():
-                with safe_open(tensor.file, framework="pt") as handle:
+                with open_mapped(tensor.file) as handle:
                     value = handle.get_tensor(tensor.name)
                     parts[part] = value[slice_of] if slice_of is not None else value
             return weight.decode(parts, torch.float32)

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..ground.errors import KTModelError
-from ..ground.safetensors_files import open_mapped, read_header
+from ..ground.safetensors_files import open_mapped, read_header, read_tensor
 from ..ground.tensor_files import bits
 
 
@@ -50,4 +50,4 @@ def stored_tensors(file: Path) -> Iterator[StoredTensor]:
 def opened() -> Callable[[StoredTensor], torch.Tensor]:
     """A function that reads tensors as views of their mapped files, and opens each file once."""
     handle = cache(open_mapped)
-    return lambda tensor: handle(tensor.file).get_tensor(tensor.name)
+    return lambda tensor: read_tensor(handle(tensor.file), tensor.name)

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import KTMemoryError
@@ -99,3 +100,24 @@ def open_mapped(file: Path) -> Any:
             f"({gib(available_memory())} are free). Save the model in shards (save_pretrained with max_shard_size), use a machine with "
             "more memory, or let the system map it: sysctl vm.overcommit_memory=1."
         ) from error
+
+
+def read_tensor(handle: Any, name: str) -> torch.Tensor:
+    """A tensor of :func:`open_mapped`'s handle.
+
+    Raises:
+        KeyboardInterrupt: Also where PyTorch made another error of it.
+    """
+    try:
+        tensor: torch.Tensor = handle.get_tensor(name)
+    except ValueError as error:
+        if is_interrupt(error):
+            raise KeyboardInterrupt from error
+        raise
+    return tensor
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an error is Ctrl-C, also where it came while PyTorch asked for the length of a storage, of which ``torch.asarray`` then says
+    that it has none."""
+    return isinstance(error, KeyboardInterrupt) or "could not determine the shape of object type" in str(error)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from .errors import KTAdapterError, KTError, first_line, name_some
-from .safetensors_files import open_mapped, read_header
+from .safetensors_files import open_mapped, read_header, read_tensor
 
 SAFETENSORS, INDEX, PICKLED = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"
 
@@ -108,8 +108,7 @@ class SafetensorsStore:
             self._read = info.nbytes
         if info.file not in self._handles:
             self._handles[info.file] = open_mapped(info.file)
-        tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
-        return tensor
+        return read_tensor(self._handles[info.file], name)
 
 
 class PickledStore:

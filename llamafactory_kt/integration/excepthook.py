@@ -7,14 +7,15 @@ import sys
 from types import TracebackType
 
 from ..ground.errors import KTError, traceback_wanted
+from ..ground.safetensors_files import is_interrupt
 
 _MARK = "__llamafactory_kt__"
 
 
 def end_in_one_paragraph(debug: bool = False) -> None:
-    """From now on, print an uncaught KTError as one paragraph on stderr; other errors, and all with debugging, as before.
+    """From now on, print an uncaught KTError as one paragraph on stderr, and Ctrl-C as one line; other errors, and all with debugging, as before.
 
-    The exit status is Python's 1 in any case.
+    The exit status is Python's in any case.
     """
     stock = sys.excepthook
     if debug or traceback_wanted() or hasattr(stock, _MARK):
@@ -24,6 +25,8 @@ def end_in_one_paragraph(debug: bool = False) -> None:
     def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if isinstance(error, KTError):
             print(f"Error: {error}", file=sys.stderr)
+        elif is_interrupt(error):
+            print("Interrupted.", file=sys.stderr)
         else:
             stock(kind, error, traceback)
 

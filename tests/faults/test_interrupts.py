@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,10 +22,13 @@ from helpers.loading import load, logits
 from helpers.marks import needs_onednn
 from helpers.models import make_model
 from helpers.packing import prepared_names
+from helpers.places import DEMO
+from safetensors.torch import save_file
 
 import llamafactory_kt
 from llamafactory_kt import apply_adapter, load_moe_lora_from_adapter, optimize_for_inference, switch_adapter
 from llamafactory_kt.decoding import prepare
+from llamafactory_kt.ground.safetensors_files import open_mapped, read_tensor
 from llamafactory_kt.ground.uninterrupted import uninterrupted
 from llamafactory_kt.model.lock import ModelLock
 
@@ -213,3 +217,38 @@ def test_the_lock_after_interrupts_in_generations():
     signal.signal(signal.SIGINT, before)
     assert generations > 10 and interrupts > 10
     assert lock.alone(lambda: "free") == "free"
+
+
+def test_an_interrupt_while_a_tensor_is_read_stays_one(tmp_path, monkeypatch):
+    """torch.asarray asks for the storage's length, in Python, and takes any error there for "has no length"."""
+    save_file({"a": torch.ones(300, 5)}, tmp_path / "x.safetensors")
+    handle = open_mapped(tmp_path / "x.safetensors")
+    assert torch.equal(read_tensor(handle, "a"), torch.ones(300, 5))
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.UntypedStorage, "__len__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read_tensor(handle, "a")
+
+
+@pytest.mark.nightly
+def test_interrupted_load(files, tmp_path):
+    """Ctrl-C while a chat loads, in our reading and in transformers': one line."""
+    config = tmp_path / "chat.yaml"
+    config.write_text(f"model_name_or_path: {DEMO / 'model'}\ntemplate: deepseek\nuse_kt: true\nkt_backend: torch\n")
+    for where in (
+        "llamafactory_kt.model.load.ExpertsLoad.fill",
+        "transformers.modeling_utils.PreTrainedModel._load_pretrained_model",
+    ):
+        module, _, method = where.rpartition(".")
+        code = (
+            "import os, signal, sys\nfrom llamafactory.cli import main\nimport pkgutil\n"
+            f"owner = pkgutil.resolve_name({module!r})\n"
+            "def interrupted(*_, **__): os.kill(os.getpid(), signal.SIGINT); [0 for _ in range(10**6)]\n"
+            f"owner.{method} = interrupted\nsys.argv = ['llamafactory-cli', 'chat', {str(config)!r}]\nmain()\n"
+        )
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert run.returncode == -signal.SIGINT and "Traceback" not in run.stderr, run.stderr
+        assert run.stderr.strip().endswith("Interrupted.")

@@ -18,7 +18,7 @@ from ...checkpoint.discovery import ExpertsModule
 from ...checkpoint.formula import ExpertFormula
 from ...checkpoint.opening import open_checkpoint
 from ...checkpoint.stored_weight import StoredWeight
-from ...ground.safetensors_files import open_mapped
+from ...ground.safetensors_files import open_mapped, read_tensor
 
 ExpertWeights = dict[str, torch.Tensor]
 """``gate`` and ``up`` [I, H], ``down`` [H, I], float32; without a gate, ``gate`` is [0, H]"""
@@ -79,7 +79,7 @@ class Reference:
             parts = {}
             for part, tensor in weight.parts.items():
                 with open_mapped(tensor.file) as handle:
-                    value = handle.get_tensor(tensor.name)
+                    value = read_tensor(handle, tensor.name)
                     parts[part] = value[slice_of] if slice_of is not None else value
             return weight.decode(parts, torch.float32)
 

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
+
+from ..ground.atomic_output import temporary_directory, writing
 
 EXAMPLE = Path("examples/demo")
 PROMPTS = [
@@ -55,9 +56,10 @@ def chat(config: dict[str, Any], prompts: list[str], console: Console | None = N
     """Pipe the prompts through ``llamafactory-cli chat``, each in its own conversation."""
     command = Path(sysconfig.get_path("scripts")) / "llamafactory-cli"
     lines = [line for prompt in prompts for line in (prompt, "clear")] + ["exit"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    with temporary_directory("llamafactory-kt-demo-") as folder:
+        path = folder / "config.yaml"
+        with writing(path):
+            path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
         result = subprocess.run(
             [command, "chat", path], input="\n".join(lines) + "\n", capture_output=True, encoding="utf-8",
             env={**os.environ, "PYTHONIOENCODING": "utf-8"},

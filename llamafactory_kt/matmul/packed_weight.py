@@ -31,9 +31,10 @@ class PackedWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, native: torch.Tensor) -> PackedWeight:
-        weight: PackedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, native.shape, dtype=native.dtype, layout=native.layout, device=native.device
-        )
+        with torch.inference_mode(False):  # an alias that is an inference tensor could be used in that mode only
+            weight: PackedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls, native.shape, dtype=native.dtype, layout=native.layout, device=native.device
+            )
         torch._C._set_throw_on_mutable_data_ptr(weight)  # what takes addresses would get 0
         weight.native = native
         return weight

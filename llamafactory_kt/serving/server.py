@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 
+from ..ground.atomic_output import writing
 from ..ground.errors import KTServerError, first_line
 from .command import ServerCommand
 
@@ -62,7 +63,9 @@ class Server:
         supervisor = [sys.executable, "-P", str(Path(__file__).with_name("supervisor.py"))]
         server = [*command.words, "--host", HOST, "--port", str(self.port)]
         environment = {**os.environ, "LLAMAFACTORY_KT_DISABLE": "1"}  # hooks are for LLaMA-Factory only
-        with tempfile.NamedTemporaryFile(prefix="llamafactory-kt-sglang-", suffix=".log", delete=False) as log:
+        with writing(Path(tempfile.gettempdir())):
+            file = tempfile.NamedTemporaryFile(prefix="llamafactory-kt-sglang-", suffix=".log", delete=False)  # noqa: SIM115
+        with file as log:
             self.log = Path(log.name)
             self._process = subprocess.Popen(
                 [*supervisor, *server], env=environment, start_new_session=True,

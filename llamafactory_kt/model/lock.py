@@ -59,6 +59,7 @@ class ModelLock:
             KTKernelError: As :meth:`exchange`.
         """
         self._check_outside()
+        release_team()  # another thread computes now
 
         def locked() -> Result:
             with self.exchange():

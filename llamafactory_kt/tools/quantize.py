@@ -24,6 +24,7 @@ from ..engines.ktkernel import PACKING
 from ..engines.ktkernel.methods import Method, PackedShape
 from ..engines.ktkernel.packed_files import (
     LayerRecord,
+    check_written,
     layer_directory,
     missing_layers,
     read_record,
@@ -126,7 +127,8 @@ def _pack_all(
                         f"The process that packed layer {layer} of {source} was killed, most likely for memory; see what it printed "
                         "last. Layers that are complete stay: run it again, with more memory free."
                     ) from error
-                write_record(temporary, records[layer], method)
+                check_written(temporary, records[layer], method)
+                write_record(temporary, records[layer])
             bar.update(size)
 
 

@@ -43,8 +43,8 @@ def layer_directory(root: Path, layer: int) -> Path:
     return root / f"_layer_{layer}"
 
 
-def write_record(directory: Path, record: LayerRecord, method: Method) -> None:
-    """Describe a layer's directory that kt-kernel has written.
+def check_written(directory: Path, record: LayerRecord, method: Method) -> None:
+    """Check a layer's directory that kt-kernel has written.
 
     Raises:
         OSError: Its files are not complete. kt-kernel says nothing of it when it cannot write.
@@ -52,6 +52,10 @@ def write_record(directory: Path, record: LayerRecord, method: Method) -> None:
     expected = expected_files(record, method)
     if wrong := wrong_files(directory, expected):
         raise OSError(errno.EIO, f"{len(wrong)} of {len(expected)} files are incomplete, first {wrong[0]}")
+
+
+def write_record(directory: Path, record: LayerRecord) -> None:
+    """Describe a layer's directory, whose ``.kt`` files are complete."""
     files = {str(file.relative_to(directory)): _facts(file) for file in sorted(directory.glob("_numa_*/*.kt"))}
     (directory / RECORD).write_text(json.dumps({**asdict(record), "files": files}, indent=1), encoding="utf-8")
 

@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 
 from .errors import KTAdapterError, KTError, KTModelError, KTOutputError, first_line
 from .machine import gib
-from .safetensors_files import read_header
 
 _LOCK = ".llamafactory-kt"
 """name of the file in a temporary directory that its process holds a lock on"""
@@ -151,6 +150,8 @@ def is_whole(file: Path) -> bool:
     if file.suffix in (".pt", ".bin"):
         return zipfile.is_zipfile(file)
     if file.suffix == ".safetensors":
+        from .safetensors_files import read_header  # with torch, without which commands say what is wrong
+
         try:
             read_header(file)
         except SafetensorError:

@@ -109,7 +109,7 @@ def _check_shapes(model: nn.Module, adapter: Adapter, part: PeftPart, resizes: b
         changes += [(f"{module}.weight", lora.sum(adapter))]
     vocabulary = vocabulary_weights(model)
     for name, change in changes:
-        wrong = change.problem(adapter, tuple(weight_of(model, name).shape))
+        wrong = change.problem(adapter, _shape(model, name))
         if wrong and not (resizes and name in vocabulary):
             advice = (
                 " If it was trained with more tokens, set resize_vocab, add_tokens or new_special_tokens as then."
@@ -117,6 +117,15 @@ def _check_shapes(model: nn.Module, adapter: Adapter, part: PeftPart, resizes: b
                 else ""
             )
             raise KTAdapterError(f"{adapter.store.path}: {name}: {wrong}{advice}{adapter.trained_for}")
+
+
+def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
+    """Of one of the model's weights; a linear layer's may be packed in another."""
+    module, _, leaf = name.rpartition(".")
+    layer = submodule(model, module)
+    if isinstance(layer, nn.Linear) and leaf == "weight":
+        return layer.out_features, layer.in_features
+    return tuple(weight_of(model, name).shape)
 
 
 def input_embeddings(model: Any) -> str:

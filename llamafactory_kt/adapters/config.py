@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal
 import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..ground.errors import KTAdapterError, name_some
+from ..ground.errors import KTAdapterError, name_some, printable
 from ..ground.json_files import problems, read_json_object
-from ..ground.printable import printable
 
 CONFIG = "adapter_config.json"
 _SECONDS = 1.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from .printable import printable
+_LONGEST = 4_000
+"""characters of one message or name"""
 
 
 class KTError(Exception):
@@ -98,3 +99,16 @@ def describe(error: BaseException) -> str:
 def traceback_wanted() -> bool:
     """Whether commands print tracebacks instead of messages alone (``LLAMAFACTORY_KT_DEBUG``)."""
     return os.environ.get("LLAMAFACTORY_KT_DEBUG", "") not in ("", "0")
+
+
+def printable(text: str, longest: int = _LONGEST) -> str:
+    """The text with control characters escaped (those that move the cursor, ring the bell or start a line) and its middle cut.
+
+    >>> printable("q_proj\\x1b[2J\\n"), printable("x" * 3000, 2000)[995:1013]
+    ('q_proj\\\\x1b[2J\\\\n', 'xxxxx ... xxxxxxxx')
+    """
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )

@@ -149,3 +149,19 @@ def gib(size: float) -> str:
     if size < 0.1 * 2**20:
         return f"{size / 2**10:.1f} KiB"
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def private_cache(name: str) -> Path:
+    """The cache's directory of this name, made if there is none, with the permissions 0700.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    root = cache_directory()
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory = root / name
+    directory.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(OSError):  # somebody else's; an earlier version made them as the umask was
+        if directory.stat().st_mode & 0o077 and directory.stat().st_uid == os.geteuid():
+            directory.chmod(0o700)
+    return directory

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .atomic_output import replacing
-from .caches import private_cache
 from .errors import KTError, one_line
-from .machine import cache_directory, cpu_name, numa_nodes, usable_cores
+from .machine import cache_directory, cpu_name, numa_nodes, private_cache, usable_cores
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,9 @@ from pathlib import Path
 
 from ..adapters import Adapter, ExpertsShape
 from ..ground.atomic_output import replacing
-from ..ground.caches import private_cache
 from ..ground.errors import KTPathError
 from ..ground.file_hash import file_sha256
-from ..ground.machine import cache_directory, gib
+from ..ground.machine import cache_directory, gib, private_cache
 
 logger = logging.getLogger(__name__)
 

@@ -110,7 +110,7 @@ STRANGE = "base_model.model.model.layers.0.self_attn.strange_proj.lora_B.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {**t, OTHER: t[OTHER][:-1].contiguous()}, "for a weight of (64, 64)"),
+        (lambda t: {**t, OTHER: t[OTHER][:-1].contiguous()}, r"LoRA of \(8, 64\) and \(63, 8\)"),
         (lambda t: {**t, STRANGE: t[OTHER].clone()}, f"belong to no module of DeepseekV2ForCausalLM, first {STRANGE}"),
     ],
 )

@@ -7,13 +7,23 @@ thread of its own: it is completed, or ends with an error of its own that it und
 from __future__ import annotations
 
 import contextvars
+import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
 import torch
 
 Result = TypeVar("Result")
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Threads that rest between works: glibc gives each new one a heap, which keeps what was freed in it."""
+    os.register_at_fork(after_in_child=_threads.cache_clear)
+    return ThreadPoolExecutor(max_workers=64, thread_name_prefix="uninterrupted")
 
 
 def uninterrupted(work: Callable[[], Result]) -> Result:
@@ -30,6 +40,8 @@ def uninterrupted(work: Callable[[], Result]) -> Result:
     context = contextvars.copy_context()
 
     def run() -> None:
+        if not begun.acquire(blocking=False):  # handed over twice, when the first time was interrupted
+            return
         try:
             if device is not None:
                 torch.cuda.set_device(device)
@@ -40,12 +52,14 @@ def uninterrupted(work: Callable[[], Result]) -> Result:
         finally:
             at_work.release()
 
+    begun = threading.Lock()
     at_work = threading.Lock()  # Thread.join() of Python 3.11 takes an interrupted thread for ended
     at_work.acquire()
-    threading.Thread(target=run, name="uninterrupted", daemon=False).start()
     interrupt: KeyboardInterrupt | None = None
     while not ended:
         try:
+            if not begun.locked():
+                _threads().submit(run)
             at_work.acquire()
         except KeyboardInterrupt as error:
             interrupt = error

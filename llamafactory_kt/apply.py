@@ -139,14 +139,13 @@ def _files(adapters: AdapterSet) -> list[tuple[Path, Path]]:
 def _merge(model: Any, state: KTState, adapters: AdapterSet, scope: str) -> tuple[nn.Module, LoadReport]:
     parts = _fit(model, state, adapters, scope)
 
-    def merge() -> tuple[nn.Module, LoadReport]:
-        wrapped, _ = exchange_peft_layers(model, parts, state.router_weights)
-        plain = merge_peft_layers(wrapped)
+    def merge() -> LoadReport:
+        merge_dense_part(model, parts)
         report = replace(_report(adapters, parts), merged=True)
         state.adapters, state.expert_adapters, state.report = adapters, adapters, report
-        return plain, report
+        return report
 
-    plain, report = state.lock.alone(merge)
+    report = state.lock.alone(merge)
     logger.info("Merged the adapter into the weights: it costs nothing now, and cannot be exchanged or taken away.")
     return model, report
 
@@ -155,11 +154,11 @@ def _exchange(model: Any, state: KTState, adapters: AdapterSet, scope: str) -> t
     base = plain_model(model)
     _check_experts(state, adapters)
     parts = _fit(base, state, adapters, scope)
-    weights_read = any(peft_reads_weights(adapter) for adapter in adapters.adapters)
 
     def exchange() -> tuple[nn.Module, LoadReport]:
+        weights_read = reads_weights(base, parts, state.own_weights)
         with changing_layers(base, prepared=state.optimized, weights_are_read=weights_read):
-            wrapped, undo = exchange_peft_layers(base, parts, state.router_weights)
+            wrapped, undo = exchange_peft_layers(base, parts, state.own_weights)
             try:
                 _exchange_experts(state, adapters)
             except BaseException:

@@ -18,6 +18,7 @@ from ..ground.errors import KTModelError, KTPathError, first_line
 from ..ground.tensor_files import shards
 from ..peft_side.part import PeftPart
 from ..peft_side.split import check_peft_part
+from .configuration import check_configuration, reading_configuration
 from .discovery import find_experts
 from .formats import check_file, format_of, quantization
 from .layout import CheckpointLayout

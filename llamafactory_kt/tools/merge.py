@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..adapters import Adapter, AdapterSet, ExpertLora, open_adapter
+from ..adapters.keys import PROJECTIONS
 from ..checkpoint.opening import MoEModel, open_checkpoint
 from ..ground.atomic_output import check_free, check_room, replacing
 from ..ground.errors import KTAdapterError, KTModelError, name_some
@@ -58,8 +59,7 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
     Raises:
         KTPathError: A directory does not exist.
         KTModelError: The checkpoint is not in safetensors, or its experts do not follow the contract.
-        KTAdapterError: The adapter does not fit, or has DoRA or biases, which cannot be merged by a sum. No output is left
-            behind.
+        KTAdapterError: The adapter does not fit, or has what cannot be merged. No output is left behind.
         KTOutputError: The output cannot be written; nothing of it is left.
     """
     source = Path(model_path).expanduser()
@@ -149,6 +149,7 @@ class _MergePlan:
         """the number of tokens before and after; None if it stays"""
         [(_, part)] = moe.fit(AdapterSet((adapter,)), finite=True)
         self._shapes = moe.shapes
+        self._layouts = {module.layer: moe.layout.layer(module.name).layout for module in moe.experts}
         self._others = part.merged(adapter)
         self._experts = {
             tensor: (module.layer, piece)

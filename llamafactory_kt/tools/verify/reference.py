@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ...adapters import Adapter, AdapterSet, ExpertLora
@@ -19,6 +20,7 @@ from ...checkpoint.formula import ExpertFormula
 from ...checkpoint.opening import open_checkpoint
 from ...checkpoint.stored_weight import StoredWeight
 from ...ground.safetensors_files import open_mapped, read_tensor
+from .peft_reading import read_by_peft
 
 ExpertWeights = dict[str, torch.Tensor]
 """``gate`` and ``up`` [I, H], ``down`` [H, I], float32; without a gate, ``gate`` is [0, H]"""
@@ -67,8 +69,8 @@ class Reference:
             own = dict(zip(PROJECTIONS, (bias[expert] for bias in biases), strict=True)) if biases is not None else {}
             outs[0].index_add_(0, token, share * _output(module.formula, base, own, x[token]))
             changed = dict(base)
-            for delta in deltas:
-                changed = {p: weight + delta(expert).get(p, 0) for p, weight in changed.items()}
+            for added in (delta(expert) for delta in deltas):
+                changed = {projection: weight + added.get(projection, 0) for projection, weight in changed.items()}
             outs[1].index_add_(0, token, share * _output(module.formula, changed, own, x[token]))
         return outs
 

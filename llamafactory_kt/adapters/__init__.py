@@ -9,14 +9,14 @@ from .adapter_set import AdapterSet, open_adapters
 from .expert_lora import ExpertLora, ExpertsShape
 from .location import adapter_looks_local, locate_adapter, looks_local
 from .opening import open_adapter, open_files
-from .per_expert import PerExpertAdapter
+from .projections import ProjectionAdapter
 
 __all__ = [
     "Adapter",
     "AdapterSet",
     "ExpertLora",
     "ExpertsShape",
-    "PerExpertAdapter",
+    "ProjectionAdapter",
     "adapter_looks_local",
     "locate_adapter",
     "looks_local",

@@ -51,6 +51,7 @@ class _Keys(BaseModel):
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     init_lora_weights: bool | str | None = True
+    lora_B_layout: Literal["rank_major", "grouped_by_expert"] | None = None
     base_model_name_or_path: str | None = None
     peft_version: str | None = None
 

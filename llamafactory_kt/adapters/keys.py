@@ -12,13 +12,15 @@ MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 
 # Mixtral's checkpoint names: down(silu(w1 x) * w3 x) with w2 = down.
 _PROJECTION_NAMES = {
-    "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down",
+    "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "gate_up", "w1": "gate", "w3": "up", "w2": "down",
 }  # fmt: skip
 
-# `experts` must be a whole path component (not `shared_experts`) followed by the expert's number.
+# `experts` must be a whole path component (not `shared_experts`), followed by the expert's number, or by none: all experts. gpt-oss with
+# its weights in 4 bits has a list of experts for each projection (`gate_up_projs.5`).
 _EXPERT = re.compile(
-    r"""^(?P<module>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?experts\.(?P<expert>\d+)
-        \.(?P<projection>gate_proj|up_proj|down_proj|w1|w2|w3))
+    r"""^(?P<module>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?experts\.
+        (?:(?:(?P<expert>\d+)\.)?(?P<projection>gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3)
+          |(?P<list>gate_proj|up_proj|down_proj|gate_up_proj)s\.(?P<number>\d+)))
         (?:\.orig_module)?(?P<rest>\..+)$""",
     re.VERBOSE,
 )
@@ -33,27 +35,31 @@ class ExpertKey(NamedTuple):
     """Where one expert LoRA tensor belongs."""
 
     layer: int
-    expert: int
+    expert: int | None
+    """None: all experts of the layer"""
     projection: str
-    """``gate``, ``up`` or ``down``"""
+    """``gate``, ``up``, ``down``, or ``gate_up``: gate's rows and up's, as the model stores them"""
     side: str
-    """``a`` [r, in] or ``b`` [out, r]"""
+    """``a`` [r, in] or ``b`` [out, r]; of all experts [E, r, in] or [E, out, r]"""
 
 
 def parse_expert_key(key: str) -> ExpertKey | None:
-    """The layer, expert, projection and side of a routed expert's LoRA tensor; None for any other tensor.
+    """The layer, expert, projection and side of a LoRA tensor on routed experts; None for any other tensor.
 
     >>> parse_expert_key("base_model.model.model.layers.1.mlp.original_moe.experts.5.gate_proj.lora_A.weight")
     ExpertKey(layer=1, expert=5, projection='gate', side='a')
     >>> parse_expert_key("model.layers.3.block_sparse_moe.experts.0.w2.lora_B.default.weight")
     ExpertKey(layer=3, expert=0, projection='down', side='b')
+    >>> parse_expert_key("model.layers.3.mlp.experts.gate_up_proj.lora_A.weight")
+    ExpertKey(layer=3, expert=None, projection='gate_up', side='a')
     >>> parse_expert_key("base_model.model.model.layers.1.mlp.shared_experts.gate_proj.lora_A.weight") is None
     True
     """
     if (match := _EXPERT.match(key)) is None or (side := _SIDE.match(match["rest"])) is None:
         return None
-    projection = _PROJECTION_NAMES[match["projection"]]
-    return ExpertKey(int(match["layer"]), int(match["expert"]), projection, side["side"].lower())
+    number = match["expert"] or match["number"]
+    projection = _PROJECTION_NAMES[match["projection"] or match["list"]]
+    return ExpertKey(int(match["layer"]), int(number) if number else None, projection, side["side"].lower())
 
 
 def belongs_to_experts(key: str) -> bool:
@@ -62,7 +68,7 @@ def belongs_to_experts(key: str) -> bool:
 
 
 def expert_module(key: str) -> str:
-    """The module that a routed expert's tensor belongs to, without PEFT's prefix.
+    """The module that a tensor on routed experts belongs to, without PEFT's prefix.
 
     >>> expert_module("base_model.model.model.layers.1.mlp.experts.5.gate_proj.lora_A.weight")
     'model.layers.1.mlp.experts.5.gate_proj'

@@ -11,7 +11,7 @@ from ..ground.tensor_files import PickledStore, SafetensorsStore, TensorStore, h
 from .adapter import Adapter
 from .bundle import BUNDLE, open_bundle
 from .config import CONFIG, LoraSettings
-from .per_expert import PerExpertAdapter
+from .projections import ProjectionAdapter
 from .stacked import MOE_LORA, is_stacked, open_moe_lora, open_stacked
 from .target_parameters import TargetParametersAdapter, is_target_parameters
 
@@ -80,12 +80,14 @@ def open_files(tensors: Path, config: Path | None, lora_alpha: float) -> Adapter
     if config is not None or beside.is_file():
         settings = LoraSettings.read(config or beside)
     else:
-        ranks = Counter(info.shape[0] for name, info in store.infos.items() if ".lora_A." in name and info.shape)
+        ranks = Counter(
+            info.shape[-2] for name, info in store.infos.items() if ".lora_A." in name and len(info.shape) > 1
+        )
         rank = ranks.most_common(1)[0][0] if ranks else 8
         settings = LoraSettings(tensors, {"r": rank, "lora_alpha": lora_alpha})
     return _open_peft(tensors.parent, settings, store)
 
 
 def _open_peft(directory: Path, settings: LoraSettings, store: TensorStore) -> Adapter:
-    kind = TargetParametersAdapter if is_target_parameters(store) else PerExpertAdapter
+    kind = TargetParametersAdapter if is_target_parameters(store) else ProjectionAdapter
     return kind(directory, settings, store)

@@ -5,6 +5,8 @@
 parameter for the input: the LoRA of a usual one lies over the transposed weight (A [r*E, out], B [in, r*E]), of one that is stored
 transposed (gpt-oss) over the weight itself (A [r*E, in], B [out, r*E]). 0.19 and later lay it over the weight itself, unless the
 parameter is stored transposed and its class does not say so (Llama-4). The sources are ``ParamWrapper`` in ``tuners/lora/layer.py`` of both.
+Some trainers order B's columns otherwise (:mod:`.provenance`). What Megatron-Bridge writes for vLLM has the same values in three dimensions,
+A [E, r, in] and B [out, r, E].
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from .adapter import Adapter
 from .config import LoraSettings
 from .expert_lora import ExpertLora, ExpertsShape
 from .keys import PEFT_PREFIX, belongs_to_experts
+from .provenance import grouped_by_expert, peft_layout
 
 _NAME = re.compile(
     r"^(?P<module>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?experts)(?P<wrap>(?:\.base_layer)*)"
@@ -82,9 +85,14 @@ class TargetParametersAdapter(Adapter):
                 )
             self._pairs.setdefault(layer, []).append(_Pair(module, sides["A"], sides["B"]))
         self.layers = sorted(self._pairs)
+        self._grouped = grouped_by_expert(settings)
 
     def _shapes(self, pair: _Pair) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return self.store.infos[pair.a].shape, self.store.infos[pair.b].shape
+        """Of A [r*E, *] and B [*, r*E]."""
+        a, b = self.store.infos[pair.a].shape, self.store.infos[pair.b].shape
+        if len(a) == len(b) == 3 and a[:2] == b[:0:-1]:
+            return (a[0] * a[1], a[2]), (b[0], b[1] * b[2])
+        return a, b
 
     def _expected(self, layer: int) -> list[tuple[int, float]]:
         """(rank, scaling) of each weight that may have LoRA."""
@@ -138,13 +146,8 @@ class TargetParametersAdapter(Adapter):
             )
         return found
 
-    def _version(self) -> tuple[int, int] | None:
-        """Of the PEFT that wrote the adapter, if it says so."""
-        match = re.match(r"(\d+)\.(\d+)", str(self.settings.raw.get("peft_version") or ""))
-        return (int(match[1]), int(match[2])) if match else None
-
     def _input_first_by_version(self, layer: int, shape: ExpertsShape) -> bool:
-        version = self._version()
+        version = peft_layout(self.settings)
         if version is None:
             raise KTAdapterError(
                 f"{self.settings.path}: in layer {layer} the shapes do not tell which way round the LoRA lies (2 x "
@@ -177,7 +180,7 @@ class TargetParametersAdapter(Adapter):
             # In PEFT 0.18, A is on the input side of weights that are stored transposed: gate and up may be interleaved.
             turned = {(h, 2 * i) for h, i in fits} | {(i, h) for h, i in fits}
             usual = {(width, out) for out, width in turned}
-            transposed = (self._version() or (0, 19)) < (0, 19) and not (turned - usual).isdisjoint(sizes)
+            transposed = (peft_layout(self.settings) or (0, 19)) < (0, 19) and not (turned - usual).isdisjoint(sizes)
             if len(experts) != 1 or len(fits) != 1 or transposed:
                 raise KTAdapterError(
                     f"{self.store.path}: the LoRA of layer {layer} does not tell the number, sizes and layout of the experts; a model is "
@@ -203,9 +206,14 @@ class TargetParametersAdapter(Adapter):
         most = max(self._shapes(pair)[0][0] // experts for pair in self._pairs[layer])
         lora = ExpertLora.zeros(layer, shape, most, dtype, 1.0)
         for pair, (weight, input_first) in self._oriented(layer, shape).items():
-            rows = self.read(pair.a).unflatten(0, (experts, -1))  # [E, r, *]
+            shape_a, shape_b = self._shapes(pair)
+            rows = self.read(pair.a).reshape(shape_a).unflatten(0, (experts, -1))  # [E, r, *]
             rank = rows.shape[1]
-            columns = self.read(pair.b).unflatten(1, (rank, experts)).permute(2, 0, 1)  # [E, *, r]
+            columns = self.read(pair.b).reshape(shape_b)
+            if self._grouped:
+                columns = columns.unflatten(1, (experts, rank)).transpose(0, 1)  # [E, *, r]
+            else:
+                columns = columns.unflatten(1, (rank, experts)).permute(2, 0, 1)
             b, a = (columns, rows) if input_first else (rows.transpose(1, 2), columns.transpose(1, 2))
             parts = {weight.removesuffix("_proj"): b}
             if weight == _GATE_UP:

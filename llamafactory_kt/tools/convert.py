@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from ..adapters import Adapter, ExpertsShape, PerExpertAdapter, open_adapter, open_files
+from ..adapters import Adapter, ExpertsShape, ProjectionAdapter, open_adapter, open_files
 from ..adapters.keys import parse_expert_key
 from ..adapters.target_parameters import TargetParametersAdapter
 from ..adapters.uniform import Uniform
@@ -121,7 +121,7 @@ def _open(path: Path, config_path: str | Path | None, lora_alpha: float | None) 
             if needed is not None and not needed.is_file():
                 raise KTPathError(f"{needed} does not exist or is not a file.")
         adapter = open_files(path, config, DEFAULT_ALPHA if lora_alpha is None else lora_alpha)
-        if adapter.settings.path == path and isinstance(adapter, PerExpertAdapter):
+        if adapter.settings.path == path and isinstance(adapter, ProjectionAdapter):
             source = "the default" if lora_alpha is None else "the command line"
             logger.warning(
                 "No adapter_config.json: lora_alpha %g is taken from %s", adapter.settings.lora_alpha, source

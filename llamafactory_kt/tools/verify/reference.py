@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...adapters import Adapter, AdapterSet, ExpertLora
-from ...adapters.keys import PEFT_PREFIX, PROJECTIONS, expert_module
-from ...adapters.per_expert import PerExpertAdapter
+from ...adapters.keys import PEFT_PREFIX, PROJECTIONS
+from ...adapters.projections import GATE_UP, ProjectionAdapter
 from ...checkpoint.discovery import ExpertsModule
 from ...checkpoint.formula import ExpertFormula
 from ...checkpoint.opening import open_checkpoint
@@ -104,7 +104,7 @@ Deltas = Callable[[int], ExpertWeights]
 
 def _deltas(adapter: Adapter, layer: int, module: ExpertsModule) -> Deltas:
     """One layer's, as PEFT reads the adapter; bundles and stacked experts, which PEFT does not know, by a plain sum."""
-    if isinstance(adapter, PerExpertAdapter):
+    if isinstance(adapter, ProjectionAdapter):
         return lambda expert: _delta_by_peft(adapter, layer, module, expert)
     lora = adapter.read_layer(layer, module.shape)
     return lambda expert: {
@@ -114,18 +114,19 @@ def _deltas(adapter: Adapter, layer: int, module: ExpertsModule) -> Deltas:
     }
 
 
-def _delta_by_peft(adapter: PerExpertAdapter, layer: int, module: ExpertsModule, expert: int) -> ExpertWeights:
-    pairs = adapter.pairs(layer, expert)
-    if not pairs:
-        return {}
+def _delta_by_peft(adapter: ProjectionAdapter, layer: int, module: ExpertsModule, expert: int) -> ExpertWeights:
     modules: dict[str, nn.Module] = {}
     tensors: dict[str, torch.Tensor] = {}
-    names = {projection: expert_module(a) for projection, (a, _) in pairs.items()}
-    for projection, pair in pairs.items():
-        out, width = module.shape.projection(projection)
-        modules[names[projection]] = nn.Linear(width, out, bias=False)
-        nn.init.zeros_(modules[names[projection]].weight)  # type: ignore[arg-type]
-        for side, tensor in zip("AB", pair, strict=True):
-            tensors[f"{PEFT_PREFIX}{names[projection]}.lora_{side}.weight"] = adapter.read(tensor)
+    names = {}
+    for projection, (name, a, b) in adapter.pairs(layer, expert).items():
+        modules[name] = nn.Linear(a.shape[1], b.shape[0], bias=False)
+        nn.init.zeros_(modules[name].weight)  # type: ignore[arg-type]
+        tensors |= {f"{PEFT_PREFIX}{name}.lora_{side}.weight": tensor for side, tensor in (("A", a), ("B", b))}
+        names[projection] = name
+    if not names:
+        return {}
     read = read_by_peft(adapter.settings, tensors, modules)
-    return {projection: read.get_parameter(f"{name}.weight").data for projection, name in names.items()}
+    deltas = {projection: read.get_parameter(f"{name}.weight").data for projection, name in names.items()}
+    if GATE_UP in deltas:
+        deltas["gate"], deltas["up"] = module.shape.fused.split(deltas.pop(GATE_UP), 0)
+    return deltas

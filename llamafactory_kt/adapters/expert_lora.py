@@ -35,10 +35,12 @@ class ExpertsShape:
         return len(self.projections) * self.num_experts * self.hidden_size * self.intermediate_size
 
     def projection(self, name: str) -> tuple[int, int]:
-        """(out, in) features of ``gate``, ``up`` or ``down``."""
+        """(out, in) features of ``gate``, ``up``, ``down`` or ``gate_up``, the rows of both."""
         hidden, intermediate = self.hidden_size, self.intermediate_size
         if name == "down":
             return hidden, intermediate
+        if name == "gate_up":
+            return (len(self.projections) - 1) * intermediate, hidden
         return intermediate if name in self.projections else 0, hidden
 
 

@@ -48,7 +48,7 @@ class ProjectionAdapter(Adapter):
             something that a kernel cannot compute (DoRA magnitudes, biases).
     """
 
-    format = "LoRA on the experts' projections"
+    format = "per-expert LoRA tensors"
 
     def __init__(self, directory: Path, settings: LoraSettings, store: TensorStore):
         super().__init__(directory, settings, store)
@@ -57,16 +57,21 @@ class ProjectionAdapter(Adapter):
             raise KTAdapterError(f"{settings.path}: use_dora on routed experts cannot be computed by the kernel.")
         self._pairs: dict[int, dict[_Place, _Pair]] = {}
         """layer -> its pairs"""
-        for (layer, projection), halves in sorted(_by_projection(names).items()):
+        for (layer, projection), halves in _by_projection(names).items():
             self._pairs.setdefault(layer, {}).update(self._pair_up(layer, projection, halves))
-        self.layers = list(self._pairs)
-        for layer, pairs in self._pairs.items():
+        self.layers = sorted(self._pairs)
+        for layer in self.layers:
+            pairs = dict(sorted(self._pairs.pop(layer).items(), key=_in_order))
+            self._pairs[layer] = pairs
+            if any(expert is None for expert, _ in pairs):
+                self.format = "stacked LoRA tensors per projection"
             fused = {expert for expert, projection in pairs if projection == GATE_UP}
             if twice := [expert for expert, projection in pairs if projection in ("gate", "up") and expert in fused]:
                 raise KTAdapterError(
                     f"{store.path}: layer {layer}, {_named(twice[0])}: LoRA both on gate_up_proj and on gate_proj or up_proj."
                 )
-        self._warn_of_ranks()
+        self.other_ranks = self._find_other_ranks()
+        """modules whose ranks the configuration does not say"""
 
     def _read_names(self) -> tuple[list[str], dict[ExpertKey, str]]:
         """All tensors on experts, and those that are not empty by what they are. Tinker writes empty ones for a gate that is not there."""
@@ -119,7 +124,7 @@ class ProjectionAdapter(Adapter):
             )
         return _Pair(a, b)
 
-    def _warn_of_ranks(self) -> None:
+    def _find_other_ranks(self) -> list[str]:
         modules = {pair.a: expert_module(pair.a) for pairs in self._pairs.values() for pair in pairs.values()}
         other = [m for a, m in modules.items() if self._rank(a) != self.settings.expected_rank(m)]
         if other:
@@ -128,6 +133,7 @@ class ProjectionAdapter(Adapter):
                 "their scaling is computed with the rank of the tensors.",
                 self.store.path, len(other), len(modules), other[0],
             )  # fmt: skip
+        return other
 
     def _rank(self, name_a: str) -> int:
         return self.store.infos[name_a].shape[-2]
@@ -198,7 +204,7 @@ class ProjectionAdapter(Adapter):
                     raise KTAdapterError(
                         f"{place}: LoRA for {other.pop()} experts, the model has {shape.num_experts} in this layer.{self.trained_for}"
                     )
-                found, wanted = self._features(pair), _weight(shape, projection)
+                found, wanted = self._features(pair), shape.projection(projection)
                 if found != wanted:
                     raise KTAdapterError(
                         f"{place}: LoRA for a weight of {found[0]} x {found[1]}, the model's is {wanted[0]} x {wanted[1]}."
@@ -232,6 +238,11 @@ def _by_projection(names: Mapping[ExpertKey, str]) -> dict[tuple[int, str], dict
     return found
 
 
+def _in_order(item: tuple[_Place, _Pair]) -> tuple[int, int]:
+    (expert, projection), _ = item
+    return -1 if expert is None else expert, (*PROJECTIONS, GATE_UP).index(projection)
+
+
 def _named(expert: int | None) -> str:
     return "all experts" if expert is None else f"expert {expert}"
 
@@ -241,10 +252,3 @@ def _of_expert(tensor: torch.Tensor, expert: int) -> torch.Tensor:
     if tensor.dim() == 2:
         return tensor
     return tensor[expert] if len(tensor) > 1 else tensor[0]
-
-
-def _weight(shape: ExpertsShape, projection: str) -> tuple[int, int]:
-    """(out, in) features of a projection."""
-    if projection in PROJECTIONS:
-        return shape.projection(projection)
-    return sum(shape.projection(part)[0] for part in ("gate", "up")), shape.hidden_size

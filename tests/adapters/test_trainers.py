@@ -33,7 +33,10 @@ def random_lora(layers, hidden, intermediate, *, fused=False, shared=()):
         found[layer] = {}
         for projection in ("gate", "up", "down"):
             out, width = (hidden, intermediate) if projection == "down" else (intermediate, hidden)
-            halves = {"a": torch.randn(E, R, width, generator=generator), "b": torch.randn(E, out, R, generator=generator)}
+            halves = {
+                "a": torch.randn(E, R, width, generator=generator),
+                "b": torch.randn(E, out, R, generator=generator),
+            }
             for side in halves:
                 halves[side] *= 0.15
                 if projection + side in shared:
@@ -264,9 +267,13 @@ def test_what_does_not_fit_is_refused(tmp_path, tensors, message):
 
 def test_sizes_without_a_model(tmp_path):
     def named(name, pair):
-        return {f"{EXPERTS.format(layer=2)}.{name}.lora_{side}.weight": half for side, half in zip("AB", pair, strict=True)}
+        return {
+            f"{EXPERTS.format(layer=2)}.{name}.lora_{side}.weight": half for side, half in zip("AB", pair, strict=True)
+        }
 
-    adapter = open_adapter(save(tmp_path / "a", named("gate_proj", halves()) | named("down_proj", halves(projection="down"))))
+    adapter = open_adapter(
+        save(tmp_path / "a", named("gate_proj", halves()) | named("down_proj", halves(projection="down")))
+    )
     assert adapter.own_shapes() == {2: SHAPE}
     for unknown in (named("gate_proj", halves(1)), named("gate_up_proj", (halves()[0], torch.randn(4, 12, 3)))):
         with pytest.raises(KTAdapterError, match="a model is needed to read it"):
@@ -276,6 +283,8 @@ def test_sizes_without_a_model(tmp_path):
 def test_empty_placeholders(tmp_path):
     """Tinker's for a gate that is not there."""
     tensors = {f"{EXPERTS.format(layer=2)}.w3.lora_{side}.weight": torch.zeros(0) for side in "AB"}
-    tensors |= {f"{EXPERTS.format(layer=2)}.w1.lora_{side}.weight": half for side, half in zip("AB", halves(), strict=True)}
+    tensors |= {
+        f"{EXPERTS.format(layer=2)}.w1.lora_{side}.weight": half for side, half in zip("AB", halves(), strict=True)
+    }
     lora = open_adapter(save(tmp_path / "a", tensors)).read_layer(2, SHAPE)
     assert lora.a["gate"].any() and not lora.a["up"].any()

@@ -103,8 +103,9 @@ Deltas = Callable[[int], ExpertWeights]
 
 
 def _deltas(adapter: Adapter, layer: int, module: ExpertsModule) -> Deltas:
-    """One layer's, as PEFT reads the adapter; bundles and stacked experts, which PEFT does not know, by a plain sum."""
-    if isinstance(adapter, ProjectionAdapter):
+    """One layer's, as PEFT reads the adapter; by a plain sum what PEFT does not read: bundles, stacked experts, ranks that are not in the
+    configuration."""
+    if isinstance(adapter, ProjectionAdapter) and not adapter.other_ranks:
         return lambda expert: _delta_by_peft(adapter, layer, module, expert)
     lora = adapter.read_layer(layer, module.shape)
     return lambda expert: {

@@ -63,7 +63,7 @@ class WholeWeights:
         Raises:
             KTAdapterError: The configuration says that a module was trained as a whole, and the file has no tensor of it.
         """
-        self._check_complete()
+        self._check_complete(ties)
         changes: dict[str, list[Change]] = {}
         for level in _Level:
             for parameter, found in self._found.items():
@@ -83,10 +83,17 @@ class WholeWeights:
             indices = next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), [])
         return tuple(indices)
 
-    def _check_complete(self) -> None:
+    def _check_complete(self, ties: Mapping[str, set[str]]) -> None:
         settings = self._adapter.settings
         modules = {
             split_module(tensor)[0] for found in self._found.values() for same in found.values() for tensor in same
+        }
+        # PEFT 0.19 and newer save the rows of tied weights once
+        modules |= {
+            other.rpartition(".")[0]
+            for name, found in self._found.items()
+            if _Level.ROWS in found
+            for other in ties.get(name, ())
         }
         rows = settings.trainable_token_indices
         wanted = [*settings.modules_to_save, *(rows if isinstance(rows, dict) else ())]

@@ -12,9 +12,9 @@ from ..ground.errors import KTAdapterError, name_some
 from ..ground.tensor_files import TensorStore, all_finite
 from .config import LoraSettings
 from .expert_lora import ExpertLora, ExpertsShape
+from .keys import is_empty_gate, split_module
 
 _FLOATS = {"BF16", "F16", "F32", "F64"}
-_LONGEST_NAME = 1_000
 
 
 class Adapter(ABC):
@@ -37,12 +37,26 @@ class Adapter(ABC):
 
     def _check_headers(self) -> None:
         infos = self.store.infos
-        if strange := [name for name in infos if not name.isprintable() or len(name) > _LONGEST_NAME]:
-            raise KTAdapterError(f"{self.store.path}: {strange[0]!r:.120} is no name of a tensor.")
+        if not infos:
+            raise KTAdapterError(
+                f"{self.store.path} holds no tensors: nothing was trained, or the file was not saved whole."
+            )
         if other := {name: info.dtype for name, info in infos.items() if info.dtype not in _FLOATS}:
             raise KTAdapterError(
                 f"{self.store.path}: {len(other)} of {len(infos)} tensors are {name_some(sorted(set(other.values())))}, first "
                 f"{next(iter(other))}; an adapter's are BF16, F16 or F32. Save it again in one of these."
+            )
+        halves = [name for name in infos if split_module(name)[1] in ("lora_A.weight", "lora_B.weight")]
+        empty = [name for name in halves if 0 in infos[name].shape and not is_empty_gate(name, infos[name].shape)]
+        if empty:
+            raise KTAdapterError(
+                f"{self.store.path}: {len(empty)} of {len(infos)} tensors are empty, first {empty[0]} {infos[empty[0]].shape}. DeepSpeed ZeRO-3 "
+                "saves such files without stage3_gather_16bit_weights_on_model_save: gather the weights (zero_to_fp32.py in the checkpoint), and "
+                "save the adapter again."
+            )
+        if flat := [name for name in halves if len(infos[name].shape) < 2]:
+            raise KTAdapterError(
+                f"{self.store.path}: {flat[0]} has shape {infos[flat[0]].shape}; LoRA is A [r, in] and B [out, r]."
             )
 
     @property

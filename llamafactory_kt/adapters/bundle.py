@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from ..ground.errors import KTAdapterError
 from ..ground.file_hash import file_sha256
 from ..ground.json_files import problems, read_json_object
-from ..ground.tensor_files import SafetensorsStore
+from ..ground.tensor_files import SafetensorsStore, is_there
 from .config import LoraSettings
 from .stacked import StackedAdapter
 
@@ -43,7 +43,7 @@ def open_bundle(directory: Path, settings: LoraSettings) -> StackedAdapter:
     Raises:
         KTAdapterError: A checksum of the manifest is wrong, or the tensors are.
     """
-    if (directory / MANIFEST).is_file():
+    if is_there(directory / MANIFEST):
         _check_manifest(directory, settings)
     if settings.use_rslora:
         logger.warning(

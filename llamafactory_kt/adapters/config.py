@@ -48,6 +48,7 @@ class _Keys(BaseModel):
     lora_bias: bool | None = False
     bias: Literal["none", "all", "lora_only"] | None = "none"
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     init_lora_weights: bool | str | None = True

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
@@ -123,6 +124,15 @@ class ExpertLora:
         b = self.b[projection]
         out = torch.empty_like(b, dtype=torch.float32) if out is None else out
         return out.copy_(b).mul_((self.scaling[projection] / common).to(torch.float32)[:, None])
+
+
+def common_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """The dtype that they share, else the narrowest that holds them all exactly.
+
+    >>> common_dtype([torch.zeros(1, dtype=torch.float16), torch.zeros(1, dtype=torch.bfloat16)])
+    torch.float32
+    """
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def mantissa(scaling: float) -> float:

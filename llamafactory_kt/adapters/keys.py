@@ -62,6 +62,12 @@ def parse_expert_key(key: str) -> ExpertKey | None:
     return ExpertKey(int(match["layer"]), int(number) if number else None, projection, side["side"].lower())
 
 
+def is_empty_gate(key: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the empty one that Tinker writes for the gate of experts that have none."""
+    found = parse_expert_key(key)
+    return shape == (0,) and found is not None and found.projection == "gate"
+
+
 def belongs_to_experts(key: str) -> bool:
     """Whether the tensor is inside a routed-experts module, also if :func:`parse_expert_key` does not know it."""
     return _ROUTED.search(key) is not None

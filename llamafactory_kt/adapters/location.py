@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def looks_local(name: str) -> bool:
 
 def adapter_looks_local(name: str) -> bool:
     """The same for an adapter: ``saves/name`` is also a local path if ``saves`` is a directory here."""
-    return looks_local(name) or Path(name).parent.is_dir()
+    return looks_local(name) or os.path.isdir(Path(name).parent)
 
 
 def locate_adapter(name: str, *, subfolder: str | None = None, **hub: Any) -> Path:
@@ -30,7 +31,7 @@ def locate_adapter(name: str, *, subfolder: str | None = None, **hub: Any) -> Pa
         KTPathError: The path does not exist, or the hub has no such repository or cannot be reached.
     """
     path = Path(name).expanduser()
-    if not path.exists() and not adapter_looks_local(name):
+    if not os.path.exists(path) and not adapter_looks_local(name):
         from huggingface_hub import snapshot_download
 
         try:
@@ -41,10 +42,10 @@ def locate_adapter(name: str, *, subfolder: str | None = None, **hub: Any) -> Pa
                 f"adapter_name_or_path: {name} is neither a local directory nor an adapter that could be fetched "
                 f"from the hub ({type(error).__name__}: {first_line(error)})."
             ) from error
-    if path.is_file():
+    if os.path.isfile(path):
         raise KTPathError(f"adapter_name_or_path: {path} is a file; give the directory that holds adapter_config.json.")
     if subfolder:
         path = path / subfolder
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise KTPathError(f"adapter_name_or_path: {path} does not exist.")
     return path

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from pathlib import Path
 
 from ..ground.errors import KTAdapterError, KTPathError
-from ..ground.tensor_files import PickledStore, SafetensorsStore, TensorStore, has_store, open_store
+from ..ground.tensor_files import PickledStore, SafetensorsStore, TensorStore, has_store, is_there, open_store
 from .adapter import Adapter
 from .bundle import BUNDLE, open_bundle
 from .config import CONFIG, LoraSettings
@@ -29,24 +30,25 @@ def open_adapter(directory: str | Path | None, moe_lora: str | Path | None = Non
         KTPathError: There is no such directory or file.
         KTAdapterError: The configuration or a tensor file is missing, damaged, or of an unknown layout.
     """
-    if moe_lora is not None and not Path(moe_lora).is_file():
+    if moe_lora is not None and not os.path.isfile(moe_lora):
         raise KTPathError(f"{moe_lora} does not exist or is not a file.")
     if directory is None:
         if moe_lora is None:
             raise KTPathError("No adapter was given.")
         return open_moe_lora(Path(moe_lora), None, None)
     directory = Path(directory)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # Path.is_dir raises OSError for some paths
         raise KTPathError(f"{directory} does not exist or is not a directory.")
     beside = directory / MOE_LORA
-    if moe_lora is None and beside.is_file() and not (directory / CONFIG).is_file() and not has_store(directory):
+    has_moe_lora = moe_lora is None and is_there(beside)
+    if has_moe_lora and not is_there(directory / CONFIG) and not has_store(directory):
         return open_moe_lora(beside, directory, None)
     settings = LoraSettings.read(directory / CONFIG)
-    if (directory / BUNDLE).is_file():
+    if is_there(directory / BUNDLE):
         adapter: Adapter = open_bundle(directory, settings)
     else:
         adapter = _open_peft(directory, settings, open_store(directory))
-    if moe_lora is None and not beside.is_file():
+    if moe_lora is None and not has_moe_lora:
         return adapter
     if not adapter.layers:
         return open_moe_lora(Path(moe_lora or beside), directory, settings)

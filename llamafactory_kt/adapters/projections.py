@@ -23,8 +23,8 @@ from ..ground.errors import KTAdapterError, name_some
 from ..ground.tensor_files import TensorStore
 from .adapter import Adapter
 from .config import LoraSettings
-from .expert_lora import ExpertLora, ExpertsShape
-from .keys import PROJECTIONS, ExpertKey, belongs_to_experts, expert_module, parse_expert_key
+from .expert_lora import ExpertLora, ExpertsShape, common_dtype
+from .keys import PROJECTIONS, ExpertKey, belongs_to_experts, expert_module, is_empty_gate, parse_expert_key
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class ProjectionAdapter(Adapter):
             found.append(name)
             if key in names:
                 raise KTAdapterError(f"{self.store.path}: {name} and {names[key]} are the same expert's tensor.")
-            if info.shape != (0,):
+            if not is_empty_gate(name, info.shape):
                 names[key] = name
         if unknown:
             raise KTAdapterError(
@@ -214,8 +214,7 @@ class ProjectionAdapter(Adapter):
     def read_layer(self, layer: int, shape: ExpertsShape) -> ExpertLora:
         pairs = self._pairs[layer]
         tensors = {name: self.read(name) for pair in pairs.values() for name in pair}
-        dtypes = {tensor.dtype for tensor in tensors.values()}
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        dtype = common_dtype(tensors.values())
         lora = ExpertLora.zeros(layer, shape, self.rank(layer), dtype, self.scaling(layer))
         for (expert, projection), pair in pairs.items():
             experts = slice(None) if expert is None else expert

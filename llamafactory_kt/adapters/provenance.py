@@ -7,6 +7,7 @@ import re
 
 from ..ground.errors import KTAdapterError
 from ..ground.json_files import read_json_object
+from ..ground.tensor_files import is_there
 from .config import LoraSettings
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ def peft_layout(settings: LoraSettings) -> tuple[int, int] | None:
     """The version of PEFT in whose layout the tensors are: NeMo AutoModel says it in a file of its own, PEFT in ``peft_version``."""
     text = settings.raw.get("peft_version")
     stamp = settings.path.with_name(_AUTOMODEL)
-    if stamp.is_file():
+    if is_there(stamp):
         text = read_json_object(stamp, KTAdapterError).get("paramwrapper_layout") or text
     match = re.match(r"(?:peft-)?(\d+)\.(\d+)", str(text or ""))
     return (int(match[1]), int(match[2])) if match else None

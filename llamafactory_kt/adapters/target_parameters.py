@@ -21,7 +21,7 @@ from ..ground.errors import KTAdapterError, name_some
 from ..ground.tensor_files import TensorStore
 from .adapter import Adapter
 from .config import LoraSettings
-from .expert_lora import ExpertLora, ExpertsShape
+from .expert_lora import ExpertLora, ExpertsShape, common_dtype
 from .keys import PEFT_PREFIX, belongs_to_experts
 from .provenance import grouped_by_expert, peft_layout
 
@@ -68,7 +68,9 @@ class TargetParametersAdapter(Adapter):
         for name in store.infos:
             if match := _NAME.match(name):
                 module = match["module"].removeprefix(PEFT_PREFIX)
-                halves.setdefault((int(match["layer"]), module, match["wrap"]), {})[match["side"]] = name
+                half = halves.setdefault((int(match["layer"]), module, match["wrap"]), {})
+                if (same := half.setdefault(match["side"], name)) != name:
+                    raise KTAdapterError(f"{store.path}: {same} and {name} are the same weight.")
                 self.expert_names.append(name)
             elif belongs_to_experts(name):
                 unknown.append(name)
@@ -83,7 +85,13 @@ class TargetParametersAdapter(Adapter):
                 raise KTAdapterError(
                     f"{store.path}: {next(iter(sides.values()))} has no other half; the file is incomplete."
                 )
-            self._pairs.setdefault(layer, []).append(_Pair(module, sides["A"], sides["B"]))
+            pair = _Pair(module, sides["A"], sides["B"])
+            a, b = self._shapes(pair)
+            if not len(a) == len(b) == 2 or a[0] != b[1]:
+                raise KTAdapterError(
+                    f"{store.path}: {pair.a} has shape {a} and its B {b}; wanted [r*E, in] and [out, r*E], or [E, r, in] and [out, r, E]."
+                )
+            self._pairs.setdefault(layer, []).append(pair)
         self.layers = sorted(self._pairs)
         self._grouped = grouped_by_expert(settings)
 
@@ -120,7 +128,7 @@ class TargetParametersAdapter(Adapter):
         hidden, intermediate = shape.hidden_size, shape.intermediate_size
         found = []
         first = (_GATE_UP, 2 * intermediate, hidden) if shape.has_gate else (_UP, intermediate, hidden)
-        if len(a) == len(b) == 2 and a[0] == b[1] and a[0] % shape.num_experts == 0:
+        if a[0] % shape.num_experts == 0:
             for weight, out, width in (first, (_DOWN, hidden, intermediate)):
                 found += [_Orientation(weight, False)] if (a[1], b[0]) == (out, width) else []
                 found += [_Orientation(weight, True)] if (a[1], b[0]) == (width, out) else []
@@ -202,7 +210,8 @@ class TargetParametersAdapter(Adapter):
                     )
 
     def read_layer(self, layer: int, shape: ExpertsShape) -> ExpertLora:
-        experts, dtype = shape.num_experts, self.read(self._pairs[layer][0].a).dtype
+        experts = shape.num_experts
+        dtype = common_dtype(self.read(name) for pair in self._pairs[layer] for name in (pair.a, pair.b))
         most = max(self._shapes(pair)[0][0] // experts for pair in self._pairs[layer])
         lora = ExpertLora.zeros(layer, shape, most, dtype, 1.0)
         for pair, (weight, input_first) in self._oriented(layer, shape).items():

@@ -44,7 +44,7 @@ class Uniform:
         shapes = shapes or adapter.own_shapes()
         adapter.check_fits(shapes)
         rank = max(adapter.rank(layer) for layer in adapter.layers)
-        scaling = Counter(adapter.scaling(layer) for layer in adapter.layers).most_common(1)[0][0]
+        scaling = Counter(adapter.scaling(layer) for layer in adapter.layers).most_common(1)[0][0] or 1.0
         alpha = scaling * rank
         return cls(adapter, shapes, rank, float(round(alpha)) if abs(alpha - round(alpha)) < 1e-9 else alpha)
 

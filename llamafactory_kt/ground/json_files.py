@@ -30,7 +30,9 @@ def read_json_object(path: Path, error: type[KTError]) -> dict[str, Any]:
         raise error(f"{path} has {size:,} bytes; a file of settings has at most {LARGEST:,}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError, OSError) as reason:  # an integer of thousands of digits is a ValueError, too
+    except OSError as reason:
+        raise error(f"{path} cannot be read: {reason.strerror}.") from reason
+    except (ValueError, RecursionError) as reason:  # an integer of thousands of digits is a ValueError, too
         why = "it is nested too deeply" if isinstance(reason, RecursionError) else first_line(reason)
         raise error(f"{path} is not valid JSON: {why}.") from reason
     if not isinstance(content, dict):

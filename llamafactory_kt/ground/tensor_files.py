@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import os
 import pickle
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from .errors import KTAdapterError, KTError, first_line, name_some
+from .json_files import read_json_object
 from .safetensors_files import open_mapped, read_header, read_tensor
 
 SAFETENSORS, INDEX, PICKLED = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"
@@ -24,6 +26,7 @@ DTYPES = {
 }  # fmt: skip
 """safetensors' names"""
 
+_LONGEST_NAME = 1_000
 _KEEP_MAPPED = 256 * 2**20
 """bytes read from files after which they are opened anew: what was read counts as resident memory while its file is open"""
 
@@ -65,11 +68,17 @@ class TensorStore(Protocol):
     def read(self, name: str) -> torch.Tensor: ...
 
 
+def _check_names(file: Path, names: Iterable[str]) -> None:
+    """Names are printed, and searched with regular expressions."""
+    if strange := next((name for name in names if not name.isprintable() or len(name) > _LONGEST_NAME), None):
+        raise KTAdapterError(f"{file}: {strange!r:.120} is no name of a tensor.")
+
+
 class SafetensorsStore:
     """One or several safetensors files.
 
     Raises:
-        KTAdapterError: A file is damaged or not safetensors, or two files hold the same tensor.
+        KTAdapterError: A file is damaged or not safetensors, a name is none of a tensor, or two files hold the same tensor.
     """
 
     def __init__(self, path: Path, files: list[Path] | None = None):
@@ -85,11 +94,14 @@ class SafetensorsStore:
     def _open(self, file: Path) -> None:
         try:
             tensors, metadata = read_header(file)
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise KTAdapterError(f"{file} cannot be read: {error.strerror}.") from error
+        except SafetensorError as error:
             raise KTAdapterError(
                 f"{file} cannot be read as safetensors ({error}). It is damaged, incomplete, or another format under "
                 "this name (torch.save writes .pt or .bin): copy or save it again."
             ) from error
+        _check_names(file, tensors)
         for name, tensor in tensors.items():
             if name in self.infos:
                 raise KTAdapterError(f"The tensor {name} stands both in {self.infos[name].file} and in {file}.")
@@ -128,8 +140,9 @@ class PickledStore:
                 "accepted: save the adapter as safetensors with PEFT's save_pretrained."
             ) from error
         tensors = self._named(content) if isinstance(content, dict) else None
-        if tensors is None or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        if tensors is None or not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in tensors.items()):
             raise KTAdapterError(f"{path} must hold named tensors and nothing else; it has another structure.")
+        _check_names(path, tensors)
         if odd := [n for n, t in tensors.items() if t.layout != torch.strided or t.is_quantized or t.is_meta]:
             raise KTAdapterError(
                 f"{path}: {name_some(odd, 3)}: sparse, quantized or without values; save plain tensors."
@@ -175,9 +188,23 @@ class CombinedStore:
         return self._stores[name].read(name)
 
 
+def is_there(file: Path) -> bool:
+    """Whether an adapter has this file.
+
+    Raises:
+        KTAdapterError: Something else is in its place. Passing over it could pass over a part of the adapter: files in the hub's cache are
+            links.
+    """
+    if os.path.isfile(file):  # Path.is_file raises OSError for some paths
+        return True
+    if os.path.lexists(file):
+        raise KTAdapterError(f"{file} is no regular file, or a link to none: copy or download the adapter again.")
+    return False
+
+
 def has_store(directory: Path) -> bool:
     """Whether an adapter directory holds a file that :func:`open_store` would open."""
-    return any((directory / name).is_file() for name in (SAFETENSORS, INDEX, PICKLED))
+    return any(is_there(directory / name) for name in (SAFETENSORS, INDEX, PICKLED))
 
 
 def open_store(directory: Path) -> TensorStore:
@@ -186,14 +213,23 @@ def open_store(directory: Path) -> TensorStore:
     Raises:
         KTAdapterError: There is no tensor file, a shard is missing, or a file is damaged.
     """
-    if (directory / SAFETENSORS).is_file():
+    if is_there(directory / SAFETENSORS):
         return SafetensorsStore(directory / SAFETENSORS)
-    if (directory / INDEX).is_file():
-        return SafetensorsStore(directory / INDEX, shards(directory / INDEX, KTAdapterError))
-    if (directory / PICKLED).is_file():
+    if is_there(directory / INDEX):
+        return _open_shards(directory / INDEX)
+    if is_there(directory / PICKLED):
         return PickledStore(directory / PICKLED)
     found = name_some(sorted(p.name for p in directory.iterdir())) or "nothing"
     raise KTAdapterError(f"{directory} holds no {SAFETENSORS} (nor {INDEX}, {PICKLED}); it holds {found}.")
+
+
+def _open_shards(index: Path) -> SafetensorsStore:
+    store = SafetensorsStore(index, shards(index, KTAdapterError))
+    if absent := [name for name in read_json_object(index, KTAdapterError)["weight_map"] if name not in store.infos]:
+        raise KTAdapterError(
+            f"{index} names {name_some(absent, 3)}, which no file beside it holds; the adapter is incomplete."
+        )
+    return store
 
 
 def shards(index: Path, error: type[KTError]) -> list[Path]:
@@ -202,11 +238,11 @@ def shards(index: Path, error: type[KTError]) -> list[Path]:
     Raises:
         KTError: ``error``, if the index is damaged or a file is missing.
     """
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as problem:
-        raise error(f"{index} is not a safetensors index: {problem!r}.") from problem
+    files = read_json_object(index, error).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise error(f"{index} is not a safetensors index: weight_map must give each tensor's file.")
+    names = sorted(set(files.values()))
     for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise error(f"{index} names the shard {name!r}, which is not a file beside it.")
+        if Path(name).name != name or not os.path.isfile(index.parent / name):
+            raise error(f"{index} names the shard {name!r:.120}, which is not a file beside it.")
     return [index.parent / name for name in names]

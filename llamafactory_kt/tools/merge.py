@@ -131,7 +131,7 @@ def _resize(moe: MoEModel, adapter: Adapter) -> tuple[int, int] | None:
     model: Any = moe.model
     before = model.get_input_embeddings().weight.shape[0]
     whole = [c for name in names for c in part.changes.get(name, ()) if isinstance(c, Replace)]
-    now = {change.shapes(adapter)[0][0] for change in whole} or {before}
+    now = {rows for change in whole for rows in change.shapes(adapter)[0][:1]} or {before}
     if len(now) > 1 or now == {before}:  # a contradiction is an error of the fit
         return None
     model.resize_token_embeddings(*now, mean_resizing=False)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..ground.errors import KTAdapterError, name_some, printable
 from ..ground.json_files import problems, read_json_object
+from ..ground.tensor_files import is_there
 
 CONFIG = "adapter_config.json"
 _SECONDS = 1.0
@@ -105,11 +106,20 @@ class LoraSettings:
         Raises:
             KTAdapterError: It is missing, not JSON or not of a LoRA, or as the constructor.
         """
-        if not path.exists():
-            raise KTAdapterError(f"{path} is missing: rank and lora_alpha of the adapter are unknown without it.")
+        if not is_there(path):
+            raise KTAdapterError(
+                f"{path} is missing: rank and lora_alpha of the adapter are unknown without it. {_beside(path.parent)}"
+            )
         raw = read_json_object(path, KTAdapterError)
-        if raw.get("peft_type", "LORA") != "LORA":
-            raise KTAdapterError(f"{path}: peft_type must be LORA, found {raw['peft_type']!r:.80}.")
+        if (kind := raw.get("peft_type", "LORA")) != "LORA":
+            advice = (
+                "It adds tokens to each prompt, which no weights can hold: train LoRA instead."
+                if "num_virtual_tokens" in raw
+                else "Merge it into the model with the PEFT that trained it (merge_and_unload), and load the merged model."
+            )
+            raise KTAdapterError(
+                f"{path}: peft_type must be LORA, found {kind!r:.80}: only LoRA, DoRA and rsLoRA are computed here. {advice}"
+            )
         return cls(path, raw)
 
     def _checked(self, raw: dict[str, Any]) -> _Keys:
@@ -150,6 +160,18 @@ class LoraSettings:
         parts = module.split(".")
         around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
         return any(name.endswith(saved) for saved in self.modules_to_save for name in around)
+
+
+def _beside(directory: Path) -> str:
+    """What a directory without a configuration holds instead, and what to do."""
+    if (directory / "config.json").is_file() and any(directory.glob("*model*.safetensors")):
+        return "The directory holds a whole model, not an adapter: give it as model_name_or_path, without an adapter."
+    inner = sorted(file.parent.name for file in directory.glob(f"*/{CONFIG}"))
+    return (
+        f"There are adapters in its folders {name_some(inner)}: give one of them."
+        if inner
+        else f"It holds {name_some(sorted(file.name for file in directory.iterdir())) or 'nothing'}."
+    )
 
 
 class _Patterns:

@@ -30,7 +30,7 @@ def locate_adapter(name: str, *, subfolder: str | None = None, **hub: Any) -> Pa
     Raises:
         KTPathError: The path does not exist, or the hub has no such repository or cannot be reached.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises RuntimeError for ~nobody
     if not os.path.exists(path) and not adapter_looks_local(name):
         from huggingface_hub import snapshot_download
 

@@ -108,7 +108,7 @@ def open_checkpoint(directory: str | Path, *, quantized: bool = False) -> MoEMod
 
 
 def weight_files(directory: str | Path) -> list[Path]:
-    """A checkpoint's safetensors files: those in its index, else all; none if there is no such directory.
+    """A checkpoint's safetensors files: those in its index, else ``model.safetensors``, else all; none if there is no such directory.
 
     Raises:
         KTModelError: The index is damaged, or a file that it names is missing.
@@ -117,6 +117,8 @@ def weight_files(directory: str | Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         return shards(index, KTModelError)
+    if (whole := directory / "model.safetensors").is_file():  # as transformers chooses
+        return [whole]
     return sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
 
 

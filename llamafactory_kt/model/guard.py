@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..ground.errors import KTModelError
 from ..matmul.openmp import release_team
 from . import router_counts
 from .debug import Debugger
@@ -62,4 +63,13 @@ def guard(model: nn.Module, observe: bool = False, debugger: Debugger | None = N
     for name in observers:
         if stock := getattr(type(model), name, None):
             setattr(model, name, through(stock, observers[name]))
+    vars(model)["load_adapter"] = _load_adapter
     return lock
+
+
+def _load_adapter(*args: Any, **kwargs: Any) -> None:
+    """In place of transformers' own, which it also calls by itself, where the name of a model is that of an adapter."""
+    raise KTModelError(
+        "transformers would apply all of an adapter but its routed experts' part. Load the base model, and use apply_adapter or "
+        "switch_adapter of llamafactory_kt."
+    )

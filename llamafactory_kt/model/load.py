@@ -16,6 +16,7 @@ from ..adapters import AdapterSet, open_adapters
 from ..autotune.choose import choose
 from ..autotune.plan import candidates, left_out
 from ..checkpoint.discovery import ExpertsModule, formulas
+from ..checkpoint.formats import check_file
 from ..checkpoint.opening import MoEModel
 from ..checkpoint.reader import ExpertWeights
 from ..engines.base import Engine, EngineOptions, EngineSpec
@@ -60,6 +61,8 @@ class ExpertsLoad:
         require_own_process()
         _check_config(config)
         self._config, self._on_gpu = config, on_gpu
+        for directory in {Path(file).parent for file in files}:
+            check_file(directory)
         self._opened = opened = MoEModel(model, files)
         computed = formulas(opened.experts)
         plans = candidates(config.backend, config.plan_request(on_gpu), merged=config.merge_adapter, formulas=computed)

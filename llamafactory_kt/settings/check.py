@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from ..autotune.plan import candidates
@@ -131,14 +131,14 @@ def _check_paths(args: Any) -> list[str]:
 
     missing = []
     model = args.model_name_or_path
-    if looks_local(model) and not Path(model).expanduser().is_dir():
+    if looks_local(model) and not os.path.isdir(os.path.expanduser(model)):
         missing.append(f"model_name_or_path: {model} does not exist or is not a directory.")
     for adapter in args.adapter_name_or_path or []:
-        if adapter_looks_local(adapter) and not Path(adapter).expanduser().exists():
+        if adapter_looks_local(adapter) and not os.path.exists(os.path.expanduser(adapter)):
             missing.append(f"adapter_name_or_path: {adapter} does not exist.")
-    if isinstance(args.kt_weight_path, str) and not Path(args.kt_weight_path).expanduser().is_dir():
+    if isinstance(args.kt_weight_path, str) and not os.path.isdir(os.path.expanduser(args.kt_weight_path)):
         missing.append(f"kt_weight_path: {args.kt_weight_path} does not exist or is not a directory.")
-    if isinstance(args.kt_moe_lora_path, str) and not Path(args.kt_moe_lora_path).expanduser().is_file():
+    if isinstance(args.kt_moe_lora_path, str) and not os.path.isfile(os.path.expanduser(args.kt_moe_lora_path)):
         missing.append(f"kt_moe_lora_path: {args.kt_moe_lora_path} does not exist or is not a file.")
     return missing
 

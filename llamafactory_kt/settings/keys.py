@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class KTArguments(KTServingArguments):
 
 def expanded(path: str | None) -> Path | None:
     """A path of the configuration, with the home directory in place of ``~``; None without one."""
-    return Path(path).expanduser() if path else None
+    return Path(os.path.expanduser(path)) if path else None
 
 
 def adapter_directories(args: Any) -> list[Path]:

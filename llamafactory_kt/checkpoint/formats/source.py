@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,28 @@ from .values import Values
 
 _KEYS = ("quantization_config", "compression_config")
 _OURS = "kt_experts"
+_ADAPTER = "adapter_config.json"
 
 
 def check_file(name: str | Path) -> None:
-    """Check a local ``config.json`` before transformers reads it, whose own log fails on a configuration that is no object.
+    """Check a local ``config.json`` before transformers reads it, whose own log fails on a configuration that is no object, and that there
+    is no adapter beside it, of which transformers by itself would apply all but the experts' part.
 
     Args:
         name: checkpoint directory, or a name on the hub, of which nothing is read.
 
     Raises:
-        KTModelError: A ``quantization_config`` is no object.
+        KTModelError: A ``quantization_config`` is no object, or the directory is an adapter's (too).
     """
-    file = Path(name).expanduser() / "config.json"
+    directory = Path(os.path.expanduser(name))
+    file = directory / "config.json"
+    if os.path.lexists(directory / _ADAPTER):
+        advice = (
+            "move the adapter's files to a directory of their own, and give that as adapter_name_or_path"
+            if os.path.lexists(file)
+            else "give this directory as adapter_name_or_path, and its base model as model_name_or_path"
+        )
+        raise KTModelError(f"{directory} is given as the model, and holds an adapter ({_ADAPTER}): {advice}.")
     try:
         whole = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from .adapters import Adapter, AdapterSet, open_adapters
-from .checkpoint.opening import fit_adapters
+from .checkpoint.opening import check_layers, fit_adapters
 from .decoding.prepare import changing_layers
 from .ground.errors import KTMemoryError, KTModelError
 from .ground.machine import available_memory, gib
@@ -52,6 +52,7 @@ def load_moe_lora_from_adapter(model: nn.Module, adapter_path: Adapters) -> Load
     _check_exchangeable(state)
     adapters = open_adapters(adapter_path)
     _check_experts(state, adapters)
+    check_layers(plain_model(model), adapters)
     for adapter in adapters.adapters:
         adapter.check_finite(adapter.expert_names)
     report = _report(adapters)

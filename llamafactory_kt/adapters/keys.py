@@ -24,6 +24,7 @@ _EXPERT = re.compile(
         (?:\.orig_module)?(?P<rest>\..+)$""",
     re.VERBOSE,
 )
+_LAYER = re.compile(r"^(?P<layer>(?:.*\.)?layers\.\d+)\.(?:.*\.)?experts\.")
 _ROUTED = re.compile(r"(?:^|\.)experts\.")
 _SIDE = re.compile(r"^\.lora_(?P<side>[AB])(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.weight)?$")
 _WRAPPED = re.compile(r"\.(?:base_layer|token_adapter|modules_to_save(?:\.default)?|original_module|orig_module)(?=\.)")
@@ -83,6 +84,16 @@ def expert_module(key: str) -> str:
     if match is None:
         raise ValueError(f"not an expert tensor: {key}")
     return match["module"].removeprefix(PEFT_PREFIX)
+
+
+def layer_module(key: str) -> str | None:
+    """The decoder layer of a tensor on routed experts, without PEFT's prefix; None where its name has none.
+
+    >>> layer_module("base_model.model.model.layers.1.mlp.experts.5.gate_proj.lora_A.weight")
+    'model.layers.1'
+    """
+    match = _LAYER.match(key)
+    return match["layer"].removeprefix(PEFT_PREFIX) if match else None
 
 
 def split_module(key: str) -> tuple[str, str]:

@@ -62,7 +62,7 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
     """
     found = []
     for name, module in model.named_modules():
-        if not _looks_like_experts(name, module) or not _is_of_language(model, name):
+        if not _looks_like_experts(name, module) or not of_language(model, name):
             continue
         if not INTERNAL.usable:
             raise KTModelError(
@@ -111,7 +111,7 @@ def _looks_like_experts(name: str, module: nn.Module) -> bool:
     return marked or (name.rpartition(".")[2] == "experts" and any(p.dim() == 3 for p in module.parameters(False)))
 
 
-def _is_of_language(model: nn.Module, name: str) -> bool:
+def of_language(model: nn.Module, name: str) -> bool:
     """Whether a module belongs to the language model. A vision tower may have experts too (dots.note), which stay transformers' own."""
     from transformers import PreTrainedModel
 

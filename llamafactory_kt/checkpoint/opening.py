@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from ..adapters import Adapter, AdapterSet, ExpertsShape
-from ..ground.errors import KTModelError, KTPathError, first_line
+from ..adapters.keys import layer_module
+from ..ground.errors import KTAdapterError, KTModelError, KTPathError, first_line
 from ..ground.tensor_files import shards
+from ..peft_side.model_names import ModuleNames
 from ..peft_side.part import PeftPart
 from ..peft_side.split import check_peft_part
 from .configuration import check_configuration, reading_configuration
-from .discovery import find_experts
+from .discovery import find_experts, of_language
 from .formats import check_file, format_of, quantization
 from .layout import CheckpointLayout
 
@@ -84,10 +86,33 @@ def fit_adapters(
         KTAdapterError: An adapter was made for other experts; as :func:`check_peft_part`; values are NaN or Inf.
     """
     adapters.check_fits(shapes)
+    check_layers(model, adapters)
     parts = [(adapter, check_peft_part(model, adapter, scope, resizes=resizes)) for adapter in adapters.adapters]
     for adapter in adapters.adapters if finite else ():
         adapter.check_finite()
     return parts
+
+
+def check_layers(model: nn.Module, adapters: AdapterSet) -> None:
+    """Check that LoRA on experts is of the layers whose experts the model has, by their whole names: a layer of the same number may be of
+    a part that speaks, or predicts further tokens.
+
+    Raises:
+        KTAdapterError: It is of other layers.
+    """
+    names = ModuleNames(model)
+    for adapter in adapters.adapters:
+        layers = {layer: key for key in adapter.expert_names if (layer := layer_module(key))}
+        wrong = [
+            key
+            for layer, key in layers.items()
+            if (found := names.find(layer)) is None or not of_language(model, found)
+        ]
+        if wrong:
+            raise KTAdapterError(
+                f"{adapter.expert_file}: LoRA on experts in {len(wrong)} layers that {type(model).__name__} does not have, first {wrong[0]}. "
+                f"Nothing is dropped silently: is the adapter meant for this model?{adapter.trained_for}"
+            )
 
 
 def open_checkpoint(directory: str | Path, *, quantized: bool = False) -> MoEModel:

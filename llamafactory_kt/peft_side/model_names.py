@@ -6,6 +6,7 @@ are used here alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ _KNOWN: dict[str, dict[str, Any]] = {
     "Interleave": {"dim": 1, "inverse": False},
 }  # fmt: skip
 """the conversions of experts, with the settings that they are known with"""
+_TEXT = re.compile(r"^(?:(?:model|language_model)\.)+")
+"""where a text model's own modules begin (``model.language_model.layers``; ``language_model.model.layers`` in transformers 4)"""
 INTERNAL = Internal("transformers-names", "transformers", TESTED["transformers"], essential=True)
 
 
@@ -137,6 +140,6 @@ class ModuleNames:
             "thinker."
         )  # Qwen3-Omni's, which is the whole model here
         inner = renamed.removeprefix("model.")
-        stem = inner.removeprefix("language_model.")
+        stem = _TEXT.sub("", renamed)
         candidates = (renamed, f"model.{renamed}", inner, f"model.language_model.{stem}", f"model.{stem}")
         return next((candidate for candidate in candidates if candidate in self.known), None)

@@ -9,12 +9,19 @@ from pathlib import Path
 import torch
 
 from ..ground.errors import KTAdapterError, name_some
-from ..ground.tensor_files import TensorStore, all_finite
+from ..ground.tensor_files import TensorStore
 from .config import LoraSettings
 from .expert_lora import ExpertLora, ExpertsShape
-from .keys import is_empty_gate, split_module
+from .keys import is_placeholder, split_module
 
 _FLOATS = {"BF16", "F16", "F32", "F64"}
+_LARGEST = 1e12
+"""of a value: A, B, the rank, a scaling and a hidden state multiplied stay far below the largest float32, 3e38"""
+
+
+def _computable(tensor: torch.Tensor) -> bool:
+    least, most = tensor.aminmax() if tensor.numel() else (tensor.new_zeros(()),) * 2  # NaN, if it holds one
+    return bool(least >= -_LARGEST) and bool(most <= _LARGEST)
 
 
 class Adapter(ABC):
@@ -47,14 +54,14 @@ class Adapter(ABC):
                 f"{next(iter(other))}; an adapter's are BF16, F16 or F32. Save it again in one of these."
             )
         halves = [name for name in infos if split_module(name)[1] in ("lora_A.weight", "lora_B.weight")]
-        empty = [name for name in halves if 0 in infos[name].shape and not is_empty_gate(name, infos[name].shape)]
+        empty = [name for name in halves if 0 in infos[name].shape and not is_placeholder(name, infos[name].shape)]
         if empty:
             raise KTAdapterError(
                 f"{self.store.path}: {len(empty)} of {len(infos)} tensors are empty, first {empty[0]} {infos[empty[0]].shape}. DeepSpeed ZeRO-3 "
                 "saves such files without stage3_gather_16bit_weights_on_model_save: gather the weights (zero_to_fp32.py in the checkpoint), and "
                 "save the adapter again."
             )
-        if flat := [name for name in halves if len(infos[name].shape) < 2]:
+        if flat := [n for n in halves if len(infos[n].shape) < 2 and not is_placeholder(n, infos[n].shape)]:
             raise KTAdapterError(
                 f"{self.store.path}: {flat[0]} has shape {infos[flat[0]].shape}; LoRA is A [r, in] and B [out, r]."
             )
@@ -122,7 +129,7 @@ class Adapter(ABC):
         return self.store.read(name)
 
     def check_finite(self, names: Iterable[str] | None = None) -> None:
-        """Read the tensors (by default all) and look for NaN and Inf; tensors that were checked before are not read again.
+        """Read the tensors (by default all) and look for NaN, Inf and values whose products would be; tensors that were checked before are not read again.
 
         Raises:
             KTAdapterError: With the number of tensors affected and the first names.
@@ -130,9 +137,9 @@ class Adapter(ABC):
         bad: list[str] = []
         for name in self.store.infos if names is None else names:
             if name not in self._finite:
-                (self._finite.add if all_finite(self.read(name)) else bad.append)(name)
+                (self._finite.add if _computable(self.read(name)) else bad.append)(name)
         if bad:
             raise KTAdapterError(
-                f"{self.store.path}: {len(bad)} of {len(self.store.infos)} tensors hold NaN or Inf, first {name_some(bad, 3)}. "
+                f"{self.store.path}: {len(bad)} of {len(self.store.infos)} tensors hold NaN or Inf, first {name_some(bad, 3)} (values beyond {_LARGEST:g} count: their products are Inf). "
                 "The training run diverged or the file was damaged; use an earlier checkpoint."
             )

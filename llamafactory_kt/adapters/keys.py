@@ -63,10 +63,10 @@ def parse_expert_key(key: str) -> ExpertKey | None:
     return ExpertKey(int(match["layer"]), int(number) if number else None, projection, side["side"].lower())
 
 
-def is_empty_gate(key: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is the empty one that Tinker writes for the gate of experts that have none."""
+def is_placeholder(key: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the empty one that Tinker writes for gate or up, of experts that have but one of them."""
     found = parse_expert_key(key)
-    return shape == (0,) and found is not None and found.projection == "gate"
+    return shape == (0,) and found is not None and found.projection in ("gate", "up")
 
 
 def belongs_to_experts(key: str) -> bool:

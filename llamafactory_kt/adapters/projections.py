@@ -24,7 +24,7 @@ from ..ground.tensor_files import TensorStore
 from .adapter import Adapter
 from .config import LoraSettings
 from .expert_lora import ExpertLora, ExpertsShape, common_dtype
-from .keys import PROJECTIONS, ExpertKey, belongs_to_experts, expert_module, is_empty_gate, parse_expert_key
+from .keys import PROJECTIONS, ExpertKey, belongs_to_experts, expert_module, is_placeholder, parse_expert_key
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class ProjectionAdapter(Adapter):
             found.append(name)
             if key in names:
                 raise KTAdapterError(f"{self.store.path}: {name} and {names[key]} are the same expert's tensor.")
-            if not is_empty_gate(name, info.shape):
+            if not is_placeholder(name, info.shape):
                 names[key] = name
         if unknown:
             raise KTAdapterError(

@@ -256,7 +256,7 @@ def halves(experts=SHAPE.num_experts, rank=3, projection="gate"):
         ({"gate_proj.lora_A": halves()[0], "gate_proj.lora_B": halves()[1], "gate_up_proj.lora_A": halves()[0],
           "gate_up_proj.lora_B": torch.randn(4, 12, 3)}, "LoRA both on gate_up_proj and on gate_proj or up_proj"),
         ({"gate_up_proj.lora_A": halves()[0], "gate_up_proj.lora_B": halves()[1]}, "LoRA for a weight of 6 x 10, the model's is 12 x 10"),
-        ({"gate_proj.lora_A": torch.tensor(1.0), "gate_proj.lora_B": halves()[1]}, "lora_A has shape"),
+        ({"gate_proj.lora_A": torch.tensor(1.0), "gate_proj.lora_B": halves()[1]}, "lora_A.weight has shape"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(tmp_path, tensors, message):

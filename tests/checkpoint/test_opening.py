@@ -64,7 +64,7 @@ def test_no_files(model, tmp_path):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "model.safetensors.index.json is not a safetensors index"),
+        ("{", "model.safetensors.index.json is not valid JSON"),
         ('{"weight_map": ["a"]}', "model.safetensors.index.json is not a safetensors index"),
         ('{"weight_map": {"a": "no.safetensors"}}', "names the shard 'no.safetensors', which is not a file beside it"),
         ('{"weight_map": {"a": "../m/config.json"}}', "names the shard '../m/config.json'"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import shutil
 
@@ -266,3 +268,18 @@ def test_target_parameters_of_another_type(base, tmp_path, wrong):
     file.write_text(json.dumps({**json.loads(file.read_text()), "target_parameters": wrong}))
     with pytest.raises(KTAdapterError, match="target_parameters"):
         open_adapter(adapter)
+
+
+def test_names_in_llamafactorys_log(monkeypatch):
+    """Paths may hold what moves a terminal's cursor; a table's lines stay lines."""
+    from llamafactory_kt.integration.model import loader
+
+    ours, stock, stream = loader.logger, logging.getLogger("llamafactory"), io.StringIO()
+    for logger, handlers in ((ours, ours.handlers), (stock, [logging.StreamHandler(stream)])):
+        monkeypatch.setattr(logger, "handlers", handlers)
+    monkeypatch.setattr(ours, "propagate", ours.propagate)
+    monkeypatch.setattr(stock, "level", logging.INFO)
+    loader._share_log()
+    ours.info("Loading %s: 100%%\nand more", "ad\x1b[2Japter\r")
+    stock.info("as it\x1bwas")
+    assert stream.getvalue() == "Loading ad\\x1b[2Japter\\r: 100%\nand more\nas it\x1bwas\n"

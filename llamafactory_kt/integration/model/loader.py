@@ -7,6 +7,7 @@ training, or without use_kt, each hook calls the stock function. The log goes to
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ...ground.errors import printable
 from ..auto_classes import answer_by_name
 from ..chat_config import experts_config, with_kt
 from ..patching import expect, replace
@@ -110,11 +112,18 @@ def _unquantized(config: Any) -> Iterator[None]:
 
 
 def _share_log() -> None:
-    """Send our log to LLaMA-Factory's handlers, in its format."""
+    """Send our log to LLaMA-Factory's handlers, in its format. Paths and names in it cannot move the terminal's cursor."""
     stock = logging.getLogger("llamafactory")
-    logger.handlers = list(stock.handlers)
+    logger.handlers = [copy.copy(handler) for handler in stock.handlers]  # which share its streams and locks
+    for handler in logger.handlers:
+        handler.filters = [*handler.filters, _escape]
     logger.setLevel(stock.level)
     logger.propagate = False
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    record.msg, record.args = "\n".join(map(printable, record.getMessage().split("\n"))), ()
+    return True
 
 
 def _check_readable(name: str) -> None:

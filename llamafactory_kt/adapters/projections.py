@@ -54,7 +54,9 @@ class ProjectionAdapter(Adapter):
         super().__init__(directory, settings, store)
         self.expert_names, names = self._read_names()
         if settings.use_dora and names:
-            raise KTAdapterError(f"{settings.path}: use_dora on routed experts cannot be computed by the kernel.")
+            raise KTAdapterError(
+                f"{settings.path}: use_dora on routed experts cannot be computed by the kernel. Merge the adapter into the model with PEFT, or train the experts without it."
+            )
         self._pairs: dict[int, dict[_Place, _Pair]] = {}
         """layer -> its pairs"""
         for (layer, projection), halves in _by_projection(names).items():

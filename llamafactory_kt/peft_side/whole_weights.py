@@ -97,7 +97,10 @@ class WholeWeights:
         }
         rows = settings.trainable_token_indices
         wanted = [*settings.modules_to_save, *(rows if isinstance(rows, dict) else ())]
-        if absent := [name for name in wanted if not any(f"{name}." in f"{module}." for module in modules)]:
+        absent = [name for name in wanted if not any(f"{name}." in f"{module}." for module in modules)]
+        if isinstance(rows, list) and rows and not any(_Level.ROWS in found for found in self._found.values()):
+            absent.append("some tokens' embeddings (trainable_token_indices)")
+        if absent:
             raise KTAdapterError(
                 f"{settings.path} says that {name_some(absent)} was trained as a whole, and {self._adapter.store.path.name} has no tensor "
                 "of it; the file is incomplete."

@@ -283,3 +283,9 @@ def test_names_in_llamafactorys_log(monkeypatch):
     ours.info("Loading %s: 100%%\nand more", "ad\x1b[2Japter\r")
     stock.info("as it\x1bwas")
     assert stream.getvalue() == "Loading ad\\x1b[2Japter\\r: 100%\nand more\nas it\x1bwas\n"
+
+
+def test_rows_that_the_file_does_not_have(base, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", base, trainable_token_indices=[17])
+    with pytest.raises(KTAdapterError, match=r"says that some tokens' embeddings .* was trained as a whole"):
+        open_checkpoint(base).fit(AdapterSet((open_adapter(adapter),)))

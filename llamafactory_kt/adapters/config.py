@@ -80,6 +80,8 @@ class LoraSettings:
         self.rank_pattern, self.alpha_pattern = keys.rank_pattern or {}, keys.alpha_pattern or {}
         self.base_model = keys.base_model_name_or_path
         self.target_modules = keys.target_modules
+        targets = keys.target_parameters or []
+        self.target_parameters = [targets] if isinstance(targets, str) else targets
         self.modules_to_save: list[str] = keys.modules_to_save or []
         self.trainable_token_indices = keys.trainable_token_indices or {}
         self._ranks, self._alphas = (
@@ -144,11 +146,16 @@ class LoraSettings:
 
     def expected_rank(self, module: str) -> int:
         """The rank that PEFT gives the module, by its name when it was trained: from ``rank_pattern``, else ``r``."""
-        return int(self._ranks.find(module, self.r))
+        return int(self._ranks.find(self._target(module), self.r))
 
     def alpha(self, module: str) -> float:
         """``alpha_pattern``'s for the module, by its name when it was trained, else ``lora_alpha``."""
-        return self._alphas.find(module, self.lora_alpha)
+        return self._alphas.find(self._target(module), self.lora_alpha)
+
+    def _target(self, module: str) -> str:
+        """What the patterns are about: the module, or its weight if that is among ``target_parameters`` (``_inject_parameters``)."""
+        weight = f"{module}.weight"
+        return weight if any(f".{weight}".endswith(f".{name}") for name in self.target_parameters) else module
 
     def scaling(self, module: str, rank: int) -> float:
         """``alpha / rank``, with rsLoRA ``alpha / sqrt(rank)`` (peft 0.18, ``LoraLayer.update_layer``)."""
@@ -156,10 +163,20 @@ class LoraSettings:
 
     def saves(self, module: str) -> bool:
         """Whether the module, by its name when it was trained, or one around it is among ``modules_to_save``, which get weights of their
-        own (peft 0.18, ``_set_trainable``)."""
+        own (peft 0.18, ``_set_trainable``).
+
+        Raises:
+            KTAdapterError: Two are, one inside the other: PEFT saves both under one name, and cannot load them.
+        """
         parts = module.split(".")
         around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        return any(name.endswith(saved) for saved in self.modules_to_save for name in around)
+        saved = [name for name in around if any(name.endswith(end) for end in self.modules_to_save)]
+        if len(saved) > 1:
+            raise KTAdapterError(
+                f"{self.path}: {saved[1]} is inside {saved[0]}, and modules_to_save has both: PEFT saves one weight under the name of two. "
+                "Train with one of them."
+            )
+        return bool(saved)
 
 
 def _beside(directory: Path) -> str:

@@ -10,6 +10,10 @@ PEFT_PREFIX = "base_model.model."
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 """bare names of modules in experts, shared experts and dense layers alike"""
 
+NOT_ON_EXPERTS = (
+    "DoRA magnitudes and LoRA biases on experts, and experts trained as a whole, cannot be computed by the kernel: train without use_dora, "
+    "bias and modules_to_save on them, or merge the adapter into the base model with PEFT."
+)
 # Mixtral's checkpoint names: down(silu(w1 x) * w3 x) with w2 = down.
 _PROJECTION_NAMES = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "gate_up", "w1": "gate", "w3": "up", "w2": "down",

@@ -24,7 +24,15 @@ from ..ground.tensor_files import TensorStore
 from .adapter import Adapter
 from .config import LoraSettings
 from .expert_lora import ExpertLora, ExpertsShape, common_dtype
-from .keys import PROJECTIONS, ExpertKey, belongs_to_experts, expert_module, is_placeholder, parse_expert_key
+from .keys import (
+    NOT_ON_EXPERTS,
+    PROJECTIONS,
+    ExpertKey,
+    belongs_to_experts,
+    expert_module,
+    is_placeholder,
+    parse_expert_key,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +100,7 @@ class ProjectionAdapter(Adapter):
         if unknown:
             raise KTAdapterError(
                 f"{self.store.path}: {len(unknown)} tensors sit on routed experts but are not LoRA A/B pairs, first "
-                f"{name_some(unknown, 3)}. DoRA magnitudes and LoRA biases on experts cannot be computed by the kernel: "
-                "train without use_dora and bias, or merge the adapter into the base model."
+                f"{name_some(unknown, 3)}. {NOT_ON_EXPERTS}"
             )
         return found, names
 

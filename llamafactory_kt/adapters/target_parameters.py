@@ -22,7 +22,7 @@ from ..ground.tensor_files import TensorStore
 from .adapter import Adapter
 from .config import LoraSettings
 from .expert_lora import ExpertLora, ExpertsShape, common_dtype
-from .keys import PEFT_PREFIX, belongs_to_experts
+from .keys import NOT_ON_EXPERTS, PEFT_PREFIX, belongs_to_experts
 from .provenance import grouped_by_expert, peft_layout
 
 _NAME = re.compile(
@@ -77,7 +77,7 @@ class TargetParametersAdapter(Adapter):
         if unknown:
             raise KTAdapterError(
                 f"{store.path}: {len(unknown)} tensors sit on routed experts but are not LoRA on their fused weights, first "
-                f"{name_some(unknown, 3)}."
+                f"{name_some(unknown, 3)}. {NOT_ON_EXPERTS}"
             )
         self._pairs: dict[int, list[_Pair]] = {}
         for (layer, module, _), sides in halves.items():
@@ -110,8 +110,7 @@ class TargetParametersAdapter(Adapter):
 
     def _first(self, layer: int) -> str:
         """The weight beside ``down_proj``, as the adapter tells: ``up_proj`` has the same two sizes, ``gate_up_proj`` has not."""
-        named = self.settings.raw.get("target_parameters") or []
-        ends = {str(name).rpartition(".")[2] for name in ([named] if isinstance(named, str) else named)}
+        ends = {name.rpartition(".")[2] for name in self.settings.target_parameters}
         sizes = [{a[-1], b[0]} for a, b in map(self._shapes, self._pairs[layer])]
         alike = len(sizes) == 2 and sizes[0] == sizes[1]
         return _UP if alike or (_UP in ends and _GATE_UP not in ends) else _GATE_UP

@@ -180,13 +180,15 @@ def _others(adapter: Adapter) -> Tensors:
 
 _NOTHING_ELSE: dict[str, Any] = {
     "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
+    "trainable_token_indices": None,
 }  # fmt: skip
-"""the keys of a configuration that could change a scaling, besides ``r`` and ``lora_alpha``"""
+"""the keys of a configuration that could change a scaling, besides ``r`` and ``lora_alpha``, or that speak of other tensors"""
 
 
 def _config(adapter: Adapter, **changes: Any) -> dict[str, Any]:
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", **adapter.settings.raw}
-    return {**config, "target_parameters": None, **changes}
+    weights = [name for name in adapter.settings.target_parameters if name.endswith(".weight")]  # not the experts' own
+    return {**config, "target_parameters": weights or None, **changes}
 
 
 def _expert_config(uniform: Uniform) -> dict[str, Any]:

@@ -91,21 +91,19 @@ class AddLora(Change):
 
 
 class AddDora(AddLora):
-    """DoRA on a linear layer: each row of the sum gets the length that the magnitude vector says (peft 0.18, ``DoraLinearLayer``)."""
+    """DoRA: each row of a linear layer's sum, or each column of an embedding's, gets the length that the magnitude vector says (peft 0.18,
+    ``DoraLinearLayer`` and ``DoraEmbeddingLayer``)."""
 
     def problem(self, adapter: Adapter, shape: tuple[int, ...]) -> str:
         found = self.shapes(adapter)[2]
-        wrong = (
-            ""
-            if found == shape[:1] and len(shape) == 2
-            else f"{self.tensors[2]} has shape {found}, for a weight of {shape}."
-        )
+        fits = len(shape) == 2 and found == (shape[int(self.embedding)],)
+        wrong = "" if fits else f"{self.tensors[2]} has shape {found}, for a weight of {shape}."
         return super().problem(adapter, shape) or wrong
 
     def apply(self, adapter: Adapter, weight: torch.Tensor) -> torch.Tensor:
-        summed = super().apply(adapter, weight)
-        length = adapter.read(self.tensors[2]).to(weight.device, torch.float32) / summed.norm(dim=1)
-        changed: torch.Tensor = length[:, None] * summed
+        summed, along = super().apply(adapter, weight), int(not self.embedding)
+        length = adapter.read(self.tensors[2]).to(weight.device, torch.float32) / summed.norm(dim=along)
+        changed: torch.Tensor = length.unsqueeze(along) * summed
         return changed
 
 

@@ -8,6 +8,8 @@ from ..adapters import Adapter
 from ..ground.errors import KTAdapterError, name_some
 from .changes import AddBias, AddDora, AddLora, Change
 
+_MAGNITUDE, _BIAS = "lora_magnitude_vector.weight", "lora_B.bias"
+
 
 @dataclass(frozen=True)
 class ModuleLora:
@@ -22,44 +24,40 @@ class ModuleLora:
         """The pair as a change of the module's weight, without what DoRA makes of it.
 
         Raises:
-            KTAdapterError: Half of it is missing, or its rank is not the configuration's.
+            KTAdapterError: The tensors are not those of the configuration's kind of LoRA, or the rank is not the configuration's.
         """
-        embedding = "lora_embedding_A" in self.tensors
+        settings, embedding = adapter.settings, "lora_embedding_A" in self.tensors
         halves = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-        if missing := [half for half in halves if half not in self.tensors]:
+        wanted = [*halves, *[_MAGNITUDE] * settings.use_dora, *[_BIAS] * settings.lora_bias]
+        if missing := [part for part in wanted if part not in self.tensors]:
             raise KTAdapterError(
                 f"{adapter.store.path}: {name_some(self.tensors.values(), 3)}: {missing[0]} is missing; the file is incomplete."
             )
+        if more := [tensor for part, tensor in self.tensors.items() if part not in wanted]:
+            raise KTAdapterError(
+                f"{adapter.store.path}: {name_some(more, 3)} is no part of this LoRA: {settings.path.name} says use_dora: "
+                f"{str(settings.use_dora).lower()} and lora_bias: {str(settings.lora_bias).lower()}."
+            )
         a, b = (self.tensors[half] for half in halves)
-        rank, expected = adapter.store.infos[a].shape[:1], adapter.settings.expected_rank(self.trained)
+        rank, expected = adapter.store.infos[a].shape[:1], settings.expected_rank(self.trained)
         if rank != (expected,):
             raise KTAdapterError(
-                f"{adapter.store.path}: {a} has rank {name_some(rank) or 'none'}, {adapter.settings.path.name} says {expected}."
+                f"{adapter.store.path}: {a} has rank {name_some(rank) or 'none'}, {settings.path.name} says {expected}."
             )
-        return AddLora((a, b), adapter.settings.scaling(self.trained, expected), embedding)
+        return AddLora((a, b), settings.scaling(self.trained, expected), embedding)
 
     def changes(self, adapter: Adapter, module: str) -> dict[str, Change]:
         """All of it as changes of the module's parameters, for merging.
 
         Raises:
-            KTAdapterError: It cannot be merged; or as :meth:`sum`.
+            KTAdapterError: As :meth:`sum`.
         """
-        plain, rest = self.sum(adapter), dict(self.tensors)
-        for name in plain.tensors:
-            rest = {part: tensor for part, tensor in rest.items() if tensor != name}
-        changes: dict[str, Change] = {f"{module}.weight": plain}
-        magnitude = rest.pop("lora_magnitude_vector.weight", None)
-        if adapter.settings.use_dora is not (magnitude is not None) or (magnitude and plain.embedding):
-            raise KTAdapterError(
-                f"{adapter.store.path}: LoRA of {module} cannot be merged into its weight: it is DoRA of embeddings, or use_dora is "
-                f"{str(adapter.settings.use_dora).lower()} and there is {'a' if magnitude else 'no'} lora_magnitude_vector."
-            )
-        if magnitude is not None:
-            changes[f"{module}.weight"] = AddDora((*plain.tensors, magnitude), plain.scaling)
-        if bias := rest.pop("lora_B.bias", None):
-            changes[f"{module}.bias"] = AddBias((bias,), plain.scaling)
-        if rest:
-            raise KTAdapterError(f"{adapter.store.path}: {name_some(rest.values(), 3)} cannot be merged into {module}.")
+        change = self.sum(adapter)
+        if _MAGNITUDE in self.tensors:
+            change = AddDora((*change.tensors, self.tensors[_MAGNITUDE]), change.scaling, change.embedding)
+        changes: dict[str, Change] = {f"{module}.weight": change}
+        if _BIAS in self.tensors:
+            changes[f"{module}.bias"] = AddBias((self.tensors[_BIAS],), change.scaling)
         return changes
 
 

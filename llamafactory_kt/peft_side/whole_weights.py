@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 
 from ..adapters import Adapter
@@ -49,7 +49,13 @@ class WholeWeights:
             return _Level.ROWS
         if ".base_layer." in tensor or ".original_module." in tensor:
             return _Level.BASE
-        copied = ".modules_to_save." in tensor or self._adapter.settings.saves(split_module(tensor)[0])
+        module, _, leaf = tensor.rpartition(".")
+        beside_its_base = (
+            f"{module}.original_module.{leaf}" in self._adapter.store.infos
+        )  # a copy that is kept tied to a saved one
+        copied = (
+            ".modules_to_save." in tensor or beside_its_base or self._adapter.settings.saves(split_module(tensor)[0])
+        )
         return _Level.COPY if copied else _Level.BASE
 
     def changes(self, ties: Mapping[str, set[str]], embeddings: str) -> dict[str, list[Change]]:
@@ -70,35 +76,44 @@ class WholeWeights:
                 if level not in found:
                     continue
                 tensors = tuple(found[level])
-                change = ReplaceRows(tensors, self._rows(tensors[0])) if level is _Level.ROWS else Replace(tensors)
+                names = (parameter, *ties.get(parameter, ()))
+                change = (
+                    ReplaceRows(tensors, self._rows(tensors[0], names)) if level is _Level.ROWS else Replace(tensors)
+                )
                 shared = level is _Level.BASE or (level is _Level.ROWS and parameter == embeddings)
                 others = ties.get(parameter, set()) if shared else set()
                 for name in {parameter, *(other for other in others if level not in self._found.get(other, {}))}:
                     changes.setdefault(name, []).append(change)
         return changes
 
-    def _rows(self, tensor: str) -> tuple[int, ...]:
-        indices, module = self._adapter.settings.trainable_token_indices, split_module(tensor)[0]
-        if isinstance(indices, dict):  # by the ends of modules' names
-            indices = next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), [])
-        return tuple(indices)
+    def _rows(self, tensor: str, parameters: Sequence[str]) -> tuple[int, ...]:
+        """The tokens; ``parameters`` are the weight's names. Of tied embeddings, PEFT writes both and may name one alone."""
+        indices = self._adapter.settings.trainable_token_indices
+        if not isinstance(indices, dict):
+            return tuple(indices)
+        modules = [
+            split_module(tensor)[0],
+            *(name.rpartition(".")[0] for name in parameters),
+        ]  # by the ends of modules' names
+        found = (rows for module in modules for name, rows in indices.items() if f".{module}".endswith(f".{name}"))
+        return tuple(next(found, ()))
 
     def _check_complete(self, ties: Mapping[str, set[str]]) -> None:
         settings = self._adapter.settings
-        modules = {
-            split_module(tensor)[0] for found in self._found.values() for same in found.values() for tensor in same
-        }
-        # PEFT 0.19 and newer save the rows of tied weights once
-        modules |= {
-            other.rpartition(".")[0]
-            for name, found in self._found.items()
-            if _Level.ROWS in found
-            for other in ties.get(name, ())
-        }
+        tensors = [tensor for found in self._found.values() for same in found.values() for tensor in same]
+        modules = {split_module(tensor)[0] for tensor in tensors}
         rows = settings.trainable_token_indices
-        wanted = [*settings.modules_to_save, *(rows if isinstance(rows, dict) else ())]
+        of_modules = rows if isinstance(rows, dict) else {}
+        wanted = [*settings.modules_to_save, *of_modules]
         absent = [name for name in wanted if not any(f"{name}." in f"{module}." for module in modules)]
-        if isinstance(rows, list) and rows and not any(_Level.ROWS in found for found in self._found.values()):
+        if any(
+            ties.get(parameter) for parameter, found in self._found.items() if _Level.ROWS in found
+        ):  # PEFT saves the same rows once
+            written = [of_modules[name] for name in of_modules if name not in absent]
+            absent = [name for name in absent if of_modules.get(name) not in written]
+        if rows and not any(
+            tensor.endswith(ROWS) for tensor in tensors
+        ):  # PEFT drops them when it converts an adapter to plain LoRA
             absent.append("some tokens' embeddings (trainable_token_indices)")
         if absent:
             raise KTAdapterError(

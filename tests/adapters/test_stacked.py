@@ -121,9 +121,7 @@ def test_experts_twice(tmp_path, kt_log):
     base = make_model(tmp_path / "m", "qwen3_moe")
     adapter = make_adapter(tmp_path / "adapter", base)
     moe_lora_of(BUNDLE, adapter / "moe_lora.pt")
-    assert (
-        open_adapter(adapter).format == "per-expert LoRA tensors" and "moe_lora.pt is not used" in kt_log.text
-    )
+    assert open_adapter(adapter).format == "per-expert LoRA tensors" and "moe_lora.pt is not used" in kt_log.text
     assert open_adapter(BUNDLE).layers == [0, 1, 2]
     shutil.copy(BUNDLE / "fused_expert_lora.safetensors", adapter)
     with pytest.raises(KTAdapterError, match="holds routed-expert LoRA twice"):

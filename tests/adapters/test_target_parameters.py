@@ -56,6 +56,23 @@ def test_target_parameters_in_all_forms(tmp_path, intermediate, targets, config)
     assert rel(logits(ours(adapter, base)[0]), logits(reference)) < 2e-5
 
 
+@pytest.mark.parametrize("kind", ["rank_pattern", "alpha_pattern"])
+def test_patterns_are_about_the_parameter(tmp_path, kind):
+    """``mlp.gate.weight``, not ``mlp.gate``; a module with LoRA of its own goes by its name."""
+    base = make_model(tmp_path / "m", "qwen3_moe", num_hidden_layers=2)
+    targets = ["mlp.gate.weight", "self_attn.o_proj.weight"]
+    pattern = {
+        "mlp.gate": 5,
+        "o_proj": 6,
+        "self_attn.o_proj.weight": 2,
+        "q_proj": 1,
+        r"layers\.1\.mlp\.gate\.weight": 4,
+    }
+    adapter, reference = peft_target_parameters(tmp_path, base, targets, **{kind: pattern})
+    assert rel(logits(reference), logits(stock(base))) > 0.05
+    assert rel(logits(ours(adapter, base)[0]), logits(reference)) < 2e-5
+
+
 def swap_orientation(adapter: Path, experts: int, version: str):
     """What PEFT 0.19 would have written for the same weights: A on the input side."""
     file = adapter / "adapter_model.safetensors"

@@ -24,6 +24,7 @@ CASES = {
     "biases": {"bias": "all"},
     "biases of LoRA's layers": {"bias": "lora_only"},
     "biases of B": {"lora_bias": True},
+    "DoRA on embeddings": {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]},
     "DoRA, and a module saved": {"use_dora": True, "modules_to_save": ["lm_head"]},
 }
 

@@ -62,6 +62,18 @@ def test_chat_exchange_and_merge(bases, tmp_path, case, tied):
     assert per_token(logits(apply_adapter(together, adapter)[0]), wanted) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [{"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, {"trainable_token_indices": {"embed_tokens": TOKENS}}],
+    ids=["saved", "tokens"],
+)  # fmt: skip
+def test_tied_weights_under_both_names(bases, tmp_path, keys):
+    """``save_embedding_layers: True`` writes the output layer too, which the configuration does not name."""
+    adapter, reference = trained(bases[True], tmp_path / "adapter", save=True, **keys)
+    model, _ = apply_adapter(load(bases[True], "torch", dtype=torch.float32, adapter=str(adapter)), adapter)
+    assert per_token(logits(model), logits(reference)) < 1e-5
+
+
 def test_untied_checkpoint_in_several_files(tmp_path):
     base = make_model(
         tmp_path / "base", "qwen3_moe", num_hidden_layers=2, tie_word_embeddings=True, max_shard_size="200KB"
@@ -119,6 +131,38 @@ def test_what_does_not_go_together(bases, tmp_path, keys, message):
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
     with pytest.raises(KTAdapterError, match=message):
+        load(bases[False], "torch", adapter=str(adapter))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"use_dora": True}, {"lora_bias": True}, {"trainable_token_indices": [17]}],
+    ids=lambda keys: next(iter(keys)),
+)
+def test_what_the_file_does_not_have(bases, tmp_path, keys):
+    """PEFT leaves these out when it converts an adapter to plain LoRA, and computes without them; refused before weights load."""
+    adapter, _ = trained(bases[False], tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+    with pytest.raises(KTAdapterError, match="the file is incomplete"):
+        load(bases[False], "torch", adapter=str(adapter))
+
+
+def test_modules_inside_each_other(bases, tmp_path):
+    """PEFT saves one weight under the name of two, and cannot load its own file."""
+    adapter, _ = trained(
+        bases[False], tmp_path / "adapter", modules_to_save=["self_attn", "q_norm"], target_modules=["lm_head"]
+    )
+    with pytest.raises(KTAdapterError, match=r"self_attn\.q_norm is inside .*self_attn, and modules_to_save has both"):
+        load(bases[False], "torch", adapter=str(adapter))
+
+
+@pytest.mark.parametrize("keys", [{"use_dora": True}, {"lora_bias": True}], ids=lambda keys: next(iter(keys)))
+def test_what_the_configuration_does_not_say(bases, tmp_path, keys):
+    adapter, _ = trained(bases[False], tmp_path / "adapter", **keys)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **dict.fromkeys(keys, False)}))
+    with pytest.raises(KTAdapterError, match="is no part of this LoRA"):
         load(bases[False], "torch", adapter=str(adapter))
 
 

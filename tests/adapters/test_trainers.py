@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.adapters import write_config
 from helpers.architectures import tiny_model
+from helpers.expert_layouts import each_projection, fused_projections, gate_up
 from helpers.expert_tensors import SHAPE, save
 from helpers.foreign_adapters import ours, stock
 from helpers.loading import logits
@@ -76,11 +77,6 @@ def summed(base, lora, *, interleaved=False, factor=ALPHA / R):
     return model
 
 
-def each_projection(projections):
-    for name, (a, b) in projections.items():
-        yield from ((f"{name}_proj.lora_A", a), (f"{name}_proj.lora_B", b))
-
-
 def shared_outer_of_vllm(projections):
     for name, (a, b) in projections.items():
         w = {"gate": "w1", "up": "w3", "down": "w2"}[name]
@@ -101,15 +97,6 @@ def shared_outer_of_megatron_bridge(projections):
 def shared_by_all(projections):
     for name, (a, b) in projections.items():
         yield from ((f"{name}_proj.lora_A", a[:1]), (f"{name}_proj.lora_B", b[:1]))
-
-
-def gate_up(projections):
-    return projections["gate"][0], torch.cat([projections["gate"][1], projections["up"][1]], 1)
-
-
-def fused_projections(projections):
-    for name, (a, b) in (("gate_up", gate_up(projections)), ("down", projections["down"])):
-        yield from ((f"{name}_proj.lora_A", a), (f"{name}_proj.lora_B", b))
 
 
 def lists_of_experts(projections):

@@ -1,7 +1,7 @@
 """Import hooks that patch LLaMA-Factory's modules when they are imported.
 
-Runs at the end of ``import torch``, so it imports only the standard library's import machinery. ``__spec__._initializing`` is
-CPython's own (3.11 and 3.12); without it, a module counts as fully imported.
+Runs at the end of ``import torch``, so it imports only the standard library's import machinery. ``__spec__._initializing``, which is true
+while a module is executed, is CPython's own (3.11 to 3.13); without it, a module counts as fully imported.
 """
 
 from __future__ import annotations
@@ -42,8 +42,12 @@ def activate() -> None:
     sys.meta_path.insert(0, _Finder())
     for name in TARGETS:
         module = sys.modules.get(name)
-        # A module that is still being executed is skipped: the finder comes too late for it, and a patch too early.
-        if module is not None and not getattr(module.__spec__, "_initializing", False):
+        if module is None:
+            continue
+        if getattr(module.__spec__, "_initializing", False) and type(module.__spec__) is ModuleSpec:
+            # it imports torch itself, as in LLaMA-Factory's src/api.py; the finder comes too late for it, and a patch too early
+            module.__spec__.__class__ = _PatchingSpec
+        else:
             _patch(module)
 
 
@@ -81,6 +85,17 @@ class _Finder(MetaPathFinder):
         if spec is not None and type(spec.loader) in (SourceFileLoader, SourcelessFileLoader):
             spec.loader = _PatchingLoader(spec.loader)
         return spec
+
+
+class _PatchingSpec(ModuleSpec):
+    """The spec of a module that is being executed; patches it as soon as CPython notes that it has been."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value:
+            self.__class__ = ModuleSpec  # type: ignore[assignment]
+            if (module := sys.modules.get(self.name)) is not None:  # its import has not failed
+                _patch(module)
 
 
 class _PatchingLoader(Loader):

@@ -15,7 +15,10 @@ from transformers import StoppingCriteria
 class Generation(StoppingCriteria):  # type: ignore[misc]
     """A stopping criterion for transformers' ``generate``, which calls it after every token."""
 
-    def __init__(self) -> None:
+    def __init__(self, whole: Generation | None = None) -> None:
+        """Args:
+        whole: what this answer is one of; it stops with that.
+        """
         self.stop_strings: tuple[str, ...] = ()
         """the answer is cut before the first of them"""
         self.prompt_tokens = 0
@@ -27,7 +30,7 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         """whether the user pressed Ctrl-C"""
         self.error: BaseException | None = None
         """raised by ``generate`` in its thread"""
-        self._stop = threading.Event()
+        self._stop, self._whole = threading.Event(), whole
         self._started = self._first = self._last = 0.0
 
     def begin(self, tokenizer: Any, prompt_tokens: int, eos: Sequence[int]) -> None:
@@ -42,7 +45,7 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
     @property
     def stopped(self) -> bool:
         """Whether :meth:`stop` was called."""
-        return self._stop.is_set()
+        return self._stop.is_set() or (self._whole is not None and self._whole.stopped)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """bool [B]: whether each row of input_ids [B, T] is finished."""

@@ -71,7 +71,6 @@ TABLE = (
     Row("chat.sglang_engine.get_template_and_fix_tokenizer", "tokenizer data_args"),
     Row("api.app.create_app", "chat_model"),
     Row("api.app.run_api", ""),
-    Row("api.chat._create_stream_chat_completion_chunk", "completion_id model delta index finish_reason"),
     Row(f"{_CHATTER}.load_model", "self data"),
     Row(f"{_CHATTER}.unload_model", "self data"),
     Row(

@@ -18,6 +18,31 @@ def test_whatever_is_imported_first(first):
     assert result.stdout.strip().endswith("True"), result.stderr
 
 
+@pytest.mark.parametrize("first", ["api.app", "webui.interface", "chat.chat_model"])
+def test_a_module_that_imports_torch_itself(first):
+    """LLaMA-Factory's src/api.py and src/webui.py begin with such imports; what they then import by name must be ours."""
+    code = f"""
+        import llamafactory.{first}, sys
+        from llamafactory_kt.integration import bootstrap
+        print([n for n in bootstrap.TARGETS if n in sys.modules and not bootstrap.is_patched(sys.modules[n])], bootstrap.failures)
+    """
+    result = python(code)
+    assert result.stdout.strip().endswith("[] {}"), result.stdout + result.stderr
+
+
+def test_a_module_whose_import_fails():
+    code = """
+        import sys
+        from importlib.machinery import ModuleSpec
+        from llamafactory_kt.integration import bootstrap
+        spec = ModuleSpec("llamafactory.api.app", None)
+        spec._initializing, spec.__class__ = True, bootstrap._PatchingSpec
+        spec._initializing = False
+        print(type(spec) is ModuleSpec, bootstrap.failures)
+    """
+    assert python(code).stdout.strip().endswith("True {}")
+
+
 @pytest.mark.parametrize("switch", ["LLAMAFACTORY_KT_DISABLE", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
 def test_switched_off(switch):
     value = "1" if switch == "LLAMAFACTORY_KT_DISABLE" else "0"

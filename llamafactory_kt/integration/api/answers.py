@@ -5,15 +5,17 @@ LLaMA-Factory's own stream knows neither the true finish reason nor calls of too
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from fastapi import HTTPException
 
 from ..generation import Generation
+from . import protocol
 from .errors import of_exception
 from .protocol import ChatRequest
 
@@ -24,7 +26,7 @@ async def whole(request: ChatRequest, asked: dict[str, Any], chat_model: Any, ge
     Args:
         asked: the conversation and how to answer it, as ``ChatModel.achat`` takes them.
     """
-    from llamafactory.api import protocol
+    from llamafactory.api import protocol as stock
 
     responses = await chat_model.achat(**asked, num_return_sequences=request.n)
     if generation.stopped:  # by the server, not by the model
@@ -32,47 +34,64 @@ async def whole(request: ChatRequest, asked: dict[str, Any], chat_model: Any, ge
     choices = []
     for index, response in enumerate(responses):
         said = _message(response.response_text, asked["tools"], chat_model)
-        reason = protocol.Finish(
+        reason = stock.Finish(
             "tool_calls" if said.tool_calls else "stop" if response.finish_reason == "stop" else "length"
         )
-        choices.append(protocol.ChatCompletionResponseChoice(index=index, message=said, finish_reason=reason))
+        choices.append(stock.ChatCompletionResponseChoice(index=index, message=said, finish_reason=reason))
     read, written = responses[0].prompt_length, sum(response.response_length for response in responses)
-    usage = protocol.ChatCompletionResponseUsage(
+    usage = stock.ChatCompletionResponseUsage(
         prompt_tokens=read, completion_tokens=written, total_tokens=read + written
     )
-    return protocol.ChatCompletionResponse(id=_new_id(), model=request.model, choices=choices, usage=usage)
+    return stock.ChatCompletionResponse(id=_new_id(), model=request.model, choices=choices, usage=usage)
 
 
 def stream(request: ChatRequest, asked: dict[str, Any], chat_model: Any, generation: Generation) -> AsyncIterator[str]:
-    """The events of an answer. With tools it comes in one piece: only its end tells whether it is a call."""
-    from llamafactory.api.chat import _create_stream_chat_completion_chunk
-    from llamafactory.api.protocol import ChatCompletionMessage, Finish, Role
+    """The events of an answer, or of several one after the other. With tools one comes in one piece: only its end tells whether it is
+    a call."""
+    head = {"id": _new_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": request.model}
+    counts = bool(request.stream_options and request.stream_options.include_usage)
 
-    chunk = functools.partial(_create_stream_chat_completion_chunk, completion_id=_new_id(), model=request.model)
+    def chunk(choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> str:
+        return json.dumps({**head, "choices": choices, **({"usage": usage} if counts else {})}, ensure_ascii=False)
 
     async def events() -> AsyncIterator[str]:
-        yield chunk(delta=ChatCompletionMessage(role=Role.ASSISTANT, content=""))
-        held, called = "", False
+        read = written = 0
         try:
-            async for text in chat_model.astream_chat(**asked, kt_generation=generation):
-                if asked["tools"]:
-                    held += text
-                elif text:
-                    yield chunk(delta=ChatCompletionMessage(content=text))
-            if held:
-                calls = _message(held, asked["tools"], chat_model).tool_calls
-                called = bool(calls)
-                said = ChatCompletionMessage(tool_calls=calls) if called else ChatCompletionMessage(content=held)
-                yield _numbered(chunk(delta=said)) if called else chunk(delta=said)
+            for index in range(request.n):
+                one = Generation(generation)
+                async with contextlib.aclosing(_deltas(asked, chat_model, one)) as deltas:
+                    async for delta, reason in deltas:
+                        yield chunk([{"index": index, "delta": delta, "finish_reason": reason}])
+                read, written = one.prompt_tokens, written + one.tokens
         except Exception as error:  # the status has been sent; the openai client raises this body
             yield json.dumps(of_exception(error), ensure_ascii=False)
             return
-        yield chunk(
-            delta=ChatCompletionMessage(), finish_reason=Finish("tool_calls" if called else generation.finish_reason)
-        )
+        if counts:
+            yield chunk([], {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written})
         yield "[DONE]"
 
     return events()
+
+
+async def _deltas(
+    asked: dict[str, Any], chat_model: Any, generation: Generation
+) -> AsyncGenerator[tuple[dict[str, Any], str | None], None]:
+    """The pieces of one answer, and with the last the reason of its end."""
+    yield {"role": "assistant", "content": ""}, None
+    held, reason = "", None
+    async with contextlib.aclosing(chat_model.astream_chat(**asked, kt_generation=generation)) as texts:
+        async for text in texts:
+            if asked["tools"]:
+                held += text
+            elif text:
+                yield {"content": text}, None
+    if held:
+        calls = _message(held, asked["tools"], chat_model).tool_calls or ()
+        # clients put the pieces of a call together by its index
+        numbered = [{"index": number, **call.model_dump()} for number, call in enumerate(calls)]
+        reason = "tool_calls" if numbered else None
+        yield {"tool_calls": numbered} if numbered else {"content": held}, None
+    yield {}, reason or generation.finish_reason
 
 
 def _message(text: str, tools: str | None, chat_model: Any) -> Any:
@@ -83,6 +102,8 @@ def _message(text: str, tools: str | None, chat_model: Any) -> Any:
     if tools:
         try:
             found = chat_model.engine.template.extract_tool(text)
+            for call in found if isinstance(found, list) else ():
+                protocol.Function(name=call.name, arguments=call.arguments)  # else the client could not send it back
             calls = [
                 FunctionCall(id=f"call_{uuid.uuid4().hex}", function=Function(name=call.name, arguments=call.arguments))
                 for call in (found if isinstance(found, list) else ())
@@ -92,14 +113,6 @@ def _message(text: str, tools: str | None, chat_model: Any) -> Any:
         if calls:
             return ChatCompletionMessage(role=Role.ASSISTANT, tool_calls=calls)
     return ChatCompletionMessage(role=Role.ASSISTANT, content=text)
-
-
-def _numbered(chunk: str) -> str:
-    """A chunk whose calls have the ``index`` by which clients put pieces together."""
-    read = json.loads(chunk)
-    for index, call in enumerate(read["choices"][0]["delta"]["tool_calls"]):
-        call |= {"index": index, "type": "function"}
-    return json.dumps(read, ensure_ascii=False)
 
 
 def _new_id() -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from .attachments import Media, read_media
 from .errors import BadRequest
-from .protocol import ChatRequest, FunctionDefinition, Message
+from .protocol import ChatRequest, FunctionDefinition, Message, ToolChoice
 
 ASKING, ANSWERING = ("user", "observation"), ("assistant", "function")
 """roles of LLaMA-Factory's ``data_utils.Role``, by side"""
@@ -167,8 +167,11 @@ def _tools(request: ChatRequest, template: Any) -> str | None:
     """The tools in JSON, as the client describes them if the template can write that, else as every template can."""
     if not request.tools or request.tool_choice == "none":
         return None
+    functions = [tool.function for tool in request.tools]
+    if isinstance(request.tool_choice, ToolChoice):
+        functions = [function for function in functions if function.name == request.tool_choice.function.name]
     for describe in (_as_given, _simple):
-        written = json.dumps([describe(tool.function) for tool in request.tools], ensure_ascii=False)
+        written = json.dumps([describe(function) for function in functions], ensure_ascii=False)
         with contextlib.suppress(Exception):  # templates expect one shape of a description, and check none
             template.format_tools.apply(content=written)
             return written

@@ -72,6 +72,8 @@ def answer_errors(app: Any) -> None:
             ("", p) if p["type"] == "json_invalid" else (".".join(map(str, p["loc"][1:])), p) for p in error.errors()
         ]
         text = "; ".join(f"{place or 'body'}: {problem['msg']}" for place, problem in problems)
+        if "json" not in request.headers.get("content-type", ""):  # then FastAPI takes the body for text
+            text = "The request's Content-Type must be application/json."
         return JSONResponse(body(text, 400, problems[0][0][:100] or None), 400)
 
     async def unusable(request: Any, error: Any) -> Any:

@@ -40,12 +40,13 @@ async def _fetch(url: str, limit: int) -> bytes:
             httpx.AsyncClient(
                 transport=_Public(), timeout=SECONDS, follow_redirects=True, max_redirects=_REDIRECTS, trust_env=False
             ) as client,
-            client.stream("GET", url) as answer,
+            # a compressed body could grow to any size in one step; pictures are compressed as they are
+            client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as answer,
         ):
             if not answer.is_success:
                 raise BadRequest(f"The server of {_short(url)} answered with status {answer.status_code}.", "messages")
             data = bytearray()
-            async for piece in answer.aiter_bytes():
+            async for piece in answer.aiter_raw():
                 data += piece
                 if len(data) > limit:
                     raise BadRequest(f"{_short(url)} is larger than {limit >> 20} MiB.", "messages")

@@ -24,6 +24,11 @@ def _named(name: str) -> str:
     return name
 
 
+MOST_ITEMS, MOST_STOPS, LONGEST_STOP, LONGEST_SCHEMA = 2**16, 64, 4096, 2**20
+"""of a list; of stop strings; characters of one, which is looked for at every token; and of a tool's parameters in JSON"""
+# one error is enough: a list of a million wrong ones would hold up the server for minutes
+_LIST = Field(max_length=MOST_ITEMS, fail_fast=True)
+
 Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_named)]
 
 
@@ -39,6 +44,8 @@ class Schema(_Model):
 
 
 def _as_schema(parameters: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    if len(json.dumps(parameters)) > LONGEST_SCHEMA:
+        raise ValueError(f"parameters with more than {LONGEST_SCHEMA} characters")
     Schema.model_validate(parameters)
     return parameters
 
@@ -70,6 +77,7 @@ class Function(_Model):
     def _has_arguments(self) -> Function:
         try:
             read = json.loads(self.arguments or "{}")
+            json.dumps(read, ensure_ascii=False).encode()  # not for half of a surrogate pair
         except (ValueError, RecursionError):
             read = None
         if not isinstance(read, dict):
@@ -94,6 +102,31 @@ class Address(_Model):
 
     url: str
     detail: str | None = None
+
+
+class FunctionName(_Model):
+    """Which function to call."""
+
+    name: Name
+
+
+class ToolChoice(_Model):
+    """The one tool that the model shall call."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class StreamOptions(_Model):
+    """What else a stream has."""
+
+    include_usage: bool | None = None
+
+
+class ResponseFormat(_Model):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
 
 
 class Text(_Model):
@@ -131,8 +164,8 @@ class Message(_Model):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: str | Annotated[list[Part], _LIST] | None = None
+    tool_calls: Annotated[list[ToolCall], _LIST] | None = None
     function_call: Function | None = None
     """OpenAI's older form of a single call"""
 
@@ -148,14 +181,20 @@ class Message(_Model):
         return self.content or []
 
 
+Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
+IGNORED = ("frequency_penalty", "logit_bias", "logprobs", "response_format", "seed", "top_logprobs")
+"""known to OpenAI's API alone"""
+
+
 class ChatRequest(_Model):
     """The body of a request."""
 
-    model: str
-    messages: list[Message]
-    tools: list[Tool] | None = None
-    tool_choice: str | dict[str, JsonValue] | None = None
-    """``none`` hides the tools from the model; nothing makes it call one"""
+    model: Annotated[str, Field(max_length=4096)]
+    """anything; every chunk of a stream repeats it"""
+    messages: Annotated[list[Message], _LIST]
+    tools: Annotated[list[Tool], _LIST] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    """``none`` hides the tools from the model, and the name of a function all others; nothing makes it call one"""
     do_sample: bool | None = None
     """LLaMA-Factory's own"""
     temperature: float | None = None
@@ -166,8 +205,26 @@ class ChatRequest(_Model):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     """OpenAI's newer name of ``max_tokens``"""
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: dict[str, JsonValue] | None = None
+    parallel_tool_calls: bool | None = None
+    # what LLaMA-Factory's engines know nothing of
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool | None = None
+    response_format: ResponseFormat | None = None
+    seed: int | None = None
+    top_logprobs: int | None = None
+
+    def ignored(self) -> list[str]:
+        """The fields that ask for something that the answer will not have."""
+        asked = [name for name in IGNORED if getattr(self, name)]
+        if self.response_format is not None and self.response_format.type == "text":
+            asked.remove("response_format")
+        return [*asked, *(["tool_choice"] if self.tool_choice not in (None, "none", "auto") else [])]
 
     @model_validator(mode="before")
     @classmethod

@@ -8,6 +8,7 @@ broken connection), and others while generating (status 500). Other models are l
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import os
@@ -31,7 +32,7 @@ from . import answers
 from .conversation import read_conversation
 from .disconnect import StopUnwanted
 from .errors import CONTEXT_LENGTH_EXCEEDED, BadRequest, answer_errors
-from .protocol import ChatRequest
+from .protocol import ChatRequest, ToolChoice
 
 logger = logging.getLogger("llamafactory_kt")
 
@@ -39,6 +40,10 @@ PATH = "/v1/chat/completions"
 MOST_ANSWERS = 128
 """largest ``n``, as in OpenAI's API; without SGLang, all answers of a request are one batch in memory"""
 _READERS = 32
+MOST_CHARACTERS_OF_A_TOKEN = 128
+"""on average, over a conversation: a longer one is refused before it is tokenized, which takes seconds and a GiB a few million"""
+SEND_SECONDS = 60.0
+"""for a client to take a part of a stream, while others may wait for its end"""
 LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     # logits are divided by it in float32, where smaller ones give Inf
     ("temperature", lambda v: v == 0 or 1e-20 <= v <= 100, "0 or more, up to 100, and not closer to 0 than 1e-20"),
@@ -46,6 +51,8 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("presence_penalty", lambda v: v == 0 or 0.01 <= v <= 100, "0 (none) or a repetition penalty between 0.01 and 100"),
     ("max_tokens", lambda v: 1 <= v < 2**31, "1 or more, up to 2147483647"),
     ("max_completion_tokens", lambda v: 1 <= v < 2**31, "1 or more, up to 2147483647"),
+    ("frequency_penalty", lambda v: -2 <= v <= 2, "between -2 and 2"),
+    ("top_logprobs", lambda v: 0 <= v <= 20, "between 0 and 20"),
     ("n", lambda v: 1 <= v <= MOST_ANSWERS, f"between 1 and {MOST_ANSWERS}"),
 )
 _CONTROLS = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -54,11 +61,8 @@ _CONTROLS = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 def patch(module: ModuleType) -> None:
     """Replace the application's factory, and what runs it."""
-    from llamafactory.api import chat
-
     stock_app = expect(module, "create_app")
     stock_run = expect(module, "run_api")
-    expect(chat, "_create_stream_chat_completion_chunk")
 
     def create_app(chat_model: Any) -> Any:
         app = stock_app(chat_model)
@@ -97,7 +101,7 @@ def _take_over(app: Any, chat_model: Any) -> None:
         generation = generation_of_request.get() or Generation()
         if request.stream:
             events = answers.stream(request, asked, chat_model, generation)
-            return EventSourceResponse(events, media_type="text/event-stream", sep="\n")
+            return EventSourceResponse(events, media_type="text/event-stream", sep="\n", send_timeout=SEND_SECONDS)
         return await answers.whole(request, asked, chat_model, generation)
 
     app.router.routes.remove(stock)
@@ -118,10 +122,18 @@ def prepare(request: ChatRequest, engine: Any) -> dict[str, Any]:
     """
     _check(request, engine)
     _log(request)
+    for name in request.ignored():
+        _say_ignored(name)
     conversation = read_conversation(request, engine.template)
+    _check_text(conversation, len(request.messages), engine)
     sampling = _sampling(request, engine)
     _check_length(request, engine, _prompt_tokens(conversation, sampling, engine))
     return conversation | sampling
+
+
+@functools.cache
+def _say_ignored(name: str) -> None:
+    logger.warning("Requests ask for %s, which has no effect here. This is said once.", name)
 
 
 def _log(request: ChatRequest) -> None:
@@ -152,8 +164,12 @@ def _check(request: ChatRequest, engine: Any) -> None:
         for name, valid, wanted in LIMITS
         if (value := getattr(request, name)) is not None and not valid(value)
     ]
-    if request.stream and request.n > 1:
-        problems.append(("n", "Cannot stream multiple responses."))
+    if isinstance(choice := request.tool_choice, ToolChoice) and not any(
+        tool.function.name == choice.function.name for tool in request.tools or ()
+    ):
+        problems.append(("tool_choice", f"tool_choice: {choice.function.name!r} is not among the tools."))
+    if request.stream_options and not request.stream:
+        problems.append(("stream_options", "stream_options: only a stream has them."))
     if isinstance(engine, KTSGLangEngine):
         problems += [
             ("messages", f"messages[{n}] has more than text, which infer_backend: sglang cannot take with use_kt.")
@@ -167,12 +183,12 @@ def _check(request: ChatRequest, engine: Any) -> None:
 def _sampling(request: ChatRequest, engine: Any) -> dict[str, Any]:
     """How to answer, in LLaMA-Factory's words. OpenAI's ``top_p`` of 0 is the likeliest token, as is a temperature of 0."""
     temperature, top_p = request.temperature, request.top_p
+    # several greedy answers are one for SGLang, while LLaMA-Factory samples them, and here a stream of them too
+    sampled = request.n > 1 and not isinstance(engine, KTSGLangEngine)
     if 0 in (temperature, top_p):
-        # several greedy answers are one for SGLang, while transformers samples them
-        together = request.n > 1 and not isinstance(engine, KTSGLangEngine)
-        temperature, top_p = (1.0, 0.0) if together else (0.0, None)
+        temperature, top_p = (1.0, 0.0) if sampled else (0.0, None)
     return {
-        "do_sample": request.do_sample,
+        "do_sample": sampled or request.do_sample,
         "temperature": temperature,
         "top_p": top_p,
         "max_new_tokens": request.max_tokens or request.max_completion_tokens,
@@ -212,14 +228,36 @@ def _prompt_tokens(conversation: dict[str, Any], sampling: dict[str, Any], engin
     return int(length)
 
 
-def _check_length(request: ChatRequest, engine: Any, prompt: int) -> None:
-    """Refuse what does not fit into the model's context."""
+def _context(engine: Any) -> int | None:
     if isinstance(engine, KTSGLangEngine):
         context: Any = engine.context_length
     else:
         context = getattr(engine.model.config.get_text_config(), "max_position_embeddings", None)
+    return context if isinstance(context, int) else None
+
+
+def _check_text(conversation: dict[str, Any], messages: int, engine: Any) -> None:
+    """Refuse what cannot fit into the model's context, however it is tokenized."""
+    context = _context(engine)
+    texts = [
+        *(message["content"] for message in conversation["messages"]),
+        conversation["system"] or "",
+        conversation["tools"] or "",
+    ]
+    characters = sum(map(len, texts))
+    if context is not None and max(messages, characters // MOST_CHARACTERS_OF_A_TOKEN) > context:
+        raise BadRequest(
+            f"The model's context has {context} tokens, which cannot hold {messages} messages with {characters} characters.",
+            "messages",
+            CONTEXT_LENGTH_EXCEEDED,
+        )
+
+
+def _check_length(request: ChatRequest, engine: Any, prompt: int) -> None:
+    """Refuse what does not fit into the model's context."""
+    context = _context(engine)
     asked = request.max_tokens or request.max_completion_tokens or 1
-    if isinstance(context, int) and prompt + asked > context:
+    if context is not None and prompt + asked > context:
         raise BadRequest(
             f"The model's context has {context} tokens; the messages take {prompt}, and max_tokens asks for {asked}.",
             "messages" if prompt >= context else "max_tokens",

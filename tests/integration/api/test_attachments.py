@@ -82,7 +82,9 @@ def web(monkeypatch) -> Iterator[SimpleNamespace]:
     for server in (public, private):
         server.asked = asked
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield SimpleNamespace(public=f"http://127.0.0.1:{port}", private=f"http://127.0.0.2:{port}", port=port, asked=asked)
+    yield SimpleNamespace(
+        handler=Handler, public=f"http://127.0.0.1:{port}", private=f"http://127.0.0.2:{port}", port=port, asked=asked
+    )
     for server in (public, private):
         server.shutdown()
         server.server_close()

@@ -26,6 +26,8 @@ MOST_PIXELS_OF_A_FRAME = 4096 * 2304
 """of a video, of which LLaMA-Factory keeps up to 128 frames"""
 MOST_SCANS = 100
 """of a JPEG: each goes over the whole picture again, however few bytes it has; a progressive one has about ten"""
+_SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e]")
+"""how one of one to four components begins; other bytes, such as a phone's film behind the picture, hardly ever look like it"""
 _PICTURES = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 _VIDEO = re.compile(rb".{4}(ftyp|moov|mdat|free|skip|wide|pnot)|\x1a\x45\xdf\xa3|RIFF.{4}AVI ", re.DOTALL)
 """how MP4 and MOV, Matroska and WebM, and AVI begin"""
@@ -118,7 +120,7 @@ def _add_image(media: Media, data: bytes) -> None:
     media.pixels += picture.width * picture.height
     if media.pixels > MOST_PIXELS:
         raise BadRequest(f"The pictures have more than {MOST_PIXELS} pixels together.", "messages")
-    if picture.format == "JPEG" and data.count(b"\xff\xda") > MOST_SCANS:
+    if data.startswith(b"\xff\xd8") and len(_SCAN.findall(data)) > MOST_SCANS:
         raise BadRequest(f"A JPEG has more than {MOST_SCANS} scans.", "messages")
     media.images.append(picture.convert("RGB"))
 

@@ -20,6 +20,8 @@ from .fetch import fetch
 
 MOST_BYTES = 64 * 2**20
 """of one picture, video or sound"""
+MOST_FILES = 1000
+"""of a request"""
 MOST_PIXELS = 2**30 // 12
 """of all pictures of a request: where Pillow begins to warn"""
 MOST_PIXELS_OF_A_FRAME = 4096 * 2304
@@ -66,6 +68,8 @@ def read_media(part: Any, place: str, media: Media) -> str:
     """
     from llamafactory.extras import constants
 
+    if len(media.images) + len(media.videos) + len(media.audios) >= MOST_FILES:
+        raise BadRequest(f"The request has more than {MOST_FILES} images, videos and audios.", "messages")
     name = part.type.removesuffix("_url")
     kind, address = _KINDS[name], getattr(part, part.type)
     if address is None or not address.url:
@@ -114,9 +118,15 @@ def _read_file(name: str, place: str) -> bytes:
 
 
 def _add_image(media: Media, data: bytes) -> None:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    picture = Image.open(io.BytesIO(data), formats=_PICTURES)
+    try:
+        picture = Image.open(io.BytesIO(data), formats=_PICTURES)
+    except UnidentifiedImageError:
+        raise BadRequest(
+            f"An image of the conversation cannot be read: it is no {', '.join(_PICTURES[:-1])} or {_PICTURES[-1]}.",
+            "messages",
+        ) from None
     media.pixels += picture.width * picture.height
     if media.pixels > MOST_PIXELS:
         raise BadRequest(f"The pictures have more than {MOST_PIXELS} pixels together.", "messages")

@@ -68,10 +68,8 @@ def answer_errors(app: Any) -> None:
 
     async def malformed(request: Any, error: Any) -> Any:
         # loc: ("body", "messages", 0, "role"); for invalid JSON: ("body", position)
-        problems = [
-            ("", p) if p["type"] == "json_invalid" else (".".join(map(str, p["loc"][1:])), p) for p in error.errors()
-        ]
-        text = "; ".join(f"{place or 'body'}: {problem['msg']}" for place, problem in problems)
+        problems = [(_place(p, error.body), p["msg"].removeprefix("Value error, ")) for p in error.errors()]
+        text = "; ".join(f"{place or 'body'}: {problem}" for place, problem in problems)
         if "json" not in request.headers.get("content-type", ""):  # then FastAPI takes the body for text
             text = "The request's Content-Type must be application/json."
         return JSONResponse(body(text, 400, problems[0][0][:100] or None), 400)
@@ -83,6 +81,23 @@ def answer_errors(app: Any) -> None:
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(KTDataError, unusable)
     app.user_middleware.append(Middleware(AnswerErrors))  # the innermost, so that CORS headers are added to its answers
+
+
+def _place(problem: Any, sent: Any) -> str:
+    """Where a problem is, as in ``messages[0].content``. pydantic names the members of unions too, which are no places in what was sent.
+
+    >>> _place({"loc": ("body", "stop", "list[str]", 1), "type": "string_type"}, {"stop": ["a", 2]})
+    'stop[1]'
+    >>> _place({"loc": ("body", "messages"), "type": "missing"}, {})
+    'messages'
+    """
+    place = ""
+    for step in problem["loc"][1:]:
+        if isinstance(sent, list) and isinstance(step, int):
+            place, sent = f"{place}[{step}]", sent[step]
+        elif isinstance(sent, dict) and (step in sent or problem["type"] == "missing"):
+            place, sent = f"{place}.{step}".removeprefix("."), sent.get(step)
+    return place
 
 
 class AnswerErrors:

@@ -103,18 +103,31 @@ def is_public(address: str) -> bool:
     [True, False, False, False, False, False]
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if ip.is_multicast or not ip.is_global:
-        return False
     if isinstance(ip, ipaddress.IPv4Address):
-        return True
-    inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+        return _is_public_ipv4(ip)
+    if ip.ipv4_mapped is not None:
+        return _is_public_ipv4(ip.ipv4_mapped)
     if ip in _NAT64:
-        inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-    return all(one.is_global for one in inner if one is not None)
+        return _is_public_ipv4(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+    if ip not in _UNICAST or ip in _DOCUMENTATION or not ip.is_global:
+        return False
+    inner = [ip.sixtofour, *(ip.teredo or ())]
+    return all(_is_public_ipv4(one) for one in inner if one is not None)
 
 
+def _is_public_ipv4(ip: ipaddress.IPv4Address) -> bool:
+    return ip.is_global and not ip.is_multicast and ip not in _PROTOCOLS
+
+
+# What Python knows of these depends on its version.
+_PROTOCOLS = ipaddress.ip_network("192.0.0.0/24")
+"""IETF protocol assignments, RFC 6890"""
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 """RFC 6052"""
+_UNICAST = ipaddress.ip_network("2000::/3")
+"""all that IANA has given away of IPv6's unicast addresses; beside it stand other ways to write IPv4 addresses"""
+_DOCUMENTATION = ipaddress.ip_network("3fff::/20")
+"""RFC 9637"""
 
 
 def _short(text: str) -> str:

@@ -233,7 +233,7 @@ def test_compressed_downloads_stay_compressed(web, monkeypatch):
 
     monkeypatch.setattr(web.handler, "do_GET", do_GET)
     monkeypatch.setattr(attachments, "MOST_BYTES", 10**5)
-    with pytest.raises(BadRequest, match="UnidentifiedImageError"):
+    with pytest.raises(BadRequest, match="it is no PNG"):
         read(f"{web.public}/bomb")
     assert read(f"{web.public}/picture").images
 

@@ -140,7 +140,7 @@ def test_greedy_answers(client, content):
 @pytest.mark.parametrize(
     ("item", "reason"),
     [
-        (image("data:image/png;base64,AAAA"), "An image, video or audio cannot be read: UnidentifiedImageError"),
+        (image("data:image/png;base64,AAAA"), "An image of the conversation cannot be read: it is no PNG"),
         (image(data_url(picture(640, 480), "jpeg")[:2000]), "An image, video or audio cannot be read"),
         (image(data_url(picture(), "tiff")), "image_url begins with 'data:image/tiff;.*one of the types png, jpg"),
         (image("/none/at/all.png"), "is neither a data URL, nor an address"),

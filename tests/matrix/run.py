@@ -24,7 +24,9 @@ ROWS, RESULTS = HERE / "rows.txt", HERE / "results.json"
 TESTS = (
     "matrix/test_exactness.py", "peft_side/test_given_names.py", "peft_side/test_untested_peft.py", "model/test_untested.py",
     "model/test_every_architecture.py", "model/test_formulas.py", "decoding/test_attention.py", "matmul/test_mkldnn_blob.py",
-    "checkpoint/test_quantized.py", "checkpoint/test_fp8.py", "router_stats/test_router_stats.py",
+    "checkpoint/test_quantized.py", "checkpoint/test_fp8.py", "router_stats/test_router_stats.py", "adapters", "peft_side/test_split.py",
+    "peft_side/test_starts.py", "peft_side/test_whole_weights.py", "faults/test_cross_product.py", "faults/test_adapter_folders.py",
+    "tools/test_verify_dense.py",
 )  # fmt: skip
 PAGES = {
     ROOT
@@ -113,7 +115,7 @@ def _make(env: Path, pins: dict[str, str], options: argparse.Namespace, scratch:
     python = pins.get("python", options.python)
     subprocess.run([options.uv, "venv", "--quiet", "--python", python, env], check=True)
     install = [options.uv, "pip", "install", "--quiet", "--python", env / "bin" / "python", "--override", file]
-    tests = ["pytest", "pytest-timeout", "pytest-xdist", "compressed-tensors"]
+    tests = ["pytest", "pytest-timeout", "pytest-xdist", "compressed-tensors", "hypothesis"]
     subprocess.run([*install, "--editable", ROOT, *factory, *version, *tests], check=True)
 
 

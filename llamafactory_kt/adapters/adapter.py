@@ -129,7 +129,8 @@ class Adapter(ABC):
         return self.store.read(name)
 
     def check_finite(self, names: Iterable[str] | None = None) -> None:
-        """Read the tensors (by default all) and look for NaN, Inf and values whose products would be; tensors that were checked before are not read again.
+        """Read the tensors (by default all) and look for NaN, Inf and values whose products would be Inf; tensors that were checked before are
+        not read again.
 
         Raises:
             KTAdapterError: With the number of tensors affected and the first names.
@@ -140,6 +141,7 @@ class Adapter(ABC):
                 (self._finite.add if _computable(self.read(name)) else bad.append)(name)
         if bad:
             raise KTAdapterError(
-                f"{self.store.path}: {len(bad)} of {len(self.store.infos)} tensors hold NaN or Inf, first {name_some(bad, 3)} (values beyond {_LARGEST:g} count: their products are Inf). "
+                f"{self.store.path}: {len(bad)} of {len(self.store.infos)} tensors hold NaN or Inf, first {name_some(bad, 3)} (values beyond {_LARGEST:g} "
+                "count: their products are Inf). "
                 "The training run diverged or the file was damaged; use an earlier checkpoint."
             )

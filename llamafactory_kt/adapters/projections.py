@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +63,8 @@ class ProjectionAdapter(Adapter):
         self.expert_names, names = self._read_names()
         if settings.use_dora and names:
             raise KTAdapterError(
-                f"{settings.path}: use_dora on routed experts cannot be computed by the kernel. Merge the adapter into the model with PEFT, or train the experts without it."
+                f"{settings.path}: use_dora on routed experts cannot be computed by the kernel. Merge the adapter into the model with PEFT, or "
+                "train the experts without it."
             )
         self._pairs: dict[int, dict[_Place, _Pair]] = {}
         """layer -> its pairs"""
@@ -108,14 +109,13 @@ class ProjectionAdapter(Adapter):
         self, layer: int, projection: str, halves: dict[str, dict[int | None, str]]
     ) -> Iterator[tuple[_Place, _Pair]]:
         """The pairs of one projection: a half of all experts goes with each expert's own other half."""
-        experts: list[int | None] = [
-            *sorted({expert for half in halves.values() for expert in half if expert is not None})
-        ]
+        experts = sorted({expert for half in halves.values() for expert in half if expert is not None})
         if experts and all(None in half for half in halves.values()) and len(halves) == 2:
             raise KTAdapterError(
                 f"{self.store.path}: layer {layer}, {projection}_proj: LoRA of all experts, {halves['a'][None]}, and of single ones too."
             )
-        for expert in experts or [None]:
+        places: list[int | None] = [*experts] or [None]
+        for expert in places:
             a, b = (halves.get(side, {}) for side in "ab")
             pair = a.get(expert, a.get(None)), b.get(expert, b.get(None))
             yield (expert, projection), self._checked(layer, expert, projection, *pair)
@@ -159,12 +159,18 @@ class ProjectionAdapter(Adapter):
         shapes = (self.store.infos[name].shape for name in pair)
         return {shape[0] for shape in shapes if len(shape) == 3} - {1}
 
-    def pairs(self, layer: int, expert: int) -> dict[str, tuple[str, torch.Tensor, torch.Tensor]]:
-        """projection -> the module's name, A [r, in] and B [out, r], of those that the expert has."""
+    def pairs(
+        self, layer: int, expert: int, read: Callable[[str], torch.Tensor]
+    ) -> dict[str, tuple[str, torch.Tensor, torch.Tensor]]:
+        """projection -> the module's name, A [r, in] and B [out, r], of those that the expert has.
+
+        Args:
+            read: :meth:`read`, or one that remembers: a tensor may be of all experts.
+        """
         found = {}
         for (number, projection), pair in self._pairs.get(layer, {}).items():
             if number in (None, expert):
-                a, b = (_of_expert(self.read(name), expert) for name in pair)
+                a, b = (_of_expert(read(name), expert) for name in pair)
                 found[projection] = expert_module(pair.a), a, b
         return found
 

@@ -50,13 +50,10 @@ class WholeWeights:
         if ".base_layer." in tensor or ".original_module." in tensor:
             return _Level.BASE
         module, _, leaf = tensor.rpartition(".")
-        beside_its_base = (
-            f"{module}.original_module.{leaf}" in self._adapter.store.infos
-        )  # a copy that is kept tied to a saved one
-        copied = (
-            ".modules_to_save." in tensor or beside_its_base or self._adapter.settings.saves(split_module(tensor)[0])
-        )
-        return _Level.COPY if copied else _Level.BASE
+        # a copy that is kept tied to a saved one lies beside its base
+        tied = f"{module}.original_module.{leaf}" in self._adapter.store.infos
+        saved = ".modules_to_save." in tensor or self._adapter.settings.saves(split_module(tensor)[0])
+        return _Level.COPY if tied or saved else _Level.BASE
 
     def changes(self, ties: Mapping[str, set[str]], embeddings: str) -> dict[str, list[Change]]:
         """What becomes of each parameter. Of those that are one weight by the model's configuration, all change, as in PEFT, unless the
@@ -77,9 +74,9 @@ class WholeWeights:
                     continue
                 tensors = tuple(found[level])
                 names = (parameter, *ties.get(parameter, ()))
-                change = (
-                    ReplaceRows(tensors, self._rows(tensors[0], names)) if level is _Level.ROWS else Replace(tensors)
-                )
+                change: Change = Replace(tensors)
+                if level is _Level.ROWS:
+                    change = ReplaceRows(tensors, self._rows(tensors[0], names))
                 shared = level is _Level.BASE or (level is _Level.ROWS and parameter == embeddings)
                 others = ties.get(parameter, set()) if shared else set()
                 for name in {parameter, *(other for other in others if level not in self._found.get(other, {}))}:
@@ -91,10 +88,7 @@ class WholeWeights:
         indices = self._adapter.settings.trainable_token_indices
         if not isinstance(indices, dict):
             return tuple(indices)
-        modules = [
-            split_module(tensor)[0],
-            *(name.rpartition(".")[0] for name in parameters),
-        ]  # by the ends of modules' names
+        modules = [split_module(tensor)[0], *(name.rpartition(".")[0] for name in parameters)]
         found = (rows for module in modules for name, rows in indices.items() if f".{module}".endswith(f".{name}"))
         return tuple(next(found, ()))
 
@@ -106,14 +100,11 @@ class WholeWeights:
         of_modules = rows if isinstance(rows, dict) else {}
         wanted = [*settings.modules_to_save, *of_modules]
         absent = [name for name in wanted if not any(f"{name}." in f"{module}." for module in modules)]
-        if any(
-            ties.get(parameter) for parameter, found in self._found.items() if _Level.ROWS in found
-        ):  # PEFT saves the same rows once
+        with_rows = [parameter for parameter, found in self._found.items() if _Level.ROWS in found]
+        if any(ties.get(parameter) for parameter in with_rows):  # PEFT saves the same rows once
             written = [of_modules[name] for name in of_modules if name not in absent]
             absent = [name for name in absent if of_modules.get(name) not in written]
-        if rows and not any(
-            tensor.endswith(ROWS) for tensor in tensors
-        ):  # PEFT drops them when it converts an adapter to plain LoRA
+        if rows and not with_rows:  # PEFT drops them when it converts an adapter to plain LoRA
             absent.append("some tokens' embeddings (trainable_token_indices)")
         if absent:
             raise KTAdapterError(

@@ -6,6 +6,7 @@ It shares no code and no weights with the engines; only where the tensors are, a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -106,7 +107,8 @@ def _deltas(adapter: Adapter, layer: int, module: ExpertsModule) -> Deltas:
     """One layer's, as PEFT reads the adapter; by a plain sum what PEFT does not read: bundles, stacked experts, ranks that are not in the
     configuration."""
     if isinstance(adapter, ProjectionAdapter) and not adapter.other_ranks:
-        return lambda expert: _delta_by_peft(adapter, layer, module, expert)
+        read = cache(adapter.read)
+        return lambda expert: _delta_by_peft(adapter, layer, module, expert, read)
     lora = adapter.read_layer(layer, module.shape)
     return lambda expert: {
         projection: (lora.b[projection][expert].float() * lora.scaling[projection][expert].float())
@@ -115,19 +117,21 @@ def _deltas(adapter: Adapter, layer: int, module: ExpertsModule) -> Deltas:
     }
 
 
-def _delta_by_peft(adapter: ProjectionAdapter, layer: int, module: ExpertsModule, expert: int) -> ExpertWeights:
+def _delta_by_peft(
+    adapter: ProjectionAdapter, layer: int, module: ExpertsModule, expert: int, read: Callable[[str], torch.Tensor]
+) -> ExpertWeights:
     modules: dict[str, nn.Module] = {}
     tensors: dict[str, torch.Tensor] = {}
     names = {}
-    for projection, (name, a, b) in adapter.pairs(layer, expert).items():
+    for projection, (name, a, b) in adapter.pairs(layer, expert, read).items():
         modules[name] = nn.Linear(a.shape[1], b.shape[0], bias=False)
         nn.init.zeros_(modules[name].weight)  # type: ignore[arg-type]
         tensors |= {f"{PEFT_PREFIX}{name}.lora_{side}.weight": tensor for side, tensor in (("A", a), ("B", b))}
         names[projection] = name
     if not names:
         return {}
-    read = read_by_peft(adapter.settings, tensors, modules)
-    deltas = {projection: read.get_parameter(f"{name}.weight").data for projection, name in names.items()}
+    merged = read_by_peft(adapter.settings, tensors, modules)
+    deltas = {projection: merged.get_parameter(f"{name}.weight").data for projection, name in names.items()}
     if GATE_UP in deltas:
         deltas["gate"], deltas["up"] = module.shape.fused.split(deltas.pop(GATE_UP), 0)
     return deltas

@@ -30,7 +30,7 @@ $(READY):
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and none was found; give one: make PYTHON=/path/to/python3.12"; exit 1; }
 	@test -z "$(LLAMAFACTORY)" || test -f "$(LLAMAFACTORY)/src/llamafactory/__init__.py" || { echo "LLAMAFACTORY=$(LLAMAFACTORY) is not a checkout of LLaMA-Factory: it has no src/llamafactory"; exit 1; }
 	@rm -rf "$(ENV)" && $(PYTHON) -m venv "$(ENV)" && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@$(BIN)/uv pip install --python $(BIN)/python --quiet hatchling editables
+	@$(BIN)/uv pip install --python $(BIN)/python --quiet hatchling editables ziglang # the last compiles the kernels where there is no c++
 	@$(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --no-build-isolation --editable ".[dev]" $(abspath $(LLAMAFACTORY))
 	@touch $@
 

@@ -22,7 +22,7 @@ from .ground.errors import KTMemoryError, KTModelError
 from .ground.machine import available_memory, gib
 from .model.state import KTState, LoadReport, kt_state, plain_model
 from .peft_side.part import PeftPart
-from .peft_side.swap import exchange_peft_layers, merge_dense_part, reads_weights
+from .peft_side.swap import exchange_peft_layers, merge_dense_part
 
 __all__ = ["LoadReport", "apply_adapter", "load_moe_lora_from_adapter", "switch_adapter"]
 
@@ -157,8 +157,7 @@ def _exchange(model: Any, state: KTState, adapters: AdapterSet, scope: str) -> t
     parts = _fit(base, state, adapters, scope)
 
     def exchange() -> tuple[nn.Module, LoadReport]:
-        weights_read = reads_weights(base, parts, state.own_weights)
-        with changing_layers(base, prepared=state.optimized, weights_are_read=weights_read):
+        with changing_layers(base, prepared=state.optimized, copy=not state.options.mapped):
             wrapped, undo = exchange_peft_layers(base, parts, state.own_weights)
             try:
                 _exchange_experts(state, adapters)

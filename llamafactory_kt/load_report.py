@@ -13,6 +13,7 @@ from torch import nn
 from .ground.machine import gib
 from .model.memory import nbytes_by_device
 from .model.state import kt_state
+from .native.library import library
 
 TITLE = "KTransformers experts"
 
@@ -35,6 +36,11 @@ def load_rows(model: nn.Module) -> Rows:
         rows.append(("Layer kinds", kinds))
     build = engine.build()
     rows.append(("Engine", f"{engine.name} on {build}" if build else engine.name))
+    if isinstance(problem := library(), str):
+        rows.append(("Native kernels", f"none: {problem}"))
+    if engine.maps_weights:
+        mapped = state.options.mapped
+        rows.append(("Weights", "mapped from the checkpoint's files" if mapped else "copied into huge pages"))
     workers = engine.describe_workers(state.plan, state.options)
     rows.append(("Threads", f"{workers}{'; ' if workers else ''}torch {torch.get_num_threads()}"))
     if state.reason:

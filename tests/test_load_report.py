@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 from helpers.loading import load
+from helpers.marks import needs
 from helpers.models import make_model
 
-from llamafactory_kt.load_report import layer_kinds
+from llamafactory_kt import load_report
+from llamafactory_kt.load_report import layer_kinds, load_rows
 
 
 @pytest.mark.parametrize(
@@ -21,3 +23,20 @@ from llamafactory_kt.load_report import layer_kinds
 def test_layer_kinds(tmp_path, architecture, changes, wanted):
     model = load(make_model(tmp_path / "model", architecture, **changes), "torch")
     assert layer_kinds(model) == wanted
+
+
+@needs("native")
+@pytest.mark.parametrize(
+    ("way", "wanted"), [("mmap", "mapped from the checkpoint's files"), ("copy", "copied into huge pages")]
+)
+def test_where_weights_lie(tmp_path, way, wanted):
+    model = load(make_model(tmp_path / "model", "mixtral"), "native", load=way)
+    rows = dict(load_rows(model))
+    assert rows["Weights"] == wanted and "Native kernels" not in rows
+
+
+def test_without_native_kernels(tmp_path, monkeypatch):
+    model = load(make_model(tmp_path / "model", "mixtral"), "torch")
+    monkeypatch.setattr(load_report, "library", lambda: "they were not built")
+    rows = dict(load_rows(model))
+    assert rows["Native kernels"] == "none: they were not built" and "Weights" not in rows

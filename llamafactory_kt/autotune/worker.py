@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from ..adapters import ExpertLora, ExpertsShape
 from ..adapters.keys import PROJECTIONS
@@ -30,7 +31,8 @@ from ..engines.registry import get_engine
 from ..ground.paging import in_huge_pages
 from ..ground.process import die_with_parent
 from ..ground.streams import keep_stdout_clean
-from ..matmul.linear import linear
+from ..native.fused_linear import FusedLinear
+from ..native.library import library
 from .choose import PlanTimes
 
 RANK = 8
@@ -150,13 +152,14 @@ def _layer(engine: Engine, experts: int) -> Callable[[int, torch.Tensor], tuple[
     and the experts."""
     hidden, top_k = engine.spec.shape.hidden_size, engine.spec.num_experts_per_tok
     torch.manual_seed(0)
+    native = not isinstance(library(), str)
 
     def layer(tokens: int, around: torch.Tensor) -> tuple[float, float]:
         x = torch.randn(tokens, hidden).to(torch.bfloat16)
         index = torch.rand(tokens, experts).topk(top_k).indices
         start = time.perf_counter()
         for weight in around:
-            x = linear(x, weight)
+            x = FusedLinear(weight)(x) if native else F.linear(x, weight)
         between = time.perf_counter()
         engine.forward(x, index, torch.full((tokens, top_k), 1 / top_k))
         return between - start, time.perf_counter() - between

@@ -183,6 +183,11 @@ class CheckpointLayout:
         return self.modules[following] if following < len(self.modules) else None
 
     @property
+    def can_be_mapped(self) -> bool:
+        """Whether all experts' weights lie in the files as engines multiply them, row by row."""
+        return all(layer.is_row_major for layer in self._layers.values())
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one value of the experts' weights as they are read; the largest, where layers differ."""
         return max(layer.dtype.itemsize for layer in self._layers.values())

@@ -126,6 +126,18 @@ class LayerTensors:
         stored = {weight.dtype for weight in self.weights()}
         return stored.pop() if len(stored) == 1 else torch.float32
 
+    @property
+    def is_row_major(self) -> bool:
+        """Whether each row of gate, up and down lies in the files as it is multiplied."""
+        if len({weight.dtype for weight in self.weights()}) > 1 or any(weight.quantized for weight in self.weights()):
+            return False
+        turned = self.layout.transposed
+        return not turned and all(
+            expert is not None or name in PROJECTIONS or weight.parts[WHOLE].shape[1:] == self.parameter(name)
+            for (name, expert), weight in self.stored.items()
+            if name not in self.module.biases
+        )
+
     def fingerprint(self) -> str:
         """A hash that tells these weights from others without reading them all: of names, shapes, dtypes, and each tensor's
         first row."""

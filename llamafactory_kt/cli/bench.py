@@ -34,6 +34,9 @@ def bench(
         "cache directory: deepseek-v2-lite, deepseek-v3, mixtral-8x7b, qwen3-30b-a3b.",
         **_CONFIG,
     ),
+    experts: int = typer.Option(
+        None, metavar="N", help="With --synthetic: fewer routed experts a layer, so that more layers fit.", **_CONFIG
+    ),
     against: list[str] = typer.Option(
         None,
         help="Also measure stock transformers with the adapter merged (stock), or this configuration with another value (KEY=VALUE). Repeatable.",
@@ -43,6 +46,9 @@ def bench(
     prompt_tokens: str = typer.Option("128", help="Lengths of prompts, with commas.", **_CONFIG),
     new_tokens: int = typer.Option(64, min=1, help="Tokens generated after each.", **_CONFIG),
     rounds: int = typer.Option(5, min=1, help="Rounds; in each, all are measured in turn.", **_CONFIG),
+    parts: bool = typer.Option(
+        True, help="Also time attention, linear layers and experts, once for each prompt.", **_CONFIG
+    ),
     loads: int = typer.Option(1, min=1, help="How often each is loaded, in turn.", **_CONFIG),
     endpoint: str = typer.Option(
         None, metavar="URL", help="OpenAI-compatible server, for example http://127.0.0.1:8000.", **_ENDPOINT
@@ -64,6 +70,8 @@ def bench(
     """Measure a configuration's speed and memory, or an endpoint's latency."""
     if sum((synthetic is not None, bool(words) and synthetic is None, endpoint is not None)) != 1:
         raise typer.BadParameter("give a configuration, or --synthetic, or the server's URL with --endpoint")
+    if experts is not None and synthetic is None:
+        raise typer.BadParameter("--experts goes with --synthetic alone")
     if endpoint is not None:
         from ..tools.bench.endpoint import measure_endpoint
 
@@ -78,10 +86,12 @@ def bench(
     from ..tools.bench.tables import show
 
     lengths = _lengths(prompt_tokens)
-    configs = _configs(words or [], synthetic, against or [], base)
+    configs = _configs(words or [], synthetic, experts, against or [], base)
     checkpoint = warm_page_cache(str(configs[0].config.get("model_name_or_path")))
-    with tqdm(total=len(configs) * (loads + rounds * len(lengths)), delay=1.0, desc="Measuring") as bar:
-        report = measure(configs, lengths, new_tokens, rounds, loads=loads, checkpoint=checkpoint, tick=bar.update)
+    with tqdm(total=len(configs) * (loads + (rounds + parts) * len(lengths)), delay=1.0, desc="Measuring") as bar:
+        report = measure(
+            configs, lengths, new_tokens, rounds, parts=parts, loads=loads, checkpoint=checkpoint, tick=bar.update
+        )
     _report(report.to_dict(), json_file, lambda: show(report, Console()))
 
 
@@ -92,7 +102,9 @@ def _lengths(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _configs(words: list[str], synthetic: str | None, against: list[str], base: bool) -> list[BenchConfig]:
+def _configs(
+    words: list[str], synthetic: str | None, experts: int | None, against: list[str], base: bool
+) -> list[BenchConfig]:
     """The configurations to measure, after a check that they fit into memory; writes a synthetic model if it is missing."""
     from ..ground.machine import gib
     from ..integration.chat_config import overridden, read_yaml
@@ -106,7 +118,7 @@ def _configs(words: list[str], synthetic: str | None, against: list[str], base: 
     from ..tools.bench.shapes import parse_shape
     from ..tools.bench.synthetic import SyntheticModel
 
-    made = SyntheticModel.of(parse_shape(synthetic))
+    made = SyntheticModel.of(parse_shape(synthetic, experts))
     configs = bench_configs(overridden(made.values, words), against, base=base)
     needs = _check_fit(configs, made.weights)
     each = ", ".join(f"{name} {gib(size)}" for name, size in needs.items())

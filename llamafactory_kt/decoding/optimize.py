@@ -6,9 +6,9 @@ import warnings
 
 from torch import nn
 
+from ..model.growing_cache import grow_caches
 from ..model.state import kt_state, plain_model
-from .attention import widen_values
-from .lm_head import straighten_last_token
+from .attention import use_native_attention
 from .prepare import prepare_layers
 
 
@@ -17,9 +17,8 @@ def optimize_for_inference(model: nn.Module) -> None:
     prompts and, where they are in bfloat16, the linear layers. Their weights go where the CPU reads them fastest, and PEFT's LoRA,
     unmerged, is computed in fewer steps, also on a GPU.
 
-    The answers are the same but for rounding. Weights may be packed: they keep shape and dtype, are unpacked
-    by whatever reads them, and cannot be changed. ``apply_adapter`` and ``switch_adapter`` still work, before and afterwards; PEFT's own ``merge_adapter``
-    does not. Waits for generations that run. Calling it again does nothing more.
+    The answers are the same but for rounding. ``apply_adapter`` and ``switch_adapter`` still work, before and afterwards; PEFT's own
+    ``merge_adapter`` does not. Waits for generations that run. Calling it again does nothing more.
 
     Args:
         model: a model with KT experts, plain or wrapped by PEFT; it is changed in place.
@@ -32,9 +31,9 @@ def optimize_for_inference(model: nn.Module) -> None:
 
     def optimize() -> None:
         if not state.optimized:
-            straighten_last_token(base)
-            widen_values(base)
-        prepare_layers(base)
+            use_native_attention(base)
+            grow_caches(base)
+        prepare_layers(base, copy=not state.options.mapped)
         state.optimized = True
 
     state.lock.alone(optimize)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..matmul.openmp import release_team
 from ..model.state import kt_state
+from ..native.openmp import release_team
 
 
 def configure_process(model: Any) -> list[str]:

@@ -34,9 +34,13 @@ class EngineOptions:
     """directory of packed weights (``kt_weight_path``)"""
     verbose: bool = False
     """let the engine write to stdout while it loads"""
+    mapped: bool = False
+    """leave weights in the checkpoint's mapped files, where the engine can read them there"""
 
 
 DEFAULT_OPTIONS = EngineOptions()
+LOADS = ("auto", "mmap", "copy")
+"""how weights get into memory; ``auto``: copied where memory is free, else mapped"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class LayerMemory:
 
 ReadExperts = Callable[[torch.dtype | None], Iterable[ExpertWeights]]
 """Reads a layer's experts from its checkpoint in turn, in a dtype or, for None, in its own. Use or copy each one's weights
-before asking for the next."""
+before asking for the next; those of mapped files, which ``options.mapped`` says they are, may be kept."""
 
 Undo = Callable[[], None]
 """Puts back what was there before."""
@@ -108,6 +112,10 @@ class Engine(ABC):
     """can read ``kt_weight_path``"""
     needs_packed_files: ClassVar[bool] = False
     """cannot run without ``kt_weight_path``"""
+    maps_weights: ClassVar[bool] = False
+    """can read weights in the checkpoint's mapped files, row by row"""
+    notes_calls: ClassVar[bool] = False
+    """notes each call of :meth:`forward` for whoever records (:mod:`..native.recording`), so that it can be made again"""
     fallback: ClassVar[bool] = False
     """``auto`` takes it only where no other engine runs"""
 

@@ -16,6 +16,8 @@ class ReferenceEngine(Engine):
 
     name = "torch"
     fallback = True
+    multiplied = torch.float32
+    """dtype of the products' factors"""
 
     _lora: ExpertLora | None = None
 
@@ -27,7 +29,7 @@ class ReferenceEngine(Engine):
         self._biases = self.spec.read_biases()
         self._weights = [
             ExpertWeights(*(matrix.clone(memory_format=torch.contiguous_format) for matrix in expert))
-            for expert in self.read_experts(None)
+            for expert in self.read_experts(self.weights_dtype)
         ]
 
     def set_lora(self, lora: ExpertLora | None) -> Undo:
@@ -39,18 +41,18 @@ class ReferenceEngine(Engine):
         self._lora, self.lora_rank = lora, lora.rank if lora else 0
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        x, scores = hidden.float(), weights.float()
-        out = torch.zeros_like(x)
+        scores, out = weights.float(), torch.zeros(hidden.shape, dtype=torch.float32)
         for expert in index.unique().tolist():
             token, slot = torch.where(index == expert)
-            rows = x[token]
+            rows = hidden[token].float()
             gate, up = self._linear("gate", expert, rows), self._linear("up", expert, rows)
             down = self._linear("down", expert, self.spec.formula.activate(gate, up))
             out.index_add_(0, token, down * scores[token, slot, None])
         return out.to(hidden.dtype)
 
     def _linear(self, projection: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-        out = F.linear(x, getattr(self._weights[expert], projection).float())
+        weight = getattr(self._weights[expert], projection)
+        out = F.linear(x.to(self.multiplied), weight.to(self.multiplied)).float()
         if self._biases is not None:
             out += getattr(self._biases, projection)[expert]
         if self._lora is not None:

@@ -15,7 +15,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from ..ground.errors import KTConfigError, first_line
-from . import ktkernel, onednn, reference
+from . import ktkernel, native, onednn, reference
 from .base import Engine
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,12 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 ENTRY_POINTS = "llamafactory_kt.engines"
 
-_BUILT_IN: tuple[type[Engine], ...] = (*ktkernel.ENGINES, onednn.OneDNNEngine, reference.ReferenceEngine)
+_BUILT_IN: tuple[type[Engine], ...] = (
+    *ktkernel.ENGINES,
+    native.NativeEngine,
+    onednn.OneDNNEngine,
+    reference.ReferenceEngine,
+)
 
 
 @cache

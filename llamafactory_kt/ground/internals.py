@@ -19,8 +19,8 @@ TESTED = {"transformers": ">=5.6,<5.25", "peft": ">=0.18.1,<0.22", "torch": ">=2
 SWITCH = "LLAMAFACTORY_KT_WITHOUT"
 NAMES = frozenset(
     {
-        "auto-classes", "experts-contract", "kt-kernel", "kt-kernel-memory", "mkldnn-blob", "mkldnn-ops", "openmp", "peft-layers",
-        "peft-lora", "quantized-checkpoints", "torch-archive", "transformers-names",
+        "auto-classes", "experts-contract", "kt-kernel", "kt-kernel-memory", "openmp", "peft-layers",
+        "growing-cache", "peft-lora", "quantized-checkpoints", "tracing", "torch-archive", "transformers-names",
     }
 )  # fmt: skip
 """of every :class:`Internal`"""

@@ -25,9 +25,9 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     backends quantize.
 
     Args:
-        backend: ``AMXBF16``, ``AMXINT8``, ``AMXINT4`` or ``AVX2BF16`` (kt-kernel), ``oneDNN`` (torch's own kernels), ``torch`` (float32
-            arithmetic, slow), or ``auto``: whichever of ``AMXBF16`` and ``oneDNN`` is measured to be faster; where
-            ``AMXBF16`` does not run, ``oneDNN``, or with ``merge_adapter`` the faster of ``AVX2BF16`` and ``oneDNN``.
+        backend: ``native`` (this package's kernels), ``AMXBF16``, ``AMXINT8``, ``AMXINT4`` or ``AVX2BF16`` (kt-kernel), ``oneDNN`` (torch's
+            own kernels), ``torch`` (float32 arithmetic, slow), or ``auto``: whichever of ``native`` and ``AMXBF16`` (with
+            ``merge_adapter``, ``AVX2BF16``) is measured to be faster. ``oneDNN`` takes part on CPUs with AMX, and where ``native`` does not run.
         num_threads: worker threads of kt-kernel; None measures what is fastest.
         threadpool_count: NUMA sub-pools the workers are divided into; None for what :func:`~llamafactory_kt.engines.ktkernel.sub_pools.sub_pools` says.
         weight_path: directory of packed weights that ``llamafactory-kt quantize`` made; ``AMXINT8`` needs it, ``AMXINT4``
@@ -35,7 +35,9 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         idle_workers: whether kt-kernel's workers run in the idle scheduling class, beside torch's threads on all cores; None
             measures what is faster. Only where torch computes on the CPU too.
         recalibrate: measure engines and threads again, although this machine's times are known.
-        max_chunk: tokens per kernel call; longer inputs are split.
+        load: ``mmap`` leaves weights in the checkpoint's mapped files, ``copy`` copies them into huge pages, ``auto`` copies where memory is
+            free. Only ``native`` reads mapped weights.
+        max_chunk: tokens per call of kt-kernel; longer inputs are split.
         adapter: directory of the LoRA adapter to come, or several. They are checked against the model before weights
             are read, and the kernels get room for their ranks. They are not applied: that is ``apply_adapter``'s part.
         moe_lora: a ``moe_lora.pt`` with the experts' part of the LoRA to come, alone or beside ``adapter``.
@@ -60,6 +62,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     weight_path: str | None = None
     idle_workers: bool | None = None
     recalibrate: bool = False
+    load: str = "auto"
     max_chunk: int = DEFAULT_MAX_CHUNK
     adapter: str | list[str] | None = None
     moe_lora: str | None = None

@@ -11,6 +11,7 @@ from torch import nn
 from ..checkpoint.discovery import ExpertsModule
 from ..engines.base import Engine
 from ..ground.process import register_thread
+from ..native.recording import active
 from .debug import Debugger
 from .gpu_transfer import CudaStream, HostTransfer
 from .router_counts import RouterCounts
@@ -60,6 +61,8 @@ class KTExperts(nn.Module):
         on_cpu = hidden_states.device.type == "cpu"
         if seen is not None and (on_cpu or self.debugger is not None):
             seen(top_k_index.cpu(), top_k_weights.cpu())
+            if active.recorder is not None:
+                active.recorder.note("seen", seen, (top_k_index, top_k_weights), None)
         if self.debugger is not None:
             debugged: torch.Tensor = self.debugger.forward(self.layer_idx, self.engine, *given)
             return debugged

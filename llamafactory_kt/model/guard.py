@@ -6,14 +6,15 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from ..ground.errors import KTModelError
-from ..matmul.openmp import release_team
+from ..native.mapped import MappedFile
+from ..native.openmp import release_team
 from . import router_counts
 from .debug import Debugger
 from .lock import ModelLock
@@ -31,10 +32,22 @@ def _own_team(_: dict[str, Any]) -> Iterator[None]:
         release_team()
 
 
-def guard(model: nn.Module, observe: bool = False, debugger: Debugger | None = None) -> ModelLock:
+@contextlib.contextmanager
+def _unchanged(files: Sequence[MappedFile]) -> Iterator[None]:
+    """No answer comes of weights that somebody has changed meanwhile."""
+    yield
+    for file in files:
+        if problem := file.problem():
+            raise KTModelError(problem)
+
+
+def guard(
+    model: nn.Module, observe: bool = False, debugger: Debugger | None = None, files: Sequence[MappedFile] = ()
+) -> ModelLock:
     """Let the model's ``generate`` and ``forward`` hold a lock of its own, also where PEFT wraps the model.
 
     Args:
+        files: in which weights lie; also those that are added later.
         observe: note for the layers' :class:`RouterCounts` what each call computes.
         debugger: follows each call of ``forward``.
     """
@@ -43,6 +56,7 @@ def guard(model: nn.Module, observe: bool = False, debugger: Debugger | None = N
     if observe:
         observers["generate"].append(lambda kwargs: router_counts.generation(reference(), kwargs))
         observers["forward"].append(router_counts.call)
+    observers["forward"].append(lambda _: _unchanged(files))
     if debugger is not None:
         observers["forward"].append(debugger.step)
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from ..ground.paging import give_back_memory
 from ..ground.process import require_own_process
 from ..ground.progress import with_progress
 from ..ground.safetensors_files import open_mapped
-from ..matmul.layouts import forget_measured
-from ..matmul.openmp import release_team
+from ..native.mapped import MappedFile, watch
+from ..native.openmp import release_team
 from ..peft_side.swap import require_peft_layers
 from ..settings.rules import experts_problems
 from .config import KTExpertsConfig
@@ -37,12 +38,15 @@ from .debug import Debugger
 from .experts_module import KTExperts, PresortedExperts
 from .gpu_transfer import HostTransfer
 from .guard import guard
-from .memory import memory_need, read_around
+from .memory import MemoryNeed, memory_need, read_around
 from .shared_overlap import SHARED_EXPERTS, SharedExpertsOverlap
 from .state import KTState, set_kt_state
 from .untested import UntestedCheck
 
 logger = logging.getLogger(__name__)
+
+_FREE = 0.9
+"""share of the free memory that copies may take where weights could stay mapped: a conversation needs some, too"""
 
 
 class ExpertsLoad:
@@ -73,8 +77,6 @@ class ExpertsLoad:
         """see :meth:`CheckpointLayout.unexpected`"""
         self._adapters = open_adapters(config.adapter, config.moe_lora)
         require_peft_layers(opened.fit(self._adapters, finite=True, resizes=config.resize_vocab))
-        if config.recalibrate:
-            forget_measured()
         around = 0 if on_gpu else read_around(model, experts) // len(experts)
         self._plan, reason = choose(
             plans,
@@ -89,37 +91,64 @@ class ExpertsLoad:
         self._engine = engine = get_engine(self._plan.backend)
         self._merged = self._adapters if engine.merges(config.merge_adapter) else None
         self._check = UntestedCheck(opened, self._merged) if untested() else None
-        self._check_memory()
+        options = self._place(config.options)
+        for file in opened.files:
+            open_mapped(file)  # as transformers will: it may be larger than memory
         if engine.weights_dtype is torch.bfloat16 and layout.dtypes() != {"BF16"}:
             logger.warning(
                 "The experts are stored as %s; %s computes them in bfloat16.", ", ".join(layout.dtypes()), engine.name
             )
-        self._plan, self._options = engine.start(self._plan, config.options)
+        self._plan, self._options = engine.start(self._plan, options)
 
     @property
     def _apart(self) -> AdapterSet:
         """The adapters whose LoRA the engines compute."""
         return self._adapters if self._merged is None else AdapterSet()
 
-    def _check_memory(self) -> None:
+    def _place(self, options: EngineOptions) -> EngineOptions:
+        """Decide whether weights are copied or stay in the mapped files, and check that there is memory for it."""
+        opened, load = self._opened, self._config.load
+        copied, mapped = (options, 1.0), (replace(options, mapped=True), 1.0)
+        if problem := self._cannot_map():
+            if load == "mmap":
+                logger.warning("kt_load: mmap: the experts' weights are copied, because %s.", problem)
+            choices = [copied]
+        else:
+            choices = {"copy": [copied], "mmap": [mapped], "auto": [(options, _FREE), mapped]}[load]
+        for choice, share in choices:
+            need = self._memory_need(choice)
+            if need.on_cpu <= share * (free := available_memory()):
+                return choice
+        raise KTMemoryError(
+            f"The experts of {len(opened.experts)} layers need {gib(need.experts)}, with what loading takes and the rest of "
+            f"the model {gib(need.on_cpu)}; {gib(free)} are free. Free memory, use a machine with more, or a smaller model."
+        )
+
+    def _cannot_map(self) -> str:
+        """Why the experts' weights cannot stay in the mapped files; empty if they can."""
+        if not self._engine.maps_weights:
+            return f"{self._engine.name} keeps them in a layout of its own"
+        if self._merged is not None:
+            return "the adapter is merged into them"
+        return (
+            ""
+            if self._opened.layout.can_be_mapped
+            else "they are stored in another layout or dtype than they are multiplied in"
+        )
+
+    def _memory_need(self, options: EngineOptions) -> MemoryNeed:
         opened = self._opened
-        need = memory_need(
-            opened.model, opened.experts, self._apart, self._engine, self._config.options,
+        return memory_need(
+            opened.model, opened.experts, self._apart, self._engine, options,
             itemsize=opened.layout.itemsize, on_gpu=self._on_gpu,
         )  # fmt: skip
-        if need.on_cpu > (free := available_memory()):
-            raise KTMemoryError(
-                f"The experts of {len(opened.experts)} layers need {gib(need.experts)}, with what loading takes and the rest of "
-                f"the model {gib(need.on_cpu)}; {gib(free)} are free. Free memory, use a machine with more, or a smaller model."
-            )
-        for file in opened.files:
-            open_mapped(file)  # as transformers will: it may be larger than memory
 
     def replace_experts(self) -> None:
         """Put engines, still empty, in place of the model's experts."""
         config, model = self._config, self._opened.model
         directory = Path(config.debug_dir).expanduser() if config.debug_dir else None
         debugger = Debugger(directory) if config.debug else None
+        self._files: list[MappedFile] = []  # in which weights stay
         engines = [self._make_engine(module, self._options) for module in self._opened.experts]
         transfers: dict[torch.cuda.Stream, HostTransfer] | None = {} if self._on_gpu else None
         self._wrappers = [
@@ -127,7 +156,7 @@ class ExpertsLoad:
             for module, engine in zip(self._opened.experts, engines, strict=True)
         ]
         state = KTState(
-            wrappers=self._wrappers, lock=guard(model, config.router_stats, debugger), plan=self._plan, reason=self._reason,
+            wrappers=self._wrappers, lock=guard(model, config.router_stats, debugger, self._files), plan=self._plan, reason=self._reason,
             options=self._options, on_gpu=self._on_gpu, requested=self._adapters, merged=self._merged,
         )  # fmt: skip
         set_kt_state(model, state)
@@ -179,6 +208,8 @@ class ExpertsLoad:
             for experts in with_progress(self._wrappers, sizes):
                 experts.engine.load()
                 give_back_memory()
+        if self._options.mapped:
+            self._files += watch(self._opened.files)
         if self._check is not None:
             model: Any = self._opened.model
             self._check.compare(self._wrappers[0].engine, model.dtype)
@@ -188,7 +219,7 @@ class ExpertsLoad:
 def _check_config(config: KTExpertsConfig) -> None:
     problems = experts_problems(
         canonical_name(config.backend), weight_path=config.weight_path, merge_adapter=config.merge_adapter,
-        num_threads=config.num_threads, pools=config.pools,
+        num_threads=config.num_threads, pools=config.pools, load=config.load,
     )  # fmt: skip
     if problems:
         raise KTConfigError(" ".join(problems))

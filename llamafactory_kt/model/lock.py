@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ..ground.process import require_own_process
 from ..ground.uninterrupted import uninterrupted
-from ..matmul.openmp import release_team
+from ..native.openmp import release_team
 
 Result = TypeVar("Result")
 

@@ -53,12 +53,12 @@ def memory_need(
     """
     layers = [engine.memory(m.shape, adapters.rank(m.layer), itemsize, options) for m in experts]
     others = _others(model, experts)
-    optimizing = 0 if on_gpu else 2 * max(others)  # plain and packed copies of the largest layer are timed
+    copying = 0 if on_gpu or options.mapped else max(others)
     return MemoryNeed(
         experts=sum(layer.weights for layer in layers),
         lora=sum(layer.lora for layer in layers),
-        loading=max(optimizing, *(layer.loading for layer in layers)),
-        others=sum(others),
+        loading=max(copying, *(layer.loading for layer in layers)),
+        others=0 if options.mapped and not on_gpu else sum(others),
         on_gpu=on_gpu,
     )
 

@@ -91,14 +91,6 @@ def merge_dense_part(model: Any, parts: Parts) -> None:
     _change(model, merged, {})
 
 
-def reads_weights(model: nn.Module, parts: Parts, own: Weights) -> bool:
-    """Whether an exchange reads or replaces weights of linear layers, which may be packed; with plain LoRA it does not."""
-    changed = {*own, *(name for _, part in parts for name in part.changes)}
-    return any(adapter.settings.use_dora for adapter, _ in parts) or any(
-        isinstance(submodule(model, name.rpartition(".")[0]), nn.Linear) for name in changed
-    )
-
-
 @torch.no_grad()
 def _change(model: Any, parts: Sequence[tuple[Adapter, Mapping[str, Sequence[Change]]]], own: Weights) -> None:
     for name in dict.fromkeys(name for _, changes in parts for name in changes):

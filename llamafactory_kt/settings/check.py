@@ -74,6 +74,7 @@ def _check_values(args: Any) -> list[str]:
         args.kt_backend = canonical_name(args.kt_backend)
     except KTConfigError as error:
         problems.append(str(error))
+    args.kt_load = str(args.kt_load).lower()
     threads = args.kt_num_threads
     if threads is None or str(threads).lower() == "auto":
         args.kt_num_threads = None
@@ -100,6 +101,7 @@ def _check_combinations(args: Any) -> list[str]:
             merge_adapter=args.kt_merge_adapter,
             num_threads=args.kt_num_threads if isinstance(args.kt_num_threads, int) else None,
             pools=pools if isinstance(pools, int) else None,
+            load=args.kt_load,
             prefix="kt_",
         )
     if (backend := infer_backend(args)) not in ("huggingface", "sglang"):

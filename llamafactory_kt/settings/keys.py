@@ -13,7 +13,7 @@ from .values import key
 SCOPES = ("all", "attention")
 
 CHAT_ONLY_KEYS = (
-    "kt_max_chunk", "kt_merge_adapter", "kt_idle_workers", "kt_recalibrate", "kt_router_stats", "kt_debug_dir",
+    "kt_load", "kt_max_chunk", "kt_merge_adapter", "kt_idle_workers", "kt_recalibrate", "kt_router_stats", "kt_debug_dir",
 )  # fmt: skip
 """keys about experts in this process, which do nothing with ``infer_backend: sglang``"""
 
@@ -25,8 +25,13 @@ class KTArguments(KTServingArguments):
     use_kt: bool = key(False, "Whether to compute the routed experts on the CPU with KTransformers' kt-kernel.")
     kt_backend: str = key(
         "auto",
-        "Engine for the experts: AMXBF16, AMXINT8, AMXINT4 or AVX2BF16 (kt-kernel), oneDNN (torch's own kernels), torch "
-        "(float32, slow), or auto: the faster of AMXBF16 and oneDNN. Any letter case; a suffix _SFT is accepted.",
+        "Engine for the experts: native (this package's kernels), AMXBF16, AMXINT8, AMXINT4 or AVX2BF16 (kt-kernel), oneDNN (torch's own "
+        "kernels), torch (float32, slow), or auto: the fastest of those that keep all bits. Any letter case; a suffix _SFT is accepted.",
+    )
+    kt_load: str = key(
+        "auto",
+        "How weights get into memory: mmap leaves them in the checkpoint's mapped files (loads at once, memory is shared between processes), copy "
+        "copies them into huge pages (somewhat faster tokens), auto copies where memory is free. Only the native engine maps experts.",
     )
     kt_num_threads: str | None = key(None, "CPU threads of kt-kernel. Default: the fastest number measured.")
     kt_idle_workers: bool | None = key(
@@ -50,7 +55,7 @@ class KTArguments(KTServingArguments):
         "Directory of packed expert weights (.kt files), for AMXINT8 and AMXINT4. With SGLang: directory of the experts' "
         "weights in kt_method's format.",
     )
-    kt_max_chunk: int = key(512, "Tokens per kernel call; longer prompts are split.")
+    kt_max_chunk: int = key(512, "Tokens per call of kt-kernel; longer prompts are split.")
     kt_lora_scope: str = key(
         "all",
         "Which LoRA to apply besides the routed experts': all, or attention (without shared experts and dense MLP layers, "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ..engines.base import LOADS
 from ..engines.registry import engines, find_engine
 from ..ground.internals import switch_problem
+from .values import suggestion
 
 
 def experts_problems(
@@ -13,6 +15,7 @@ def experts_problems(
     merge_adapter: bool,
     num_threads: int | None,
     pools: int | None,
+    load: str = LOADS[0],
     prefix: str = "",
 ) -> list[str]:
     """What is wrong with these values and the environment, one sentence each.
@@ -25,6 +28,10 @@ def experts_problems(
     problems, engine = [], find_engine(backend)
     if problem := switch_problem():
         problems.append(problem)
+    if load not in LOADS:
+        problems.append(
+            f"{prefix}load: unknown value {load!r}, expected one of {', '.join(LOADS)}{suggestion(load, LOADS)}"
+        )
     if pools is not None and num_threads is not None and num_threads < pools:
         problems.append(
             f"{prefix}num_threads: {num_threads} is fewer than {prefix}threadpool_count: {pools}; give each pool one."

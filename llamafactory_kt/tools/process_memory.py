@@ -13,6 +13,16 @@ def resident_memory() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def proportional_memory() -> int | None:
+    """``Pss`` of proc_pid_smaps_rollup(5): resident memory, of which a page that N processes map counts as 1/N; None where the system
+    does not tell."""
+    try:
+        found = re.search(r"^Pss:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
 def peak_resident_memory() -> int:
     """``VmHWM`` of proc_pid_status(5), which psutil does not report; the kernel updates it only now and then."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())

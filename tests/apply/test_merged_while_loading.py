@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.adapters import edit_adapter, make_adapter, write_config
 from helpers.loading import answer, load
-from helpers.marks import needs_base_kernel, needs_kernel, needs_onednn
+from helpers.marks import needs_base_kernel, needs_kernel, needs_native, needs_onednn
 from helpers.models import make_model
 from helpers.references import merged_float32, per_token, rel
 from packaging.version import Version
@@ -33,6 +33,7 @@ ENGINES = [
     pytest.param("AMXBF16", marks=needs_kernel),
     pytest.param("AMXINT4", marks=needs_kernel),
     pytest.param("AVX2BF16", marks=needs_base_kernel),
+    pytest.param("native", marks=needs_native),
     pytest.param("oneDNN", marks=needs_onednn),
 ]
 

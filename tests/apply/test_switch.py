@@ -28,7 +28,7 @@ from llamafactory_kt.model.state import kt_state
 
 Thread = partial(threading.Thread, daemon=True)  # one that waits for ever must not keep the test run from ending
 IDS = torch.arange(30, 70).reshape(2, 20)
-DTYPES = {"AMXBF16": torch.bfloat16, "oneDNN": torch.bfloat16, "torch": torch.float32}
+DTYPES = {"AMXBF16": torch.bfloat16, "native": torch.bfloat16, "oneDNN": torch.bfloat16, "torch": torch.float32}
 
 
 @pytest.fixture(scope="module")

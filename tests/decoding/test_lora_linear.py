@@ -6,18 +6,17 @@ import copy
 
 import pytest
 import torch
-from helpers.marks import needs_onednn
+from helpers.marks import needs_native
 from helpers.references import rel
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear
 from torch import nn
 
-from llamafactory_kt.decoding import prepare
-from llamafactory_kt.decoding.lora_linear import FEW_ROWS, InferenceLora
+from llamafactory_kt.decoding.lora_linear import InferenceLora
+from llamafactory_kt.decoding.native_linear import NativeLinear
 from llamafactory_kt.decoding.prepare import prepare_layers
-from llamafactory_kt.matmul.linear import PreparedLinear
 
-pytestmark = [needs_onednn, pytest.mark.usefixtures("every_size")]
+pytestmark = needs_native
 
 
 def lora_layer(**settings: object) -> tuple[nn.Module, nn.Module]:
@@ -34,13 +33,13 @@ def lora_layer(**settings: object) -> tuple[nn.Module, nn.Module]:
     return model.eval(), copy.deepcopy(model).float()
 
 
-@pytest.mark.parametrize("rows", [1, FEW_ROWS - 1, FEW_ROWS, 3 * FEW_ROWS])
+@pytest.mark.parametrize("rows", [1, 3, 16, 300])
 @torch.inference_mode()
-def test_lora_against_peft_in_float32(kind, rows):
+def test_lora_against_peft_in_float32(rows):
     model, reference = lora_layer()
-    prepare_layers(model)
+    prepare_layers(model, copy=True)
     layer = model.base_model.model[0]
-    assert type(layer.base_layer) is PreparedLinear and type(layer) is InferenceLora
+    assert type(layer.base_layer) is NativeLinear and type(layer) is InferenceLora
     x = torch.randn(1, rows, 96).to(torch.bfloat16)
 
     def effect(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -60,31 +59,30 @@ def test_lora_against_peft_in_float32(kind, rows):
         model.merge_adapter()
 
 
-def test_lora_moves_with_its_layer(monkeypatch):
-    monkeypatch.setattr(prepare, "SMALLEST", 2**20)
+def test_lora_moves_with_its_layer():
     model, _ = lora_layer()
-    prepare_layers(model)
+    prepare_layers(model, copy=True)
     model.to("meta")
     assert model(torch.empty(2, 96, dtype=torch.bfloat16, device="meta")).shape == (2, 160)
 
 
-@pytest.mark.parametrize("kind", ["no kernels"], indirect=True)
 @torch.inference_mode()
-def test_lora_on_a_layer_that_is_not_prepared(kind, monkeypatch):
-    """It is too small, and its own product takes bfloat16 only."""
-    monkeypatch.setattr(prepare, "SMALLEST", 2**20)
+def test_lora_of_another_dtype_or_scaling():
+    """Calls that are kept are of the scaling, and of where the weight lies."""
     model, reference = lora_layer()
-    prepare_layers(model)
-    layer = model.base_model.model[0]
-    assert type(layer) is InferenceLora and type(layer.base_layer) is nn.Linear
-    for rows in (1, FEW_ROWS):
-        x = torch.randn(rows, 96).to(torch.bfloat16)
-        assert rel(model(x), reference(x.float())) < 0.01
+    prepare_layers(model, copy=True)
+    x = torch.randn(3, 96)
+    for scaling in (1.0, 7.0):
+        for each in (model, reference):
+            each.base_model.model[0].scaling["one"] = scaling
+        assert rel(model(x.bfloat16()), reference(x)) < 0.02
+    model.float()
+    assert rel(model(x), reference(x)) < 1e-5
 
 
 def test_lora_with_a_bias_is_left_to_peft():
     model, reference = lora_layer(lora_bias=True)
-    x = torch.randn(2, FEW_ROWS, 96).to(torch.bfloat16)
-    prepare_layers(model)
+    x = torch.randn(2, 9, 96).to(torch.bfloat16)
+    prepare_layers(model, copy=True)
     assert type(model.base_model.model[0]) is Linear
     assert rel(model(x), reference(x.float())) < 0.01

@@ -19,15 +19,15 @@ import pytest
 import torch
 from helpers.adapters import make_adapter, make_dora
 from helpers.loading import load, logits
-from helpers.marks import needs_onednn
+from helpers.marks import needs_native
 from helpers.models import make_model
-from helpers.packing import prepared_names
 from helpers.places import DEMO
 from safetensors.torch import save_file
 
 import llamafactory_kt
 from llamafactory_kt import apply_adapter, load_moe_lora_from_adapter, optimize_for_inference, switch_adapter
-from llamafactory_kt.decoding import prepare
+from llamafactory_kt.decoding.lora_linear import InferenceLora
+from llamafactory_kt.decoding.native_linear import NativeLinear
 from llamafactory_kt.ground.safetensors_files import open_mapped, read_tensor
 from llamafactory_kt.ground.uninterrupted import uninterrupted
 from llamafactory_kt.model.lock import ModelLock
@@ -89,7 +89,7 @@ def every_line(call: Callable[[], object], check: Callable[[], None], files: tup
     [
         ("torch", STEPS),
         pytest.param("torch", CHANGING, marks=pytest.mark.nightly),
-        pytest.param("oneDNN", CHANGING, marks=[needs_onednn, pytest.mark.nightly]),
+        pytest.param("native", CHANGING, marks=[needs_native, pytest.mark.nightly]),
     ],
 )
 def test_exchange_of_lora(files, engine, where):
@@ -118,19 +118,21 @@ def rel_differs(one: torch.Tensor, two: torch.Tensor) -> bool:
     return bool((one - two).norm() > 0.02 * two.norm())
 
 
-@needs_onednn
+def prepared_names(model: torch.nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, NativeLinear | InferenceLora)}
+
+
+@needs_native
 @pytest.mark.parametrize("where", [STEPS, pytest.param(CHANGING, marks=pytest.mark.nightly)])
-def test_exchange_with_dora_on_a_prepared_model(files, monkeypatch, where):
-    """What DoRA reads is unpacked, and the rest is packed: no layer is left without what it needs."""
-    monkeypatch.setattr(prepare, "faster_packed", lambda sizes, sample: set(sizes))
-    monkeypatch.setattr(prepare, "SMALLEST", 0)
+def test_exchange_with_dora_on_a_prepared_model(files, where):
+    """DoRA is PEFT's, and the rest the native kernels': no layer is left without what it needs."""
     path, one, _, dora = files
-    model = load(path, "oneDNN", adapter=[str(one)])
+    model = load(path, "native", adapter=[str(one)])
     optimize_for_inference(model)
     model, _ = apply_adapter(model, one)
-    wanted = {one: (logits(model), prepared_names(model, only_packed=True))}
+    wanted = {one: (logits(model), prepared_names(model))}
     switch_adapter(model, dora)
-    wanted[dora] = logits(model), prepared_names(model, only_packed=True)
+    wanted[dora] = logits(model), prepared_names(model)
     now = dora
 
     def other(adapter):
@@ -140,7 +142,7 @@ def test_exchange_with_dora_on_a_prepared_model(files, monkeypatch, where):
         nonlocal now
         found = logits(model)
         now = next(adapter for adapter in (now, other(now)) if torch.equal(found, wanted[adapter][0]))
-        assert prepared_names(model, only_packed=True) == wanted[now][1]
+        assert prepared_names(model) == wanted[now][1]
 
     assert every_line(lambda: switch_adapter(model, other(now)), check, where) > 20
     assert rel_differs(wanted[one][0], wanted[dora][0])

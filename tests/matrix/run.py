@@ -23,7 +23,8 @@ ROOT = HERE.parents[1]
 ROWS, RESULTS = HERE / "rows.txt", HERE / "results.json"
 TESTS = (
     "matrix/test_exactness.py", "peft_side/test_given_names.py", "peft_side/test_untested_peft.py", "model/test_untested.py",
-    "model/test_every_architecture.py", "model/test_formulas.py", "decoding/test_attention.py", "matmul/test_mkldnn_blob.py",
+    "model/test_every_architecture.py", "model/test_formulas.py", "decoding/test_attention.py", "model/test_growing_cache.py", "tracing",
+
     "checkpoint/test_quantized.py", "checkpoint/test_fp8.py", "router_stats/test_router_stats.py", "adapters", "peft_side/test_split.py",
     "peft_side/test_starts.py", "peft_side/test_whole_weights.py", "faults/test_cross_product.py", "faults/test_adapter_folders.py",
     "tools/test_verify_dense.py",

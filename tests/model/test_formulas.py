@@ -14,7 +14,7 @@ from helpers.architectures import tiny_model
 from helpers.experts import lora_for
 from helpers.foreign_adapters import peft_target_parameters
 from helpers.loading import load, logits
-from helpers.marks import needs_kernel, needs_onednn
+from helpers.marks import needs_kernel, needs_native, needs_onednn
 from helpers.references import per_token
 from packaging.version import Version
 from transformers import AutoModelForCausalLM
@@ -40,6 +40,7 @@ from llamafactory_kt.tools.verify import record_inputs, verify_layers
 from llamafactory_kt.tools.verify.reference import Reference
 
 GATED = ["experts.gate_up_proj", "experts.down_proj"]
+BFLOAT16 = [pytest.param("native", marks=needs_native), pytest.param("oneDNN", marks=needs_onednn)]
 DEVIATING = {
     "gpt_oss": GATED,
     "gemma4_text": GATED,
@@ -93,13 +94,13 @@ def test_ranks_of_experts_without_a_gate(models, tmp_path, targets, pattern, ran
     assert per_token(logits(apply_adapter(model, adapter)[0]), logits(reference)) < 1e-5
 
 
-@needs_onednn
+@pytest.mark.parametrize("engine", BFLOAT16)
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("name", DEVIATING)
-def test_onednn(models, name, merged):
+def test_engines_in_bfloat16(models, name, merged, engine):
     """Within twice the error of stock transformers in bfloat16."""
     path, adapter, reference = models(name)
-    model = load(path, "oneDNN", adapter=str(adapter), merge_adapter=merged)
+    model = load(path, engine, adapter=str(adapter), merge_adapter=merged)
     found = logits(apply_adapter(model, adapter)[0])
     wanted = logits(reference)
     noise = per_token(logits(copy.deepcopy(reference).merge_and_unload().to(torch.bfloat16)), wanted)
@@ -119,7 +120,7 @@ FORMULAS = [
 ]
 
 
-@pytest.mark.parametrize("engine", [pytest.param("oneDNN", marks=needs_onednn), "torch"])
+@pytest.mark.parametrize("engine", [*BFLOAT16, "torch"])
 @pytest.mark.parametrize("formula", FORMULAS, ids=str)
 def test_engines_against_float64(engine, formula):
     """One layer, with LoRA; the formula itself is what transformers' forward is compared with."""
@@ -151,12 +152,12 @@ def test_engines_against_float64(engine, formula):
     outs = product(2, formula.activate(product(0, rows), product(1, rows)))
     wanted = (scores[..., None] * outs).sum(1)
     found = made.forward(x.float(), index, scores)
-    assert per_token(found[None].double(), wanted[None]) < (0.02 if engine == "oneDNN" else 1e-5)
+    assert per_token(found[None].double(), wanted[None]) < (1e-5 if engine == "torch" else 0.02)
 
 
 def test_auto_takes_an_engine_that_can(models):
     path, *_ = models("gpt_oss")
-    assert kt_state(load(path)).plan.backend in ("oneDNN", "torch")
+    assert kt_state(load(path)).plan.backend in ("native", "oneDNN", "torch")
 
 
 @needs_kernel

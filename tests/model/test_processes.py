@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.marks import KERNEL_PROBLEM, needs_kernel
+from helpers.marks import KERNEL_PROBLEM, needs_kernel, needs_native
 from helpers.places import ROOT
 
 ENGINE = "torch" if KERNEL_PROBLEM else "AMXBF16"
-ENGINES = [pytest.param("AMXBF16", marks=needs_kernel), "torch"]
+ENGINES = [pytest.param("AMXBF16", marks=needs_kernel), pytest.param("native", marks=needs_native), "torch"]
 
 LOAD = """
 import json, os, signal, sys, time

@@ -105,7 +105,7 @@ print(configure_process(model)[0])
 """
 
 
-@pytest.mark.parametrize("backend", ["torch", "oneDNN", "auto"])
+@pytest.mark.parametrize("backend", ["torch", "native", "oneDNN", "auto"])
 def test_loading_leaves_the_process_alone(demo, backend):
     """What the process is like is asked for by name."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}

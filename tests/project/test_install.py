@@ -13,11 +13,12 @@ import pytest
 from helpers.places import ROOT
 
 UV = Path(sysconfig.get_path("scripts")) / "uv"
+KERNELS = "from llamafactory_kt.native.library import library; print(library())"
 CHECK = (
     "import torch, llamafactory_kt, _llamafactory_kt_autoload\n"
     "from llamafactory.hparams import ModelArguments\n"
     "print(ModelArguments(model_name_or_path='m', use_kt=True, kt_backend='AMXBF16').kt_backend)\n"
-    "print(llamafactory_kt.__file__); print(_llamafactory_kt_autoload.__file__)"
+    "print(llamafactory_kt.__file__); print(_llamafactory_kt_autoload.__file__)\n" + KERNELS
 )
 
 pytestmark = pytest.mark.skipif(not UV.exists(), reason="uv is not installed in this environment")
@@ -59,9 +60,10 @@ def test_install_and_uninstall(environment, editable):
     assert (site / "_llamafactory_kt_autoload" / "__init__.py").is_file(), "physically present in both modes"
     result = run(env, CHECK)
     assert result.returncode == 0, result.stderr
-    backend, package, autoload = result.stdout.split()
+    backend, package, autoload, kernels = result.stdout.splitlines()
     assert backend == "AMXBF16" and autoload.startswith(str(site))
     assert package.startswith(str(source) if editable else str(site))
+    assert not kernels.startswith("the native kernels were not built"), kernels
     if editable:  # the source tree moves away: one warning, and torch still imports
         source.rename(source.with_name("moved"))
         result = run(env, "import torch; print(torch.ones(1).item())")
@@ -69,3 +71,14 @@ def test_install_and_uninstall(environment, editable):
     uv("uninstall", "--python", env / "bin/python", "llamafactory-kt-experts")
     assert files(site) == before and not (env / "bin" / "llamafactory-kt").exists()
     assert run(env, "import torch").returncode == 0
+
+
+def test_without_a_compiler_it_is_installed_without_the_kernels(environment, monkeypatch):
+    env, _, source = environment
+    (source / "llamafactory_kt/native/libkt_native.so").unlink(missing_ok=True)
+    monkeypatch.setenv("CXX", "false")
+    uv("install", "--python", env / "bin/python", "--no-deps", source)
+    result = run(env, KERNELS)
+    assert result.stdout.strip() == "the native kernels were not built with the package: false failed: exit status 1", (
+        result.stderr
+    )

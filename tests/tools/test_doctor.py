@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,7 +18,7 @@ from helpers.models import make_model
 from helpers.places import ROOT
 
 from llamafactory_kt.ground.machine import missing_cpu_flags
-from llamafactory_kt.tools.doctor import Status, diagnose
+from llamafactory_kt.tools.doctor import Status, diagnose, machine
 from llamafactory_kt.tools.doctor.environment import variables
 
 DISTURBING = ("TORCH_DEVICE_BACKEND_AUTOLOAD", "LLAMAFACTORY_KT_DISABLE", "USE_V1", "KT_KERNEL_CPU_VARIANT")
@@ -60,6 +61,7 @@ def test_a_healthy_environment(tmp_path, demo):
     assert status == 0, [f for f in found.values() if f["status"] == "error"]
     assert found["llamafactory"]["text"] == f"{version('llamafactory')} (<=0.9.6.dev0,>=0.9.5)"
     assert found["import kt_kernel"]["status"] == "ok"
+    assert found["native kernels"]["text"]
     assert "3 layers of 8 routed experts (128 x 96), 2 per token" in found["model"]["text"]
     assert "56 tensors to PEFT, 144 to the experts; expert LoRA in 3 layers" in found["adapter"]["text"]
     assert found["experts"]["text"].startswith("layers 1, 2, 3 on the CPU; torch with ")
@@ -125,6 +127,23 @@ def look(tmp_path, monkeypatch):
         return {f.subject: f for f in diagnose(write(tmp_path / "c.yaml", **keys), overrides)}
 
     return findings
+
+
+def test_native_kernels(monkeypatch):
+    from llamafactory_kt.native import library
+
+    def finding(found):
+        monkeypatch.setattr(library, "library", lambda: found)
+        (only,) = machine.native_kernels()
+        return only
+
+    none = finding("the native kernels were not built")
+    assert none.status is Status.WARNING and none.text.endswith("not built") and "install a C++ compiler" in none.advice
+    kernels = SimpleNamespace(kt_in_use=lambda: b"avx2", kt_instruction_sets=lambda: b"avx512,avx2")
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    assert finding(kernels).text == "avx2; this CPU has avx512, avx2"
+    monkeypatch.setenv(library.VARIABLE, "avx2")
+    assert finding(kernels).text == "avx2, chosen by LLAMAFACTORY_KT_ISA; this CPU has avx512, avx2"
 
 
 def test_configurations_with_mistakes(look, tmp_path, model, monkeypatch):

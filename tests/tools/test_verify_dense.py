@@ -24,7 +24,7 @@ def base(tmp_path_factory):
 
 
 def loaded(base, adapter, **keys):
-    return apply_adapter(load(base, "oneDNN", adapter=str(adapter), **keys), adapter)[0]
+    return apply_adapter(load(base, "auto", adapter=str(adapter), **keys), adapter)[0]
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -18,9 +18,10 @@ import torch
 
 from ...ground.errors import KTConfigError
 from ...ground.machine import numa_nodes, physical_cores, usable_cores
-from ...matmul import openmp
+from ...native import openmp
 from ..plan import Plan, PlanRequest
 from .cpuinfer import worker_threads
+from .throttle import throttle
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def arrange_process(plan: Plan) -> None:
     torch.set_num_threads(plan.torch_threads)
     _set_policy(os.SCHED_IDLE if plan.idle_workers else os.SCHED_OTHER)
     if plan.idle_workers:
-        openmp.throttle()
+        throttle()
         torch.set_num_threads(plan.torch_threads)
 
 

@@ -15,8 +15,8 @@ COMPONENTS: dict[str, dict[str, dict[str, str]]] = {
         "zh": {"label": "启用 KTransformers", "info": "在 CPU 上计算路由专家。"},
     },
     "kt_backend": {
-        "en": {"label": "Expert engine", "info": "auto: the faster of AMXBF16 and oneDNN."},
-        "zh": {"label": "专家引擎", "info": "auto：AMXBF16 与 oneDNN 中较快的一个。"},
+        "en": {"label": "Expert engine", "info": "auto: the fastest that keeps all bits, measured once."},
+        "zh": {"label": "专家引擎", "info": "auto：不损失精度的引擎中实测最快的一个。"},
     },
     "kt_num_threads": {
         "en": {"label": "Threads", "info": "kt-kernel's worker threads. auto: the fastest number measured."},

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ...checkpoint.discovery import ExpertsModule, find_experts
@@ -63,19 +66,25 @@ def check_fit(configs: Sequence[BenchConfig], weights: CheckpointBytes, gpu_memo
         gpu_memory: bytes of all GPUs, 0 without any.
 
     Returns:
-        name -> bytes of each configuration's weights.
+        name -> bytes of each configuration's weights, without what an earlier one has mapped already.
 
     Raises:
         KTMemoryError: They need more than is free.
     """
-    needs = {config.name: _need(config, weights, gpu_memory) for config in configs}
+    needs: dict[str, int] = {}
+    shared = 0
+    for config in configs:
+        need = _need(config, weights, gpu_memory)
+        if config.config.get("kt_load") == "mmap" and not config.stock:  # all of these map the same files
+            need, shared = max(0, need - shared), max(need, shared)
+        needs[config.name] = need
     beside = BANDWIDTH_BUFFER + weights.layer + PROCESS_OVERHEAD * (len(configs) + 1)
     if (total := sum(needs.values()) + beside) > (free := available_memory()):
         each = ", ".join(f"{name} {gib(size)}" for name, size in needs.items())
         raise KTMemoryError(
             f"All configurations are in memory together, and take {gib(total)} ({each}, {gib(beside)} for their processes, the "
             f"layer being read and the bandwidth measurement); {gib(free)} are free. Measure fewer at once (--no-base, fewer "
-            "--against), or a smaller model."
+            "--against), let them share mapped weights (kt_load=mmap), or take a smaller model."
         )
     return needs
 
@@ -99,6 +108,9 @@ def warm_page_cache(model: str) -> int:
     if total < available_memory() // 2:
         for file in files:
             with file.open("rb", buffering=0) as handle:
+                os.posix_fadvise(
+                    handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL
+                )  # read ahead by large pages, where there are
                 while handle.read(2**24):
                     pass
     return total
@@ -110,16 +122,19 @@ class ModelBytes(NamedTuple):
     weights: int
     experts_per_token: int
     others_per_token: int
+    lora_per_token: int
 
     @classmethod
     def of(cls, model: Any) -> ModelBytes:
         """Measure a model with KT experts, or one of stock transformers."""
         others, experts, lora, per_token = _in_cpu_memory(model), 0, 0, 0
+        lora_per_token = beside = sum(_in_cpu_memory(part) for layer in model.modules() for part in _lora_of(layer))
         if has_kt_experts(model):
             for wrapper in kt_state(model).wrappers:
                 experts += wrapper.engine.nbytes
                 per_token += _active(wrapper.engine.nbytes, wrapper.info)
                 lora += wrapper.engine.lora_nbytes
+                lora_per_token += _active(wrapper.engine.lora_nbytes, wrapper.info)
         else:
             for info in find_experts(model):
                 module = model.get_submodule(info.name)
@@ -130,7 +145,22 @@ class ModelBytes(NamedTuple):
             others -= experts
         embedding = model.get_input_embeddings()
         tied = embedding.weight is getattr(model.get_output_embeddings(), "weight", None)
-        return cls(experts + lora + others, per_token, others - (0 if tied else _in_cpu_memory(embedding)))
+        every_token = others - beside - (0 if tied else _in_cpu_memory(embedding))
+        return cls(experts + lora + others, per_token, every_token, lora_per_token)
+
+
+def _lora_of(layer: nn.Module) -> tuple[nn.Module, ...]:
+    """The factors that PEFT has put beside a layer."""
+    return (layer.lora_A, layer.lora_B) if isinstance(layer, LoraLayer) else ()
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of CPU memory that the keys and values of a conversation take, or what a model keeps instead of them."""
+    total = 0
+    for layer in cache.layers:
+        kept = [layer.keys, layer.values] if getattr(layer, "keys", None) is not None else vars(layer).values()
+        total += sum(t.nbytes for t in kept if isinstance(t, torch.Tensor) and t.device.type == "cpu")
+    return total
 
 
 def _in_cpu_memory(module: nn.Module) -> int:

@@ -12,6 +12,10 @@ from typing import Any
 
 BANDWIDTH_BUFFER = 2**30
 """bytes that one measurement of the memory bandwidth reads: more than the caches hold"""
+PARTS = ATTENTION, LINEAR, EXPERTS, OUTPUT = "attention", "linear", "experts", "output"
+"""scores, softmax and sums over values; the layers' products, shared experts' included; the routed experts; the output layer"""
+BETWEEN = "between"
+"""what a forward does beside its parts: norms, rotary positions, routers, sums, the cache, the choice of a token"""
 IDLE_LIMIT = 0.05
 """cores that a waiting process may keep busy before the other results are in doubt"""
 
@@ -51,6 +55,73 @@ def ratio(own: Sequence[float], reference: Sequence[float]) -> Spread:
     return Spread.of(mine / other for mine, other in zip(own, reference, strict=True))
 
 
+@dataclass(frozen=True)
+class Speed:
+    """What the machine does at one moment; its memory and its cores are often shared with others."""
+
+    reads: float
+    """memory bandwidth, bytes per second"""
+    products: float
+    """rate of a large matrix product, floating-point operations per second"""
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Around one measurement."""
+
+    before: Speed
+    """the prompt"""
+    between: Speed
+    """the prompt and the tokens after it"""
+    after: Speed
+    """the tokens"""
+
+    @property
+    def prompt_products(self) -> float:
+        """Operations per second while the prompt was computed."""
+        return (self.before.products + self.between.products) / 2
+
+    @property
+    def token_reads(self) -> float:
+        """Bytes per second while tokens were computed."""
+        return (self.between.reads + self.after.reads) / 2
+
+
+@dataclass(frozen=True)
+class ForwardParts:
+    """Where the time of a forward goes; medians, if there are several."""
+
+    total: float
+    """with the timing of the parts"""
+    parts: dict[str, float]
+    """part -> seconds, :data:`BETWEEN` included"""
+
+    @classmethod
+    def of(cls, forwards: Iterable[tuple[float, dict[str, float]]]) -> ForwardParts:
+        """
+        Args:
+            forwards: (seconds, seconds of each part).
+
+        >>> ForwardParts.of([(5.0, {"experts": 3.0})])
+        ForwardParts(total=5.0, parts={'experts': 3.0, 'between': 2.0})
+        """
+        listed = [(total, {**parts, BETWEEN: total - sum(parts.values())}) for total, parts in forwards]
+        names = listed[0][1]
+        medians = {name: statistics.median(parts[name] for _, parts in listed) for name in names}
+        return cls(statistics.median(total for total, _ in listed), medians)
+
+
+@dataclass(frozen=True)
+class PartsResult:
+    """A pass of its own, in which the prompt and every other token are timed part by part."""
+
+    prompt: ForwardParts
+    token: ForwardParts
+    plain_token: float
+    """median time of the tokens between them, which are not timed by part"""
+    speeds: Speeds | None = None
+
+
 @dataclass
 class LoadStats:
     """What a worker process reports after it has loaded its configuration."""
@@ -71,8 +142,16 @@ class LoadStats:
     """expert weights that one token reads from CPU memory"""
     others_per_token: int
     """other weights that one token reads from CPU memory: all but the embedding"""
+    lora_per_token: int = 0
+    """LoRA that one token reads from CPU memory; in none of the two above"""
     push: float | None = None
     """time to read one layer's expert LoRA and hand it to the engine; None without expert LoRA"""
+    layers: int = 1
+    """the model's layers, dense ones included"""
+    cache: dict[int, int] = field(default_factory=dict)
+    """prompt tokens -> bytes of keys and values after them, in CPU memory"""
+    operations: dict[int, dict[str, float]] = field(default_factory=dict)
+    """prompt tokens -> part -> floating-point operations on the CPU, without LoRA's"""
 
 
 @dataclass
@@ -87,12 +166,20 @@ class ConfigResult:
     """prompt tokens -> time to the first token"""
     decode: dict[int, list[float]] = field(default_factory=dict)
     """prompt tokens -> median time of each further token"""
+    speeds: dict[int, list[Speeds]] = field(default_factory=dict)
+    """prompt tokens -> the machine's speed around each"""
+    parts: dict[int, PartsResult] = field(default_factory=dict)
+    """prompt tokens -> where the time goes; empty if that was not measured"""
     idle: list[float] = field(default_factory=list)
     """cores that the process kept busy while it waited for its turn"""
     peak: int = 0
     """peak resident memory while generating"""
     gpu_memory: int = 0
     """peak memory that torch allocated on GPUs"""
+    resident: int = 0
+    """resident memory at the end, all configurations loaded"""
+    proportional: int | None = None
+    """the same, but pages that several processes share are divided among them; None where the system does not tell"""
 
     @property
     def added(self) -> int:
@@ -118,9 +205,11 @@ class BenchMachine:
     cores: int
     """physical cores that this process may use; the bandwidth is measured with as many threads"""
     bandwidth: list[float]
-    """memory bandwidth in bytes per second, one entry per round"""
+    """memory bandwidth in bytes per second, one entry per measurement of it"""
     checkpoint: int
     """bytes of the model's checkpoint, 0 if unknown"""
+    products: list[float] = field(default_factory=list)
+    """rate of a large matrix product in operations per second, one entry per measurement of it"""
 
 
 @dataclass(frozen=True)
@@ -155,11 +244,26 @@ class BenchReport:
         """The least time to read one token's expert weights."""
         return Spread.of(row.loaded.experts_per_token / speed for speed in self.machine.bandwidth)
 
-    def bandwidth_share(self, row: ConfigResult, length: int, *, others: bool) -> Spread:
-        """Share of a token's time that reading its expert weights (with ``others``: all weights) takes at full bandwidth."""
-        read = row.loaded.experts_per_token + (row.loaded.others_per_token if others else 0)
-        pairs = zip(row.decode[length], self.machine.bandwidth, strict=True)
-        return Spread.of(read / speed / seconds for seconds, speed in pairs)
+    def token_bytes(self, row: ConfigResult, length: int) -> int:
+        """Bytes that a token after a prompt reads from CPU memory at least: weights but for LoRA, keys and values."""
+        return row.loaded.experts_per_token + row.loaded.others_per_token + row.loaded.cache.get(length, 0)
+
+    def bandwidth_share(self, row: ConfigResult, length: int) -> Spread:
+        """Share of the memory bandwidth around it that a token reaches."""
+        read, pairs = self.token_bytes(row, length), zip(row.decode[length], row.speeds[length], strict=True)
+        return Spread.of(read / speeds.token_reads / seconds for seconds, speeds in pairs)
+
+    def peak_share(self, row: ConfigResult, length: int) -> Spread:
+        """Share of the rate of a large product around it that a prompt reaches, on the CPU."""
+        operations = sum(row.loaded.operations.get(length, {}).values())
+        pairs = zip(row.prefill[length], row.speeds[length], strict=True)
+        return Spread.of(operations / speeds.prompt_products / seconds for seconds, speeds in pairs)
+
+    def timing_costs(self, row: ConfigResult, length: int) -> tuple[float, float]:
+        """(prompt, token): time with the timing of parts over time without; a prompt is compared with the median of the rounds, where
+        the machine may have been faster or slower."""
+        found = row.parts[length]
+        return found.prompt.total / statistics.median(row.prefill[length]), found.token.total / found.plain_token
 
     def load_rate(self, row: ConfigResult) -> float:
         """Bytes of the checkpoint that each core loads per second."""
@@ -179,6 +283,10 @@ class BenchReport:
             {
                 **asdict(row), "memory_added": row.added, "memory_over_weights": row.over_weights,
                 "load_rate_per_core": self.load_rate(row), "least_seconds_per_token": asdict(self.floor(row)),
+                "bytes_per_token": {length: self.token_bytes(row, length) for length in row.decode},
+                "bandwidth_share": {length: asdict(self.bandwidth_share(row, length)) for length in row.decode},
+                "peak_share": {length: asdict(self.peak_share(row, length)) for length in row.prefill},
+                "timing_costs": {length: self.timing_costs(row, length) for length in row.parts},
             }
             for row in self.rows
         ]  # fmt: skip

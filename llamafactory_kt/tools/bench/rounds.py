@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
 from ...ground.errors import KTConfigError, KTError
 from ...ground.machine import cpu_name, usable_cores
 from .configs import BASE, BenchConfig
-from .results import BenchMachine, BenchReport, ConfigResult
-from .worker import check_configs, serve_bandwidth, serve_config
+from .results import BenchMachine, BenchReport, ConfigResult, Speed, Speeds
+from .worker import check_configs, serve_config, serve_speed
 
 _EXIT_TIMEOUT = 20.0
 """seconds"""
@@ -19,13 +20,15 @@ _EXIT_TIMEOUT = 20.0
 
 def bench(
     configs: Sequence[BenchConfig], prompt_tokens: Sequence[int] = (128,), new_tokens: int = 64, rounds: int = 5, *,
-    loads: int = 1, checkpoint: int = 0, tick: Callable[[], object] = lambda: None,
+    parts: bool = True, loads: int = 1, checkpoint: int = 0, tick: Callable[[], object] = lambda: None,
 ) -> BenchReport:  # fmt: skip
-    """Load all configurations, then measure them in turn; each round begins with another one.
+    """Load all configurations, then measure them in turn; each round begins with another one. The machine's speed is measured before
+    and after each prompt, and after its tokens.
 
     Args:
         prompt_tokens: lengths of random prompts.
         new_tokens: tokens generated after each prompt.
+        parts: afterwards, also time the parts of a forward.
         loads: how often each configuration is loaded, in turn; only the last load stays.
         checkpoint: bytes of the model's checkpoint, for the report.
         tick: called after each load and each measurement.
@@ -45,27 +48,41 @@ def bench(
             tick()
     cores = usable_cores()
     with ExitStack() as stack:
-        _, measure_bandwidth = stack.enter_context(_worker("memory bandwidth", serve_bandwidth, cores))
+        _, measure_speed = stack.enter_context(_worker("the machine's speed", serve_speed, cores))
         measured: list[tuple[Callable[..., Any], ConfigResult]] = []
         for config in configs:
             loaded, ask = stack.enter_context(_worker(config.name, serve_config, config, tuple(prompt_tokens)))
             measured.append((ask, ConfigResult(config.name, loaded, [*seconds[config.name], loaded.load])))
             tick()
-        bandwidth: list[float] = []
+        speeds: list[Speed] = [measure_speed()]
+
+        def turn(ask: Callable[..., Any], length: int, parts: bool) -> tuple[Any, Speeds]:
+            """The answer, and the speed around it; one turn's last speed is the next one's first."""
+            ask(length, new_tokens, parts)
+            speeds.append(measure_speed())
+            answer = ask("go on")
+            speeds.append(measure_speed())
+            tick()
+            return answer, Speeds(*speeds[-3:])
+
         for number in range(rounds):
-            bandwidth.append(measure_bandwidth())
             first = number % len(measured)
             for length in prompt_tokens:
                 for ask, result in measured[first:] + measured[:first]:
-                    prefill, decode, idle = ask(length, new_tokens)
+                    (prefill, decode, idle), around = turn(ask, length, parts=False)
                     result.prefill.setdefault(length, []).append(prefill)
                     result.decode.setdefault(length, []).append(decode)
+                    result.speeds.setdefault(length, []).append(around)
                     if idle is not None:
                         result.idle.append(idle)
-                    tick()
+        for length in prompt_tokens if parts else ():
+            for ask, result in measured:
+                found, around = turn(ask, length, parts=True)
+                result.parts[length] = replace(found, speeds=around)
         for ask, result in measured:
-            result.peak, result.gpu_memory = ask("end")
-    return BenchReport(BenchMachine(cpu_name(), cores, bandwidth, checkpoint), [result for _, result in measured])
+            result.peak, result.gpu_memory, result.resident, result.proportional = ask("end")
+    reads, products = ([getattr(speed, kind) for speed in speeds] for kind in ("reads", "products"))
+    return BenchReport(BenchMachine(cpu_name(), cores, reads, checkpoint, products), [result for _, result in measured])
 
 
 @contextmanager

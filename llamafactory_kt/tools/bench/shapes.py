@@ -49,17 +49,20 @@ class ModelShape:
     """A published model's layer sizes, with a chosen number of layers."""
 
     name: str
-    """for example ``deepseek-v2-lite-4``"""
+    """for example ``deepseek-v2-lite-4``; ``deepseek-v2-lite-4x16`` with fewer experts"""
     model_type: str
     values: dict[str, Any]
     """keys of config.json"""
 
 
-def parse_shape(text: str) -> ModelShape:
+def parse_shape(text: str, experts: int | None = None) -> ModelShape:
     """Parse ``deepseek-v2-lite`` or ``deepseek-v2-lite:4``; the number counts all layers, dense ones included.
 
+    Args:
+        experts: routed experts a layer; None for all. A token chooses as many as in the published model.
+
     Raises:
-        KTConfigError: The name is unknown, or the number leaves no layer with experts.
+        KTConfigError: The name is unknown, the layers leave none with experts, or the experts are too few or too many to choose from.
     """
     name, colon, number = text.strip().lower().partition(":")
     if name not in _SHAPES:
@@ -74,4 +77,21 @@ def parse_shape(text: str) -> ModelShape:
             because = f" (its first {dense} have no routed experts)" if dense else ""
             raise KTConfigError(f"--synthetic: {name} takes {dense + 1} to {most} layers{because}, found {number!r}.")
         values["num_hidden_layers"] = int(number)
-    return ModelShape(f"{name}-{values['num_hidden_layers']}", model_type, values)
+    own = f"{name}-{values['num_hidden_layers']}"
+    if experts is not None:
+        _set_experts(name, values, experts)
+        own += f"x{experts}"
+    return ModelShape(own, model_type, values)
+
+
+def _set_experts(name: str, values: dict[str, Any], experts: int) -> None:
+    key = next(key for key in ("num_experts", "n_routed_experts", "num_local_experts") if key in values)
+    most, chosen, groups = values[key], values["num_experts_per_tok"], values.get("n_group", 1)
+    each = -(-chosen // values.get("topk_group", 1))  # a token chooses among the experts of some groups
+    least = groups * max(each, 2 if groups > 1 else 1)  # a group's score is the sum of its two best
+    if experts % groups or not least <= experts <= most:
+        steps = f", in steps of {groups}" if groups > 1 else ""
+        raise KTConfigError(
+            f"--experts: {name} takes {least} to {most} experts{steps} (a token chooses {chosen}), found {experts}."
+        )
+    values[key] = experts

@@ -147,6 +147,7 @@ class _RandomTensors:
     def __init__(self, sizes: Mapping[str, tuple[int, ...]], bar: Any) -> None:
         generator = torch.Generator().manual_seed(0)
         self._pool = torch.randn(_POOL, generator=generator).to(torch.bfloat16).repeat(2)
+        self._scaled: dict[float, torch.Tensor] = {}  # few scales, so most tensors are views
         self._start = 0
         self._sizes, self._bar = sizes, bar
 
@@ -166,9 +167,13 @@ class _RandomTensors:
         if name.endswith("embed_tokens.weight"):
             scale = 1.0
         self._start = (self._start + 506_371) % _POOL
+        if scale not in self._scaled:
+            self._scaled[scale] = self._pool * scale
         count = prod(size)
-        piece = self._pool[self._start : self._start + min(count, _POOL)] * scale
-        return piece.repeat(-(-count // _POOL))[:count].reshape(size)
+        piece = self._scaled[scale][self._start : self._start + min(count, _POOL)]
+        if count > _POOL:
+            piece = piece.repeat(-(-count // _POOL))[:count]
+        return piece.reshape(size)
 
 
 def _byte_tokenizer() -> Any:

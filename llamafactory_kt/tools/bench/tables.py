@@ -1,4 +1,4 @@
-"""The tables of a bench of configurations: ratios first, then the figures."""
+"""The tables of a bench of configurations: ratios first, then the figures, then where the time goes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...ground.machine import gib
-from .results import BenchReport, Spread
+from .results import OUTPUT, BenchReport, ConfigResult, Speeds, Spread
 
 
 def show(report: BenchReport, console: Console) -> None:
@@ -17,12 +17,14 @@ def show(report: BenchReport, console: Console) -> None:
     if len(report.rows) > 1:
         console.print(_ratios(report))
     console.print(_figures(report))
+    if report.rows[0].parts:
+        console.print(_parts(report))
     machine = report.machine
-    speed = Spread.of(machine.bandwidth)
+    speed, products = Spread.of(machine.bandwidth), Spread.of(machine.products)
     console.print(
-        f"{machine.cpu}, {machine.cores} cores; reads {speed.median / 1e9:.1f} GB/s "
-        f"({speed.low / 1e9:.1f}-{speed.high / 1e9:.1f}) of memory with {machine.cores} threads (torch's sum of 1 GiB of "
-        "float32). Medians over rounds, in brackets the lowest and highest. Speeds above 1 are faster than the reference; "
+        f"{machine.cpu}, {machine.cores} cores; reads {speed.show(1e-9)} GB/s of memory (torch's sum of 1 GiB of float32) and "
+        f"multiplies with {products.show(1e-9, 0)} GFLOP/s (torch's product of large matrices) with {machine.cores} threads. "
+        "Medians over rounds, in brackets the lowest and highest. Speeds above 1 are faster than the reference; "
         "memory is what the model added to the process.",
         highlight=False,
     )
@@ -60,10 +62,6 @@ def _figures(report: BenchReport) -> Table:
     def line(title: str, *cells: str) -> None:
         table.add_row(title, *map(escape, cells))
 
-    def shares(length: int, *, others: bool) -> list[str]:
-        medians = (report.bandwidth_share(row, length, others=others).median for row in rows)
-        return [f"{100 * share:.0f} %" for share in medians]
-
     line("experts computed by", *(row.loaded.engine for row in rows))
     line("load", *(f"{median(row.loads):.1f} s" for row in rows))
     if report.machine.checkpoint:
@@ -73,20 +71,57 @@ def _figures(report: BenchReport) -> Table:
     for length in rows[0].prefill:
         line(f"first token after {length}", *(f"{Spread.of(row.prefill[length]).show(1000, 0)} ms" for row in rows))
         line("  prefill token/s", *(Spread.of(length / time for time in row.prefill[length]).show() for row in rows))
+        line("  of the CPU's peak", *(f"{report.peak_share(row, length).show(100, 0)} %" for row in rows))
         line("  decode token/s", *(Spread.of(1 / time for time in row.decode[length]).show() for row in rows))
         line("  ms a token", *(Spread.of(row.decode[length]).show(1000) for row in rows))
-        line("  of it, reading experts", *shares(length, others=False))
-        line("  of it, reading weights", *shares(length, others=True))
+        line("  of the memory's bandwidth", *(f"{report.bandwidth_share(row, length).show(100, 0)} %" for row in rows))
+        line("  bandwidth before / after, GB/s", *(_moments(row.speeds[length]) for row in rows))
+        line("  read a token", *(gib(report.token_bytes(row, length)) for row in rows))
         table.add_section()
     line("expert weights a token", *(gib(row.loaded.experts_per_token) for row in rows))
     line("  reading them, at least", *(f"{1000 * report.floor(row).median:.1f} ms" for row in rows))
+    line("LoRA a token", *(gib(row.loaded.lora_per_token) if row.loaded.lora_per_token else "-" for row in rows))
     line("resident, ready", *(gib(row.loaded.resident) for row in rows))
     line("  added by the model", *(gib(row.added) for row in rows))
     line("  weights", *(gib(row.loaded.weights) for row in rows))
     line("  added over weights", *("-" if (o := row.over_weights) is None else f"{o:.2f}" for row in rows))
+    line("resident, all loaded", *(gib(row.resident) for row in rows))
+    line("  shared pages divided (PSS)", *("-" if (p := row.proportional) is None else gib(p) for row in rows))
     line("peak while loading", *(gib(row.loaded.peak_loading) for row in rows))
     line("peak while answering", *(gib(row.peak) for row in rows))
     if any(row.gpu_memory for row in rows):
         line("peak on GPU", *(gib(row.gpu_memory) for row in rows))
     line("cores busy while waiting", *(f"{median(row.idle):.3f}" if row.idle else "-" for row in rows))
     return table
+
+
+def _moments(around: list[Speeds]) -> str:
+    pairs = ((speeds.between.reads, speeds.after.reads) for speeds in around)
+    return " / ".join(f"{median(reads) / 1e9:.1f}" for reads in zip(*pairs, strict=True))
+
+
+def _parts(report: BenchReport) -> Table:
+    table, rows = _table(report, "Time by part"), report.rows
+    for length in rows[0].parts:
+        found = [row.parts[length] for row in rows]
+        prompt_costs, token_costs = zip(*(report.timing_costs(row, length) for row in rows), strict=True)
+        table.add_row(f"[bold]a token after {length}[/]", *(f"{1000 * parts.token.total:.1f} ms" for parts in found))
+        for part in found[0].token.parts:
+            table.add_row(f"  {part}", *(_of_a_token(part, row, length) for row in rows))
+        table.add_row(
+            "  bandwidth before / after, GB/s", *(_moments([parts.speeds]) for parts in found if parts.speeds)
+        )
+        table.add_row("  timed by part / plain", *(f"{cost:.2f}" for cost in token_costs))
+        table.add_row(f"[bold]a prompt of {length}[/]", *(f"{1000 * parts.prompt.total:.0f} ms" for parts in found))
+        for part in found[0].prompt.parts:
+            shares = (parts.prompt.parts[part] / parts.prompt.total for parts in found)
+            table.add_row(f"  {part}", *(f"{100 * share:.1f} %" for share in shares))
+        table.add_row("  timed by part / plain", *(f"{cost:.2f}" for cost in prompt_costs))
+        table.add_section()
+    return table
+
+
+def _of_a_token(part: str, row: ConfigResult, length: int) -> str:
+    """Milliseconds, and those a layer, of which the output layer is none."""
+    time = 1000 * row.parts[length].token.parts[part]
+    return f"{time:.1f} ms" if part == OUTPUT else f"{time:.1f} ms, {time / row.loaded.layers:.2f} a layer"

@@ -1,4 +1,4 @@
-"""What runs in a bench's worker processes: a configuration that measures on request, and the memory bandwidth."""
+"""What runs in a bench's worker processes: a configuration that measures on request, and the machine's speed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...ground.errors import one_line
-from ..process_memory import peak_gpu_memory, peak_resident_memory, reset_peak_resident_memory, resident_memory
+from ..process_memory import (
+    peak_gpu_memory,
+    peak_resident_memory,
+    proportional_memory,
+    reset_peak_resident_memory,
+    resident_memory,
+)
 from .configs import BenchConfig
-from .results import BANDWIDTH_BUFFER, LoadStats
+from .results import BANDWIDTH_BUFFER, ForwardParts, LoadStats, PartsResult, Speed
 
 SETTLE_TIMEOUT = 2.0
 """seconds"""
+_PRODUCT = 512, 4096, 4096
+"""rows, inner size and columns of the large product: torch is as fast with larger ones"""
 
 Prepare = Callable[[int], None]
 """called with the number of tokens of the next forward"""
@@ -27,29 +35,42 @@ Prepare = Callable[[int], None]
 def serve_config(pipe: Connection, config: BenchConfig, prompt_tokens: Sequence[int]) -> None:
     """Load a configuration and measure it on request.
 
-    Sends :class:`LoadStats`, or a string with the reason why loading failed. Then answers ``(prompt length, new tokens)``
-    with (prefill seconds, median seconds per token, cores kept busy while waiting), and ``("end",)`` with (peak resident
-    memory, peak GPU memory).
+    Sends :class:`LoadStats`, or a string with the reason why loading failed. Then answers ``(prompt length, new tokens, whether to
+    time the parts)``: after the prompt with True, and, when it is told to go on, with (prefill seconds, median seconds per token,
+    cores kept busy while waiting), or with a :class:`PartsResult`. Answers ``("end",)`` with (peak resident memory, peak GPU memory,
+    resident memory, proportional memory).
     """
     os.dup2(2, 1)  # LLaMA-Factory and kt-kernel write to stdout, which is for the report
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     try:
         model, stats, prepare = _load(config, prompt_tokens)
         for length in prompt_tokens:
-            _generate(model, length, 2, prepare)  # warm-up
+            _warm_up(model, stats, length, prepare)
         reset_peak_resident_memory()
     except Exception as error:
         pipe.send(one_line(error))
         return
+
+    def pause() -> None:
+        """Let the parent measure the machine's speed."""
+        _settle()
+        pipe.send(True)
+        pipe.recv()
+
     waiting = _settle()
     pipe.send(stats)
     with contextlib.suppress(EOFError):  # the parent is gone
         while (request := pipe.recv()) != ("end",):
-            busy, (length, new_tokens) = _busy_cores(waiting), request
-            prefill, decode = _generate(model, length, new_tokens, prepare)
+            busy, (length, new_tokens, parts) = _busy_cores(waiting), request
+            answer: object
+            if parts:
+                answer = _time_parts(model, length, new_tokens, prepare, pause)
+            else:
+                found = _generate(model, length, new_tokens, prepare, lambda number: pause() if number == 1 else None)
+                answer = found.prompt, statistics.median(found.tokens), busy
             waiting = _settle()
-            pipe.send((prefill, decode, busy))
-        pipe.send((peak_resident_memory(), peak_gpu_memory()))
+            pipe.send(answer)
+        pipe.send((peak_resident_memory(), peak_gpu_memory(), resident_memory(), proportional_memory()))
 
 
 def check_configs(pipe: Connection, configs: Sequence[BenchConfig]) -> None:
@@ -69,24 +90,41 @@ def check_configs(pipe: Connection, configs: Sequence[BenchConfig]) -> None:
     pipe.send(refused)
 
 
-def serve_bandwidth(pipe: Connection, threads: int) -> None:
-    """Send True when ready, then answer each request with the memory bandwidth in bytes per second."""
+def serve_speed(pipe: Connection, threads: int) -> None:
+    """Send True when ready, then answer each request with the machine's :class:`Speed`: of a sum over a large tensor in huge pages,
+    and of a large product in bfloat16, or in float32 where that is faster."""
     import torch
+
+    from ...ground.paging import in_huge_pages
 
     torch.set_num_threads(threads)
     # The threads that read the buffer fill it, so its pages lie on their NUMA nodes.
-    buffer = torch.ones(BANDWIDTH_BUFFER // 4)
+    buffer = in_huge_pages(torch.empty(BANDWIDTH_BUFFER // 4)).fill_(1)
+    rows, inner, columns = _PRODUCT
+    factors = [torch.ones(rows, inner), torch.ones(inner, columns)]
+    dtype = min(
+        torch.bfloat16, torch.float32, key=lambda dtype: _seconds(torch.mm, *(f[:256, :256].to(dtype) for f in factors))
+    )
+    factors = [factor.to(dtype) for factor in factors]
     pipe.send(True)
     with contextlib.suppress(EOFError):  # the parent is gone
         while True:
             pipe.recv()
-            times = []
-            for _ in range(6):
-                started = time.perf_counter()
-                buffer.sum()
-                times.append(time.perf_counter() - started)
+            speed = Speed(
+                BANDWIDTH_BUFFER / _seconds(buffer.sum), 2 * rows * inner * columns / _seconds(torch.mm, *factors)
+            )
             _settle()
-            pipe.send(BANDWIDTH_BUFFER / statistics.median(times[1:]))
+            pipe.send(speed)
+
+
+def _seconds(call: Callable[..., object], *arguments: object) -> float:
+    """Median of a few calls, without the first."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        call(*arguments)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
 
 
 def _load(config: BenchConfig, prompt_tokens: Sequence[int]) -> tuple[Any, LoadStats, Prepare]:
@@ -120,7 +158,46 @@ def _load(config: BenchConfig, prompt_tokens: Sequence[int]) -> tuple[Any, LoadS
         engine = str(kt_state(model).plan)
     else:
         engine = f"transformers: {threads}"
-    return model, LoadStats(engine, load, before, resident, peak, *ModelBytes.of(model), push=push), prepare
+    layers = model.config.get_text_config().num_hidden_layers
+    return (
+        model,
+        LoadStats(engine, load, before, resident, peak, *ModelBytes.of(model), push=push, layers=layers),
+        prepare,
+    )
+
+
+def _warm_up(model: Any, stats: LoadStats, length: int, prepare: Prepare) -> None:
+    """Generate after a prompt, and count what it takes."""
+    from .memory import cache_bytes
+    from .parts import operations_of
+
+    with ExitStack() as counting:
+        counted = counting.enter_context(operations_of(model))
+        # after some tokens: layers learn from the first ones what they compute
+        found = _generate(model, length, 4, prepare, lambda number: counting.close() if number else None)
+    stats.operations[length], stats.cache[length] = dict(counted), cache_bytes(found.cache)
+
+
+def _time_parts(model: Any, length: int, new_tokens: int, prepare: Prepare, pause: Callable[[], None]) -> PartsResult:
+    """Time the parts of a prompt and of every other token; the tokens between them show what the timing costs."""
+    from .parts import PartTimes, parts_of
+
+    timed: dict[int, PartTimes] = {}
+    timing = ExitStack()
+
+    def before(number: int) -> None:
+        timing.close()
+        if number == 1:
+            pause()
+        if number == 0 or number % 2:
+            timed[number] = timing.enter_context(parts_of(model))
+
+    with timing:
+        found = _generate(model, length, max(new_tokens, 2), prepare, before)
+    forwards = [found.prompt, *found.tokens]
+    parts = [(forwards[number], times.seconds) for number, times in timed.items() if number < len(forwards)]
+    plain = statistics.median(found.tokens[1::2])
+    return PartsResult(ForwardParts.of(parts[:1]), ForwardParts.of(parts[1:]), plain)
 
 
 def _reload_lora(model: Any) -> float | None:
@@ -137,40 +214,60 @@ def _reload_lora(model: Any) -> float | None:
     return (time.perf_counter() - started) / len(adapters.layers)
 
 
-def _generate(model: Any, length: int, new_tokens: int, prepare: Prepare) -> tuple[float, float]:
+class _Generated(NamedTuple):
+    """Times in seconds."""
+
+    prompt: float
+    tokens: list[float]
+    """of each token after the first"""
+    cache: Any
+    """transformers' cache of keys and values"""
+
+
+def _generate(
+    model: Any, length: int, new_tokens: int, prepare: Prepare, before: Callable[[int], object] = lambda number: None
+) -> _Generated:
     """Generate greedily from a random prompt as LLaMA-Factory's chats do: ``generate`` in its own thread.
 
-    Returns:
-        (prefill seconds, median seconds per token after it).
+    Args:
+        before: called, off the clock, before each forward with its number, 0 for the prompt; and once more after the last.
     """
     import torch
 
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(10, vocabulary, (1, length), generator=generator).to(model.device)
-    clock = _Clock(prepare)
-    prepare(length)
+
+    def ready(number: int) -> None:
+        before(number)
+        if number < 2:
+            prepare(1 if number else length)
+
+    clock = _Clock(ready)
     with ThreadPoolExecutor(1) as thread:
         answer = thread.submit(
             model.generate, input_ids=ids, attention_mask=torch.ones_like(ids), streamer=clock, do_sample=False,
             max_new_tokens=new_tokens + 1, eos_token_id=vocabulary, pad_token_id=0,  # no token has this id: none ends it
+            return_dict_in_generate=True,
         )  # fmt: skip
-        answer.result()
-    prefill, *tokens = (after - before for before, after in pairwise(clock.times))
-    return prefill, statistics.median(tokens)
+        cache = answer.result().past_key_values
+    prompt, *tokens = clock.seconds
+    return _Generated(prompt, tokens, cache)
 
 
 class _Clock:
-    """Streamer that records when the prompt goes in and when each token comes out."""
+    """Streamer that records the seconds between the prompt's going in and each token's coming out."""
 
-    def __init__(self, prepare: Prepare):
-        self.times: list[float] = []
-        self._prepare = prepare
+    def __init__(self, before: Callable[[int], None]):
+        self.seconds: list[float] = []
+        self._before = before
+        self._started: float | None = None
 
     def put(self, _: Any) -> None:
-        self.times.append(time.perf_counter())
-        if len(self.times) == 2:
-            self._prepare(1)
+        if self._started is not None:
+            self.seconds.append(time.perf_counter() - self._started)
+        self._before(len(self.seconds))
+        self._started = time.perf_counter()
 
     def end(self) -> None:
         """``generate`` calls this at the end."""

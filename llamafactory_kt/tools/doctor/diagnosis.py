@@ -44,6 +44,7 @@ def diagnose(config: Path | None = None, overrides: Sequence[str] = ()) -> list[
     run(machine.disk)
     if imports.works("torch"):
         run(machine.gpu)
+        run(machine.native_kernels)
     safe = sound and "kt_kernel" not in imports.crashing
     if safe:
         run(machine.engines)

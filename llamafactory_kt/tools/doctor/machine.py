@@ -99,6 +99,23 @@ def _nvidia_smi() -> list[tuple[str, str]]:
     return [(name.strip(), driver.strip()) for name, _, driver in rows]
 
 
+def native_kernels() -> Findings:
+    """Say which instruction set the native kernels use, or why there are none."""
+    from ...native.library import VARIABLE, library
+
+    found = library()
+    if isinstance(found, str):
+        yield warning(
+            "native kernels", found,
+            f"If they were not built, install a C++ compiler (g++ or clang++) and install the package again; if {VARIABLE} is set, unset "
+            "it. Until then experts take another engine, and the layers around them PyTorch's operators.",
+        )  # fmt: skip
+        return
+    chosen = f", chosen by {VARIABLE}" if os.environ.get(VARIABLE) else ""
+    sets = found.kt_instruction_sets().decode().replace(",", ", ")
+    yield ok("native kernels", f"{found.kt_in_use().decode()}{chosen}; this CPU has {sets}")
+
+
 def engines() -> Findings:
     """List the engines that run here, with their builds, and those of ``auto`` that do not."""
     from ...engines.registry import engines as every

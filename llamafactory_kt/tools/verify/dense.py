@@ -18,7 +18,6 @@ from ...apply import switch_adapter
 from ...checkpoint.opening import open_checkpoint
 from ...engines.bounds import Bounds
 from ...ground.tensor_files import SafetensorsStore
-from ...matmul.layouts import is_packed, unpack
 from ...model.experts_module import KTExperts
 from ...model.state import kt_state, plain_model
 from ...peft_side.model_names import CheckpointNames, ModuleNames, tied_weights
@@ -153,17 +152,12 @@ def _base_reader(plain: Any, files: CheckpointWeights) -> Any:
     own = kt_state(plain).own_weights
 
     def read(name: str) -> torch.Tensor:
-        current = _unpacked(own.get(name, weight_of(plain, name)))
+        current = own.get(name, weight_of(plain, name)).detach()
         stored = files.read(name)
         # of quantized weights and resized embeddings, the model's own
         return (stored if stored is not None and stored.shape == current.shape else current).float().cpu()
 
     return read
-
-
-def _unpacked(weight: torch.Tensor) -> torch.Tensor:
-    weight = weight.detach()
-    return unpack(weight) if is_packed(weight) else weight
 
 
 def _compare(name: str, module: _Module) -> ModuleResult:
@@ -195,6 +189,6 @@ def _compare_base(plain: Any, files: CheckpointWeights) -> tuple[int, list[str]]
         if stored is None or stored.shape != weight.shape:
             continue
         count += 1
-        if not torch.equal(stored.to(weight.dtype), _unpacked(weight).cpu()):
+        if not torch.equal(stored.to(weight.dtype), weight.cpu()):
             differing.append(name)
     return count, differing

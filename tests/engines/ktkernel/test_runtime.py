@@ -35,5 +35,5 @@ def test_kernel_missing_or_made_for_another_cpu(demo, monkeypatch, tmp_path):
         quantize_model(demo / "model", tmp_path / "packed", "int8")
     assert not (tmp_path / "packed").exists()
     state = kt_state(load(demo / "model"))
-    assert state.engine.name == "oneDNN"
+    assert state.engine.name == "native"
     assert state.reason.startswith("AMXBF16 cannot run: kt-kernel is not installed")

@@ -28,7 +28,7 @@ def test_a_real_run(tmp_path, demo):
     path.write_text(yaml.safe_dump(config))
     words = [
         "--against", "stock", "--against", "kt_merge_adapter=true",
-        "--no-base", "--prompt-tokens", "16,40", "--new-tokens", "3", "--rounds", "2",
+        "--no-base", "--prompt-tokens", "16,40", "--new-tokens", "3", "--rounds", "1",
     ]  # fmt: skip
     result = run(path, "kt_router_stats=true", *words, "--json", "-")
     assert result.returncode == 0, result.stderr
@@ -40,13 +40,36 @@ def test_a_real_run(tmp_path, demo):
     files = sum(f.stat().st_size for f in (demo / "model").glob("*.safetensors"))
     for one in (configured, stock):
         assert set(one["prefill"]) == set(one["decode"]) == {"16", "40"}
-        assert all(len(times) == 2 and min(times) > 0 for part in ("prefill", "decode") for times in one[part].values())
+        assert all(len(times) == 1 and min(times) > 0 for part in ("prefill", "decode") for times in one[part].values())
         loaded = one["loaded"]
         assert 2**27 < loaded["before"] <= loaded["resident"] <= loaded["peak_loading"] and one["peak"] > 2**27
         # Three layers, two of eight experts a token, in bfloat16.
         assert loaded["experts_per_token"] == 3 * 2 * 3 * 128 * 96 * 2
+        assert (
+            set(loaded["operations"])
+            == set(loaded["cache"])
+            == set(one["parts"])
+            == set(one["peak_share"])
+            == {"16", "40"}
+        )
+        assert loaded["operations"]["40"]["experts"] == 40 * loaded["experts_per_token"], (
+            "two for each weight, of two bytes"
+        )
+        for found_parts in one["parts"].values():
+            for forward in (found_parts["prompt"], found_parts["token"]):
+                assert list(forward["parts"]) == ["attention", "linear", "experts", "output", "between"]
+                assert all(0 < seconds < forward["total"] for seconds in forward["parts"].values())
+        assert 0 < one["proportional"] < one["resident"], "libraries, at least, are shared"
+    # Keys of 48 and values of 32 numbers, four heads, four layers; the last token is not in the cache.
+    assert (
+        configured["loaded"]["cache"]
+        == stock["loaded"]["cache"]
+        == {"16": 80 * 4 * 4 * 2 * 20, "40": 80 * 4 * 4 * 2 * 44}
+    )
     assert stock["loaded"]["weights"] == pytest.approx(files, rel=0.01) and found["machine"]["checkpoint"] == files
     assert configured["loaded"]["weights"] >= stock["loaded"]["weights"] + 2 * (60_672 + 129_024), "and its LoRA"
-    assert (
-        len(found["machine"]["bandwidth"]) == 2 and "decode speed after 40" in found["ratios"]["stock"]["as configured"]
-    )
+    assert configured["loaded"]["others_per_token"] == stock["loaded"]["others_per_token"], "the same model"
+    assert configured["loaded"]["lora_per_token"] > 2 * 60_672 and stock["loaded"]["lora_per_token"] == 0
+    turns = 3 * 2 * (1 + 1)
+    assert len(found["machine"]["bandwidth"]) == len(found["machine"]["products"]) == 1 + 2 * turns
+    assert "decode speed after 40" in found["ratios"]["stock"]["as configured"]

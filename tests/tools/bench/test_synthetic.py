@@ -40,6 +40,34 @@ def test_synthetic_names():
             parse_shape(f"deepseek-v3:{wrong}")
 
 
+@pytest.mark.parametrize(
+    ("name", "experts", "key"),
+    [
+        ("qwen3-30b-a3b", 8, "num_experts"),
+        ("deepseek-v2-lite", 6, "n_routed_experts"),
+        ("mixtral-8x7b", 2, "num_local_experts"),
+        ("deepseek-v3", 16, "n_routed_experts"),
+    ],
+)
+def test_fewer_experts(name, experts, key):
+    """The least that a token can choose from; all other sizes stay."""
+    fewer, whole = parse_shape(name, experts), parse_shape(name)
+    assert fewer.values == {**whole.values, key: experts} and fewer.name == f"{whole.name}x{experts}"
+    assert parse_shape(name, whole.values[key]).values == whole.values
+    small, large = (SyntheticModel.of(shape).weights for shape in (fewer, whole))
+    assert small.experts * whole.values[key] == large.experts * experts
+    for wrong in (experts - 1, 0, whole.values[key] + experts):
+        with pytest.raises(
+            KTConfigError, match=rf"--experts: {name} takes {experts} to \d+ experts.*, found {wrong}\."
+        ):
+            parse_shape(name, wrong)
+
+
+def test_experts_in_groups():
+    with pytest.raises(KTConfigError, match=r"takes 16 to 256 experts, in steps of 8 \(a token chooses 8\), found 20"):
+        parse_shape("deepseek-v3:4", 20)
+
+
 def tiny(architecture: str) -> SyntheticModel:
     values = {key: value for key, value in ARCHITECTURES[architecture].items() if not key.endswith("token_id")}
     return SyntheticModel.of(ModelShape("tiny-3", architecture, values))

@@ -1,0 +1,52 @@
+"""Linear layers on the native kernels. Their weights stay ordinary parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..native.fused_linear import Factors, FusedLinear, fits
+
+_HAS_AMX = torch.cpu._is_amx_tile_supported()
+MANY_ROWS = 64
+"""from so many on, oneDNN's products on AMX are faster than any without; fewer wait for memory"""
+
+
+class NativeLinear(nn.Linear):
+    """Stands in as the class of an ``nn.Linear``. Whatever the kernels do not read (another device, gradients) PyTorch computes."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out], in the dtype of the input."""
+        fused = fused_linear(self, self, input)
+        return fused(input) if fused is not None else super().forward(input)
+
+
+def fused_linear(
+    layer: nn.Linear, owner: nn.Module, x: torch.Tensor, key: Any = None, factors: Callable[[], list[Factors]] = list
+) -> FusedLinear | None:
+    """The call that computes a layer, kept by its owner for as long as the weight lies where it did; None if the kernels cannot.
+
+    Args:
+        key: tells the owner's calls apart.
+        factors: of the LoRA on top.
+    """
+    weight, kept = layer.weight, vars(owner).setdefault("_kt_fused", {})
+    if _HAS_AMX and weight.dtype == torch.bfloat16 and x.numel() >= MANY_ROWS * x.shape[-1]:
+        return None
+    found: FusedLinear | None = kept.get(key)
+    if found is not None and found.address == weight.data_ptr() and found.takes(x):
+        return found
+    if not (fits(weight) and FusedLinear.takes(x)) or (
+        torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    ):
+        return None
+    found = kept[key] = FusedLinear(weight, layer.bias, factors())
+    return found
+
+
+def forget_fused(module: nn.Module) -> None:
+    """Before weights change in dtype or place."""
+    vars(module).pop("_kt_fused", None)

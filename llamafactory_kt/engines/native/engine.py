@@ -1,0 +1,142 @@
+"""The engine on the native kernels: weights row-major in the checkpoint's dtype, one call for a layer's experts, LoRA fused in."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ...adapters import ExpertLora, ExpertsShape
+from ...adapters.keys import PROJECTIONS
+from ...checkpoint.formula import ACTIVATIONS, ExpertFormula
+from ...checkpoint.reader import ExpertWeights
+from ...ground.paging import empty_in_huge_pages
+from ...native.library import DTYPES, ExpertsCall, Weight, byref, kernels, library
+from ...native.recording import active
+from ...native.scratch import scratch
+from ..base import Engine, EngineOptions, LayerMemory, Undo
+from .lora import FusedLora, lora_size
+
+CHUNK = 4096
+"""tokens of a call, which bound its scratch memory"""
+
+
+class NativeEngine(Engine):
+    """Sums in float32; BF16 weights multiply activations that are rounded to bfloat16 where the CPU has instructions for that.
+
+    Weights stay where the checkpoint's files are mapped (``options.mapped``), or are copied into huge pages, expert after expert as a
+    token reads them.
+    """
+
+    name = "native"
+    maps_weights = notes_calls = True
+
+    _lora: FusedLora | None = None
+
+    @classmethod
+    def problem(cls) -> str | None:
+        found = library()
+        return found if isinstance(found, str) else None
+
+    @classmethod
+    def cannot_compute(cls, formula: ExpertFormula) -> str | None:
+        return None
+
+    @classmethod
+    def auto(cls, merged: bool) -> bool:
+        return True
+
+    @classmethod
+    def build(cls) -> str:
+        found = library()
+        return "" if isinstance(found, str) else str(found.kt_in_use().decode())
+
+    @classmethod
+    def memory(cls, shape: ExpertsShape, rank: int, itemsize: int, options: EngineOptions) -> LayerMemory:
+        """Experts are copied one at a time, and mapped ones take the memory of the system's file cache."""
+        weights = shape.num_weights * itemsize
+        if options.mapped:
+            return LayerMemory(0, lora_size(shape, rank), 0)
+        return LayerMemory(weights, lora_size(shape, rank), weights // shape.num_experts)
+
+    def load(self) -> None:
+        shape, formula = self.spec.shape, self.spec.formula
+        self._weights = list(self.read_experts(None) if self.options.mapped else self._copied())
+        self._biases = self.spec.read_biases()
+        self._arrays = {
+            projection: _weights([getattr(expert, projection) for expert in self._weights], self._bias(projection))
+            for projection in shape.projections
+        }
+        limit = math.inf if formula.limit is None else formula.limit
+        self.call = ExpertsCall(
+            shape.num_experts, shape.hidden_size, shape.intermediate_size, 0, DTYPES[self._weights[0].down.dtype],
+            ACTIVATIONS.index(formula.activation), formula.limit_activated, formula.alpha, limit, formula.up_offset,
+            *(self._arrays.get(projection) for projection in PROJECTIONS),
+        )  # fmt: skip
+
+    def _copied(self) -> Iterator[ExpertWeights]:
+        block: torch.Tensor | None = None
+        for number, expert in enumerate(self.read_experts(None)):
+            sizes = [matrix.numel() for matrix in expert]
+            if block is None:
+                block = empty_in_huge_pages((self.spec.shape.num_experts, sum(sizes)), expert.down.dtype)
+            places = block[number].split(sizes)
+            yield ExpertWeights(*(p.view(m.shape).copy_(m) for p, m in zip(places, expert, strict=True)))
+
+    def _bias(self, projection: str) -> Sequence[torch.Tensor] | None:
+        return getattr(self._biases, projection) if self._biases is not None else None
+
+    def set_lora(self, lora: ExpertLora | None) -> Undo:
+        before = self._lora
+        self._put(FusedLora(lora) if lora else None)
+        return lambda: self._put(before)
+
+    def _put(self, lora: FusedLora | None) -> None:
+        for projection, array in self._arrays.items():
+            a, b = lora.factors[projection] if lora else (None, None)
+            for expert, weight in enumerate(array):
+                weight.a = a[expert].data_ptr() if a is not None else None
+                weight.b = b[expert].data_ptr() if b is not None else None
+        self._lora, self.lora_rank = lora, lora.rank if lora else 0
+        self.call.rank = self.lora_rank
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        x = hidden.contiguous() if hidden.dtype in DTYPES else hidden.float().contiguous()
+        chosen, scores, out = index.contiguous(), weights.float().contiguous(), torch.empty_like(x)
+        for start in range(0, len(x), CHUNK):
+            rows = slice(start, start + CHUNK)
+            self.compute(x[rows], chosen[rows], scores[rows], out[rows])
+        return out.to(hidden.dtype)
+
+    def compute(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> None:
+        """One call of the kernel. All are contiguous; x and out [T, H] are of one of :data:`DTYPES`, scores float32."""
+        tokens, top = index.shape
+        needed = kernels().kt_experts_scratch(byref(self.call), tokens, top)
+        failed = kernels().kt_experts_forward(
+            byref(self.call), x.data_ptr(), DTYPES[x.dtype], tokens, index.data_ptr(), scores.data_ptr(), top, out.data_ptr(),
+            scratch(needed), torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise IndexError(f"The router chose an expert that is none of the {self.spec.shape.num_experts}.")
+        if active.recorder is not None:
+            active.recorder.note("experts", self, (x, index, scores), out)
+
+    @property
+    def nbytes(self) -> int:
+        weights = sum(matrix.nbytes for expert in self._weights for matrix in expert)
+        return weights + sum(bias.nbytes for bias in self._biases or ())
+
+    @property
+    def lora_nbytes(self) -> int:
+        return self._lora.nbytes if self._lora else 0
+
+
+def _weights(matrices: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> ctypes.Array[Weight]:
+    """The experts' ``kt_weight``s."""
+    array = (Weight * len(matrices))()
+    for number, (weight, matrix) in enumerate(zip(array, matrices, strict=True)):
+        weight.weight, weight.stride = matrix.data_ptr(), matrix.stride(0)
+        weight.bias = biases[number].data_ptr() if biases is not None else None
+    return array

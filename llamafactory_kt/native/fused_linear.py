@@ -1,0 +1,73 @@
+"""A linear layer with its LoRA as one call of the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .library import DTYPES, LinearCall, Weight, byref, kernels
+from .recording import active
+from .scratch import scratch
+
+Factors = tuple[torch.Tensor, torch.Tensor, float]
+"""A [r, in], B [out, r], and the scaling of their product"""
+
+
+def fits(weight: torch.Tensor) -> bool:
+    """Whether the kernels read such a weight where it lies."""
+    return weight.device.type == "cpu" and weight.dim() == 2 and weight.dtype in DTYPES and weight.stride(1) == 1
+
+
+class FusedLinear:
+    """``W x + scaling B (A x) + bias``, with the LoRA of any number of adapters; sums are float32.
+
+    Args:
+        weight: [out, in], read where it lies, and kept.
+        bias: [out], any dtype; copied.
+        factors: of each adapter; copied.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, factors: Iterable[Factors] = ()):
+        each = list(factors)
+        a = torch.cat([a.detach().float() for a, _, _ in each]) if each else None
+        b = torch.cat([scaling * b.detach().float() for _, b, scaling in each], 1) if each else None
+        wide = bias.detach().float().clone() if bias is not None else None
+        self.weight, self.address = weight, weight.data_ptr()
+        self._kept = a, b, wide
+        own = Weight(self.address, weight.stride(0), *(t.data_ptr() if t is not None else None for t in (a, b, wide)))
+        self._rows, width = weight.shape
+        self.call = LinearCall(self._rows, width, len(a) if a is not None else 0, DTYPES[weight.dtype], own)
+        self._reference = byref(self.call)
+        self._scratch: dict[int, int] = {}
+
+    @staticmethod
+    def takes(x: torch.Tensor) -> bool:
+        """Whether the kernels read such an input."""
+        return x.dtype in DTYPES and x.device.type == "cpu"
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out], in the dtype of x."""
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows if rows.is_contiguous() else rows.contiguous()
+        tokens = rows.shape[0]
+        out = torch.empty(*x.shape[:-1], self._rows, dtype=x.dtype)
+        if (needed := self._scratch.get(tokens)) is None:
+            needed = self._scratch[tokens] = kernels().kt_linear_scratch(self._reference, tokens)
+        kernels().kt_linear_forward(
+            self._reference,
+            rows.data_ptr(),
+            DTYPES[x.dtype],
+            tokens,
+            out.data_ptr(),
+            scratch(needed),
+            torch.get_num_threads(),
+        )
+        if active.recorder is not None:
+            active.recorder.note("linear", self, (rows,), out)
+        return out
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles of what keeps a call get None: the addresses in it are of this object's tensors."""
+        return type(None), ()

@@ -1,0 +1,8 @@
+#define KT_ISA avx512
+#include "vector_avx512.h"
+#include "products.h"
+#include "experts.h"
+#include "linear.h"
+#include "attention.h"
+#include "steps.h"
+#include "table.h"

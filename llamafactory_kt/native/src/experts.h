@@ -1,0 +1,209 @@
+/* A layer's experts in one parallel region.
+ *
+ * The tokens of each expert form a group. The steps, with a barrier after each: activations into the dtype that weights multiply, A of gate and
+ * up, gate and up with the activation between, A of down, down with the weighted sum. Without LoRA, two steps go. Gate and up are divided among
+ * threads by what they cost; of down, each thread takes a part of the rows for all groups, so that it alone adds to its columns of the output,
+ * in the order of the experts: the result does not depend on the number of threads.
+ */
+#pragma once
+#include "activation.h"
+
+namespace kt {
+namespace {
+namespace kernels_ {
+
+struct Group {
+    int64_t expert, first, count; /* its rows in Experts::order */
+};
+
+template <class T>
+struct Experts {
+    const kt_experts &e;
+    int64_t tokens, top, rank, rows;
+    const void *x;
+    int32_t x_dtype;
+    const float *scores;
+    void *out;
+
+    Group *groups;
+    int64_t *starts, *order;       /* order: slot (token * top + k) of each row, expert by expert */
+    int64_t hidden, inner_;        /* values between two rows of xs and hs; of the wide ones: */
+    int64_t hidden_wide, inner_wide;
+    X<T> *xs, *hs;                 /* x [tokens, H], h [rows, I], as weights multiply them */
+    float *fs, *gs;                /* the same in float32, for LoRA */
+    float *ts, *us;                /* A x of gate and up [rows, 2 rank], A h of down [rows, rank] */
+    float *sums;                   /* [tokens, H] */
+    int64_t count = 0, cost = 0;
+
+    Experts(const kt_experts &experts, int64_t tokens, int64_t top, Scratch &scratch)
+        : e(experts), tokens(tokens), top(top), rank(experts.rank), rows(tokens * top) {
+        hidden = apart<X<T>>(e.hidden), inner_ = apart<X<T>>(e.intermediate);
+        hidden_wide = apart<float>(e.hidden), inner_wide = apart<float>(e.intermediate);
+        const bool both = rank && pairs<T>;
+        groups = scratch.take<Group>(rows < e.experts ? rows : e.experts);
+        starts = scratch.take<int64_t>(e.experts + 1), order = scratch.take<int64_t>(rows);
+        xs = scratch.take<X<T>>(tokens * hidden), hs = scratch.take<X<T>>(rows * inner_);
+        fs = both ? scratch.take<float>(tokens * hidden_wide) : reinterpret_cast<float *>(xs);
+        gs = both ? scratch.take<float>(rows * inner_wide) : reinterpret_cast<float *>(hs);
+        ts = scratch.take<float>(rows * 2 * rank), us = scratch.take<float>(rows * rank);
+        sums = scratch.take<float>(tokens * e.hidden);
+    }
+
+    /* Sort the rows by expert. */
+    void group(const int64_t *index) {
+        for (int64_t n = 0; n <= e.experts; n++) starts[n] = 0;
+        for (int64_t r = 0; r < rows; r++) starts[index[r] + 1]++;
+        for (int64_t n = 0, first = 0; n < e.experts; n++) {
+            const int64_t own = starts[n + 1];
+            starts[n] = first;
+            if (own) groups[count++] = Group{n, first, own}, cost += weight(own) * steps();
+            first += own;
+        }
+        for (int64_t r = 0; r < rows; r++) order[starts[index[r]]++] = r;
+    }
+
+    /* gate's and up's rows are divided in steps of SIDE, whose cost is reading them or, for many tokens, the products. */
+    int64_t steps() const { return (e.intermediate + SIDE - 1) / SIDE; }
+    static int64_t weight(int64_t tokens) { return tokens < 10 ? 10 : tokens; }
+    int64_t token(int64_t row) const { return order[row] / top; }
+
+    template <class S>
+    void prepare(const S *given, const Team &team) {
+        const int64_t h = e.hidden;
+        const Range mine(tokens, 1, team), columns(h, L, team);
+        for (int64_t t = mine.first; t < mine.last; t++) {
+            convert(given + t * h, xs + t * hidden, h);
+            if (rank && pairs<T>) convert(given + t * h, fs + t * hidden_wide, h);
+        }
+        for (int64_t t = 0; t < tokens; t++)
+            memset(sums + t * h + columns.first, 0, size_t(columns.last - columns.first) * sizeof(float));
+    }
+
+    /* The halves A of LoRA: of gate and up, or of down. */
+    void low(bool down, const Team &team) {
+        const int64_t k = down ? e.intermediate : e.hidden, width = down ? rank : 2 * rank;
+        int64_t number = 0;
+        for (int64_t n = 0; n < count; n++) {
+            const Group &g = groups[n];
+            const kt_weight *halves[] = {down ? &e.down[g.expert] : e.gate ? &e.gate[g.expert] : nullptr, down ? nullptr : &e.up[g.expert]};
+            for (int half = 0; half < 2; half++)
+                for (int64_t r = 0; r < g.count; r += TILE) {
+                    if (!halves[half] || !halves[half]->a || number++ % team.threads != team.thread) continue;
+                    const kt_weight a = {halves[half]->a, k, nullptr, nullptr, nullptr};
+                    const float *of[TILE];
+                    const int64_t first = g.first + r, some = g.count - r < TILE ? g.count - r : TILE;
+                    for (int64_t j = 0; j < some; j++) of[j] = down ? gs + (first + j) * inner_wide : fs + token(first + j) * hidden_wide;
+                    product<float>(a, 0, rank, k, 0, of, of, some, (down ? us : ts) + first * width + half * rank, width);
+                }
+        }
+    }
+
+    void gate_up(const Team &team) {
+        int64_t from = cost * team.thread / team.threads, to = cost * (team.thread + 1) / team.threads;
+        for (int64_t n = 0; n < count; n++) {
+            const int64_t each = weight(groups[n].count), own = each * steps();
+            if (from < own && to > 0) {
+                const int64_t first = from > 0 ? (from + each - 1) / each * SIDE : 0;
+                int64_t last = to < own ? (to + each - 1) / each * SIDE : e.intermediate;
+                if (last > e.intermediate) last = e.intermediate;
+                gate_up_rows(groups[n], first, last);
+            }
+            from -= own, to -= own;
+        }
+    }
+
+    void gate_up_rows(const Group &g, int64_t first, int64_t last) {
+        alignas(64) float gate[TILE * TILE], up[TILE * TILE];
+        for (int64_t n = first; n < last; n += TILE) {
+            const int64_t end = n + TILE < last ? n + TILE : last;
+            for (int64_t r = 0; r < g.count; r += TILE) {
+                const X<T> *of[TILE];
+                const float *gate_t[TILE], *up_t[TILE];
+                const int64_t some = g.count - r < TILE ? g.count - r : TILE;
+                for (int64_t j = 0; j < some; j++) {
+                    const int64_t row = g.first + r + j;
+                    of[j] = xs + token(row) * hidden, gate_t[j] = ts + row * 2 * rank, up_t[j] = gate_t[j] + rank;
+                }
+                if (e.gate) product<T>(e.gate[g.expert], n, end, e.hidden, rank, of, gate_t, some, gate, TILE);
+                product<T>(e.up[g.expert], n, end, e.hidden, rank, of, up_t, some, up, TILE);
+                for (int64_t j = 0; j < some; j++) {
+                    const int64_t row = g.first + r + j;
+                    float *found = up + j * TILE;
+                    for (int64_t i = 0; i < end - n; i += L) store(found + i, inner(load(gate + j * TILE + i), load(found + i), e));
+                    convert(found, hs + row * inner_ + n, end - n);
+                    if (rank && pairs<T>) convert(found, gs + row * inner_wide + n, end - n);
+                }
+            }
+        }
+    }
+
+    void down(const Team &team) {
+        const int64_t h = e.hidden;
+        const Range mine(h, SIDE, team);
+        alignas(64) float found[TILE * TILE];
+        for (int64_t m = 0; m < count; m++) {
+            const Group &g = groups[m];
+            for (int64_t n = mine.first; n < mine.last; n += TILE) {
+                const int64_t end = n + TILE < mine.last ? n + TILE : mine.last;
+                for (int64_t r = 0; r < g.count; r += TILE) {
+                    const X<T> *of[TILE];
+                    const float *t[TILE];
+                    const int64_t some = g.count - r < TILE ? g.count - r : TILE;
+                    for (int64_t j = 0; j < some; j++) of[j] = hs + (g.first + r + j) * inner_, t[j] = us + (g.first + r + j) * rank;
+                    product<T>(e.down[g.expert], n, end, e.intermediate, rank, of, t, some, found, TILE);
+                    for (int64_t j = 0; j < some; j++) {
+                        float *to = sums + token(g.first + r + j) * h + n;
+                        const float score = scores[order[g.first + r + j]];
+                        for (int64_t i = 0; i < end - n; i++) to[i] += score * found[j * TILE + i];
+                    }
+                }
+            }
+        }
+        with_dtype(x_dtype, [&](auto tag) {
+            using S = typename decltype(tag)::type;
+            for (int64_t t = 0; t < tokens; t++)
+                convert(sums + t * h + mine.first, static_cast<S *>(out) + t * h + mine.first, mine.last - mine.first);
+        });
+    }
+
+    void compute(const Team &team) {
+        with_dtype(x_dtype, [&](auto tag) { prepare(static_cast<const typename decltype(tag)::type *>(x), team); });
+        team.barrier();
+        if (rank) {
+            low(false, team);
+            team.barrier();
+        }
+        gate_up(team);
+        team.barrier();
+        if (rank) {
+            low(true, team);
+            team.barrier();
+        }
+        down(team);
+    }
+};
+
+int64_t experts_scratch(const kt_experts &e, int64_t tokens, int64_t top) {
+    return with_dtype(e.dtype, [&](auto tag) {
+        Scratch scratch(nullptr);
+        Experts<typename decltype(tag)::type> counted(e, tokens, top, scratch);
+        return scratch.used();
+    });
+}
+
+int experts(const kt_experts &e, const void *x, int32_t x_dtype, int64_t tokens, const int64_t *index, const float *scores, int64_t top,
+            void *out, void *memory, int threads) {
+    return with_dtype(e.dtype, [&](auto tag) {
+        using Call = Experts<typename decltype(tag)::type>;
+        Scratch scratch(memory);
+        Call call(e, tokens, top, scratch);
+        call.x = x, call.x_dtype = x_dtype, call.scores = scores, call.out = out;
+        call.group(index);
+        in_team(threads, [](void *context, const Team &team) { static_cast<Call *>(context)->compute(team); }, &call);
+        return 0;
+    });
+}
+
+}  // namespace kernels_
+}  // namespace
+}  // namespace kt

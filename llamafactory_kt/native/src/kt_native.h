@@ -1,0 +1,144 @@
+/* The C interface of the native kernels.
+ *
+ * Weights are read where they lie: row-major [out, in], in the checkpoint's dtype, with a stride between rows. Sums are float32. All
+ * pointers must stay valid during a call; nothing is kept.
+ */
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#pragma GCC visibility push(default)
+
+enum kt_dtype { KT_F32 = 0, KT_BF16 = 1, KT_F16 = 2, KT_BOOL = 3, KT_I64 = 4, KT_C64 = 5 }; /* the last three: of steps alone */
+enum kt_activation { KT_SILU = 0, KT_GELU = 1, KT_GELU_TANH = 2, KT_RELU = 3, KT_RELU2 = 4 };
+
+/* A weight with its LoRA and bias: y = W x + B (A x) + bias. */
+typedef struct {
+    const void *weight;  /* [rows, cols] */
+    int64_t stride;      /* values between two rows */
+    const float *a;      /* [rank, cols], or null */
+    const float *b;      /* [rows, rank], the scaling in it */
+    const float *bias;   /* [rows], or null */
+} kt_weight;
+
+/* y = down(activation(gate x) * up x) of each expert; without a gate (gate null) y = down(activation(up x)). */
+typedef struct {
+    int64_t experts, hidden, intermediate, rank;
+    int32_t dtype, activation, limit_activated;
+    float alpha, limit, up_offset;
+    const kt_weight *gate, *up; /* [experts] each: rows = intermediate, cols = hidden */
+    const kt_weight *down;      /* [experts]: rows = hidden, cols = intermediate */
+} kt_experts;
+
+typedef struct {
+    int64_t rows, cols, rank;
+    int32_t dtype;
+    kt_weight weight;
+} kt_linear;
+
+/* Layers of one input: of the same cols and dtype. */
+enum { KT_MOST_LINEARS = 8 };
+typedef struct {
+    int64_t count;
+    const kt_linear *parts[KT_MOST_LINEARS];
+    void *outs[KT_MOST_LINEARS]; /* each [tokens, rows] */
+} kt_linears;
+
+/* x / sqrt(mean(x^2) + eps) * (weight + offset), of each row. */
+typedef struct {
+    int64_t width;
+    const void *weight; /* [width] */
+    int32_t dtype;      /* of the weight */
+    float eps, offset;
+    int32_t round_first; /* to the dtype of x, before the weight is multiplied */
+} kt_norm;
+
+/* Causal attention of one query to thousands to the keys of a cache. Query i of n stands at position keys - n + i. */
+typedef struct {
+    int64_t batch, heads, kv_heads, queries, keys, key_dim, value_dim;
+    int32_t dtype;                               /* of q, k, v and out */
+    float scale;                                 /* >= 0 */
+    int64_t window;                              /* a query sees so many positions up to its own; 0: all */
+    const void *q, *k, *v;                       /* [batch, heads, queries, key_dim], [batch, kv_heads, keys, key_dim or value_dim] */
+    int64_t q_strides[3], k_strides[3], v_strides[3]; /* values between two of the batch, heads, rows */
+    const float *sinks;                          /* [heads] logits that take part in each softmax, or null */
+    const uint8_t *mask;                         /* [batch, keys], 0: nobody sees it; or null */
+    void *out;                                   /* [batch, queries, heads, value_dim], contiguous */
+} kt_attention;
+
+/* One step of a program (kt_run). Element by element over sizes[4], with the strides of out, a and b in values: out = f(a, b), where b null
+ * stands for the number beta. Row by row over sizes[0] contiguous rows of a with sizes[1] values: the last ones. */
+enum kt_op {
+    KT_STEP_COPY, KT_STEP_ADD /* a + alpha b */, KT_STEP_MUL, KT_STEP_DIV, KT_STEP_RSUB /* b - alpha a */, KT_STEP_SILU, KT_STEP_SIGMOID, KT_STEP_GELU, KT_STEP_GELU_TANH, KT_STEP_EXP,
+    KT_STEP_CLAMP /* between alpha and beta */, KT_STEP_NEG, KT_STEP_SQUARE, KT_STEP_RSQRT, KT_STEP_SQRT, KT_STEP_NOT, KT_STEP_FILL_WHERE /* alpha where b, else a */,
+    KT_STEP_SUM /* times alpha */, KT_STEP_SOFTMAX, KT_STEP_TOPK /* n, their indices int64 in b */, KT_STEP_GATHER /* n, at the indices b */, KT_STEP_SCATTER /* alpha, at n indices b of each row of out */,
+    KT_STEP_FILL /* out = alpha */, KT_STEP_COMPLEX_MUL, KT_STEP_MEMCPY /* n bytes */, KT_STEP_LINEAR, KT_STEP_EXPERTS, KT_STEP_ATTENTION, KT_STEP_NORM /* of n tokens; sizes[0]: experts of a token */
+};
+
+typedef struct {
+    int32_t op, dtypes[3]; /* of out, a, b */
+    int64_t sizes[4], strides[3][4];
+    void *out;
+    const void *a;
+    void *b;
+    const void *c; /* scores of KT_STEP_EXPERTS */
+    double alpha, beta;
+    int64_t n;
+    const void *call; /* kt_linears, kt_experts, kt_attention or kt_norm */
+} kt_step;
+
+/* The fingerprint of the sources that this library was made from (build.py). */
+const char *kt_sources(void);
+
+/* The instruction sets that this CPU has kernels for, fastest first, as a list of names with commas; empty if none. */
+const char *kt_instruction_sets(void);
+
+/* Take one of them from now on; null: the fastest. Returns 0, or -1 if the CPU does not have it. */
+int kt_use(const char *name);
+
+/* The one in use. */
+const char *kt_in_use(void);
+
+/* libgomp's own functions: GOMP_parallel, GOMP_barrier, omp_get_thread_num and omp_get_num_threads. Without them, one thread computes. */
+void kt_set_team(void (*parallel)(void (*)(void *), void *, unsigned, unsigned), void (*barrier)(void), int (*thread)(void),
+                 int (*threads)(void));
+
+/* Bytes of scratch memory, 64-byte aligned, that a call needs. */
+int64_t kt_experts_scratch(const kt_experts *experts, int64_t tokens, int64_t top);
+int64_t kt_linear_scratch(const kt_linear *linear, int64_t tokens);
+int64_t kt_attention_scratch(const kt_attention *attention, int threads); /* not less for more keys or threads */
+
+/* out[t] = sum over k of scores[t, k] * expert[index[t, k]](x[t]), for x and out [tokens, hidden] of x_dtype, index [tokens, top],
+ * scores [tokens, top]. Returns 0, or -1 for an index that is no expert. */
+int kt_experts_forward(const kt_experts *experts, const void *x, int32_t x_dtype, int64_t tokens, const int64_t *index,
+                       const float *scores, int64_t top, void *out, void *scratch, int threads);
+
+/* out[t] = W x[t] + B (A x[t]) + bias, for x [tokens, cols] and out [tokens, rows] of x_dtype. */
+void kt_linear_forward(const kt_linear *linear, const void *x, int32_t x_dtype, int64_t tokens, void *out, void *scratch,
+                       int threads);
+
+/* For x and out [rows, width] of x_dtype. */
+void kt_norm_forward(const kt_norm *norm, const void *x, int32_t x_dtype, int64_t rows, void *out, int threads);
+
+/* Each query's softmax(scale q k) v; zeros for one that sees no key. Where the CPU multiplies pairs of bf16, the softmax's weights are rounded
+ * to bf16 first. */
+void kt_attention_forward(const kt_attention *attention, void *scratch, int threads);
+
+/* Bytes of scratch memory that a program needs; calls of attention need more when their keys grow. */
+int64_t kt_run_scratch(const kt_step *steps, int64_t count);
+
+/* Compute the steps in order; seconds, if not null, gets what each kt_op takes added. Returns 0, or -1 for an index that is no expert; the
+ * steps before it are done. */
+int kt_run(const kt_step *steps, int64_t count, void *scratch, int threads, double *seconds);
+
+/* Between these calls, which one thread at a time makes, a mapping of a file that is cut short reads as zeros behind the new end, instead of
+ * ending the process. Returns 0, or -1 where there are too many. */
+int kt_guard_mapped(const void *address, int64_t bytes);
+void kt_release_mapped(const void *address);
+
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,116 @@
+/* Linear layers of the same input, each with LoRA, in one parallel region. */
+#pragma once
+#include "products.h"
+
+namespace kt {
+namespace {
+namespace kernels_ {
+
+template <class T>
+struct Linears {
+    const kt_linears &l;
+    int64_t tokens, cols, between, between_wide, rank = 0, blocks = 0; /* of all layers: ranks, and blocks of SIDE rows */
+    const void *x;
+    int32_t x_dtype;
+    X<T> *xs;   /* [tokens, cols], as weights multiply it */
+    float *fs;  /* the same in float32, for LoRA */
+    float *ts;  /* A x of each layer, [tokens, its rank] */
+
+    Linears(const kt_linears &linears, int64_t tokens, Scratch &scratch) : l(linears), tokens(tokens), cols(linears.parts[0]->cols) {
+        for (int64_t n = 0; n < l.count; n++) rank += l.parts[n]->rank, blocks += (l.parts[n]->rows + SIDE - 1) / SIDE;
+        between = apart<X<T>>(cols), between_wide = apart<float>(cols);
+        xs = scratch.take<X<T>>(tokens * between);
+        fs = rank && pairs<T> ? scratch.take<float>(tokens * between_wide) : reinterpret_cast<float *>(xs);
+        ts = scratch.take<float>(tokens * rank);
+    }
+
+    template <class S>
+    void prepare(const S *given, const Team &team) {
+        const Range mine(tokens, 1, team);
+        for (int64_t t = mine.first; t < mine.last; t++) {
+            convert(given + t * cols, xs + t * between, cols);
+            if (rank && pairs<T>) convert(given + t * cols, fs + t * between_wide, cols);
+        }
+    }
+
+    /* One token: each thread some of the A's rows; more: some of the tokens, in steps that are the same for any number of threads, because a
+     * product sums a lone token in another order than several. */
+    void low(const Team &team) {
+        constexpr int64_t STEP = 8 * SIDE;
+        const Range rows(rank, 1, team), some(tokens, STEP, team);
+        int64_t before = 0;
+        float *to = ts;
+        for (int64_t n = 0; n < l.count; before += l.parts[n]->rank, to += tokens * l.parts[n]->rank, n++) {
+            const int64_t own = l.parts[n]->rank;
+            if (!own) continue;
+            const kt_weight a = {l.parts[n]->weight.a, cols, nullptr, nullptr, nullptr};
+            if (tokens == 1) {
+                const int64_t first = rows.first > before ? rows.first - before : 0, last = rows.last - before < own ? rows.last - before : own;
+                if (first < last) product<float>(a, first, last, cols, 0, &fs, &fs, 1, to + first, own);
+                continue;
+            }
+            for (int64_t t = some.first; t < some.last; t += STEP) {
+                const float *of[STEP];
+                const int64_t count = some.last - t < STEP ? some.last - t : STEP;
+                for (int64_t r = 0; r < count; r++) of[r] = fs + (t + r) * between_wide;
+                product<float>(a, 0, own, cols, 0, of, of, count, to + t * own, own);
+            }
+        }
+    }
+
+    template <class S>
+    void rows(const kt_linear &layer, const float *low_of, S *to, int64_t first, int64_t last) {
+        alignas(64) float found[TILE * TILE];
+        for (int64_t n = first; n < last; n += TILE) {
+            const int64_t end = n + TILE < last ? n + TILE : last;
+            for (int64_t t = 0; t < tokens; t += TILE) {
+                const X<T> *of[TILE];
+                const float *low[TILE];
+                const int64_t count = tokens - t < TILE ? tokens - t : TILE;
+                for (int64_t r = 0; r < count; r++) of[r] = xs + (t + r) * between, low[r] = low_of + (t + r) * layer.rank;
+                product<T>(layer.weight, n, end, cols, layer.rank, of, low, count, found, TILE);
+                for (int64_t r = 0; r < count; r++) convert(found + r * TILE, to + (t + r) * layer.rows + n, end - n);
+            }
+        }
+    }
+
+    void compute(const Team &team) {
+        with_dtype(x_dtype, [&](auto tag) { prepare(static_cast<const typename decltype(tag)::type *>(x), team); });
+        team.barrier();
+        if (rank) {
+            low(team);
+            team.barrier();
+        }
+        int64_t from = blocks * team.thread / team.threads, to = blocks * (team.thread + 1) / team.threads;
+        const float *low_of = ts;
+        for (int64_t n = 0; n < l.count; n++) {
+            const kt_linear &layer = *l.parts[n];
+            const int64_t own = (layer.rows + SIDE - 1) / SIDE, first = (from > 0 ? from : 0) * SIDE, last = to < own ? to * SIDE : layer.rows;
+            if (first < last)
+                with_dtype(x_dtype, [&](auto tag) { rows(layer, low_of, static_cast<typename decltype(tag)::type *>(l.outs[n]), first, last); });
+            from -= own, to -= own, low_of += tokens * layer.rank;
+        }
+    }
+};
+
+int64_t linears_scratch(const kt_linears &l, int64_t tokens) {
+    return with_dtype(l.parts[0]->dtype, [&](auto tag) {
+        Scratch scratch(nullptr);
+        Linears<typename decltype(tag)::type> counted(l, tokens, scratch);
+        return scratch.used();
+    });
+}
+
+void linears(const kt_linears &l, const void *x, int32_t x_dtype, int64_t tokens, void *memory, int threads) {
+    with_dtype(l.parts[0]->dtype, [&](auto tag) {
+        using Call = Linears<typename decltype(tag)::type>;
+        Scratch scratch(memory);
+        Call call(l, tokens, scratch);
+        call.x = x, call.x_dtype = x_dtype;
+        in_team(threads, [](void *context, const Team &team) { static_cast<Call *>(context)->compute(team); }, &call);
+    });
+}
+
+}  // namespace kernels_
+}  // namespace
+}  // namespace kt

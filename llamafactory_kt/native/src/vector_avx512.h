@@ -1,0 +1,122 @@
+/* Sixteen floats at a time, and the checkpoint's dtypes as they are loaded into them. */
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace kt {
+namespace {
+namespace kernels_ {
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+using F = __m512;
+constexpr int L = 16;            /* floats of a vector */
+
+inline F zero() { return _mm512_setzero_ps(); }
+inline F all(float v) { return _mm512_set1_ps(v); }
+inline F load(const float *p) { return _mm512_loadu_ps(p); }
+inline F load(const bf16 *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+inline F load(const f16 *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+inline F load_part(const float *p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+inline void store(float *p, F v) { _mm512_storeu_ps(p, v); }
+inline __m512i bf16_bits(F v) { /* to nearest, ties to even; NaN stays NaN */
+    __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+}
+inline void store(bf16 *p, F v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(bf16_bits(v))); }
+inline void store(f16 *p, F v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F min(F a, F b) { return _mm512_min_ps(b, a); } /* the operand order keeps NaN of a */
+inline F max(F a, F b) { return _mm512_max_ps(b, a); }
+inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F scale2(F a, F power) { return _mm512_scalef_ps(a, power); }
+inline F zero_below(F v, F x, float bound) { return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(x, all(bound), _CMP_LT_OQ), zero()); }
+inline float sum(F v) { return _mm512_reduce_add_ps(v); }
+inline F at_least(F v, F x, F bound) { /* v where x >= bound, elsewhere -inf */
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), all(-__builtin_inff()), v);
+}
+inline F sums_of(F *each) { /* lane i: the sum of each[i] */
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i += 2) each[i] = add(_mm512_unpacklo_ps(each[i], each[i + 1]), _mm512_unpackhi_ps(each[i], each[i + 1]));
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i += 4) {
+        const __m512d a = _mm512_castps_pd(each[i]), b = _mm512_castps_pd(each[i + 2]);
+        each[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < L; i += 8)
+        each[i] = add(_mm512_shuffle_f32x4(each[i], each[i + 4], 0x88), _mm512_shuffle_f32x4(each[i], each[i + 4], 0xdd));
+    return add(_mm512_shuffle_f32x4(each[0], each[8], 0x88), _mm512_shuffle_f32x4(each[0], each[8], 0xdd));
+}
+inline void transpose(F *rows) { /* of a square of L rows */
+    F a[L], b[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i += 2) {
+        a[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]), a[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i++) { /* b[4 m + c]: column c, and three others of its lane, of the rows 4 m .. 4 m + 3 */
+        const __m512d x = _mm512_castps_pd(a[i / 4 * 4 + i / 2 % 2]), y = _mm512_castps_pd(a[i / 4 * 4 + i / 2 % 2 + 2]);
+        b[i] = _mm512_castpd_ps(i % 2 ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y));
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++) {
+        a[i] = _mm512_shuffle_f32x4(b[i], b[4 + i], 0x88), a[4 + i] = _mm512_shuffle_f32x4(b[i], b[4 + i], 0xdd);
+        a[8 + i] = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0x88), a[12 + i] = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 8; i++) {
+        rows[i / 4 * 4 + i % 4] = _mm512_shuffle_f32x4(a[i], a[8 + i], 0x88);
+        rows[8 + i / 4 * 4 + i % 4] = _mm512_shuffle_f32x4(a[i], a[8 + i], 0xdd);
+    }
+}
+
+/* out[r * ldo + n] = the sum of s[n][r], for all sixteen at once: halves, quarters and neighbors of two vectors are added in one. */
+inline void sum_blocks(const F (&s)[4][4], float *out, int64_t ldo) {
+    F rows[4]; /* of each n: lane r has four parts of the sum of s[n][r] */
+    for (int n = 0; n < 4; n++) {
+        F a = add(_mm512_shuffle_f32x4(s[n][0], s[n][1], 0x44), _mm512_shuffle_f32x4(s[n][0], s[n][1], 0xee));
+        F b = add(_mm512_shuffle_f32x4(s[n][2], s[n][3], 0x44), _mm512_shuffle_f32x4(s[n][2], s[n][3], 0xee));
+        rows[n] = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    F a = add(_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[0], rows[1]));
+    F b = add(_mm512_unpacklo_ps(rows[2], rows[3]), _mm512_unpackhi_ps(rows[2], rows[3]));
+    F all_of = add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    _mm_storeu_ps(out, _mm512_extractf32x4_ps(all_of, 0)), _mm_storeu_ps(out + ldo, _mm512_extractf32x4_ps(all_of, 1));
+    _mm_storeu_ps(out + 2 * ldo, _mm512_extractf32x4_ps(all_of, 2)), _mm_storeu_ps(out + 3 * ldo, _mm512_extractf32x4_ps(all_of, 3));
+}
+
+#ifdef KT_BF16_PAIRS
+inline F dot_pairs(F sums, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
+inline __m512i load_pairs(const bf16 *p) { return _mm512_loadu_si512(p); }
+inline void interleave(F a, F b, F *pairs) { /* of each four neighbors of a and b: the first half of the words, the second */
+    pairs[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+    pairs[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+inline void in_order(F *halves) { /* the floats of words that were interleaved */
+    const F low = _mm512_shuffle_f32x4(halves[0], halves[1], 0x44), high = _mm512_shuffle_f32x4(halves[0], halves[1], 0xee);
+    halves[0] = _mm512_shuffle_f32x4(low, low, 0xd8), halves[1] = _mm512_shuffle_f32x4(high, high, 0xd8);
+}
+inline F pair(F low, F high) { /* both rounded to bf16, lane by lane next to each other */
+    alignas(64) static const uint16_t lanes[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(lanes), (__m512i)_mm512_cvtne2ps_pbh(high, low)));
+}
+#endif
+
+}  // namespace kernels_
+}  // namespace
+}  // namespace kt

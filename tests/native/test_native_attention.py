@@ -1,0 +1,108 @@
+"""Attention of the native kernels against float64 sums, row by row: each instruction set that this CPU has, one query to hundreds."""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import pytest
+import torch
+
+from llamafactory_kt.native import calls
+from llamafactory_kt.native.library import AttentionCall, library
+
+LIBRARY = library()
+SETS = [] if isinstance(LIBRARY, str) else LIBRARY.kt_instruction_sets().decode().split(",")
+pytestmark = pytest.mark.skipif(not SETS, reason=str(LIBRARY))
+BOUND = {torch.float32: 3e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+"""of the weighted values' norm: float32 sums; bf16 rounds weights and result, by 2^-8 each at most"""
+
+
+@pytest.fixture(params=SETS)
+def instructions(request):
+    LIBRARY.kt_use(request.param.encode())
+    yield request.param
+    LIBRARY.kt_use(None)
+
+
+# batch, heads, kv_heads, queries, keys, key_dim, value_dim, window, sinks, mask
+SIZES = [
+    (1, 8, 2, 1, 1, 64, 64, 0, False, False), (1, 32, 4, 1, 1000, 128, 128, 0, False, False),
+    (2, 8, 8, 3, 300, 96, 40, 0, True, True), (1, 12, 3, 5, 777, 24, 7, 100, True, False),
+    (2, 16, 1, 1, 513, 576, 512, 0, False, True), (1, 4, 2, 4, 4, 16, 16, 0, False, False),
+    (1, 5, 1, 1, 600, 80, 80, 300, True, False), (3, 7, 1, 1, 70, 33, 1, 0, False, True),
+    (1, 6, 2, 70, 700, 80, 80, 0, False, False), (1, 6, 2, 33, 33, 192, 128, 0, True, False),
+    (2, 8, 1, 17, 200, 256, 256, 50, False, True), (1, 32, 4, 40, 40, 64, 64, 0, False, False),
+    (1, 64, 8, 9, 600, 64, 64, 128, True, False), (2, 5, 5, 70, 129, 96, 96, 7, True, True),
+    (1, 48, 1, 3, 4500, 40, 24, 0, True, True), (2, 2, 1, 300, 301, 31, 17, 1, False, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_attention(instructions, sizes):
+    batch, heads, kv_heads, queries, keys, key_dim, value_dim, window, sinks, mask = sizes
+    generator = torch.Generator().manual_seed(keys)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    for dtype, heads_first in (
+        (torch.float32, True),
+        (torch.bfloat16, True),
+        (torch.bfloat16, False),
+        (torch.float16, False),
+    ):
+        q = random(batch, queries, heads, key_dim).to(dtype).transpose(1, 2)
+        k, v = (grown(random, batch, kv_heads, keys, width, heads_first).to(dtype) for width in (key_dim, value_dim))
+        logits = random(heads) if sinks else None
+        seen = random(batch, keys) > -0.5 if mask else None
+        if seen is not None:
+            seen[-1, : keys - queries // 2] = False  # left padding: some queries see nothing
+        given = q, k, v, key_dim**-0.5, window, logits, seen
+        found = calls.attention(*given, threads=3)
+        wanted, size = attention_by_sums(*given), attention_by_sums(q, k, v.abs(), *given[3:]).norm(dim=-1)
+        error = (found.double() - wanted).norm(dim=-1)
+        assert (error <= BOUND[dtype] * size).all(), f"{dtype}: {(error / size).max():.1e} of a row"
+        for threads in (1, 2):
+            assert torch.equal(found, calls.attention(*given, threads=threads)), "the number of threads must not matter"
+
+
+def grown(random, batch, kv_heads, keys, width, heads_first):
+    """Keys or values of a cache with room for more; rows may lie apart."""
+    if heads_first:
+        return random(batch, kv_heads, keys + 50, width)[:, :, :keys]
+    return random(batch, keys + 3, kv_heads, width + 5)[:, :keys, :, :width].transpose(1, 2)
+
+
+def attention_by_sums(q, k, v, scale, window, sinks, seen):
+    """[batch, queries, heads, value_dim], float64."""
+    group, queries, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    k, v = (t.double().repeat_interleave(group, 1) for t in (k, v))
+    scores = q.double() @ k.transpose(2, 3) * scale
+    position, key = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)
+    visible = (key <= position) & (key > position - (window or keys + 1))
+    if seen is not None:
+        visible = visible & seen[:, None, None]
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1).nan_to_num(0)  # a row that sees nothing
+    return (weights[..., :keys] @ v).transpose(1, 2)
+
+
+def test_nan_is_seen(instructions):
+    for queries in (1, 60):
+        q, k, v = (torch.randn(1, 2, queries, 64) for _ in range(3))
+        k[0, 1, queries // 2] = torch.nan
+        found = calls.attention(q, k, v, 0.1, threads=1).isnan().any(-1)[0]
+        assert not found[:, 0].any() and found[queries // 2 :, 1].all() and not found[: queries // 2, 1].any()
+
+
+def test_memory_does_not_grow_with_queries(instructions):
+    def memory(queries):
+        call = AttentionCall(
+            batch=1, heads=32, kv_heads=4, queries=queries, keys=queries, key_dim=128, value_dim=128, dtype=1, scale=0.1
+        )
+        return LIBRARY.kt_attention_scratch(byref(call), 2)
+
+    assert memory(100_000) == memory(1000)
+    assert memory(1000) < 4 << 20

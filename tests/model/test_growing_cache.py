@@ -20,7 +20,7 @@ CROPS_TO = Version(__version__) < Version("5.24")
 
 def pair(kind: str) -> tuple[DynamicLayer, DynamicLayer]:
     """transformers' layer, and one that grows."""
-    made = [DynamicSlidingWindowLayer(WINDOW) if kind == "sliding" else DynamicLayer() for _ in range(2)]
+    made = [DynamicSlidingWindowLayer(sliding_window=WINDOW) if kind == "sliding" else DynamicLayer() for _ in range(2)]
     made[1].__class__ = GrowingSlidingLayer if kind == "sliding" else GrowingLayer
     return made[0], made[1]
 

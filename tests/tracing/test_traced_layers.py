@@ -31,7 +31,7 @@ from llamafactory_kt.tracing.chain import Chain
 from llamafactory_kt.tracing.layers import TracedLayer
 
 pytestmark = needs_native
-COMPRESSED = {"deepseek_v2", "deepseek_v3"} if Version(__version__) >= Version("5.7") else set()
+COMPRESSED = {"deepseek_v2", "deepseek_v3"} if Version(__version__) >= Version("5.9") else set()
 """models that compute keys and values anew for each token, from what their cache has of all: nothing that a program could do"""
 ROUNDING = 1e-5
 """of float32 sums in another order"""
@@ -147,7 +147,8 @@ def test_every_architecture(tmp_path, architecture, runs):
     both = [Conversation(model, seed) for seed in (7, 8)]
     found = [torch.stack(parts) for parts in zip(*([c.next() for c in both] for _ in range(6)), strict=True)]
     assert all(rel(one, other) < ROUNDING for one, other in zip(found, wanted, strict=True))
-    assert len(runs) == (0 if architecture in COMPRESSED else 2 * 6 * every) and rel(*wanted) > 0.5
+    assert rel(*wanted) > 0.5
+    assert architecture in COMPRESSED or len(runs) == 2 * 6 * every
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_next", "jamba", "lfm2_moe"])

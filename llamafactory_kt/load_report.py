@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .ground.machine import gib
+from .ground.machine import available_memory, gib
 from .model.memory import nbytes_by_device
 from .model.state import kt_state
 from .native.library import library
@@ -39,8 +39,13 @@ def load_rows(model: nn.Module) -> Rows:
     if isinstance(problem := library(), str):
         rows.append(("Native kernels", f"none: {problem}"))
     if engine.maps_weights:
-        mapped = state.options.mapped
-        rows.append(("Weights", "mapped from the checkpoint's files" if mapped else "copied into huge pages"))
+        weights = "copied into huge pages"
+        if state.options.mapped:
+            mapped, free = experts_bytes + torch_bytes.get("cpu", 0), available_memory()
+            weights = "mapped from the checkpoint's files"
+            if mapped > free:
+                weights += f", and larger than the {gib(free)} that are free: tokens wait for the disk"
+        rows.append(("Weights", weights))
     workers = engine.describe_workers(state.plan, state.options)
     rows.append(("Threads", f"{workers}{'; ' if workers else ''}torch {torch.get_num_threads()}"))
     if state.reason:

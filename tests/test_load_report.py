@@ -8,6 +8,7 @@ from helpers.marks import needs
 from helpers.models import make_model
 
 from llamafactory_kt import load_report
+from llamafactory_kt.ground.machine import gib
 from llamafactory_kt.load_report import layer_kinds, load_rows
 
 
@@ -33,6 +34,16 @@ def test_where_weights_lie(tmp_path, way, wanted):
     model = load(make_model(tmp_path / "model", "mixtral"), "native", load=way)
     rows = dict(load_rows(model))
     assert rows["Weights"] == wanted and "Native kernels" not in rows
+
+
+@needs("native")
+def test_mapped_weights_that_do_not_fit(tmp_path, monkeypatch):
+    model = load(make_model(tmp_path / "model", "mixtral"), "native", load="mmap")
+    monkeypatch.setattr(load_report, "available_memory", lambda: 1000)
+    wanted = (
+        f"mapped from the checkpoint's files, and larger than the {gib(1000)} that are free: tokens wait for the disk"
+    )
+    assert dict(load_rows(model))["Weights"] == wanted
 
 
 def test_without_native_kernels(tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ def test_the_team_of_pytorch():
         wanted = calls.linear(x, weight, None, None, None, 2)
         torch.randn(512, 512) @ weight
         running = threads()
-        assert torch.equal(calls.linear(x, weight, None, None, None, 2), wanted) and threads() == running
+        assert torch.equal(calls.linear(x, weight, None, None, None, 2), wanted) and threads() <= running
         release_team()
         assert torch.equal(calls.linear(x, weight, None, None, None, 2), wanted) and threads() <= running
     finally:

@@ -92,17 +92,11 @@ def _formula(module: nn.Module) -> NormFormula | None:
     eps = next((value for name in _EPSILONS if isinstance(value := getattr(module, name, None), float)), None)
     if eps is None or module._modules or module._buffers or weight.device.type != "cpu" or "forward" in vars(module):
         return None
-    key: Any = (type(module), eps, weight.dtype)
-    if key not in _known:
-        _known[key] = _probed(module, eps, weight)
-    return _known[key]
-
-
-_known: dict[Any, NormFormula | None] = {}
+    return _probed(module, eps, weight)
 
 
 def _probed(module: nn.Module, eps: float, like: torch.Tensor) -> NormFormula | None:
-    """The formula of a kind of norm, found with a weight and inputs of random numbers."""
+    """The formula of a norm, found with a weight and inputs of random numbers. Two of one class may differ in their attributes."""
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(*shape, *like.shape, generator=generator).to(like.dtype) for shape in ((), (16,)))
     probe = copy.copy(module)

@@ -99,8 +99,7 @@ class Chain:
             return tuple(results[number] for number in range(len(self.programs)))
 
     def _key_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        calls = [call for program in self.programs for call in program.masks]
-        if mask is None or not calls:
+        if mask is None or not (calls := [call for program in self.programs for call in program.masks]):
             return None
         seen = mask[:, 0, 0].expand(calls[0].batch, -1).contiguous()
         for call in calls:

@@ -47,7 +47,6 @@ class Lowering:
         self._kept: list[Any] = []
         self._caches: list[CacheUse] = []
         self._masks: list[AttentionCall] = []
-        self._linears: list[FusedLinear] = []
         self._groups: dict[Any, LinearsCall] = {}
         """input -> the products with it, for as long as nothing has been changed in place"""
         for operation in operations:
@@ -63,7 +62,6 @@ class Lowering:
             self._caches,
             self._masks,
             [self._kept, self.places],
-            self._linears,
         )
 
     def step(self, name: str, **fields: Any) -> Step:
@@ -117,7 +115,6 @@ class Lowering:
 
     def linear(self, call: FusedLinear, x: torch.Tensor, out: torch.Tensor) -> None:
         """Add a product of rows x [T, in]; all of the same rows are computed together."""
-        self._linears.append(call)
         self._kept.append(call)
         key = self.places.address(x), x.dtype, x.shape, call.weight.dtype
         group = self._groups.get(key)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..native.fused_linear import FusedLinear
 from ..native.library import AttentionCall, Step
 
 
@@ -52,4 +51,3 @@ class Program:
     """the calls that read the mask of the layer's call"""
     kept: list[Any]
     """what the addresses in the steps are of"""
-    linears: list[FusedLinear]

@@ -6,7 +6,7 @@ from ctypes import c_int64
 
 import torch
 
-from .library import DTYPES, AttentionCall, LinearCall, Weight, byref, kernels
+from .library import DTYPES, AttentionCall, LinearCall, Weight, byref, in_panels, kernels
 from .recording import active
 from .scratch import scratch
 
@@ -28,6 +28,7 @@ def linear(
         [T, out] in the dtype of ``x``.
     """
     rows, cols = weight.shape
+    b = in_panels(b) if b is not None else None
     own = Weight(weight.data_ptr(), weight.stride(0), _address(a), _address(b), _address(bias))
     call = LinearCall(rows, cols, a.shape[0] if a is not None else 0, DTYPES[weight.dtype], own)
     out = torch.empty(len(x), rows, dtype=x.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .library import DTYPES, LinearCall, Weight, byref, kernels
+from .library import DTYPES, LinearCall, Weight, byref, in_panels, kernels
 from .recording import active
 from .scratch import scratch
 
@@ -32,7 +32,7 @@ class FusedLinear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, factors: Iterable[Factors] = ()):
         each = list(factors)
         a = torch.cat([a.detach().float() for a, _, _ in each]) if each else None
-        b = torch.cat([scaling * b.detach().float() for _, b, scaling in each], 1) if each else None
+        b = in_panels(torch.cat([scaling * b.detach().float() for _, b, scaling in each], 1)) if each else None
         wide = bias.detach().float().clone() if bias is not None else None
         self.weight, self.address = weight, weight.data_ptr()
         self._kept = a, b, wide

@@ -20,6 +20,19 @@ VARIABLE = "LLAMAFACTORY_KT_ISA"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+PANEL = 16
+"""rows of a panel of LoRA's B"""
+
+
+def in_panels(b: torch.Tensor) -> torch.Tensor:
+    """LoRA's B [..., out, r] as the kernels read it, [..., out / 16, r, 16] of float32: in a vector's lanes are the rows."""
+    rows, rank = b.shape[-2:]
+    padded = b.new_zeros(*b.shape[:-2], -(-rows // PANEL) * PANEL, rank, dtype=torch.float32)
+    padded[..., :rows, :] = b
+    panels: torch.Tensor = padded.unflatten(-2, (-1, PANEL))  # type: ignore[no-untyped-call]
+    return panels.transpose(-1, -2).contiguous()
+
+
 class Weight(Structure):
     """``kt_weight``."""
 
@@ -153,5 +166,5 @@ def _join_team(found: CDLL) -> None:
 
 __all__ = [
     "DTYPES", "MOST_LINEARS", "STEPS", "VARIABLE", "AttentionCall", "ExpertsCall", "LinearCall", "LinearsCall", "NormCall", "Step", "Weight", "byref",
-    "kernels", "library",
+    "in_panels", "kernels", "library",
 ]  # fmt: skip

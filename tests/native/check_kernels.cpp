@@ -203,7 +203,7 @@ kt_weight drawn_weight(int dtype, int64_t rows, int64_t cols, int64_t rank, int6
     kt_weight w = {};
     w.stride = cols + between;
     w.weight = drawn(dtype, (rows - 1) * w.stride + cols); /* nothing lies behind the last row */
-    if (rank) w.a = drawn_floats(rank * cols), w.b = drawn_floats(rows * rank);
+    if (rank) w.a = drawn_floats(rank * cols), w.b = drawn_floats((rows + 15) / 16 * 16 * rank);
     if (bias) w.bias = drawn_floats(rows);
     return w;
 }
@@ -217,7 +217,7 @@ void plain_product(const kt_weight &w, int dtype, int64_t rows, int64_t cols, in
         double sum = w.bias ? w.bias[n] : 0;
         for (int64_t i = 0; i < cols; i++)
             sum += value(w.weight, dtype, n * w.stride + i) * (dtype == KT_BF16 && pairs() ? to_bf16(x[i]) : x[i]);
-        for (int64_t j = 0; w.b && j < rank; j++) sum += double(w.b[n * rank + j]) * low[j];
+        for (int64_t j = 0; w.b && j < rank; j++) sum += double(w.b[(n / 16 * rank + j) * 16 + n % 16]) * low[j];
         out[n] = sum;
     }
 }

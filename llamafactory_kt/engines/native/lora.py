@@ -6,15 +6,17 @@ import torch
 
 from ...adapters import ExpertLora, ExpertsShape
 from ...ground.paging import in_huge_pages
+from ...native.library import PANEL, in_panels
 
 
 def lora_size(shape: ExpertsShape, rank: int) -> int:
     """Bytes of a :class:`FusedLora`."""
-    return 4 * len(shape.projections) * shape.num_experts * rank * (shape.hidden_size + shape.intermediate_size)
+    sizes = (shape.projection(projection) for projection in shape.projections)
+    return 4 * shape.num_experts * rank * sum(width + -(-rows // PANEL) * PANEL for rows, width in sizes)
 
 
 class FusedLora:
-    """float32 factors: A [E, r, in], and B [E, out, r] with the scaling folded in.
+    """float32 factors: A [E, r, in], and B in panels [E, out / 16, r, 16] with the scaling folded in.
 
     Args:
         lora: the layer's LoRA, any dtype.
@@ -23,8 +25,9 @@ class FusedLora:
     def __init__(self, lora: ExpertLora):
         self.rank = lora.rank
         self.factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for projection, b in lora.b.items():
-            if b.shape[1]:
-                a, folded = (in_huge_pages(torch.empty(t.shape, device="cpu")) for t in (lora.a[projection], b))
-                self.factors[projection] = a.copy_(lora.a[projection]), lora.folded(projection, 1.0, folded)
+        for projection, given in lora.b.items():
+            if given.shape[1]:
+                own = lora.a[projection], in_panels(lora.folded(projection, 1.0))
+                a, b = (in_huge_pages(torch.empty(t.shape, device="cpu")).copy_(t) for t in own)
+                self.factors[projection] = a, b
         self.nbytes = sum(tensor.nbytes for pair in self.factors.values() for tensor in pair)

@@ -62,8 +62,8 @@ struct Experts {
         for (int64_t r = 0; r < rows; r++) order[starts[index[r]]++] = r;
     }
 
-    /* gate's and up's rows are divided in steps of SIDE, whose cost is reading them or, for many tokens, the products. */
-    int64_t steps() const { return (e.intermediate + SIDE - 1) / SIDE; }
+    /* gate's and up's rows are divided in panels, whose cost is reading them or, for many tokens, the products. */
+    int64_t steps() const { return (e.intermediate + PANEL - 1) / PANEL; }
     static int64_t weight(int64_t tokens) { return tokens < 10 ? 10 : tokens; }
     int64_t token(int64_t row) const { return order[row] / top; }
 
@@ -93,7 +93,7 @@ struct Experts {
                     const float *of[TILE];
                     const int64_t first = g.first + r, some = g.count - r < TILE ? g.count - r : TILE;
                     for (int64_t j = 0; j < some; j++) of[j] = down ? gs + (first + j) * inner_wide : fs + token(first + j) * hidden_wide;
-                    product<float>(a, 0, rank, k, 0, of, of, some, (down ? us : ts) + first * width + half * rank, width);
+                    product<float>(a, 0, rank, k, of, some, (down ? us : ts) + first * width + half * rank, width);
                 }
         }
     }
@@ -103,8 +103,8 @@ struct Experts {
         for (int64_t n = 0; n < count; n++) {
             const int64_t each = weight(groups[n].count), own = each * steps();
             if (from < own && to > 0) {
-                const int64_t first = from > 0 ? (from + each - 1) / each * SIDE : 0;
-                int64_t last = to < own ? (to + each - 1) / each * SIDE : e.intermediate;
+                const int64_t first = from > 0 ? (from + each - 1) / each * PANEL : 0;
+                int64_t last = to < own ? (to + each - 1) / each * PANEL : e.intermediate;
                 if (last > e.intermediate) last = e.intermediate;
                 gate_up_rows(groups[n], first, last);
             }
@@ -124,8 +124,12 @@ struct Experts {
                     const int64_t row = g.first + r + j;
                     of[j] = xs + token(row) * hidden, gate_t[j] = ts + row * 2 * rank, up_t[j] = gate_t[j] + rank;
                 }
-                if (e.gate) product<T>(e.gate[g.expert], n, end, e.hidden, rank, of, gate_t, some, gate, TILE);
-                product<T>(e.up[g.expert], n, end, e.hidden, rank, of, up_t, some, up, TILE);
+                if (e.gate) {
+                    product<T>(e.gate[g.expert], n, end, e.hidden, of, some, gate, TILE);
+                    add_low(e.gate[g.expert], n, end, rank, gate_t, some, gate, TILE);
+                }
+                product<T>(e.up[g.expert], n, end, e.hidden, of, some, up, TILE);
+                add_low(e.up[g.expert], n, end, rank, up_t, some, up, TILE);
                 for (int64_t j = 0; j < some; j++) {
                     const int64_t row = g.first + r + j;
                     float *found = up + j * TILE;
@@ -139,7 +143,7 @@ struct Experts {
 
     void down(const Team &team) {
         const int64_t h = e.hidden;
-        const Range mine(h, SIDE, team);
+        const Range mine(h, PANEL, team);
         alignas(64) float found[TILE * TILE];
         for (int64_t m = 0; m < count; m++) {
             const Group &g = groups[m];
@@ -150,7 +154,8 @@ struct Experts {
                     const float *t[TILE];
                     const int64_t some = g.count - r < TILE ? g.count - r : TILE;
                     for (int64_t j = 0; j < some; j++) of[j] = hs + (g.first + r + j) * inner_, t[j] = us + (g.first + r + j) * rank;
-                    product<T>(e.down[g.expert], n, end, e.intermediate, rank, of, t, some, found, TILE);
+                    product<T>(e.down[g.expert], n, end, e.intermediate, of, some, found, TILE);
+                    add_low(e.down[g.expert], n, end, rank, t, some, found, TILE);
                     for (int64_t j = 0; j < some; j++) {
                         float *to = sums + token(g.first + r + j) * h + n;
                         const float score = scores[order[g.first + r + j]];

@@ -19,7 +19,7 @@ typedef struct {
     const void *weight;  /* [rows, cols] */
     int64_t stride;      /* values between two rows */
     const float *a;      /* [rank, cols], or null */
-    const float *b;      /* [rows, rank], the scaling in it */
+    const float *b;      /* [rows / 16, rank, 16], zeros behind the last row, the scaling in it; or null */
     const float *bias;   /* [rows], or null */
 } kt_weight;
 

@@ -9,7 +9,7 @@ namespace kernels_ {
 template <class T>
 struct Linears {
     const kt_linears &l;
-    int64_t tokens, cols, between, between_wide, rank = 0, blocks = 0; /* of all layers: ranks, and blocks of SIDE rows */
+    int64_t tokens, cols, between, between_wide, rank = 0, blocks = 0; /* of all layers: ranks, and panels of rows */
     const void *x;
     int32_t x_dtype;
     X<T> *xs;   /* [tokens, cols], as weights multiply it */
@@ -17,7 +17,7 @@ struct Linears {
     float *ts;  /* A x of each layer, [tokens, its rank] */
 
     Linears(const kt_linears &linears, int64_t tokens, Scratch &scratch) : l(linears), tokens(tokens), cols(linears.parts[0]->cols) {
-        for (int64_t n = 0; n < l.count; n++) rank += l.parts[n]->rank, blocks += (l.parts[n]->rows + SIDE - 1) / SIDE;
+        for (int64_t n = 0; n < l.count; n++) rank += l.parts[n]->rank, blocks += (l.parts[n]->rows + PANEL - 1) / PANEL;
         between = apart<X<T>>(cols), between_wide = apart<float>(cols);
         xs = scratch.take<X<T>>(tokens * between);
         fs = rank && pairs<T> ? scratch.take<float>(tokens * between_wide) : reinterpret_cast<float *>(xs);
@@ -46,14 +46,14 @@ struct Linears {
             const kt_weight a = {l.parts[n]->weight.a, cols, nullptr, nullptr, nullptr};
             if (tokens == 1) {
                 const int64_t first = rows.first > before ? rows.first - before : 0, last = rows.last - before < own ? rows.last - before : own;
-                if (first < last) product<float>(a, first, last, cols, 0, &fs, &fs, 1, to + first, own);
+                if (first < last) product<float>(a, first, last, cols, &fs, 1, to + first, own);
                 continue;
             }
             for (int64_t t = some.first; t < some.last; t += STEP) {
                 const float *of[STEP];
                 const int64_t count = some.last - t < STEP ? some.last - t : STEP;
                 for (int64_t r = 0; r < count; r++) of[r] = fs + (t + r) * between_wide;
-                product<float>(a, 0, own, cols, 0, of, of, count, to + t * own, own);
+                product<float>(a, 0, own, cols, of, count, to + t * own, own);
             }
         }
     }
@@ -68,7 +68,8 @@ struct Linears {
                 const float *low[TILE];
                 const int64_t count = tokens - t < TILE ? tokens - t : TILE;
                 for (int64_t r = 0; r < count; r++) of[r] = xs + (t + r) * between, low[r] = low_of + (t + r) * layer.rank;
-                product<T>(layer.weight, n, end, cols, layer.rank, of, low, count, found, TILE);
+                product<T>(layer.weight, n, end, cols, of, count, found, TILE);
+                add_low(layer.weight, n, end, layer.rank, low, count, found, TILE);
                 for (int64_t r = 0; r < count; r++) convert(found + r * TILE, to + (t + r) * layer.rows + n, end - n);
             }
         }
@@ -85,7 +86,7 @@ struct Linears {
         const float *low_of = ts;
         for (int64_t n = 0; n < l.count; n++) {
             const kt_linear &layer = *l.parts[n];
-            const int64_t own = (layer.rows + SIDE - 1) / SIDE, first = (from > 0 ? from : 0) * SIDE, last = to < own ? to * SIDE : layer.rows;
+            const int64_t own = (layer.rows + PANEL - 1) / PANEL, first = (from > 0 ? from : 0) * PANEL, last = to < own ? to * PANEL : layer.rows;
             if (first < last)
                 with_dtype(x_dtype, [&](auto tag) { rows(layer, low_of, static_cast<typename decltype(tag)::type *>(l.outs[n]), first, last); });
             from -= own, to -= own, low_of += tokens * layer.rank;

@@ -33,6 +33,7 @@ constexpr bool pairs = Multiplied<T>::pairs;
 
 constexpr int SIDE = 4;     /* rows and tokens of a block */
 constexpr int TILE = 64;    /* rows and tokens that stay in the second cache */
+constexpr int PANEL = 16;   /* rows of a weight that one thread takes at least, and of a panel of LoRA's B */
 
 inline float value(float v) { return v; }
 inline float value(bf16 v) {
@@ -94,25 +95,14 @@ inline Vector<T> load_factor(const S *p) {
     return Factors<T>::load_from(p);
 }
 
-/* out[r * ldo + n] = w[n] . x[r] + b[n] . t[r] for N rows of w and R tokens. FIRST: the rows come from memory. */
+/* out[r * ldo + n] = w[n] . x[r] for N rows of w and R tokens. FIRST: the rows come from memory. */
 template <class T, int N, int R, bool FIRST>
-inline void block(const T *w, int64_t stride, const X<T> *const *x, int64_t k, const float *b, const float *const *t, int64_t rank, float *out,
-                  int64_t ldo) {
+inline void block(const T *w, int64_t stride, const X<T> *const *x, int64_t k, float *out, int64_t ldo) {
     constexpr int U = N * R == 1 ? 8 : 1; /* a lone row wants many sums in flight: each load waits for memory */
     F sums[N][R][U];
     for (int n = 0; n < N; n++)
         for (int r = 0; r < R; r++)
             for (int u = 0; u < U; u++) sums[n][r][u] = zero();
-    if (b)
-        for (int64_t j = 0; j < rank; j += L) {
-            const int some = rank - j < L ? int(rank - j) : L;
-            F tokens[R];
-            for (int r = 0; r < R; r++) tokens[r] = load_part(t[r] + j, some);
-            for (int n = 0; n < N; n++) {
-                F own = load_part(b + n * rank + j, some);
-                for (int r = 0; r < R; r++) sums[n][r][0] = fma(own, tokens[r], sums[n][r][0]);
-            }
-        }
     [[maybe_unused]] const char *ahead = reinterpret_cast<const char *>(w + N * stride);
     int64_t i = 0;
     constexpr int64_t wide = (pairs<T> ? 2 : 1) * L; /* values of a vector */
@@ -158,40 +148,68 @@ inline void block(const T *w, int64_t stride, const X<T> *const *x, int64_t k, c
 }
 
 template <class T, int N>
-inline void blocks(const T *w, int64_t stride, const X<T> *const *x, int64_t k, const float *b, const float *const *t, int64_t rank,
-                   int64_t tokens, float *out, int64_t ldo) {
+inline void blocks(const T *w, int64_t stride, const X<T> *const *x, int64_t k, int64_t tokens, float *out, int64_t ldo) {
     for (int64_t r = 0; r < tokens; r += SIDE) {
         float *to = out + r * ldo;
         switch (tokens - r) {
-            case 1: block<T, N, 1, true>(w, stride, x + r, k, b, t + r, rank, to, ldo); break;
-            case 2: block<T, N, 2, true>(w, stride, x + r, k, b, t + r, rank, to, ldo); break;
-            case 3: block<T, N, 3, true>(w, stride, x + r, k, b, t + r, rank, to, ldo); break;
+            case 1: block<T, N, 1, true>(w, stride, x + r, k, to, ldo); break;
+            case 2: block<T, N, 2, true>(w, stride, x + r, k, to, ldo); break;
+            case 3: block<T, N, 3, true>(w, stride, x + r, k, to, ldo); break;
             default:
                 if (r)
-                    block<T, N, SIDE, false>(w, stride, x + r, k, b, t + r, rank, to, ldo);
+                    block<T, N, SIDE, false>(w, stride, x + r, k, to, ldo);
                 else
-                    block<T, N, SIDE, true>(w, stride, x + r, k, b, t + r, rank, to, ldo);
+                    block<T, N, SIDE, true>(w, stride, x + r, k, to, ldo);
         }
     }
 }
 
-/* out[r * ldo + n - first] = weight row n . x[r] + b[n] . t[r] + bias[n], for the rows [first, last) and some tokens. */
+/* out[r * ldo + n - first] = weight row n . x[r] + bias[n], for the rows [first, last) and some tokens. */
 template <class T>
-void product(const kt_weight &w, int64_t first, int64_t last, int64_t k, int64_t rank, const X<T> *const *x, const float *const *t,
-             int64_t tokens, float *out, int64_t ldo) {
+void product(const kt_weight &w, int64_t first, int64_t last, int64_t k, const X<T> *const *x, int64_t tokens, float *out, int64_t ldo) {
     for (int64_t n = first; n < last;) {
         const int rows = tokens > 1 && last - n >= SIDE ? SIDE : 1;
         const T *own = static_cast<const T *>(w.weight) + n * w.stride;
-        const float *b = w.b ? w.b + n * rank : nullptr;
         if (rows == SIDE)
-            blocks<T, SIDE>(own, w.stride, x, k, b, t, rank, tokens, out + n - first, ldo);
+            blocks<T, SIDE>(own, w.stride, x, k, tokens, out + n - first, ldo);
         else
-            blocks<T, 1>(own, w.stride, x, k, b, t, rank, tokens, out + n - first, ldo);
+            blocks<T, 1>(own, w.stride, x, k, tokens, out + n - first, ldo);
         n += rows;
     }
     if (w.bias)
         for (int64_t r = 0; r < tokens; r++)
             for (int64_t n = first; n < last; n++) out[r * ldo + n - first] += w.bias[n];
+}
+
+/* A panel's rows for R tokens: out[r * ldo + lane] += sum over j of b[j][lane] t[r][j]. */
+template <int R>
+inline void add_panel(const float *b, const float *const *t, int64_t rank, float *out, int64_t ldo) {
+    constexpr int V = PANEL / L;
+    F sums[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) sums[r][v] = load(out + r * ldo + v * L);
+    for (int64_t j = 0; j < rank; j++, b += PANEL) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) sums[r][v] = fma(load(b + v * L), all(t[r][j]), sums[r][v]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) store(out + r * ldo + v * L, sums[r][v]);
+}
+
+/* out[r * ldo + n - first] += row n of B . t[r]. first stands at the start of a panel, and out has room for the whole of the last one. */
+inline void add_low(const kt_weight &w, int64_t first, int64_t last, int64_t rank, const float *const *t, int64_t tokens, float *out, int64_t ldo) {
+    constexpr int R = L / 2; /* as many sums as stay in registers */
+    if (!w.b) return;
+    for (int64_t n = first; n < last; n += PANEL) {
+        const float *b = w.b + n * rank;
+        float *to = out + n - first;
+        int64_t r = 0;
+        for (; r + R <= tokens; r += R) add_panel<R>(b, t + r, rank, to + r * ldo, ldo);
+        for (; r < tokens; r++) add_panel<1>(b, t + r, rank, to + r * ldo, ldo);
+    }
 }
 
 /* Values between two rows of scratch memory: rows a power of two apart would share their lines of the first cache. */

@@ -10,10 +10,6 @@ from torch import nn
 
 from ..native.fused_linear import Factors, FusedLinear, fits
 
-_HAS_AMX = torch.cpu._is_amx_tile_supported()
-MANY_ROWS = 64
-"""from so many on, oneDNN's products on AMX are faster than any without; fewer wait for memory"""
-
 
 class NativeLinear(nn.Linear):
     """Stands in as the class of an ``nn.Linear``. Whatever the kernels do not read (another device, gradients) PyTorch computes."""
@@ -34,8 +30,6 @@ def fused_linear(
         factors: of the LoRA on top.
     """
     weight, kept = layer.weight, vars(owner).setdefault("_kt_fused", {})
-    if _HAS_AMX and weight.dtype == torch.bfloat16 and x.numel() >= MANY_ROWS * x.shape[-1]:
-        return None
     found: FusedLinear | None = kept.get(key)
     if found is not None and found.address == weight.data_ptr() and found.takes(x):
         return found

@@ -11,8 +11,7 @@ from .reference import ReferenceEngine
 class OneDNNEngine(ReferenceEngine):
     """bfloat16 weights and activations, float32 sums inside each product; LoRA in float32.
 
-    For CPUs that the native kernels do not know, and those with AMX, which oneDNN uses and the native kernels do not. Elsewhere these were
-    never slower (benchmarks/).
+    For machines on which the native kernels do not run.
     """
 
     name = "oneDNN"
@@ -26,4 +25,4 @@ class OneDNNEngine(ReferenceEngine):
 
     @classmethod
     def auto(cls, merged: bool) -> bool:
-        return NativeEngine.problem() is not None or torch.cpu._is_amx_tile_supported()
+        return NativeEngine.problem() is not None

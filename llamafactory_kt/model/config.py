@@ -27,7 +27,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         backend: ``native`` (this package's kernels), ``AMXBF16``, ``AMXINT8``, ``AMXINT4`` or ``AVX2BF16`` (kt-kernel), ``oneDNN`` (torch's
             own kernels), ``torch`` (float32 arithmetic, slow), or ``auto``: whichever of ``native`` and ``AMXBF16`` (with
-            ``merge_adapter``, ``AVX2BF16``) is measured to be faster. ``oneDNN`` takes part on CPUs with AMX, and where ``native`` does not run.
+            ``merge_adapter``, ``AVX2BF16``) is measured to be faster. ``oneDNN`` takes part where ``native`` does not run.
         num_threads: worker threads of kt-kernel; None measures what is fastest.
         threadpool_count: NUMA sub-pools the workers are divided into; None for what :func:`~llamafactory_kt.engines.ktkernel.sub_pools.sub_pools` says.
         weight_path: directory of packed weights that ``llamafactory-kt quantize`` made; ``AMXINT8`` needs it, ``AMXINT4``

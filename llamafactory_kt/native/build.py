@@ -30,10 +30,12 @@ _FLAGS = {
     "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "avx512.cpp": _AVX512,
     "avx512bf16.cpp": [*_AVX512, "-mavx512bf16"],
+    "amx.cpp": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 """each file's instruction set; the others run on any CPU"""
 _COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-ffp-contract=off"]  # fmt: skip
-_PROBE = "#include <immintrin.h>\n#include <math.h>\n#include <string.h>\n"
+_PROBE = "#include <immintrin.h>\n#include <math.h>\n#include <string.h>\nvoid newest() { _tile_release(); }\n"
+"""what the sources need of headers, compiler and assembler"""
 
 
 def fingerprint() -> str:

@@ -14,9 +14,8 @@ from llamafactory_kt.engines.registry import engines
 
 @pytest.fixture(autouse=True)
 def big_machine(monkeypatch):
-    """16 cores with AMX on 2 NUMA nodes, where every engine runs, and no OMP_NUM_THREADS."""
+    """16 cores on 2 NUMA nodes, where every engine runs, and no OMP_NUM_THREADS."""
     pretend_machine(monkeypatch)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     pretend_problem(monkeypatch, None, *(engine.name for engine in engines()))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
@@ -31,17 +30,13 @@ def found(on_gpu=False, **keys):
 
 def test_candidates(monkeypatch):
     shared = "AMXBF16 with 15 idle-class worker(s) and 16 torch thread(s)"
-    workers, of_torch = ["AMXBF16 with 8 worker(s) and 8 torch thread(s)", shared], ["native", "oneDNN"]
-    every = workers + [f"{engine} with 16 torch thread(s)" for engine in of_torch]
-    assert found() == every
-    with pytest.MonkeyPatch.context() as without_amx:
-        without_amx.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert found() == every[:3], "nothing that oneDNN does better"
+    every = ["AMXBF16 with 8 worker(s) and 8 torch thread(s)", shared, "native with 16 torch thread(s)"]
+    assert found() == every, "nothing that oneDNN does better"
     of_a_node = [line.replace("15 idle", "8 idle") for line in every]
     assert found(threadpool_count=1) == of_a_node, "the workers of a sub-pool stay on its node"
     assert found(backend="AMXINT4") == [line.replace("BF16", "INT4") for line in every[:2]]
     assert found(backend="torch") == ["torch with 16 torch thread(s)"]
-    assert found(backend="onednn") == every[3:] and found(backend="Native") == every[2:3]
+    assert found(backend="onednn") == ["oneDNN with 16 torch thread(s)"] and found(backend="Native") == every[2:]
     assert found(backend="AMXINT4", idle_workers=True) == found(backend="AMXINT4")[1:]
     assert found(idle_workers=False) == [every[0], *every[2:]]
     asked = [
@@ -55,10 +50,7 @@ def test_candidates(monkeypatch):
     assert found(on_gpu=True) == found(on_gpu=True, idle_workers=True) == on_gpu
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    three = [
-        "AMXBF16 with 8 worker(s) and 3 torch thread(s)",
-        *(f"{engine} with 3 torch thread(s)" for engine in of_torch),
-    ]
+    three = ["AMXBF16 with 8 worker(s) and 3 torch thread(s)", "native with 3 torch thread(s)"]
     assert found() == three, "the user's number of torch threads stays"
 
 
@@ -67,7 +59,6 @@ def test_candidates_where_something_is_missing(monkeypatch, kt_log):
         return [line.split()[0] for line in found(merge_adapter=merged)]
 
     pretend_problem(monkeypatch, "no kernel", "AMXBF16", "AMXINT4", "AMXINT8")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert backends(merged=False) == ["native"] and not kt_log.text
     assert found(num_threads=60) == [str(Plan("native", 0, 16))]
     assert kt_log.messages == ["kt_num_threads: 60 does nothing here: torch's threads compute the experts."]

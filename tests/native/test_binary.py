@@ -1,4 +1,5 @@
-"""``check_kernels.cpp``: the kernels against loops of doubles, with every array exactly as long as may be read; plain, and with sanitizers."""
+"""``check_kernels.cpp``: the kernels against loops of doubles, with every array exactly as long as may be read; plain, and with sanitizers. AMX is
+emulated: few machines have it."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.native import EMULATED_TILES
 
 from llamafactory_kt.native.build import LIBRARY, SOURCES, compile_files, compilers
 from llamafactory_kt.native.library import library
@@ -50,8 +52,12 @@ PROBES = {
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """Linked with the library that is installed."""
-    program = tmp_path_factory.mktemp("plain") / "check_kernels"
-    problem = compile_files(compilers()[0], [CHECKS], program, INCLUDE, [str(LIBRARY), f"-Wl,-rpath,{LIBRARY.parent}"])
+    return linked_with(LIBRARY, tmp_path_factory.mktemp("plain"))
+
+
+def linked_with(library: Path, directory: Path) -> Path:
+    program = directory / "check_kernels"
+    problem = compile_files(compilers()[0], [CHECKS], program, INCLUDE, [str(library), f"-Wl,-rpath,{library.parent}"])
     assert not problem, problem
     return program
 
@@ -59,6 +65,10 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize("instructions", SETS)
 def test_kernels(plain, instructions):
     check(plain, instructions)
+
+
+def test_emulated_tiles(emulated, tmp_path):
+    check(linked_with(emulated, tmp_path), "amx")
 
 
 def test_an_instruction_set_that_the_cpu_does_not_have(plain):
@@ -75,7 +85,9 @@ def test_sanitizers(wanted, tmp_path):
     if not sanitizers:
         pytest.skip(f"{' '.join(compiler)} has no sanitizer for {' or '.join(wanted)}")
     program = tmp_path / "check_kernels"
-    problem = compile_files(compiler, [*SOURCES.glob("*.cpp"), CHECKS], program, [*INCLUDE, *flags(*sanitizers)])
+    problem = compile_files(
+        compiler, [*SOURCES.glob("*.cpp"), CHECKS], program, [*INCLUDE, EMULATED_TILES, *flags(*sanitizers)]
+    )
     assert not problem, problem
     check(program)
     if missing := set(wanted) - set(sanitizers):

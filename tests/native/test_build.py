@@ -111,9 +111,10 @@ def test_without_a_compiler_one_is_installed(small, monkeypatch):
 
 
 @needs_compiler
-def test_a_compiler_that_does_not_know_the_instructions_is_not_enough(monkeypatch, tmp_path):
+@pytest.mark.parametrize("unknown", ["avx512bf16", "amx-tile"])
+def test_a_compiler_that_does_not_know_the_instructions_is_not_enough(monkeypatch, tmp_path, unknown):
     old = tmp_path / "c++"
-    old.write_text('#!/bin/sh\ncase "$*" in *avx512bf16*) echo unrecognized >&2; exit 1;; esac\nexit 0\n')
+    old.write_text(f'#!/bin/sh\ncase "$*" in *{unknown}*) echo unrecognized >&2; exit 1;; esac\nexit 0\n')
     old.chmod(0o755)
     monkeypatch.setattr(build, "compilers", lambda: [[str(old)]])
     assert build.requirements() == [build.FROM_PYPI]

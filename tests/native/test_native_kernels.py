@@ -1,4 +1,4 @@
-"""The native kernels from Python against float64 sums: each instruction set that this CPU has, all dtypes, odd sizes, few tokens and many; and
+"""The native kernels from Python against float64 sums: each instruction set that this CPU has, and AMX emulated; all dtypes, odd sizes, few tokens and many; and
 as a process that forks or ends meets them. ``test_binary.py`` checks the kernels alone, at more sizes."""
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from helpers.references import rel
 from llamafactory_kt.adapters import ExpertsShape
 from llamafactory_kt.checkpoint.reader import LayerWeights
 from llamafactory_kt.native import calls
+from llamafactory_kt.native import library as library_module
 from llamafactory_kt.native.library import VARIABLE, library
 from llamafactory_kt.native.openmp import release_team
 
@@ -26,15 +27,29 @@ BOUND = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 """float32 sums, rounded once"""
 
 
+PAIRS = ("avx512bf16", "amx")
+"""these multiply bf16 weights by activations rounded to bf16"""
 THREADS = (1, 3, 5, 16)
 
 
-@pytest.fixture(params=SETS)
-def instructions(request):
-    before = LIBRARY.kt_in_use()
-    LIBRARY.kt_use(request.param.encode())
+@pytest.fixture(params=dict.fromkeys([*SETS, "amx"]))
+def instructions(request, monkeypatch):
+    if request.param not in SETS:
+        found = loaded(request.getfixturevalue("emulated"))
+        monkeypatch.setattr(library_module, "library", lambda: found)
+    before = library_module.kernels().kt_in_use()
+    assert library_module.kernels().kt_use(request.param.encode()) == 0
     yield request.param
-    LIBRARY.kt_use(before)
+    library_module.kernels().kt_use(before)
+
+
+def loaded(path):
+    """The library that lies there, ready to be called."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library_module, "LIBRARY", path)
+        found = library.__wrapped__()
+    assert not isinstance(found, str), found
+    return found
 
 
 # tokens, out, in, rank
@@ -57,7 +72,7 @@ def test_linear(instructions, sizes):
         x, bias = random(tokens, width).to(dtype), random(out)
         a, b = (random(rank, width), random(out, rank)) if rank else (None, None)
         found = calls.linear(x, weight, a, b, bias, 2)
-        rounded = x.bfloat16() if instructions == "avx512bf16" and weight_dtype == torch.bfloat16 else x
+        rounded = x.bfloat16() if instructions in PAIRS and weight_dtype == torch.bfloat16 else x
         wanted = rounded.double() @ weight.double().T + bias.double()
         if rank:
             wanted += (x.double() @ a.double().T) @ b.double().T
@@ -84,7 +99,7 @@ def test_experts(instructions, threads, tokens, rank):
         weights = LayerWeights(*(getattr(layer(shape), name).to(weight_dtype) for name in ("gate", "up", "down")))
         lora = lora_for(shape, rank, 0.7)
         engine = make_engine("native", shape, weights, rank=rank)
-        pairs = instructions == "avx512bf16" and weight_dtype == torch.bfloat16  # rounds between the products, too
+        pairs = instructions in PAIRS and weight_dtype == torch.bfloat16  # rounds between the products, too
         x = batch(shape, tokens)[0].to(dtype)
         found, wanted = [], []
         for given in (None, lora):

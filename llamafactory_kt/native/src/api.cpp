@@ -1,7 +1,9 @@
 /* Which kernels this CPU can run, and the calls of the interface. */
 #include <cpuid.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "isa.h"
 
@@ -9,8 +11,21 @@ namespace kt {
 namespace {
 
 struct Cpu {
-    bool avx2, avx512, avx512bf16;
+    bool avx2, avx512, avx512bf16, amx;
 };
+
+/* Whether CPU and system have tiles, and let this process use them: that makes its threads' state larger, and is asked once for all of them (Linux,
+ * Documentation/arch/x86/xstate.rst). */
+bool tiles([[maybe_unused]] unsigned leaf7_edx, [[maybe_unused]] unsigned xcr0) {
+#ifdef KT_EMULATED_TILES
+    return true;
+#else
+    constexpr long REQUEST = 0x1023 /* ARCH_REQ_XCOMP_PERM */, TILE_DATA = 18;
+    if (!(leaf7_edx >> 22 & 1) || !(leaf7_edx >> 24 & 1) || (xcr0 >> 17 & 3) != 3) return false; /* AMX-BF16, AMX-TILE */
+    static const bool permitted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return permitted;
+#endif
+}
 
 /* Bits as in Intel's manual (CPUID leaves 1 and 7), and whether the system saves the registers (XCR0). */
 Cpu detect() {
@@ -23,8 +38,9 @@ Cpu detect() {
     bool ymm = (low & 0x6) == 0x6, zmm = (low & 0xe6) == 0xe6;
     bool avx2 = ymm && fma && f16c && (b >> 5 & 1);
     bool avx512 = avx2 && zmm && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1); /* F, DQ, BW, VL */
+    const unsigned features = d;
     bool bf16 = avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
-    return {avx2, avx512, bf16};
+    return {avx2, avx512, bf16, bf16 && tiles(features, low)};
 }
 
 const Kernels *runnable(const char *name) {
@@ -32,7 +48,7 @@ const Kernels *runnable(const char *name) {
     const struct {
         bool there;
         const Kernels *kernels;
-    } all[] = {{cpu.avx512bf16, &avx512bf16}, {cpu.avx512, &avx512}, {cpu.avx2, &avx2}};
+    } all[] = {{cpu.amx, &amx}, {cpu.avx512bf16, &avx512bf16}, {cpu.avx512, &avx512}, {cpu.avx2, &avx2}};
     for (auto &one : all)
         if (one.there && (!name || !strcmp(name, one.kernels->name))) return one.kernels;
     return nullptr;
@@ -52,7 +68,7 @@ const char *kt_sources(void) { return KT_SOURCES; }
 
 const char *kt_instruction_sets(void) {
     const kt::Cpu cpu = kt::detect();
-    return cpu.avx512bf16 ? "avx512bf16,avx512,avx2" : cpu.avx512 ? "avx512,avx2" : cpu.avx2 ? "avx2" : "";
+    return cpu.amx ? "amx,avx512bf16,avx512,avx2" : cpu.avx512bf16 ? "avx512bf16,avx512,avx2" : cpu.avx512 ? "avx512,avx2" : cpu.avx2 ? "avx2" : "";
 }
 
 int kt_use(const char *name) {

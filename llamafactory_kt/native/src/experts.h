@@ -7,6 +7,7 @@
  */
 #pragma once
 #include "activation.h"
+#include "tile_products.h"
 
 namespace kt {
 namespace {
@@ -14,6 +15,7 @@ namespace kernels_ {
 
 struct Group {
     int64_t expert, first, count; /* its rows in Experts::order */
+    int64_t panel;                /* its first one in Experts::panels, or -1 */
 };
 
 template <class T>
@@ -33,7 +35,8 @@ struct Experts {
     float *fs, *gs;                /* the same in float32, for LoRA */
     float *ts, *us;                /* A x of gate and up [rows, 2 rank], A h of down [rows, rank] */
     float *sums;                   /* [tokens, H] */
-    int64_t count = 0, cost = 0;
+    float *panels;                 /* x, and then h, of the groups that tiles multiply */
+    int64_t count = 0, cost = 0, packed = 0; /* packed: panels */
 
     Experts(const kt_experts &experts, int64_t tokens, int64_t top, Scratch &scratch)
         : e(experts), tokens(tokens), top(top), rank(experts.rank), rows(tokens * top) {
@@ -47,6 +50,8 @@ struct Experts {
         gs = both ? scratch.take<float>(rows * inner_wide) : reinterpret_cast<float *>(hs);
         ts = scratch.take<float>(rows * 2 * rank), us = scratch.take<float>(rows * rank);
         sums = scratch.take<float>(tokens * e.hidden);
+        const int64_t full = many<T>(rows) ? rows / PANEL : 0, most = full + (full < e.experts ? full : e.experts); /* each group's last is not full */
+        panels = scratch.take<float>(most * panel_size<T>(e.hidden > e.intermediate ? e.hidden : e.intermediate));
     }
 
     /* Sort the rows by expert. */
@@ -56,15 +61,19 @@ struct Experts {
         for (int64_t n = 0, first = 0; n < e.experts; n++) {
             const int64_t own = starts[n + 1];
             starts[n] = first;
-            if (own) groups[count++] = Group{n, first, own}, cost += weight(own) * steps();
-            first += own;
+            if (own) groups[count++] = Group{n, first, own, many<T>(own) ? packed : -1}, cost += weight(own) * steps();
+            first += own, packed += panels_of<T>(own);
         }
         for (int64_t r = 0; r < rows; r++) order[starts[index[r]]++] = r;
     }
 
-    /* gate's and up's rows are divided in panels, whose cost is reading them or, for many tokens, the products. */
+    /* gate's and up's rows are divided in panels, whose cost is reading them or, for many tokens, the products: of a tile's tokens, taken to be
+     * that of two tokens in blocks. */
     int64_t steps() const { return (e.intermediate + PANEL - 1) / PANEL; }
-    static int64_t weight(int64_t tokens) { return tokens < 10 ? 10 : tokens; }
+    static int64_t weight(int64_t tokens) {
+        const int64_t products = many<T>(tokens) ? 2 * panels_of<T>(tokens) : tokens;
+        return products < 10 ? 10 : products;
+    }
     int64_t token(int64_t row) const { return order[row] / top; }
 
     template <class S>
@@ -93,9 +102,28 @@ struct Experts {
                     const float *of[TILE];
                     const int64_t first = g.first + r, some = g.count - r < TILE ? g.count - r : TILE;
                     for (int64_t j = 0; j < some; j++) of[j] = down ? gs + (first + j) * inner_wide : fs + token(first + j) * hidden_wide;
-                    product<float>(a, 0, rank, k, of, some, (down ? us : ts) + first * width + half * rank, width);
+                    product<float>(a, 0, rank, k, 0, {of, nullptr, some}, (down ? us : ts) + first * width + half * rank, width);
                 }
         }
+    }
+
+    /* The panels of x, or of h. */
+    void pack(bool down, const Team &team) {
+        const int64_t k = down ? e.intermediate : e.hidden;
+        for (int64_t n = 0; n < count; n++) {
+            const Group &g = groups[n];
+            for (int64_t r = 0; g.panel >= 0 && r < g.count; r += PANEL) {
+                const int64_t panel = g.panel + r / PANEL, first = g.first + r;
+                if (panel % team.threads != team.thread) continue;
+                pack_rows<T>([&](int64_t j) { return down ? hs + (first + j) * inner_ : xs + token(first + j) * hidden; }, g.count - r, k,
+                             panels + panel * panel_size<T>(k), L);
+            }
+        }
+    }
+
+    /* Those of a group from its row r on. */
+    const float *panels_from(const Group &g, int64_t r, int64_t k) const {
+        return g.panel < 0 ? nullptr : panels + (g.panel + r / PANEL) * panel_size<T>(k);
     }
 
     void gate_up(const Team &team) {
@@ -124,12 +152,9 @@ struct Experts {
                     const int64_t row = g.first + r + j;
                     of[j] = xs + token(row) * hidden, gate_t[j] = ts + row * 2 * rank, up_t[j] = gate_t[j] + rank;
                 }
-                if (e.gate) {
-                    product<T>(e.gate[g.expert], n, end, e.hidden, of, some, gate, TILE);
-                    add_low(e.gate[g.expert], n, end, rank, gate_t, some, gate, TILE);
-                }
-                product<T>(e.up[g.expert], n, end, e.hidden, of, some, up, TILE);
-                add_low(e.up[g.expert], n, end, rank, up_t, some, up, TILE);
+                const float *packed = panels_from(g, r, e.hidden);
+                if (e.gate) product<T>(e.gate[g.expert], n, end, e.hidden, rank, {of, gate_t, some, packed}, gate, TILE);
+                product<T>(e.up[g.expert], n, end, e.hidden, rank, {of, up_t, some, packed}, up, TILE);
                 for (int64_t j = 0; j < some; j++) {
                     const int64_t row = g.first + r + j;
                     float *found = up + j * TILE;
@@ -154,8 +179,7 @@ struct Experts {
                     const float *t[TILE];
                     const int64_t some = g.count - r < TILE ? g.count - r : TILE;
                     for (int64_t j = 0; j < some; j++) of[j] = hs + (g.first + r + j) * inner_, t[j] = us + (g.first + r + j) * rank;
-                    product<T>(e.down[g.expert], n, end, e.intermediate, of, some, found, TILE);
-                    add_low(e.down[g.expert], n, end, rank, t, some, found, TILE);
+                    product<T>(e.down[g.expert], n, end, e.intermediate, rank, {of, t, some, panels_from(g, r, e.intermediate)}, found, TILE);
                     for (int64_t j = 0; j < some; j++) {
                         float *to = sums + token(g.first + r + j) * h + n;
                         const float score = scores[order[g.first + r + j]];
@@ -171,19 +195,22 @@ struct Experts {
         });
     }
 
+    /* What the products with gate and up, or down, need beside their rows. */
+    void between(bool products_of_down, const Team &team) {
+        if (!rank && !packed) return;
+        if (rank) low(products_of_down, team);
+        if constexpr (tiled<T>) pack(products_of_down, team);
+        team.barrier();
+    }
+
     void compute(const Team &team) {
         with_dtype(x_dtype, [&](auto tag) { prepare(static_cast<const typename decltype(tag)::type *>(x), team); });
         team.barrier();
-        if (rank) {
-            low(false, team);
-            team.barrier();
-        }
+        between(false, team);
+        const Tiles tiles(packed);
         gate_up(team);
         team.barrier();
-        if (rank) {
-            low(true, team);
-            team.barrier();
-        }
+        between(true, team);
         down(team);
     }
 };

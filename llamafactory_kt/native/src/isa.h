@@ -18,6 +18,6 @@ struct Kernels {
     int (*step)(const kt_step &, void *scratch, int threads);
 };
 
-extern const Kernels avx2, avx512, avx512bf16;
+extern const Kernels avx2, avx512, avx512bf16, amx;
 
 }  // namespace kt

@@ -1,6 +1,6 @@
 /* Linear layers of the same input, each with LoRA, in one parallel region. */
 #pragma once
-#include "products.h"
+#include "tile_products.h"
 
 namespace kt {
 namespace {
@@ -15,6 +15,7 @@ struct Linears {
     X<T> *xs;   /* [tokens, cols], as weights multiply it */
     float *fs;  /* the same in float32, for LoRA */
     float *ts;  /* A x of each layer, [tokens, its rank] */
+    float *panels; /* xs for tiles, or null */
 
     Linears(const kt_linears &linears, int64_t tokens, Scratch &scratch) : l(linears), tokens(tokens), cols(linears.parts[0]->cols) {
         for (int64_t n = 0; n < l.count; n++) rank += l.parts[n]->rank, blocks += (l.parts[n]->rows + PANEL - 1) / PANEL;
@@ -22,6 +23,7 @@ struct Linears {
         xs = scratch.take<X<T>>(tokens * between);
         fs = rank && pairs<T> ? scratch.take<float>(tokens * between_wide) : reinterpret_cast<float *>(xs);
         ts = scratch.take<float>(tokens * rank);
+        panels = many<T>(tokens) ? scratch.take<float>(panels_of<T>(tokens) * panel_size<T>(cols)) : nullptr;
     }
 
     template <class S>
@@ -46,16 +48,22 @@ struct Linears {
             const kt_weight a = {l.parts[n]->weight.a, cols, nullptr, nullptr, nullptr};
             if (tokens == 1) {
                 const int64_t first = rows.first > before ? rows.first - before : 0, last = rows.last - before < own ? rows.last - before : own;
-                if (first < last) product<float>(a, first, last, cols, &fs, 1, to + first, own);
+                if (first < last) product<float>(a, first, last, cols, 0, {&fs, nullptr, 1}, to + first, own);
                 continue;
             }
             for (int64_t t = some.first; t < some.last; t += STEP) {
                 const float *of[STEP];
                 const int64_t count = some.last - t < STEP ? some.last - t : STEP;
                 for (int64_t r = 0; r < count; r++) of[r] = fs + (t + r) * between_wide;
-                product<float>(a, 0, own, cols, of, count, to + t * own, own);
+                product<float>(a, 0, own, cols, 0, {of, nullptr, count}, to + t * own, own);
             }
         }
+    }
+
+    void pack(const Team &team) {
+        const Range mine(panels_of<T>(tokens), 1, team);
+        for (int64_t n = mine.first; n < mine.last; n++)
+            pack_rows<T>([&](int64_t r) { return xs + (n * PANEL + r) * between; }, tokens - n * PANEL, cols, panels + n * panel_size<T>(cols), L);
     }
 
     template <class S>
@@ -68,8 +76,8 @@ struct Linears {
                 const float *low[TILE];
                 const int64_t count = tokens - t < TILE ? tokens - t : TILE;
                 for (int64_t r = 0; r < count; r++) of[r] = xs + (t + r) * between, low[r] = low_of + (t + r) * layer.rank;
-                product<T>(layer.weight, n, end, cols, of, count, found, TILE);
-                add_low(layer.weight, n, end, layer.rank, low, count, found, TILE);
+                const float *packed = panels ? panels + t / PANEL * panel_size<T>(cols) : nullptr;
+                product<T>(layer.weight, n, end, cols, layer.rank, {of, low, count, packed}, found, TILE);
                 for (int64_t r = 0; r < count; r++) convert(found + r * TILE, to + (t + r) * layer.rows + n, end - n);
             }
         }
@@ -78,10 +86,12 @@ struct Linears {
     void compute(const Team &team) {
         with_dtype(x_dtype, [&](auto tag) { prepare(static_cast<const typename decltype(tag)::type *>(x), team); });
         team.barrier();
-        if (rank) {
-            low(team);
+        if (rank || panels) {
+            if (rank) low(team);
+            if constexpr (tiled<T>) pack(team);
             team.barrier();
         }
+        const Tiles tiles(panels);
         int64_t from = blocks * team.thread / team.threads, to = blocks * (team.thread + 1) / team.threads;
         const float *low_of = ts;
         for (int64_t n = 0; n < l.count; n++) {

@@ -164,21 +164,27 @@ inline void blocks(const T *w, int64_t stride, const X<T> *const *x, int64_t k, 
     }
 }
 
-/* out[r * ldo + n - first] = weight row n . x[r] + bias[n], for the rows [first, last) and some tokens. */
+/* What a product multiplies by a weight. */
 template <class T>
-void product(const kt_weight &w, int64_t first, int64_t last, int64_t k, const X<T> *const *x, int64_t tokens, float *out, int64_t ldo) {
+struct Tokens {
+    const X<T> *const *x;          /* [count], the row of each */
+    const float *const *low;       /* A x of each, for a weight with B */
+    int64_t count;
+    const float *panels = nullptr; /* the same packed, if tiles multiply them (tile_products.h) */
+};
+
+/* out[r * ldo + n - first] = weight row n . x[r], for the rows [first, last) and some tokens. */
+template <class T>
+inline void multiply_blocks(const kt_weight &w, int64_t first, int64_t last, int64_t k, const Tokens<T> &tokens, float *out, int64_t ldo) {
     for (int64_t n = first; n < last;) {
-        const int rows = tokens > 1 && last - n >= SIDE ? SIDE : 1;
+        const int rows = tokens.count > 1 && last - n >= SIDE ? SIDE : 1;
         const T *own = static_cast<const T *>(w.weight) + n * w.stride;
         if (rows == SIDE)
-            blocks<T, SIDE>(own, w.stride, x, k, tokens, out + n - first, ldo);
+            blocks<T, SIDE>(own, w.stride, tokens.x, k, tokens.count, out + n - first, ldo);
         else
-            blocks<T, 1>(own, w.stride, x, k, tokens, out + n - first, ldo);
+            blocks<T, 1>(own, w.stride, tokens.x, k, tokens.count, out + n - first, ldo);
         n += rows;
     }
-    if (w.bias)
-        for (int64_t r = 0; r < tokens; r++)
-            for (int64_t n = first; n < last; n++) out[r * ldo + n - first] += w.bias[n];
 }
 
 /* A panel's rows for R tokens: out[r * ldo + lane] += sum over j of b[j][lane] t[r][j]. */

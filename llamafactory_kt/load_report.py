@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from .ground.machine import available_memory, gib
+from .ground.paging import spread_over
 from .model.memory import nbytes_by_device
 from .model.state import kt_state
 from .native.library import library
@@ -39,7 +40,8 @@ def load_rows(model: nn.Module) -> Rows:
     if isinstance(problem := library(), str):
         rows.append(("Native kernels", f"none: {problem}"))
     if engine.maps_weights:
-        weights = "copied into huge pages"
+        nodes = ", ".join(map(str, spread_over()))
+        weights = f"copied into huge pages{f', which take turns over the NUMA nodes {nodes}' if nodes else ''}"
         if state.options.mapped:
             mapped, free = experts_bytes + torch_bytes.get("cpu", 0), available_memory()
             weights = "mapped from the checkpoint's files"

@@ -28,7 +28,7 @@ from ..checkpoint.reader import ExpertBiases, ExpertWeights
 from ..engines.base import Engine, EngineOptions, EngineSpec
 from ..engines.plan import Plan
 from ..engines.registry import get_engine
-from ..ground.paging import in_huge_pages
+from ..ground.paging import empty_in_huge_pages
 from ..ground.process import die_with_parent
 from ..ground.streams import keep_stdout_clean
 from ..native.fused_linear import FusedLinear
@@ -141,7 +141,7 @@ def _weights_around(task: dict[str, Any]) -> torch.Tensor:
     """What torch multiplies with between two layers of experts. All processes read the same memory."""
     hidden, threads = task["layer"][1], torch.get_num_threads()
     torch.set_num_threads(1)  # so that none is started, which no process below this one would have
-    around = in_huge_pages(torch.empty(task["products"], hidden, hidden, dtype=torch.bfloat16))
+    around = empty_in_huge_pages((task["products"], hidden, hidden), torch.bfloat16)
     around.copy_(torch.randn(hidden, hidden) * hidden**-0.5)
     torch.set_num_threads(threads)
     return around

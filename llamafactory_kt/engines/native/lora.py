@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...adapters import ExpertLora, ExpertsShape
-from ...ground.paging import in_huge_pages
+from ...ground.paging import empty_in_huge_pages
 from ...native.library import PANEL, in_panels
 
 
@@ -28,6 +28,6 @@ class FusedLora:
         for projection, given in lora.b.items():
             if given.shape[1]:
                 own = lora.a[projection], in_panels(lora.folded(projection, 1.0))
-                a, b = (in_huge_pages(torch.empty(t.shape, device="cpu")).copy_(t) for t in own)
+                a, b = (empty_in_huge_pages(tuple(t.shape), torch.float32).copy_(t) for t in own)
                 self.factors[projection] = a, b
         self.nbytes = sum(tensor.nbytes for pair in self.factors.values() for tensor in pair)

@@ -41,6 +41,7 @@ def diagnose(config: Path | None = None, overrides: Sequence[str] = ()) -> list[
     hooked = sound and run(packages.hooks)
     run(machine.cpu)
     run(machine.memory)
+    run(machine.numa)
     run(machine.disk)
     if imports.works("torch"):
         run(machine.gpu)

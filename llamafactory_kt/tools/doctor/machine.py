@@ -20,6 +20,7 @@ from ...ground.machine import (
     numa_nodes,
     usable_cores,
 )
+from ...ground.paging import is_refused, spread_over
 from .finding import Findings, ok, warning
 
 LITTLE_MEMORY = 2 * 2**30
@@ -51,6 +52,21 @@ def memory() -> Findings:
     text = f"{gib(free)} free{'' if math.isinf(limit) else f', cgroup limit {gib(limit)}'}"
     advice = "Free memory, or raise the container's limit."
     yield warning("memory", text, advice) if free < LITTLE_MEMORY else ok("memory", text)
+
+
+def numa() -> Findings:
+    """On several NUMA nodes, say where copied weights would lie."""
+    nodes = list(numa_nodes())
+    if len(nodes) > 1:
+        names = f"nodes {', '.join(map(str, nodes))}"
+        if is_refused():
+            yield warning(
+                "NUMA", f"{names}; the system does not let this process choose one, so one node's memory will carry all copied weights",
+                "Give the container the capability SYS_NICE (docker run --cap-add SYS_NICE).",
+            )  # fmt: skip
+        else:
+            way = "take turns over them" if spread_over() else "lie as the process's memory policy says (numactl)"
+            yield ok("NUMA", f"{names}; the pages of copied weights {way}")
 
 
 def disk() -> Findings:

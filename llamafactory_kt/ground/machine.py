@@ -40,47 +40,66 @@ def physical_cores(cpus: set[int]) -> int:
     return len(cores)
 
 
-def _cgroup_directories() -> list[Path]:
-    """The process's cgroup (version 2) and its parents."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return [root]
-    own = next((root / line[4:].removeprefix("/") for line in lines if line.startswith("0::/")), root)
-    return [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
+def _cgroups(controller: str) -> list[Path]:
+    """The process's cgroup that limits ``cpu`` or ``memory``, and its parents; of version 1 where that has the controller."""
+    top = Path("/sys/fs/cgroup")
+    paths = {"": "/"}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)  # cgroups(7); version 2 names none
+            paths |= dict.fromkeys(controllers.split(","), path)
+    if controller in paths:
+        top /= controller
+    own = top / paths.get(controller, paths[""]).lstrip("/")
+    return [own, *(parent for parent in own.parents if parent == top or top in parent.parents)]
 
 
-def _cgroup_limits(name: str) -> Iterator[list[str]]:
-    """The words of one limit file in the process's cgroup and its parents, where it sets a limit."""
-    for directory in _cgroup_directories():
+def _words(directory: Path, *names: str) -> list[str]:
+    """Of the first of these files that is there; none without one, or if it says that there is no limit."""
+    for name in names:
         with contextlib.suppress(OSError):
             words = (directory / name).read_text().split()
-            if words and words[0] != "max":
-                yield words
+            return [] if words[:1] in (["max"], ["-1"]) else words
+    return []
 
 
 def cgroup_cpus() -> float:
     """CPUs that the process's cgroup may use at once; infinite without a quota."""
-    return min((int(quota) / int(period) for quota, period in _cgroup_limits("cpu.max")), default=math.inf)
+    cpus = math.inf
+    for directory in _cgroups("cpu"):
+        if quota := _words(directory, "cpu.max", "cpu.cfs_quota_us"):
+            period = quota[1] if len(quota) > 1 else _words(directory, "cpu.cfs_period_us")[0]
+            cpus = min(cpus, int(quota[0]) / int(period))
+    return cpus
+
+
+def _memory_limits() -> Iterator[tuple[int, int]]:
+    """The bytes that all processes of the process's cgroup, and of each of its parents, may use together, and those that are left. Files in
+    the system's cache are left, too."""
+    for directory in _cgroups("memory"):
+        limit = _words(directory, "memory.max", "memory.limit_in_bytes")
+        used = _words(directory, "memory.current", "memory.usage_in_bytes")
+        if limit and used and int(limit[0]) < _NO_LIMIT:
+            stat = _words(directory, "memory.stat")
+            sizes = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
+            # of version 1, children count with "total_" alone
+            cached = sum(sizes.get(f"total_{kind}", sizes.get(kind, 0)) for kind in ("inactive_file", "active_file"))
+            yield int(limit[0]), int(limit[0]) - int(used[0]) + cached
+
+
+_NO_LIMIT = 2**62
+"""bytes; version 1 says so with the largest number of pages that it can count"""
 
 
 def cgroup_memory() -> float:
     """Bytes that all processes of the process's cgroup may use together; infinite without a limit."""
-    return min((int(limit) for (limit,) in _cgroup_limits("memory.max")), default=math.inf)
+    return min((limit for limit, _ in _memory_limits()), default=math.inf)
 
 
 def available_memory() -> int:
     """Bytes that this process can still take without swapping, within its cgroup's limit."""
     available: int = psutil.virtual_memory().available
-    for directory in _cgroup_directories():
-        with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
-            limit = int((directory / "memory.max").read_text())
-            used = int((directory / "memory.current").read_text())
-            stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
-            cached = sum(int(stat.get(kind, 0)) for kind in ("inactive_file", "active_file"))
-            available = min(available, limit - used + cached)
-    return max(0, available)
+    return max(0, min([available, *(left for _, left in _memory_limits())]))
 
 
 def numa_nodes() -> dict[int, set[int]]:

@@ -21,7 +21,8 @@ from ..checkpoint.formats import check_file
 from ..checkpoint.opening import MoEModel
 from ..checkpoint.reader import ExpertWeights
 from ..engines.base import Engine, EngineOptions, EngineSpec
-from ..engines.registry import canonical_name, get_engine
+from ..engines.plan import Plan
+from ..engines.registry import canonical_name, engines, get_engine
 from ..ground.errors import KTConfigError, KTMemoryError
 from ..ground.internals import untested
 from ..ground.machine import available_memory, gib, usable_cores
@@ -78,8 +79,9 @@ class ExpertsLoad:
         self._adapters = open_adapters(config.adapter, config.moe_lora)
         require_peft_layers(opened.fit(self._adapters, finite=True, resizes=config.resize_vocab))
         around = 0 if on_gpu else read_around(model, experts) // len(experts)
+        places = self._places(plans)
         self._plan, reason = choose(
-            plans,
+            [plan for plan in plans if plan.backend in places],
             experts[0].shape,
             experts[0].num_experts_per_tok,
             config.options,
@@ -87,11 +89,17 @@ class ExpertsLoad:
             config.recalibrate,
             computed[0],
         )
-        self._reason = reason or left_out(config.backend, merged=config.merge_adapter, formulas=computed)
+        too_large = ", ".join({plan.backend: None for plan in plans if plan.backend not in places})
+        self._reason = "; ".join(filter(None, (
+            reason or left_out(config.backend, merged=config.merge_adapter, formulas=computed),
+            f"no memory for {too_large}, which would copy the weights" if too_large else "",
+        )))  # fmt: skip
         self._engine = engine = get_engine(self._plan.backend)
         self._merged = self._adapters if engine.merges(config.merge_adapter) else None
         self._check = UntestedCheck(opened, self._merged) if untested() else None
-        options = self._place(config.options)
+        options = places[engine.name]
+        if config.load == "mmap" and not options.mapped:
+            logger.warning("kt_load: mmap: the experts' weights are copied, because %s.", self._cannot_map(engine))
         for file in opened.files:
             open_mapped(file)  # as transformers will: it may be larger than memory
         if engine.weights_dtype is torch.bfloat16 and layout.dtypes() != {"BF16"}:
@@ -105,30 +113,39 @@ class ExpertsLoad:
         """The adapters whose LoRA the engines compute."""
         return self._adapters if self._merged is None else AdapterSet()
 
-    def _place(self, options: EngineOptions) -> EngineOptions:
-        """Decide whether weights are copied or stay in the mapped files, and check that there is memory for it."""
-        opened, load = self._opened, self._config.load
+    def _places(self, plans: Sequence[Plan]) -> dict[str, EngineOptions]:
+        """Whether weights would be copied or stay in the mapped files, for each engine for which there is memory."""
+        places, problem = {}, None
+        for name in dict.fromkeys(plan.backend for plan in plans):
+            try:
+                places[name] = self._place(get_engine(name))
+            except KTMemoryError as error:
+                problem = problem or error
+        if problem is not None and not places:
+            raise problem
+        return places
+
+    def _place(self, engine: type[Engine]) -> EngineOptions:
+        options, load = self._config.options, self._config.load
         copied, mapped = (options, 1.0), (replace(options, mapped=True), 1.0)
-        if problem := self._cannot_map():
-            if load == "mmap":
-                logger.warning("kt_load: mmap: the experts' weights are copied, because %s.", problem)
-            choices = [copied]
-        else:
-            choices = {"copy": [copied], "mmap": [mapped], "auto": [(options, _FREE), mapped]}[load]
+        cannot = self._cannot_map(engine)
+        choices = [copied] if cannot else {"copy": [copied], "mmap": [mapped], "auto": [(options, _FREE), mapped]}[load]
         for choice, share in choices:
-            need = self._memory_need(choice)
+            need = self._memory_need(engine, choice)
             if need.on_cpu <= share * (free := available_memory()):
                 return choice
+        could = mapped not in choices and any(not (e.problem() or self._cannot_map(e)) for e in engines())
         raise KTMemoryError(
-            f"The experts of {len(opened.experts)} layers need {gib(need.experts)}, with what loading takes and the rest of "
-            f"the model {gib(need.on_cpu)}; {gib(free)} are free. Free memory, use a machine with more, or a smaller model."
+            f"The experts of {len(self._opened.experts)} layers need {gib(need.experts)}, with what loading takes and the rest of "
+            f"the model {gib(need.on_cpu)}; {gib(free)} are free. Free memory, use a machine with more, or a smaller model"
+            f"{'; or set kt_backend: native and kt_load: mmap, which reads the weights from the files, slowly' if could else ''}."
         )
 
-    def _cannot_map(self) -> str:
+    def _cannot_map(self, engine: type[Engine]) -> str:
         """Why the experts' weights cannot stay in the mapped files; empty if they can."""
-        if not self._engine.maps_weights:
-            return f"{self._engine.name} keeps them in a layout of its own"
-        if self._merged is not None:
+        if not engine.maps_weights:
+            return f"{engine.name} keeps them in a layout of its own"
+        if engine.merges(self._config.merge_adapter):
             return "the adapter is merged into them"
         return (
             ""
@@ -136,10 +153,10 @@ class ExpertsLoad:
             else "they are stored in another layout or dtype than they are multiplied in"
         )
 
-    def _memory_need(self, options: EngineOptions) -> MemoryNeed:
-        opened = self._opened
+    def _memory_need(self, engine: type[Engine], options: EngineOptions) -> MemoryNeed:
+        opened, merged = self._opened, engine.merges(self._config.merge_adapter)
         return memory_need(
-            opened.model, opened.experts, self._apart, self._engine, options,
+            opened.model, opened.experts, AdapterSet() if merged else self._adapters, engine, options,
             itemsize=opened.layout.itemsize, on_gpu=self._on_gpu,
         )  # fmt: skip
 
@@ -149,11 +166,11 @@ class ExpertsLoad:
         directory = Path(config.debug_dir).expanduser() if config.debug_dir else None
         debugger = Debugger(directory) if config.debug else None
         self._files: list[MappedFile] = []  # in which weights stay
-        engines = [self._make_engine(module, self._options) for module in self._opened.experts]
+        made = [self._make_engine(module, self._options) for module in self._opened.experts]
         transfers: dict[torch.cuda.Stream, HostTransfer] | None = {} if self._on_gpu else None
         self._wrappers = [
             self._replace(module, engine, debugger, transfers)
-            for module, engine in zip(self._opened.experts, engines, strict=True)
+            for module, engine in zip(self._opened.experts, made, strict=True)
         ]
         state = KTState(
             wrappers=self._wrappers, lock=guard(model, config.router_stats, debugger, self._files), plan=self._plan, reason=self._reason,

@@ -15,6 +15,7 @@ from helpers.marks import needs_native
 from helpers.models import make_model
 
 from llamafactory_kt import KTConfigError, KTMemoryError, apply_adapter, optimize_for_inference
+from llamafactory_kt.engines.plan import Plan
 from llamafactory_kt.model import load as loading
 from llamafactory_kt.model.state import kt_state
 
@@ -79,8 +80,24 @@ def test_little_memory(path, monkeypatch):
     monkeypatch.setattr(loading, "available_memory", lambda: EXPERTS // 2)
     assert mapped_from(path, load(path, "native")) == mapped_from(path, load(path, "native", load="mmap")) == {True}
     for keys in ({"backend": "native", "load": "copy"}, {"backend": "torch"}, {"backend": "torch", "load": "mmap"}):
-        with pytest.raises(KTMemoryError, match=r"The experts of 3 layers need .* are free\. Free memory"):
+        with pytest.raises(
+            KTMemoryError,
+            match=r"The experts of 3 layers need .* are free\. Free memory, .*; or set kt_backend: native and kt_load: mmap",
+        ):
             load(path, **keys)
+
+
+def test_auto_takes_an_engine_for_which_there_is_memory(path, monkeypatch):
+    monkeypatch.setattr(loading, "available_memory", lambda: EXPERTS // 2)
+    monkeypatch.setattr(loading, "candidates", lambda *_, **__: [Plan("torch", 0, 1), Plan("native", 0, 1)])
+    model = load(path, "auto")
+    assert mapped_from(path, model) == {True}
+    assert "no memory for torch, which would copy the weights" in kt_state(model).reason
+    monkeypatch.setattr(loading, "available_memory", lambda: 100 * EXPERTS)
+    assert "no memory" not in kt_state(load(path, "auto")).reason
+    monkeypatch.setattr(loading, "available_memory", lambda: EXPERTS // 2)
+    with pytest.raises(KTMemoryError, match="kt_load: mmap, which reads the weights from the files, slowly"):
+        load(path, "auto", load="copy")
 
 
 def test_auto_leaves_room_for_a_conversation(path, monkeypatch):

@@ -29,7 +29,7 @@ def demo(
     ),
     log: bool = typer.Option(False, "--log", help="Also show what llamafactory-cli logs while it loads."),
 ) -> None:
-    """Answer the same prompts with the base model and with its adapter, experts in kt-kernel, on the CPU alone."""
+    """Answer the same prompts with the base model and with its adapter, on the CPU alone."""
     directory = directory or _find_example()
     console = Console()
     config: dict[str, Any] = {

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ from ..checkpoint.formats import check_file
 from ..checkpoint.opening import MoEModel
 from ..checkpoint.reader import ExpertWeights
 from ..engines.base import Engine, EngineOptions, EngineSpec
-from ..engines.plan import Plan
-from ..engines.registry import canonical_name, engines, get_engine
-from ..ground.errors import KTConfigError, KTMemoryError
+from ..engines.registry import canonical_name, get_engine
+from ..ground.errors import KTConfigError
 from ..ground.internals import untested
-from ..ground.machine import available_memory, gib, usable_cores
+from ..ground.machine import usable_cores
 from ..ground.paging import give_back_memory
 from ..ground.process import require_own_process
 from ..ground.progress import with_progress
@@ -39,15 +37,12 @@ from .debug import Debugger
 from .experts_module import KTExperts, PresortedExperts
 from .gpu_transfer import HostTransfer
 from .guard import guard
-from .memory import MemoryNeed, memory_need, read_around
+from .memory import Stored, cannot_map, placements, read_around
 from .shared_overlap import SHARED_EXPERTS, SharedExpertsOverlap
 from .state import KTState, set_kt_state
 from .untested import UntestedCheck
 
 logger = logging.getLogger(__name__)
-
-_FREE = 0.9
-"""share of the free memory that copies may take where weights could stay mapped: a conversation needs some, too"""
 
 
 class ExpertsLoad:
@@ -79,7 +74,8 @@ class ExpertsLoad:
         self._adapters = open_adapters(config.adapter, config.moe_lora)
         require_peft_layers(opened.fit(self._adapters, finite=True, resizes=config.resize_vocab))
         around = 0 if on_gpu else read_around(model, experts) // len(experts)
-        places = self._places(plans)
+        stored = Stored(layout.itemsize, layout.can_be_mapped)
+        places = placements(opened, stored, self._adapters, config, plans, on_gpu=on_gpu)
         self._plan, reason = choose(
             [plan for plan in plans if plan.backend in places],
             experts[0].shape,
@@ -97,9 +93,10 @@ class ExpertsLoad:
         self._engine = engine = get_engine(self._plan.backend)
         self._merged = self._adapters if engine.merges(config.merge_adapter) else None
         self._check = UntestedCheck(opened, self._merged) if untested() else None
-        options = places[engine.name]
+        options = places[engine.name].options
         if config.load == "mmap" and not options.mapped:
-            logger.warning("kt_load: mmap: the experts' weights are copied, because %s.", self._cannot_map(engine))
+            problem = cannot_map(engine, stored, merged=self._merged is not None)
+            logger.warning("kt_load: mmap: the experts' weights are copied, because %s.", problem)
         for file in opened.files:
             open_mapped(file)  # as transformers will: it may be larger than memory
         if engine.weights_dtype is torch.bfloat16 and layout.dtypes() != {"BF16"}:
@@ -112,53 +109,6 @@ class ExpertsLoad:
     def _apart(self) -> AdapterSet:
         """The adapters whose LoRA the engines compute."""
         return self._adapters if self._merged is None else AdapterSet()
-
-    def _places(self, plans: Sequence[Plan]) -> dict[str, EngineOptions]:
-        """Whether weights would be copied or stay in the mapped files, for each engine for which there is memory."""
-        places, problem = {}, None
-        for name in dict.fromkeys(plan.backend for plan in plans):
-            try:
-                places[name] = self._place(get_engine(name))
-            except KTMemoryError as error:
-                problem = problem or error
-        if problem is not None and not places:
-            raise problem
-        return places
-
-    def _place(self, engine: type[Engine]) -> EngineOptions:
-        options, load = self._config.options, self._config.load
-        copied, mapped = (options, 1.0), (replace(options, mapped=True), 1.0)
-        cannot = self._cannot_map(engine)
-        choices = [copied] if cannot else {"copy": [copied], "mmap": [mapped], "auto": [(options, _FREE), mapped]}[load]
-        for choice, share in choices:
-            need = self._memory_need(engine, choice)
-            if need.on_cpu <= share * (free := available_memory()):
-                return choice
-        could = mapped not in choices and any(not (e.problem() or self._cannot_map(e)) for e in engines())
-        raise KTMemoryError(
-            f"The experts of {len(self._opened.experts)} layers need {gib(need.experts)}, with what loading takes and the rest of "
-            f"the model {gib(need.on_cpu)}; {gib(free)} are free. Free memory, use a machine with more, or a smaller model"
-            f"{'; or set kt_backend: native and kt_load: mmap, which reads the weights from the files, slowly' if could else ''}."
-        )
-
-    def _cannot_map(self, engine: type[Engine]) -> str:
-        """Why the experts' weights cannot stay in the mapped files; empty if they can."""
-        if not engine.maps_weights:
-            return f"{engine.name} keeps them in a layout of its own"
-        if engine.merges(self._config.merge_adapter):
-            return "the adapter is merged into them"
-        return (
-            ""
-            if self._opened.layout.can_be_mapped
-            else "they are stored in another layout or dtype than they are multiplied in"
-        )
-
-    def _memory_need(self, engine: type[Engine], options: EngineOptions) -> MemoryNeed:
-        opened, merged = self._opened, engine.merges(self._config.merge_adapter)
-        return memory_need(
-            opened.model, opened.experts, AdapterSet() if merged else self._adapters, engine, options,
-            itemsize=opened.layout.itemsize, on_gpu=self._on_gpu,
-        )  # fmt: skip
 
     def replace_experts(self) -> None:
         """Put engines, still empty, in place of the model's experts."""

@@ -1,17 +1,26 @@
-"""What a model with its experts on the CPU will take, told by sizes alone."""
+"""What a model with its experts on the CPU will take, told by sizes alone; and whether its weights will be copied or stay in mapped files."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from torch import nn
 
 from ..adapters import AdapterSet
 from ..checkpoint.discovery import ExpertsModule
+from ..checkpoint.opening import MoEModel
 from ..engines.base import Engine, EngineOptions
+from ..engines.plan import Plan
+from ..engines.registry import engines, get_engine
+from ..ground.errors import KTMemoryError
+from ..ground.machine import available_memory, gib
+from .config import KTExpertsConfig
+
+_FREE = 0.9
+"""share of the free memory that copies may take where weights could stay mapped: a conversation needs some, too"""
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,89 @@ def memory_need(
         others=0 if options.mapped and not on_gpu else sum(others),
         on_gpu=on_gpu,
     )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the experts' weights are stored; the defaults are those of most checkpoints."""
+
+    itemsize: int = 2
+    """bytes of a weight"""
+    can_be_mapped: bool = True
+    """see :attr:`CheckpointLayout.can_be_mapped`"""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an engine's weights will lie, and the memory that this takes."""
+
+    options: EngineOptions
+    need: MemoryNeed
+
+
+def placements(
+    opened: MoEModel,
+    stored: Stored,
+    adapters: AdapterSet,
+    config: KTExpertsConfig,
+    plans: Sequence[Plan],
+    *,
+    on_gpu: bool,
+) -> dict[str, Placement]:
+    """Decide for the engine of each plan, by its name; those for which there is too little memory are left out.
+
+    Raises:
+        KTMemoryError: There is too little for each.
+    """
+    found, problem = {}, None
+    for name in dict.fromkeys(plan.backend for plan in plans):
+        try:
+            found[name] = _place(get_engine(name), opened, stored, adapters, config, on_gpu=on_gpu)
+        except KTMemoryError as error:
+            problem = problem or error
+    if problem is not None and not found:
+        raise problem
+    return found
+
+
+def _place(
+    engine: type[Engine],
+    opened: MoEModel,
+    stored: Stored,
+    adapters: AdapterSet,
+    config: KTExpertsConfig,
+    *,
+    on_gpu: bool,
+) -> Placement:
+    options, merged = config.options, engine.merges(config.merge_adapter)
+    copied, mapped = (options, 1.0), (replace(options, mapped=True), 1.0)
+    choices = {"copy": [copied], "mmap": [mapped], "auto": [(options, _FREE), mapped]}[config.load]
+    if cannot_map(engine, stored, merged=merged):
+        choices = [copied]
+    for choice, share in choices:
+        need = memory_need(
+            opened.model, opened.experts, AdapterSet() if merged else adapters, engine, choice,
+            itemsize=stored.itemsize, on_gpu=on_gpu,
+        )  # fmt: skip
+        if need.on_cpu <= share * (free := available_memory()):
+            return Placement(choice, need)
+    could = mapped not in choices and any(
+        not (e.problem() or cannot_map(e, stored, merged=config.merge_adapter)) for e in engines()
+    )
+    raise KTMemoryError(
+        f"The experts of {len(opened.experts)} layers need {gib(need.experts)}, with what loading takes and the rest of "
+        f"the model {gib(need.on_cpu)}; {gib(free)} are free. Free memory, use a machine with more, or a smaller model"
+        f"{'; or set kt_backend: native and kt_load: mmap, which reads the weights from the files, slowly' if could else ''}."
+    )
+
+
+def cannot_map(engine: type[Engine], stored: Stored, *, merged: bool) -> str:
+    """Why the experts' weights cannot stay in the mapped files; empty if they can."""
+    if not engine.maps_weights:
+        return f"{engine.name} keeps them in a layout of its own"
+    if merged:
+        return "the adapter is merged into them"
+    return "" if stored.can_be_mapped else "they are stored in another layout or dtype than they are multiplied in"
 
 
 def read_around(model: nn.Module, experts: Sequence[ExpertsModule]) -> int:

@@ -134,7 +134,7 @@ def library() -> CDLL | str:
             f"{VARIABLE} is none" if wanted == "none" else "the CPU has none of AVX2 with FMA, AVX-512 and AVX-512 BF16"
         )
     if found.kt_use(wanted.encode() if wanted else None):
-        return f"{VARIABLE} is {wanted!r}; this CPU has {sets}"
+        return f"{VARIABLE} is {wanted!r}; unset it, or set one that this CPU has: {sets.replace(',', ', ')}"
     _join_team(found)
     return found
 

@@ -17,6 +17,7 @@ from helpers.models import make_model
 from llamafactory_kt import KTConfigError, KTMemoryError, apply_adapter, optimize_for_inference
 from llamafactory_kt.engines.plan import Plan
 from llamafactory_kt.model import load as loading
+from llamafactory_kt.model import memory
 from llamafactory_kt.model.state import kt_state
 
 pytestmark = needs_native
@@ -77,7 +78,7 @@ def test_an_adapter_beside_mapped_weights(path, tmp_path):
 
 def test_little_memory(path, monkeypatch):
     """auto leaves what it cannot copy; what must be copied is refused before anything is read."""
-    monkeypatch.setattr(loading, "available_memory", lambda: EXPERTS // 2)
+    monkeypatch.setattr(memory, "available_memory", lambda: EXPERTS // 2)
     assert mapped_from(path, load(path, "native")) == mapped_from(path, load(path, "native", load="mmap")) == {True}
     for keys in ({"backend": "native", "load": "copy"}, {"backend": "torch"}, {"backend": "torch", "load": "mmap"}):
         with pytest.raises(
@@ -88,24 +89,24 @@ def test_little_memory(path, monkeypatch):
 
 
 def test_auto_takes_an_engine_for_which_there_is_memory(path, monkeypatch):
-    monkeypatch.setattr(loading, "available_memory", lambda: EXPERTS // 2)
+    monkeypatch.setattr(memory, "available_memory", lambda: EXPERTS // 2)
     monkeypatch.setattr(loading, "candidates", lambda *_, **__: [Plan("torch", 0, 1), Plan("native", 0, 1)])
     model = load(path, "auto")
     assert mapped_from(path, model) == {True}
     assert "no memory for torch, which would copy the weights" in kt_state(model).reason
-    monkeypatch.setattr(loading, "available_memory", lambda: 100 * EXPERTS)
+    monkeypatch.setattr(memory, "available_memory", lambda: 100 * EXPERTS)
     assert "no memory" not in kt_state(load(path, "auto")).reason
-    monkeypatch.setattr(loading, "available_memory", lambda: EXPERTS // 2)
+    monkeypatch.setattr(memory, "available_memory", lambda: EXPERTS // 2)
     with pytest.raises(KTMemoryError, match="kt_load: mmap, which reads the weights from the files, slowly"):
         load(path, "auto", load="copy")
 
 
 def test_auto_leaves_room_for_a_conversation(path, monkeypatch):
     needs = []
-    stock = loading.ExpertsLoad._memory_need
-    monkeypatch.setattr(loading.ExpertsLoad, "_memory_need", lambda *given: needs.append(stock(*given)) or needs[-1])
+    stock = memory.memory_need
+    monkeypatch.setattr(memory, "memory_need", lambda *given, **keys: needs.append(stock(*given, **keys)) or needs[-1])
     load(path, "native")
-    monkeypatch.setattr(loading, "available_memory", lambda: int(needs[0].on_cpu * 1.05))
+    monkeypatch.setattr(memory, "available_memory", lambda: int(needs[0].on_cpu * 1.05))
     assert mapped_from(path, load(path, "native")) == {True}
     assert mapped_from(path, load(path, "native", load="copy")) == {False}
 

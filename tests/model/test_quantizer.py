@@ -58,9 +58,9 @@ def test_models_of_different_sizes_in_one_process(files, tmp_path):
 
 def test_not_enough_memory_is_said_before_reading(files, monkeypatch):
     from llamafactory_kt import KTMemoryError
-    from llamafactory_kt.model import load as loading
+    from llamafactory_kt.model import memory
 
-    monkeypatch.setattr(loading, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 100_000)
     with pytest.raises(KTMemoryError, match=r"The experts of 2 layers need .* are free"):
         load(files[0], backend="torch")
     assert machine.available_memory() > 100_000

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from helpers.adapters import edit_adapter, make_adapter
+from helpers.marks import needs_native
 from helpers.models import make_model
 from helpers.places import ROOT
 
@@ -170,9 +171,19 @@ def test_models_and_adapters_that_do_not_fit(look, tmp_path, model, monkeypatch)
     assert found.status is Status.WARNING and "0 to the experts" in found.text
     (other / "model.safetensors").write_bytes(b"x" * 100)
     assert "cannot be read as safetensors" in look(model_name_or_path=str(other))["checkpoint"].text
-    monkeypatch.setattr("llamafactory_kt.tools.doctor.configuration.available_memory", lambda: 1000)
-    found = look(model_name_or_path=str(model))["CPU memory"]
-    assert found.status is Status.ERROR and "1000" not in found.text and "1.0 KiB free" in found.text
+    monkeypatch.setattr("llamafactory_kt.model.memory.available_memory", lambda: 1000)
+    found = look(model_name_or_path=str(model), kt_load="copy")["CPU memory"]
+    assert found.status is Status.ERROR and "1000" not in found.text and "1.0 KiB are free" in found.text
+
+
+@needs_native
+def test_a_model_larger_than_memory(look, tmp_path, monkeypatch):
+    model = make_model(tmp_path / "model", "qwen3_moe", save_original_format=True)
+    monkeypatch.setattr("llamafactory_kt.model.memory.available_memory", lambda: 50_000)
+    found = look(model_name_or_path=str(model), kt_backend="native")["CPU memory"]
+    assert found.status is Status.OK and found.text.endswith("weights stay in the mapped files")
+    found = look(model_name_or_path=str(model), kt_backend="native", kt_load="copy")["CPU memory"]
+    assert found.status is Status.ERROR and "kt_load: mmap" in found.text
 
 
 @pytest.mark.parametrize(

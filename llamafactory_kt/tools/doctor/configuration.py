@@ -8,13 +8,14 @@ from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...ground.errors import KTError, describe, name_some
+from ...ground.errors import KTError, KTMemoryError, describe, name_some
 from ...ground.machine import available_memory, gib
 from .finding import Findings, error, ok, warning
 
 if TYPE_CHECKING:
     from ...adapters import AdapterSet
     from ...checkpoint.opening import MoEModel
+    from ...model.memory import Stored
 
 _RESIZE = ("resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config")
 """keys with which LLaMA-Factory resizes embeddings"""
@@ -63,31 +64,33 @@ def _model(args: Any) -> Findings:
         f"({first.shape.hidden_size} x {first.shape.intermediate_size}), {first.num_experts_per_tok} per token, each "
         f"{name_some(list(map(str, formulas(moe.experts))), 2)}",
     )
-    itemsize = yield from _checkpoint(args, moe)
+    stored = yield from _checkpoint(args, moe)
     adapters = yield from _adapters(args, moe)
-    yield from _memory(args, moe, adapters, itemsize)
+    yield from _memory(args, moe, adapters, stored)
 
 
 def _checkpoint(args: Any, moe: MoEModel) -> Any:
-    """Check the headers; returns the bytes per value of the expert weights."""
+    """Check the headers; returns the :class:`Stored` that a load would find."""
+    from ...model.memory import Stored
+
     directory = Path(args.model_name_or_path).expanduser()
     if not directory.is_dir():
         yield warning(
             "checkpoint", f"{args.model_name_or_path} is a name on the hub; its files were not looked at",
             "Download it first: then its files are checked, and the first start is fast.",
         )  # fmt: skip
-        return 2
+        return Stored()
     if not moe.files:
         yield error("checkpoint", f"{directory} holds no safetensors files", "Download or convert the checkpoint.")
-        return 2
+        return Stored()
     try:
         layout = moe.layout
     except KTError as problem:
         yield error("checkpoint", describe(problem), "docs/messages.md has a row for each of these messages.")
-        return 2
+        return Stored()
     size = sum(file.stat().st_size for file in moe.files)
     yield ok("checkpoint", f"{len(moe.files)} file(s), {gib(size)}, experts in {', '.join(sorted(layout.dtypes()))}")
-    return layout.itemsize
+    return Stored(layout.itemsize, layout.can_be_mapped)
 
 
 def _adapters(args: Any, moe: MoEModel) -> Any:
@@ -118,15 +121,13 @@ def _adapters(args: Any, moe: MoEModel) -> Any:
     return adapters
 
 
-def _memory(args: Any, moe: MoEModel, adapters: AdapterSet, itemsize: int) -> Findings:
+def _memory(args: Any, moe: MoEModel, adapters: AdapterSet, stored: Stored) -> Findings:
     import torch
 
-    from ...adapters import AdapterSet
     from ...autotune.plan import candidates
     from ...checkpoint.discovery import formulas
-    from ...engines.registry import get_engine
     from ...integration.chat_config import experts_config
-    from ...model.memory import memory_need
+    from ...model.memory import placements
 
     config, gpus = experts_config(args), torch.cuda.device_count()
     request, computed = config.plan_request(on_gpu=gpus > 0), formulas(moe.experts)
@@ -135,10 +136,13 @@ def _memory(args: Any, moe: MoEModel, adapters: AdapterSet, itemsize: int) -> Fi
     except KTError as problem:
         yield error("experts", describe(problem), "docs/engines.md says what each engine computes.")
         return
-    engine = get_engine(plans[0].backend)
-    if engine.merges(config.merge_adapter):
-        adapters = AdapterSet()  # merged into the weights
-    need = memory_need(moe.model, moe.experts, adapters, engine, config.options, itemsize=itemsize, on_gpu=gpus > 0)
+    try:
+        places = placements(moe, stored, adapters, config, plans, on_gpu=gpus > 0)
+    except KTMemoryError as problem:
+        yield error("CPU memory", describe(problem), "docs/chat-guide.md#memory says what loading takes.")
+        return
+    plans = [plan for plan in plans if plan.backend in places]
+    need, mapped = places[plans[0].backend].need, places[plans[0].backend].options.mapped
     layers = name_some([module.layer for module in moe.experts], 4)
     how = f"{plans[0]}" if len(plans) == 1 else f"the fastest of {'; '.join(map(str, plans))}"
     yield ok("experts", f"layers {layers} on the CPU; {how}")
@@ -149,8 +153,7 @@ def _memory(args: Any, moe: MoEModel, adapters: AdapterSet, itemsize: int) -> Fi
         f"about {gib(need.on_cpu)} while loading (experts {gib(need.experts)}, {lora}temporary buffers "
         f"{gib(need.loading)}{others}); {gib(free)} free"
     )
-    advice = "Free memory, use a machine with more, or a smaller model."
-    yield error("CPU memory", text, advice) if need.on_cpu > free else ok("CPU memory", text)
+    yield ok("CPU memory", f"{text}; weights stay in the mapped files" if mapped else text)
     if gpus:
         free = sum(torch.cuda.mem_get_info(number)[0] for number in range(gpus))
         text = f"about {gib(need.others)} for everything but routed experts, plus a chat's KV cache; {gib(free)} free on {gpus} GPU(s)"

@@ -103,7 +103,9 @@ STEPS = {name: number for number, name in enumerate((
 def library() -> CDLL | str:
     """The library, ready to be called, or why it cannot be."""
     if not LIBRARY.is_file():
-        reason = NOT_BUILT.read_text() if NOT_BUILT.is_file() else unsupported() or "install the package again"
+        reason = unsupported() or "install the package again"
+        if not unsupported() and NOT_BUILT.is_file():
+            reason = f"{NOT_BUILT.read_text()}; install g++ or clang++, then the package again"
         return f"the native kernels were not built with the package: {reason}"
     try:
         found = CDLL(str(LIBRARY))

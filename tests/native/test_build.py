@@ -97,7 +97,7 @@ def test_the_reason_why_there_is_none(small, monkeypatch):
     note.write_text("there is no C++ compiler")
     assert (
         loaded(LIBRARY=small, NOT_BUILT=note)
-        == "the native kernels were not built with the package: there is no C++ compiler"
+        == "the native kernels were not built with the package: there is no C++ compiler; install g++ or clang++, then the package again"
     )
 
 

@@ -79,6 +79,7 @@ def test_without_a_compiler_it_is_installed_without_the_kernels(environment, mon
     monkeypatch.setenv("CXX", "false")
     uv("install", "--python", env / "bin/python", "--no-deps", source)
     result = run(env, KERNELS)
-    assert result.stdout.strip() == "the native kernels were not built with the package: false failed: exit status 1", (
-        result.stderr
-    )
+    assert (
+        result.stdout.strip()
+        == "the native kernels were not built with the package: false failed: exit status 1; install g++ or clang++, then the package again"
+    ), result.stderr

@@ -157,7 +157,9 @@ def _exchange(model: Any, state: KTState, adapters: AdapterSet, scope: str) -> t
     parts = _fit(base, state, adapters, scope)
 
     def exchange() -> tuple[nn.Module, LoadReport]:
-        with changing_layers(base, prepared=state.optimized, copy=not state.options.mapped):
+        with changing_layers(
+            base, prepared=state.optimized, copy=not state.options.mapped, bits=state.options.dense_bits
+        ):
             wrapped, undo = exchange_peft_layers(base, parts, state.own_weights)
             try:
                 _exchange_experts(state, adapters)

@@ -19,16 +19,19 @@ from .fused_norm import fuse_norms
 from .lora_linear import take_over
 from .native_linear import NativeLinear, forget_fused
 from .patch_embedding import cut_patches_by_convolutions, cut_patches_by_products
+from .quantized_linear import quantizable, quantize_weight
 
 
-def prepare_layers(model: nn.Module, *, copy: bool) -> None:
+def prepare_layers(model: nn.Module, *, copy: bool, bits: int | None = None) -> None:
     """Prepare the linear layers: those on the CPU, of any dtype that the native kernels read, and PEFT's LoRA, also on a GPU in
     bfloat16. Vision towers, of any dtype, cut patches by a product.
 
     Args:
         model: without PEFT's wrapper around it.
         copy: put weights that lie in mapped files into huge pages. Those that two modules share stay.
+        bits: 4 or 8: quantize the language model's weights, routers and small ones left out.
     """
+    quantized = quantizable(model) if bits else set()
     cut_patches_by_products(model)
     native = not isinstance(library(), str)
     shared = _shared(model)
@@ -41,7 +44,9 @@ def prepare_layers(model: nn.Module, *, copy: bool) -> None:
     for module in model.modules():
         if native and isinstance(module, nn.Linear) and id(module) not in inside_lora and _is_plain(module):
             forget_fused(module)
-            if copy and module.weight.data_ptr() not in shared:
+            if bits and module in quantized:
+                quantize_weight(module, bits)
+            elif copy and module.weight.data_ptr() not in shared:
                 _copy_weight(module)
             module.__class__ = NativeLinear  # PEFT and hooks hold the object
         if isinstance(module, LoraLayer):
@@ -55,19 +60,19 @@ def prepare_layers(model: nn.Module, *, copy: bool) -> None:
 
 
 @contextlib.contextmanager
-def changing_layers(model: nn.Module, *, prepared: bool, copy: bool) -> Iterator[None]:
+def changing_layers(model: nn.Module, *, prepared: bool, copy: bool, bits: int | None = None) -> Iterator[None]:
     """Around a change of a model's layers by PEFT.
 
     Args:
         prepared: whether the model's layers are, so that new ones become so, too.
-        copy: as in :func:`prepare_layers`.
+        copy, bits: as in :func:`prepare_layers`.
     """
     try:
         cut_patches_by_convolutions(model)
         yield
     finally:
         if prepared:
-            prepare_layers(model, copy=copy)
+            prepare_layers(model, copy=copy, bits=bits)
 
 
 def _is_plain(layer: nn.Linear) -> bool:

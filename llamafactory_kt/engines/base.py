@@ -36,11 +36,15 @@ class EngineOptions:
     """let the engine write to stdout while it loads"""
     mapped: bool = False
     """leave weights in the checkpoint's mapped files, where the engine can read them there"""
+    dense_bits: int | None = None
+    """of the weights of the linear layers around the experts; None for the checkpoint's own"""
 
 
 DEFAULT_OPTIONS = EngineOptions()
 LOADS = ("auto", "mmap", "copy")
 """how weights get into memory; ``auto``: copied where memory is free, else mapped"""
+DENSE = {"same": None, "int8": 8, "int4": 4}
+"""what the linear layers around the experts are kept as: bits of a weight; None for the checkpoint's own"""
 
 
 @dataclass(frozen=True)

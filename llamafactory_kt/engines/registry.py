@@ -25,7 +25,7 @@ ENTRY_POINTS = "llamafactory_kt.engines"
 
 _BUILT_IN: tuple[type[Engine], ...] = (
     *ktkernel.ENGINES,
-    native.NativeEngine,
+    *native.ENGINES,
     onednn.OneDNNEngine,
     reference.ReferenceEngine,
 )

@@ -104,6 +104,7 @@ def experts_config(model_args: Any) -> KTExpertsConfig:
         idle_workers=model_args.kt_idle_workers,
         recalibrate=model_args.kt_recalibrate,
         load=model_args.kt_load,
+        dense=model_args.kt_dense,
         max_chunk=model_args.kt_max_chunk,
         adapter=[str(path) for path in adapter_directories(model_args)],
         moe_lora=str(moe_lora) if moe_lora else None,

@@ -9,7 +9,7 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..engines.base import EngineOptions
+from ..engines.base import DENSE, EngineOptions
 from ..engines.ktkernel.sub_pools import sub_pools
 from ..engines.plan import PlanRequest
 
@@ -21,11 +21,11 @@ DEFAULT_LORA_RANK = 16
 @register_quantization_config(QUANT_METHOD)
 @dataclass
 class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Routed experts on the CPU. This is transformers' extension point for replacing modules; only the AMXINT
-    backends quantize.
+    """Routed experts on the CPU. This is transformers' extension point for replacing modules; only the INT
+    and AMXINT backends quantize.
 
     Args:
-        backend: ``native`` (this package's kernels), ``AMXBF16``, ``AMXINT8``, ``AMXINT4`` or ``AVX2BF16`` (kt-kernel), ``oneDNN`` (torch's
+        backend: ``native`` (this package's kernels), ``INT8`` or ``INT4`` (the same on integers, quantized while loading), ``AMXBF16``, ``AMXINT8``, ``AMXINT4`` or ``AVX2BF16`` (kt-kernel), ``oneDNN`` (torch's
             own kernels), ``torch`` (float32 arithmetic, slow), or ``auto``: whichever of ``native`` and ``AMXBF16`` (with
             ``merge_adapter``, ``AVX2BF16``) is measured to be faster. ``oneDNN`` takes part where ``native`` does not run.
         num_threads: worker threads of kt-kernel; None measures what is fastest.
@@ -37,6 +37,8 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         recalibrate: measure engines and threads again, although this machine's times are known.
         load: ``mmap`` leaves weights in the checkpoint's mapped files, ``copy`` copies them into huge pages, ``auto`` copies where memory is
             free. Only ``native`` reads mapped weights.
+        dense: ``int8`` or ``int4``: :func:`~llamafactory_kt.optimize_for_inference` quantizes the linear layers around the experts, too, with a
+            scale for each 32 weights; ``same`` keeps the checkpoint's dtype. On the CPU, with the native kernels.
         max_chunk: tokens per call of kt-kernel; longer inputs are split.
         adapter: directory of the LoRA adapter to come, or several. They are checked against the model before weights
             are read, and the kernels get room for their ranks. They are not applied: that is ``apply_adapter``'s part.
@@ -63,6 +65,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     idle_workers: bool | None = None
     recalibrate: bool = False
     load: str = "auto"
+    dense: str = "same"
     max_chunk: int = DEFAULT_MAX_CHUNK
     adapter: str | list[str] | None = None
     moe_lora: str | None = None
@@ -84,7 +87,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def options(self) -> EngineOptions:
         """What an engine is built with."""
         files = Path(self.weight_path) if self.weight_path else None
-        return EngineOptions(self.pools, self.max_chunk, files, verbose=self.debug)
+        return EngineOptions(self.pools, self.max_chunk, files, verbose=self.debug, dense_bits=DENSE.get(self.dense))
 
     def plan_request(self, on_gpu: bool) -> PlanRequest:
         """What a plan must fit."""

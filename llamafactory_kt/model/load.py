@@ -60,6 +60,10 @@ class ExpertsLoad:
     def __init__(self, config: KTExpertsConfig, model: nn.Module, files: Sequence[str | Path], *, on_gpu: bool):
         require_own_process()
         _check_config(config)
+        if on_gpu and config.options.dense_bits:
+            raise KTConfigError(
+                f"dense: {config.dense} is for models without a GPU: there the linear layers are on it. Set kt_dense: same."
+            )
         self._config, self._on_gpu = config, on_gpu
         for directory in {Path(file).parent for file in files}:
             check_file(directory)
@@ -186,7 +190,7 @@ class ExpertsLoad:
 def _check_config(config: KTExpertsConfig) -> None:
     problems = experts_problems(
         canonical_name(config.backend), weight_path=config.weight_path, merge_adapter=config.merge_adapter,
-        num_threads=config.num_threads, pools=config.pools, load=config.load,
+        num_threads=config.num_threads, pools=config.pools, load=config.load, dense=config.dense,
     )  # fmt: skip
     if problems:
         raise KTConfigError(" ".join(problems))

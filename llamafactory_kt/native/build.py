@@ -26,11 +26,12 @@ SOURCES, LIBRARY, NOT_BUILT = HERE / "src", HERE / "libkt_native.so", HERE / "no
 FROM_PYPI = "ziglang>=0.15"
 """a compiler for machines that have none"""
 _AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"]
+_AVX512_BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vbmi"]
 _FLAGS = {
     "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "avx512.cpp": _AVX512,
-    "avx512bf16.cpp": [*_AVX512, "-mavx512bf16"],
-    "amx.cpp": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "avx512bf16.cpp": _AVX512_BF16,
+    "amx.cpp": [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
 }
 """each file's instruction set; the others run on any CPU"""
 _COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-ffp-contract=off"]  # fmt: skip

@@ -30,9 +30,9 @@ def linear(
     rows, cols = weight.shape
     b = in_panels(b) if b is not None else None
     own = Weight(weight.data_ptr(), weight.stride(0), _address(a), _address(b), _address(bias))
-    call = LinearCall(rows, cols, a.shape[0] if a is not None else 0, DTYPES[weight.dtype], own)
+    call = LinearCall(rows, cols, a.shape[0] if a is not None else 0, DTYPES[weight.dtype], None, own)
     out = torch.empty(len(x), rows, dtype=x.dtype)
-    memory = scratch(kernels().kt_linear_scratch(byref(call), len(x)))
+    memory = scratch(kernels().kt_linear_scratch(byref(call), len(x), threads))
     kernels().kt_linear_forward(byref(call), x.data_ptr(), DTYPES[x.dtype], len(x), out.data_ptr(), memory, threads)
     return out
 

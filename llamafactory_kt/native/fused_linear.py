@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .library import DTYPES, LinearCall, Weight, byref, in_panels, kernels
+from .library import DTYPES, LinearCall, byref, in_panels, kernels
+from .packed import call_of
 from .recording import active
 from .scratch import scratch
 
@@ -24,7 +25,7 @@ class FusedLinear:
     """``W x + scaling B (A x) + bias``, with the LoRA of any number of adapters; sums are float32.
 
     Args:
-        weight: [out, in], read where it lies, and kept.
+        weight: [out, in], read where it lies, and kept; also a :class:`~.quantized_tensor.QuantizedTensor`.
         bias: [out], any dtype; copied.
         factors: of each adapter; copied.
     """
@@ -36,11 +37,12 @@ class FusedLinear:
         wide = bias.detach().float().clone() if bias is not None else None
         self.weight, self.address = weight, weight.data_ptr()
         self._kept = a, b, wide
-        own = Weight(self.address, weight.stride(0), *(t.data_ptr() if t is not None else None for t in (a, b, wide)))
+        dtype, packing, own = call_of(weight)
+        own.a, own.b, own.bias = (t.data_ptr() if t is not None else None for t in (a, b, wide))
         self._rows, width = weight.shape
-        self.call = LinearCall(self._rows, width, len(a) if a is not None else 0, DTYPES[weight.dtype], own)
+        self.call = LinearCall(self._rows, width, len(a) if a is not None else 0, dtype, packing, own)
         self._reference = byref(self.call)
-        self._scratch: dict[int, int] = {}
+        self._scratch: dict[tuple[int, int], int] = {}
 
     @staticmethod
     def takes(x: torch.Tensor) -> bool:
@@ -51,10 +53,10 @@ class FusedLinear:
         """x [..., in] -> [..., out], in the dtype of x."""
         rows = x.reshape(-1, x.shape[-1])
         rows = rows if rows.is_contiguous() else rows.contiguous()
-        tokens = rows.shape[0]
+        size = tokens, threads = rows.shape[0], torch.get_num_threads()
         out = torch.empty(*x.shape[:-1], self._rows, dtype=x.dtype)
-        if (needed := self._scratch.get(tokens)) is None:
-            needed = self._scratch[tokens] = kernels().kt_linear_scratch(self._reference, tokens)
+        if (needed := self._scratch.get(size)) is None:
+            needed = self._scratch[size] = kernels().kt_linear_scratch(self._reference, *size)
         kernels().kt_linear_forward(
             self._reference,
             rows.data_ptr(),
@@ -62,7 +64,7 @@ class FusedLinear:
             tokens,
             out.data_ptr(),
             scratch(needed),
-            torch.get_num_threads(),
+            threads,
         )
         if active.recorder is not None:
             active.recorder.note("linear", self, (rows,), out)

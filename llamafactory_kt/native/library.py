@@ -36,7 +36,25 @@ def in_panels(b: torch.Tensor) -> torch.Tensor:
 class Weight(Structure):
     """``kt_weight``."""
 
-    _fields_ = (("weight", c_void_p), ("stride", c_int64), ("a", c_void_p), ("b", c_void_p), ("bias", c_void_p))
+    _fields_ = (
+        ("weight", c_void_p), ("stride", c_int64), ("a", c_void_p), ("b", c_void_p), ("bias", c_void_p), ("scales", c_void_p),
+        ("scale_stride", c_int64),
+    )  # fmt: skip
+
+
+class PackingCall(Structure):
+    """``kt_packing``."""
+
+    _fields_ = (("group", c_int64), ("rows_of_scale", c_int64), ("scale_dtype", c_int32), ("table", c_float * 16))
+
+
+class QuantizationCall(Structure):
+    """``kt_quantization``."""
+
+    _fields_ = (
+        ("rows", c_int64), ("cols", c_int64), ("weight", c_void_p), ("stride", c_int64), ("dtype", c_int32), ("bits", c_int32),
+        ("codes", c_void_p), ("scales", c_void_p),
+    )  # fmt: skip
 
 
 class ExpertsCall(Structure):
@@ -45,14 +63,16 @@ class ExpertsCall(Structure):
     _fields_ = (
         ("experts", c_int64), ("hidden", c_int64), ("intermediate", c_int64), ("rank", c_int64), ("dtype", c_int32),
         ("activation", c_int32), ("limit_activated", c_int32), ("alpha", c_float), ("limit", c_float), ("up_offset", c_float),
-        ("gate", POINTER(Weight)), ("up", POINTER(Weight)), ("down", POINTER(Weight)),
+        ("packing", POINTER(PackingCall)), ("gate", POINTER(Weight)), ("up", POINTER(Weight)), ("down", POINTER(Weight)),
     )  # fmt: skip
 
 
 class LinearCall(Structure):
     """``kt_linear``."""
 
-    _fields_ = (("rows", c_int64), ("cols", c_int64), ("rank", c_int64), ("dtype", c_int32), ("weight", Weight))
+    _fields_ = (
+        ("rows", c_int64), ("cols", c_int64), ("rank", c_int64), ("dtype", c_int32), ("packing", POINTER(PackingCall)), ("weight", Weight),
+    )  # fmt: skip
 
 
 MOST_LINEARS = 8
@@ -115,16 +135,17 @@ def library() -> CDLL | str:
         return "the native kernels were built from other sources than those that are here; install the package again"
     found.kt_instruction_sets.restype = found.kt_in_use.restype = c_char_p
     found.kt_experts_scratch.restype = found.kt_linear_scratch.restype = found.kt_attention_scratch.restype = c_int64
-    found.kt_experts_scratch.argtypes = [POINTER(ExpertsCall), c_int64, c_int64]
-    found.kt_linear_scratch.argtypes = [POINTER(LinearCall), c_int64]
+    found.kt_experts_scratch.argtypes = [POINTER(ExpertsCall), c_int64, c_int64, c_int]
+    found.kt_linear_scratch.argtypes = [POINTER(LinearCall), c_int64, c_int]
     found.kt_experts_forward.argtypes = [
         POINTER(ExpertsCall), c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int,
     ]  # fmt: skip
     found.kt_linear_forward.argtypes = [POINTER(LinearCall), c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int]
     found.kt_attention_scratch.argtypes = [POINTER(AttentionCall), c_int]
     found.kt_attention_forward.argtypes = [POINTER(AttentionCall), c_void_p, c_int]
-    found.kt_run_scratch.argtypes, found.kt_run_scratch.restype = [POINTER(Step), c_int64], c_int64
+    found.kt_run_scratch.argtypes, found.kt_run_scratch.restype = [POINTER(Step), c_int64, c_int], c_int64
     found.kt_run.argtypes = [POINTER(Step), c_int64, c_void_p, c_int, c_void_p]
+    found.kt_quantize.argtypes = [POINTER(QuantizationCall), c_int]
     found.kt_norm_forward.argtypes = [POINTER(NormCall), c_void_p, c_int32, c_int64, c_void_p, c_int]
     found.kt_norm_forward.restype = None
     found.kt_linear_forward.restype = found.kt_attention_forward.restype = None
@@ -167,6 +188,6 @@ def _join_team(found: CDLL) -> None:
 
 
 __all__ = [
-    "DTYPES", "MOST_LINEARS", "STEPS", "VARIABLE", "AttentionCall", "ExpertsCall", "LinearCall", "LinearsCall", "NormCall", "Step", "Weight", "byref",
+    "DTYPES", "MOST_LINEARS", "PANEL", "STEPS", "VARIABLE", "AttentionCall", "ExpertsCall", "LinearCall", "LinearsCall", "NormCall", "PackingCall", "QuantizationCall", "Step", "Weight", "byref",
     "in_panels", "kernels", "library",
 ]  # fmt: skip

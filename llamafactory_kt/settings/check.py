@@ -74,7 +74,7 @@ def _check_values(args: Any) -> list[str]:
         args.kt_backend = canonical_name(args.kt_backend)
     except KTConfigError as error:
         problems.append(str(error))
-    args.kt_load = str(args.kt_load).lower()
+    args.kt_load, args.kt_dense = str(args.kt_load).lower(), str(args.kt_dense).lower()
     threads = args.kt_num_threads
     if threads is None or str(threads).lower() == "auto":
         args.kt_num_threads = None
@@ -102,6 +102,7 @@ def _check_combinations(args: Any) -> list[str]:
             num_threads=args.kt_num_threads if isinstance(args.kt_num_threads, int) else None,
             pools=pools if isinstance(pools, int) else None,
             load=args.kt_load,
+            dense=args.kt_dense,
             prefix="kt_",
         )
     if (backend := infer_backend(args)) not in ("huggingface", "sglang"):

@@ -13,7 +13,7 @@ from .values import key
 SCOPES = ("all", "attention")
 
 CHAT_ONLY_KEYS = (
-    "kt_load", "kt_max_chunk", "kt_merge_adapter", "kt_idle_workers", "kt_recalibrate", "kt_router_stats", "kt_debug_dir",
+    "kt_load", "kt_dense", "kt_max_chunk", "kt_merge_adapter", "kt_idle_workers", "kt_recalibrate", "kt_router_stats", "kt_debug_dir",
 )  # fmt: skip
 """keys about experts in this process, which do nothing with ``infer_backend: sglang``"""
 
@@ -25,13 +25,18 @@ class KTArguments(KTServingArguments):
     use_kt: bool = key(False, "Whether to compute the routed experts on the CPU with KTransformers' kt-kernel.")
     kt_backend: str = key(
         "auto",
-        "Engine for the experts: native (this package's kernels), AMXBF16, AMXINT8, AMXINT4 or AVX2BF16 (kt-kernel), oneDNN (torch's own "
+        "Engine for the experts: native (this package's kernels), INT8 or INT4 (the same on integers, quantized while loading), AMXBF16, AMXINT8, AMXINT4 or AVX2BF16 (kt-kernel), oneDNN (torch's own "
         "kernels), torch (float32, slow), or auto: the fastest of those that keep all bits. Any letter case; a suffix _SFT is accepted.",
     )
     kt_load: str = key(
         "auto",
         "How weights get into memory: mmap leaves them in the checkpoint's mapped files (loads at once, memory is shared between processes), copy "
         "copies them into huge pages (somewhat faster tokens), auto copies where memory is free. Only the native engine maps experts.",
+    )
+    kt_dense: str = key(
+        "same",
+        "What the linear layers around the experts (attention, dense layers, shared experts, output layer) are kept as, without a GPU: same as in "
+        "the checkpoint, int8 or int4 (quantized while loading, with a scale for each 32 weights; LoRA stays in full precision).",
     )
     kt_num_threads: str | None = key(None, "CPU threads of kt-kernel. Default: the fastest number measured.")
     kt_idle_workers: bool | None = key(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..engines.base import LOADS
+from ..engines.base import DENSE, LOADS
+from ..engines.native import NativeEngine
 from ..engines.registry import engines, find_engine
 from ..ground.internals import switch_problem
 from .values import suggestion
@@ -16,6 +17,7 @@ def experts_problems(
     num_threads: int | None,
     pools: int | None,
     load: str = LOADS[0],
+    dense: str = "same",
     prefix: str = "",
 ) -> list[str]:
     """What is wrong with these values and the environment, one sentence each.
@@ -32,6 +34,12 @@ def experts_problems(
         problems.append(
             f"{prefix}load: unknown value {load!r}, expected one of {', '.join(LOADS)}{suggestion(load, LOADS)}"
         )
+    if dense not in DENSE:
+        problems.append(
+            f"{prefix}dense: unknown value {dense!r}, expected one of {', '.join(DENSE)}{suggestion(dense, DENSE)}"
+        )
+    elif DENSE[dense] and (problem := NativeEngine.problem()):
+        problems.append(f"{prefix}dense: {dense} needs the native kernels, and {problem}. Set {prefix}dense: same.")
     if pools is not None and num_threads is not None and num_threads < pools:
         problems.append(
             f"{prefix}num_threads: {num_threads} is fewer than {prefix}threadpool_count: {pools}; give each pool one."

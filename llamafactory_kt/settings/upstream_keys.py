@@ -48,8 +48,10 @@ FORMATS = {
 }  # fmt: skip
 """``kt_expert_weight_format`` -> ``kt_backend``. Experts of a quantized checkpoint are read as they are."""
 
-BACKENDS = {"INT8": FORMATS["int8"], "FP8": FORMATS["fp8"], "AMXFP8": FORMATS["fp8"]}
+BACKENDS = {"FP8": FORMATS["fp8"], "AMXFP8": FORMATS["fp8"]}
 """values of ``kt_backend`` that the forks spell in another way"""
+OF_PACKED_FILES = {name.upper(): FORMATS[name] for name in PACKING}
+"""the same where ``kt_weight_path`` names kt-kernel's files; without it, ``INT8`` and ``INT4`` are this package's own engines"""
 
 _FORMAT, _CHECKPOINT = "kt_expert_weight_format", "kt_expert_checkpoint_path"
 KEYS = frozenset({*SAME, *IDLE, *ONLY, _FORMAT, _CHECKPOINT})
@@ -150,10 +152,12 @@ def translate(args: Any, nested: dict[str, Any]) -> tuple[dict[str, tuple[str, A
             )
     if idle := sorted(theirs.keys() & IDLE):
         logger.warning("%s: keys of KTransformers' training and engine, which do nothing in a chat.", ", ".join(idle))
-    if str(args.kt_backend).upper() in BACKENDS:
-        args.kt_backend = BACKENDS[str(args.kt_backend).upper()]
-    if "kt_backend" in ours and str(value := ours["kt_backend"][1]).upper() in BACKENDS:
-        ours["kt_backend"] = ("kt_config", BACKENDS[str(value).upper()])
+    files = ours.get("kt_weight_path", ("", args.kt_weight_path))[1]
+    spellings = {**BACKENDS, **(OF_PACKED_FILES if files else {})}
+    args.kt_backend = spellings.get(str(args.kt_backend).upper(), args.kt_backend)
+    if "kt_backend" in ours:
+        source, value = ours["kt_backend"]
+        ours["kt_backend"] = source, spellings.get(str(value).upper(), value)
     if _FORMAT in theirs:
         backend = ours.get("kt_backend", ("", args.kt_backend))[1]
         problems += _apply_format(theirs[_FORMAT], backend, ours)
@@ -166,12 +170,14 @@ def _apply_format(value: Any, backend: Any, ours: dict[str, tuple[str, Any]]) ->
     if wanted is None:
         return [
             f"{_FORMAT}: {value} cannot be computed here, expected one of {', '.join(FORMATS)}. For four bits, write kt_backend: "
-            "AMXINT4 and a checkpoint in bfloat16."
+            "INT4."
         ]
     try:
         chosen = canonical_name(backend)
     except KTConfigError:
         return []  # reported with the other values
+    if chosen == str(value).upper():
+        return []
     if wanted != AUTO and chosen == AUTO:
         ours["kt_backend"] = (_FORMAT, wanted)
     elif wanted != chosen and (wanted != AUTO or chosen in FORMATS.values()):

@@ -112,7 +112,9 @@ class Chain:
         if most > self._most_keys or threads > self._most_threads or not self._scratch:
             self._most_keys, self._most_threads = 2 * most, max(threads, self._most_threads)
             needed = [
-                kernels().kt_run_scratch(part, len(part)) for part in self.parts if isinstance(part, ctypes.Array)
+                kernels().kt_run_scratch(part, len(part), self._most_threads)
+                for part in self.parts
+                if isinstance(part, ctypes.Array)
             ]
             for call in self._attentions:
                 keys, call.keys = call.keys, self._most_keys

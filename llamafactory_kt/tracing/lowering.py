@@ -116,7 +116,7 @@ class Lowering:
     def linear(self, call: FusedLinear, x: torch.Tensor, out: torch.Tensor) -> None:
         """Add a product of rows x [T, in]; all of the same rows are computed together."""
         self._kept.append(call)
-        key = self.places.address(x), x.dtype, x.shape, call.weight.dtype
+        key = self.places.address(x), x.dtype, x.shape, call.call.dtype
         group = self._groups.get(key)
         if group is None or group.count == MOST_LINEARS:
             group = self._groups[key] = LinearsCall()

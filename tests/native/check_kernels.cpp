@@ -160,8 +160,8 @@ int thread_count() { return own_count; }
 const char *instructions;
 int failures, cases;
 bool pairs() { return !strcmp(instructions, "avx512bf16") || !strcmp(instructions, "amx"); } /* multiplies bf16 weights by activations rounded to bf16 */
-const char *const NAMES[] = {"f32", "bf16", "f16", "bool"};
-constexpr int THREADS[] = {1, 2, 5};
+const char *const NAMES[] = {"f32", "bf16", "f16", "bool", "i64", "c64", "int4", "int8", "e4m3"};
+constexpr int THREADS[] = {1, 2, 5}, MOST_THREADS = 5;
 
 /* Compute with different numbers of threads: the answers are the same bits, and each row is near the wanted one. */
 template <class Call>
@@ -199,44 +199,98 @@ void check(const char *name, int64_t rows, int64_t width, int dtype, const doubl
 
 /* ---- one weight ---- */
 
-kt_weight drawn_weight(int dtype, int64_t rows, int64_t cols, int64_t rank, int64_t between, bool bias) {
+bool coded(int dtype) { return dtype >= KT_INT4; }
+
+/* Codes of all kinds: groups of some size or whole rows, scales in both dtypes and of one row or some, tables of integers and of E2M1. */
+kt_packing *drawn_packing(int dtype, int64_t cols) {
+    if (!coded(dtype)) return nullptr;
+    kt_packing *p = reinterpret_cast<kt_packing *>(allocate(sizeof(kt_packing)));
+    const int64_t groups[] = {32, 64, 128, 256, cols};
+    p->group = groups[below(5)], p->rows_of_scale = below(2) ? 1 : 3, p->scale_dtype = below(2) ? KT_BF16 : KT_F32;
+    if (dtype == KT_E4M3 && p->group < 64 && p->group < cols) p->group = 64;
+    if (p->group == cols && p->group < 32) p->group = 32; /* more than a row has */
+    const bool integers = below(2);
+    const float e2m1[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+    for (int i = 0; i < 16; i++) p->table[i] = integers ? float(i - 8) : i < 8 ? e2m1[i] : -e2m1[i - 8];
+    return p;
+}
+int64_t scales_of(const kt_packing &p, int64_t cols) { return (cols + p.group - 1) / p.group; }
+
+double weight_value(const kt_weight &w, int dtype, const kt_packing *p, int64_t n, int64_t i) {
+    const int64_t at = n * w.stride + i;
+    if (!coded(dtype)) return value(w.weight, dtype, at);
+    const double scale = value(w.scales, p->scale_dtype, n / p->rows_of_scale * w.scale_stride + i / p->group);
+    const uint8_t code = static_cast<const uint8_t *>(w.weight)[dtype == KT_INT4 ? at / 2 : at];
+    if (dtype == KT_INT4) return scale * p->table[at % 2 ? code >> 4 : code & 15];
+    if (dtype == KT_INT8) return scale * int8_t(code);
+    const int exponent = code >> 3 & 15, fraction = code & 7;
+    return scale * (code & 128 ? -1 : 1) * (exponent ? ldexp(8 + fraction, exponent - 10) : ldexp(fraction, -9));
+}
+
+kt_weight drawn_weight(int dtype, int64_t rows, int64_t cols, int64_t rank, int64_t between, bool bias, const kt_packing *p = nullptr) {
     kt_weight w = {};
-    w.stride = cols + between;
-    w.weight = drawn(dtype, (rows - 1) * w.stride + cols); /* nothing lies behind the last row */
+    w.stride = cols + (dtype == KT_INT4 ? between * 2 : between);
+    const int64_t values = (rows - 1) * w.stride + cols; /* nothing lies behind the last row */
+    if (coded(dtype)) {
+        const int64_t bytes = dtype == KT_INT4 ? (values + 1) / 2 : values;
+        uint8_t *codes = reinterpret_cast<uint8_t *>(allocate(bytes));
+        for (int64_t i = 0; i < bytes; i++) {
+            codes[i] = uint8_t(random_bits() >> 30);
+            if (dtype == KT_E4M3 && (codes[i] & 127) == 127) codes[i]--; /* NaN */
+        }
+        const int64_t each = scales_of(*p, cols);
+        w.weight = codes, w.scale_stride = each + between;
+        const int64_t scales = (rows - 1) / p->rows_of_scale * w.scale_stride + each;
+        void *drawn_scales = drawn(p->scale_dtype, scales, true); /* and then smaller, so that half numbers can hold the sums */
+        for (int64_t i = 0; i < scales; i++)
+            if (p->scale_dtype == KT_F32) static_cast<float *>(drawn_scales)[i] /= 64;
+            else static_cast<uint16_t *>(drawn_scales)[i] = uint16_t(static_cast<uint16_t *>(drawn_scales)[i] - (6 << 7));
+        w.scales = drawn_scales;
+    } else {
+        w.weight = drawn(dtype, values);
+    }
     if (rank) w.a = drawn_floats(rank * cols), w.b = drawn_floats((rows + 15) / 16 * 16 * rank);
     if (bias) w.bias = drawn_floats(rows);
     return w;
 }
 
 /* out = W rounded + B (A x) + bias; rounded: x as W multiplies it. */
-void plain_product(const kt_weight &w, int dtype, int64_t rows, int64_t cols, int64_t rank, const double *x, double *out) {
+void plain_product(const kt_weight &w, int dtype, const kt_packing *p, int64_t rows, int64_t cols, int64_t rank, const double *x, double *out, bool unpacked = false) {
+    const bool rounded = (dtype == KT_BF16 || coded(dtype)) && pairs();
     double low[256] = {};
     for (int64_t j = 0; w.a && j < rank; j++)
         for (int64_t i = 0; i < cols; i++) low[j] += double(w.a[j * cols + i]) * x[i];
     for (int64_t n = 0; n < rows; n++) {
         double sum = w.bias ? w.bias[n] : 0;
         for (int64_t i = 0; i < cols; i++)
-            sum += value(w.weight, dtype, n * w.stride + i) * (dtype == KT_BF16 && pairs() ? to_bf16(x[i]) : x[i]);
+            {
+                const double weight = weight_value(w, dtype, p, n, i);
+                sum += (unpacked && pairs() ? to_bf16(weight) : weight) * (rounded ? to_bf16(x[i]) : x[i]);
+            }
         for (int64_t j = 0; w.b && j < rank; j++) sum += double(w.b[(n / 16 * rank + j) * 16 + n % 16]) * low[j];
         out[n] = sum;
     }
 }
 
+/* For many tokens, codes are unpacked into the dtype that is multiplied. */
+bool unpacked(int dtype, int64_t tokens) { return coded(dtype) && tokens >= 16; }
+
 void check_linear(int64_t tokens, int64_t rows, int64_t cols, int64_t rank, int dtype, int x_dtype) {
     char name[200];
     snprintf(name, sizeof name, "linear: %d tokens, %d x %d, rank %d, %s weights, %s tokens", int(tokens), int(rows), int(cols), int(rank),
              NAMES[dtype], NAMES[x_dtype]);
-    const kt_linear l = {rows, cols, rank, dtype, drawn_weight(dtype, rows, cols, rank, tokens % 3, rows % 2)};
+    const kt_packing *packing = drawn_packing(dtype, cols);
+    const kt_linear l = {rows, cols, rank, dtype, packing, drawn_weight(dtype, rows, cols, rank, tokens % 3, rows % 2, packing)};
     const void *x = drawn(x_dtype, tokens * cols);
     double *wanted = doubles(tokens * rows), *one = doubles(cols);
     for (int64_t t = 0; t < tokens; t++) {
         for (int64_t i = 0; i < cols; i++) one[i] = value(x, x_dtype, t * cols + i);
-        plain_product(l.weight, dtype, rows, cols, rank, one, wanted + t * rows);
+        plain_product(l.weight, dtype, packing, rows, cols, rank, one, wanted + t * rows, unpacked(dtype, tokens));
     }
     kt_step step = {}; /* the same by way of a program */
     kt_linears alone = {1, {&l}, {}};
     step.op = KT_STEP_LINEAR, step.call = &alone, step.a = x, step.dtypes[1] = x_dtype, step.n = tokens;
-    check(name, tokens, rows, x_dtype, wanted, 0, kt_run_scratch(&step, 1), [&](void *out, void *scratch, int threads) {
+    check(name, tokens, rows, x_dtype, wanted, 0, kt_run_scratch(&step, 1, MOST_THREADS), [&](void *out, void *scratch, int threads) {
         alone.outs[0] = out;
         if (threads == 2)
             kt_run(&step, 1, scratch, threads, nullptr);
@@ -250,11 +304,13 @@ void check_linear(int64_t tokens, int64_t rows, int64_t cols, int64_t rank, int 
 void check_linears(int64_t tokens, int dtype, int x_dtype) {
     char name[200];
     snprintf(name, sizeof name, "linears: %d tokens, %s weights, %s tokens", int(tokens), NAMES[dtype], NAMES[x_dtype]);
-    constexpr int64_t COLS = 75, ROWS[] = {7, 33, 5}, RANKS[] = {3, 0, 9};
+    const int64_t COLS = coded(dtype) ? 76 : 75;
+    constexpr int64_t ROWS[] = {7, 33, 5}, RANKS[] = {3, 0, 9};
     kt_linear layers[3];
     kt_linears l = {3, {}, {}};
     for (int n = 0; n < 3; n++) {
-        layers[n] = {ROWS[n], COLS, RANKS[n], dtype, drawn_weight(dtype, ROWS[n], COLS, RANKS[n], n, n == 1)};
+        const kt_packing *packing = drawn_packing(dtype, COLS);
+        layers[n] = {ROWS[n], COLS, RANKS[n], dtype, packing, drawn_weight(dtype, ROWS[n], COLS, RANKS[n], n, n == 1, packing)};
         l.parts[n] = &layers[n];
     }
     const void *x = drawn(x_dtype, tokens * COLS);
@@ -262,11 +318,11 @@ void check_linears(int64_t tokens, int dtype, int x_dtype) {
     for (int n = 0; n < 3; n++)
         for (int64_t t = 0; t < tokens; t++, to += ROWS[n]) {
             for (int64_t i = 0; i < COLS; i++) one[i] = value(x, x_dtype, t * COLS + i);
-            plain_product(layers[n].weight, dtype, ROWS[n], COLS, RANKS[n], one, to);
+            plain_product(layers[n].weight, dtype, layers[n].packing, ROWS[n], COLS, RANKS[n], one, to, unpacked(dtype, tokens));
         }
     kt_step step = {};
     step.op = KT_STEP_LINEAR, step.call = &l, step.a = x, step.dtypes[1] = x_dtype, step.n = tokens;
-    check(name, 1, tokens * 45, x_dtype, wanted, 0, kt_run_scratch(&step, 1), [&](char *out, void *scratch, int threads) {
+    check(name, 1, tokens * 45, x_dtype, wanted, 0, kt_run_scratch(&step, 1, MOST_THREADS), [&](char *out, void *scratch, int threads) {
         for (int n = 0; n < 3; out += tokens * ROWS[n] * itemsize(x_dtype), n++) l.outs[n] = out;
         kt_run(&step, 1, scratch, threads, nullptr);
     });
@@ -317,6 +373,7 @@ void check_experts(int64_t tokens, int64_t top, int64_t experts, int64_t hidden,
              int(experts), int(hidden), int(inner), int(rank), NAMES[dtype], NAMES[x_dtype], formula);
     kt_experts e = {};
     e.experts = experts, e.hidden = hidden, e.intermediate = inner, e.rank = rank, e.dtype = dtype, e.alpha = 1, e.limit = INFINITY;
+    e.packing = drawn_packing(dtype, hidden > inner ? hidden : inner);
     e.activation = formula % 5;
     const bool gated = formula < 7, biased = formula == 5 || formula == 8; /* 5, 6: limits, as gpt-oss and Step have them; 7, 8: no gate */
     if (formula == 5) e.alpha = 1.702f, e.limit = 0.7f, e.up_offset = 1, e.activation = KT_SILU;
@@ -325,7 +382,7 @@ void check_experts(int64_t tokens, int64_t top, int64_t experts, int64_t hidden,
     kt_weight *all = reinterpret_cast<kt_weight *>(allocate(experts * 3 * int64_t(sizeof(kt_weight))));
     for (int64_t n = 0; n < 3 * experts; n++) { /* a third of the weights have no LoRA */
         const bool down = n >= 2 * experts;
-        all[n] = drawn_weight(dtype, down ? hidden : inner, down ? inner : hidden, n % 3 == 2 ? 0 : rank, n % 2, biased);
+        all[n] = drawn_weight(dtype, down ? hidden : inner, down ? inner : hidden, n % 3 == 2 ? 0 : rank, n % 2, biased, e.packing);
     }
     e.gate = gated ? all : nullptr, e.up = all + experts, e.down = all + 2 * experts;
     const void *x = drawn(x_dtype, tokens * hidden);
@@ -337,8 +394,8 @@ void check_experts(int64_t tokens, int64_t top, int64_t experts, int64_t hidden,
         const int64_t start = below(experts);
         for (int64_t k = 0; k < top; k++) {
             const int64_t n = index[t * top + k] = (start + k * (1 + k)) % experts; /* also twice the same */
-            plain_product(e.up[n], dtype, inner, hidden, rank, one, up);
-            if (gated) plain_product(e.gate[n], dtype, inner, hidden, rank, one, gate);
+            plain_product(e.up[n], dtype, e.packing, inner, hidden, rank, one, up);
+            if (gated) plain_product(e.gate[n], dtype, e.packing, inner, hidden, rank, one, gate);
             for (int64_t i = 0; i < inner; i++) {
                 double g = gate[i], u = up[i];
                 if (gated && !e.limit_activated) g = fmin(g, e.limit);
@@ -346,16 +403,16 @@ void check_experts(int64_t tokens, int64_t top, int64_t experts, int64_t hidden,
                 if (gated && e.limit_activated) g = fmin(g, e.limit);
                 up[i] = gated ? g * (fmax(fmin(u, e.limit), -e.limit) + e.up_offset) : g;
             }
-            plain_product(e.down[n], dtype, hidden, inner, rank, up, out);
+            plain_product(e.down[n], dtype, e.packing, hidden, inner, rank, up, out);
             for (int64_t i = 0; i < hidden; i++) wanted[t * hidden + i] += double(scores[t * top + k]) * out[i];
         }
     }
     /* A sum that lies near the middle of two bf16 numbers may be rounded to the other one. */
-    const double rounding = dtype == KT_BF16 && pairs() ? 3e-3 : 2e-6;
+    const double rounding = !pairs() || !(dtype == KT_BF16 || coded(dtype)) ? 2e-6 : unpacked(dtype, tokens * top) ? 1e-2 : 3e-3;
     kt_step step = {};
     step.op = KT_STEP_EXPERTS, step.call = &e, step.a = x, step.dtypes[1] = x_dtype, step.n = tokens, step.sizes[0] = top;
     step.b = index, step.c = scores;
-    check(name, tokens, hidden, x_dtype, wanted, rounding, kt_run_scratch(&step, 1), [&](void *to, void *scratch, int threads) {
+    check(name, tokens, hidden, x_dtype, wanted, rounding, kt_run_scratch(&step, 1, MOST_THREADS), [&](void *to, void *scratch, int threads) {
         step.out = to;
         if (threads == 2 ? kt_run(&step, 1, scratch, threads, nullptr) : kt_experts_forward(&e, x, x_dtype, tokens, index, scores, top, to, scratch, threads)) failures++, printf("%s: refused\n", name);
     });
@@ -424,7 +481,7 @@ void check_attention(const Sizes &s, int dtype) {
     kt_step step = {};
     step.op = KT_STEP_ATTENTION, step.call = &a;
     const double rounding = pairs() && dtype == KT_BF16 ? 6e-3 : 2e-6; /* the softmax's weights are rounded, too: few keys, no averaging */
-    check(name, rows, s.value_dim, dtype, wanted, rounding, kt_run_scratch(&step, 1), [&](void *out, void *scratch, int threads) {
+    check(name, rows, s.value_dim, dtype, wanted, rounding, kt_run_scratch(&step, 1, MOST_THREADS), [&](void *out, void *scratch, int threads) {
         a.out = out;
         if (threads == 2)
             kt_run(&step, 1, scratch, threads, nullptr);
@@ -482,7 +539,7 @@ void check_elementwise(int op, int out_dtype, int a_dtype, int b_dtype, int64_t 
                 for (int which = 0; which < 3; which++) places[which] += at[d] * s.strides[which][d];
             wanted[places[0]] = computed(s, value(s.a, a_dtype, places[1]), s.b ? value(s.b, b_dtype, places[2]) : s.beta);
         }
-    check(name, rows, width, out_dtype, wanted, 0, kt_run_scratch(&s, 1), [&](void *out, void *scratch, int threads) {
+    check(name, rows, width, out_dtype, wanted, 0, kt_run_scratch(&s, 1, MOST_THREADS), [&](void *out, void *scratch, int threads) {
         s.out = out;
         kt_run(&s, 1, scratch, threads, nullptr);
     });
@@ -521,7 +578,7 @@ void check_rows(int op, int out_dtype, int a_dtype, int64_t rows, int64_t width,
         }
     }
     /* sums may cancel: their error is small beside all of them */
-    check(name, op == KT_STEP_SUM ? 1 : rows, op == KT_STEP_SUM ? rows : found, out_dtype, wanted, 0, kt_run_scratch(&s, 1),
+    check(name, op == KT_STEP_SUM ? 1 : rows, op == KT_STEP_SUM ? rows : found, out_dtype, wanted, 0, kt_run_scratch(&s, 1, MOST_THREADS),
           [&](void *out, void *scratch, int threads) {
               int64_t *own = op == KT_STEP_TOPK ? reinterpret_cast<int64_t *>(allocate(rows * chosen * 8)) : index;
               s.out = out, s.b = own;
@@ -553,7 +610,7 @@ void check_steps() {
         for (int n = 0; n < 21; n++) wanted[n] = n % 7 < 2 ? 0.5 : -0.25;
         for (int n = 0; n < 6; n++) index[n] = n % 2;
         steps[1].b = index;
-        check("steps: fill and scatter", 3, 7, dtype, wanted, 0, kt_run_scratch(steps, 2), [&](void *out, void *scratch, int threads) {
+        check("steps: fill and scatter", 3, 7, dtype, wanted, 0, kt_run_scratch(steps, 2, MOST_THREADS), [&](void *out, void *scratch, int threads) {
             steps[0].out = steps[1].out = out;
             kt_run(steps, 2, scratch, threads, nullptr);
         });
@@ -595,6 +652,18 @@ void check_all() {
             {1, 4, 2, 4, 4, 16, 16, 0, false, false}, {3, 6, 2, 2, 40, 33, 17, 1, false, false},
         };
         for (auto &s : attentions) check_attention(s, dtype);
+    }
+    constexpr int CODES[] = {KT_INT4, KT_INT8, KT_E4M3};
+    constexpr int64_t FEW_AND_MANY[] = {1, 2, 3, 4, 7, 15, 16, 33, 70}, EVEN[] = {2, 30, 64, 98, 128, 256, 300, 650};
+    for (int dtype : CODES) {
+        for (int x_dtype = 0; x_dtype < 3; x_dtype++) {
+            for (int64_t tokens : FEW_AND_MANY)
+                for (int64_t cols : EVEN) check_linear(tokens, 1 + (tokens * cols) % 71, cols, tokens % 3 * 4, dtype, x_dtype);
+            for (int64_t tokens : TOKENS) check_linears(tokens, dtype, x_dtype);
+            const int64_t layers[][6] = {{1, 4, 8, 256, 128, 0}, {1, 8, 9, 72, 40, 8}, {7, 2, 6, 100, 66, 3}, {150, 2, 3, 40, 140, 5}, {60, 3, 11, 64, 96, 4}, {0, 2, 4, 8, 8, 2}};
+            for (auto &s : layers) check_experts(s[0], s[1], s[2], s[3], s[4], s[5], dtype, x_dtype, KT_SILU);
+        }
+        for (int formula = 1; formula < 9; formula++) check_experts(6, 3, 5, 40, 38, 4, dtype, (dtype + formula) % 3, formula);
     }
     check_steps();
     check_refusal();

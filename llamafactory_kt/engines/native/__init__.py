@@ -1,5 +1,8 @@
 """Experts on the native kernels."""
 
 from .engine import NativeEngine
+from .integers import Int4Engine, Int8Engine
 
-__all__ = ["NativeEngine"]
+ENGINES = (NativeEngine, Int8Engine, Int4Engine)
+
+__all__ = ["ENGINES", "Int4Engine", "Int8Engine", "NativeEngine"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 
@@ -14,10 +15,25 @@ from ...checkpoint.formula import ACTIVATIONS, ExpertFormula
 from ...checkpoint.reader import ExpertWeights
 from ...ground.paging import empty_in_huge_pages
 from ...native.library import DTYPES, ExpertsCall, Weight, byref, kernels, library
+from ...native.packed import PackedWeight, call_of
 from ...native.recording import active
 from ...native.scratch import scratch
 from ..base import Engine, EngineOptions, LayerMemory, Undo
 from .lora import FusedLora, lora_size
+
+Matrix = torch.Tensor | PackedWeight
+
+
+class Experts(Protocol):
+    """One expert's weights, as :class:`ExpertWeights` has them."""
+
+    @property
+    def gate(self) -> Matrix: ...
+    @property
+    def up(self) -> Matrix: ...
+    @property
+    def down(self) -> Matrix: ...
+
 
 CHUNK = 4096
 """tokens of a call, which bound its scratch memory"""
@@ -63,18 +79,23 @@ class NativeEngine(Engine):
 
     def load(self) -> None:
         shape, formula = self.spec.shape, self.spec.formula
-        self._weights = list(self.read_experts(None) if self.options.mapped else self._copied())
+        self._weights = self.read_weights()
         self._biases = self.spec.read_biases()
         self._arrays = {
             projection: _weights([getattr(expert, projection) for expert in self._weights], self._bias(projection))
             for projection in shape.projections
         }
         limit = math.inf if formula.limit is None else formula.limit
+        dtype, packing, _ = call_of(self._weights[0].down)
         self.call = ExpertsCall(
-            shape.num_experts, shape.hidden_size, shape.intermediate_size, 0, DTYPES[self._weights[0].down.dtype],
-            ACTIVATIONS.index(formula.activation), formula.limit_activated, formula.alpha, limit, formula.up_offset,
+            shape.num_experts, shape.hidden_size, shape.intermediate_size, 0, dtype,
+            ACTIVATIONS.index(formula.activation), formula.limit_activated, formula.alpha, limit, formula.up_offset, packing,
             *(self._arrays.get(projection) for projection in PROJECTIONS),
         )  # fmt: skip
+
+    def read_weights(self) -> Sequence[Experts]:
+        """The weights to compute with, in the place where they stay."""
+        return list(self.read_experts(None) if self.options.mapped else self._copied())
 
     def _copied(self) -> Iterator[ExpertWeights]:
         block: torch.Tensor | None = None
@@ -113,10 +134,11 @@ class NativeEngine(Engine):
     def compute(self, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor) -> None:
         """One call of the kernel. All are contiguous; x and out [T, H] are of one of :data:`DTYPES`, scores float32."""
         tokens, top = index.shape
-        needed = kernels().kt_experts_scratch(byref(self.call), tokens, top)
+        threads = torch.get_num_threads()
+        needed = kernels().kt_experts_scratch(byref(self.call), tokens, top, threads)
         failed = kernels().kt_experts_forward(
             byref(self.call), x.data_ptr(), DTYPES[x.dtype], tokens, index.data_ptr(), scores.data_ptr(), top, out.data_ptr(),
-            scratch(needed), torch.get_num_threads(),
+            scratch(needed), threads,
         )  # fmt: skip
         if failed:
             raise IndexError(f"The router chose an expert that is none of the {self.spec.shape.num_experts}.")
@@ -125,7 +147,7 @@ class NativeEngine(Engine):
 
     @property
     def nbytes(self) -> int:
-        weights = sum(matrix.nbytes for expert in self._weights for matrix in expert)
+        weights = sum(matrix.nbytes for expert in self._weights for matrix in (expert.gate, expert.up, expert.down))
         return weights + sum(bias.nbytes for bias in self._biases or ())
 
     @property
@@ -133,10 +155,10 @@ class NativeEngine(Engine):
         return self._lora.nbytes if self._lora else 0
 
 
-def _weights(matrices: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> ctypes.Array[Weight]:
+def _weights(matrices: Sequence[Matrix], biases: Sequence[torch.Tensor] | None) -> ctypes.Array[Weight]:
     """The experts' ``kt_weight``s."""
     array = (Weight * len(matrices))()
-    for number, (weight, matrix) in enumerate(zip(array, matrices, strict=True)):
-        weight.weight, weight.stride = matrix.data_ptr(), matrix.stride(0)
-        weight.bias = biases[number].data_ptr() if biases is not None else None
+    for number, matrix in enumerate(matrices):
+        array[number] = call_of(matrix)[2]
+        array[number].bias = biases[number].data_ptr() if biases is not None else None
     return array

@@ -7,4 +7,5 @@
 #include "linear.h"
 #include "attention.h"
 #include "steps.h"
+#include "quantize.h"
 #include "table.h"

@@ -27,7 +27,7 @@ bool tiles([[maybe_unused]] unsigned leaf7_edx, [[maybe_unused]] unsigned xcr0) 
 #endif
 }
 
-/* Bits as in Intel's manual (CPUID leaves 1 and 7), and whether the system saves the registers (XCR0). */
+/* avx512bf16 has VBMI, too: every CPU but the first with BF16 does. Bits as in Intel's manual (CPUID leaves 1 and 7), and whether the system saves the registers (XCR0). */
 Cpu detect() {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return {};
@@ -38,8 +38,8 @@ Cpu detect() {
     bool ymm = (low & 0x6) == 0x6, zmm = (low & 0xe6) == 0xe6;
     bool avx2 = ymm && fma && f16c && (b >> 5 & 1);
     bool avx512 = avx2 && zmm && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1); /* F, DQ, BW, VL */
-    const unsigned features = d;
-    bool bf16 = avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    const unsigned features = d, more = c;
+    bool bf16 = avx512 && (more >> 1 & 1) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
     return {avx2, avx512, bf16, bf16 && tiles(features, low)};
 }
 
@@ -80,12 +80,12 @@ int kt_use(const char *name) {
 
 const char *kt_in_use(void) { return chosen() ? chosen()->name : ""; }
 
-int64_t kt_experts_scratch(const kt_experts *experts, int64_t tokens, int64_t top) {
-    return chosen()->experts_scratch(*experts, tokens, top);
+int64_t kt_experts_scratch(const kt_experts *experts, int64_t tokens, int64_t top, int threads) {
+    return chosen()->experts_scratch(*experts, tokens, top, threads);
 }
 
-int64_t kt_linear_scratch(const kt_linear *linear, int64_t tokens) {
-    return chosen()->linears_scratch(kt_linears{1, {linear}, {}}, tokens);
+int64_t kt_linear_scratch(const kt_linear *linear, int64_t tokens, int threads) {
+    return chosen()->linears_scratch(kt_linears{1, {linear}, {}}, tokens, threads);
 }
 
 int kt_experts_forward(const kt_experts *experts, const void *x, int32_t x_dtype, int64_t tokens, const int64_t *index,
@@ -108,10 +108,10 @@ void kt_attention_forward(const kt_attention *attention, void *scratch, int thre
     chosen()->attention(*attention, scratch, threads);
 }
 
-int64_t kt_run_scratch(const kt_step *steps, int64_t count) {
+int64_t kt_run_scratch(const kt_step *steps, int64_t count, int threads) {
     int64_t most = 0;
     for (int64_t i = 0; i < count; i++) {
-        const int64_t own = chosen()->step_scratch(steps[i]);
+        const int64_t own = chosen()->step_scratch(steps[i], threads);
         if (own > most) most = own;
     }
     return most;
@@ -131,6 +131,8 @@ int kt_run(const kt_step *steps, int64_t count, void *scratch, int threads, doub
     }
     return 0;
 }
+
+int kt_quantize(const kt_quantization *quantization, int threads) { return chosen()->quantize(*quantization, threads); }
 
 void kt_norm_forward(const kt_norm *norm, const void *x, int32_t x_dtype, int64_t rows, void *out, int threads) {
     chosen()->norm(*norm, x, x_dtype, rows, out, threads);

@@ -5,4 +5,5 @@
 #include "linear.h"
 #include "attention.h"
 #include "steps.h"
+#include "quantize.h"
 #include "table.h"

@@ -6,4 +6,5 @@
 #include "linear.h"
 #include "attention.h"
 #include "steps.h"
+#include "quantize.h"
 #include "table.h"

@@ -7,7 +7,7 @@
  */
 #pragma once
 #include "activation.h"
-#include "tile_products.h"
+#include "packed.h"
 
 namespace kt {
 namespace {
@@ -27,6 +27,7 @@ struct Experts {
     const float *scores;
     void *out;
 
+    static constexpr bool twice = pairs<T> || coded<T>; /* LoRA needs x and h once more */
     Group *groups;
     int64_t *starts, *order;       /* order: slot (token * top + k) of each row, expert by expert */
     int64_t hidden, inner_;        /* values between two rows of xs and hs; of the wide ones: */
@@ -36,13 +37,15 @@ struct Experts {
     float *ts, *us;                /* A x of gate and up [rows, 2 rank], A h of down [rows, rank] */
     float *sums;                   /* [tokens, H] */
     float *panels;                 /* x, and then h, of the groups that tiles multiply */
+    Unpacked *unpacked;            /* rows of two weights, of each thread */
+    int64_t memory_of_thread;
     int64_t count = 0, cost = 0, packed = 0; /* packed: panels */
 
-    Experts(const kt_experts &experts, int64_t tokens, int64_t top, Scratch &scratch)
+    Experts(const kt_experts &experts, int64_t tokens, int64_t top, int threads, Scratch &scratch)
         : e(experts), tokens(tokens), top(top), rank(experts.rank), rows(tokens * top) {
-        hidden = apart<X<T>>(e.hidden), inner_ = apart<X<T>>(e.intermediate);
+        hidden = apart<X<T>>(arranged<T>(e.hidden)), inner_ = apart<X<T>>(arranged<T>(e.intermediate));
         hidden_wide = apart<float>(e.hidden), inner_wide = apart<float>(e.intermediate);
-        const bool both = rank && pairs<T>;
+        const bool both = rank && twice;
         groups = scratch.take<Group>(rows < e.experts ? rows : e.experts);
         starts = scratch.take<int64_t>(e.experts + 1), order = scratch.take<int64_t>(rows);
         xs = scratch.take<X<T>>(tokens * hidden), hs = scratch.take<X<T>>(rows * inner_);
@@ -51,7 +54,9 @@ struct Experts {
         ts = scratch.take<float>(rows * 2 * rank), us = scratch.take<float>(rows * rank);
         sums = scratch.take<float>(tokens * e.hidden);
         const int64_t full = many<T>(rows) ? rows / PANEL : 0, most = full + (full < e.experts ? full : e.experts); /* each group's last is not full */
-        panels = scratch.take<float>(most * panel_size<T>(e.hidden > e.intermediate ? e.hidden : e.intermediate));
+        const int64_t wider = e.hidden > e.intermediate ? e.hidden : e.intermediate;
+        panels = scratch.take<float>(most * panel_size<X<T>>(arranged<T>(wider)));
+        memory_of_thread = 2 * unpacked_size<T>(wider, rows), unpacked = scratch.take<Unpacked>(threads * memory_of_thread);
     }
 
     /* Sort the rows by expert. */
@@ -81,8 +86,8 @@ struct Experts {
         const int64_t h = e.hidden;
         const Range mine(tokens, 1, team), columns(h, L, team);
         for (int64_t t = mine.first; t < mine.last; t++) {
-            convert(given + t * h, xs + t * hidden, h);
-            if (rank && pairs<T>) convert(given + t * h, fs + t * hidden_wide, h);
+            arrange<T>(given + t * h, xs + t * hidden, 0, h, h);
+            if (rank && twice) convert(given + t * h, fs + t * hidden_wide, h);
         }
         for (int64_t t = 0; t < tokens; t++)
             memset(sums + t * h + columns.first, 0, size_t(columns.last - columns.first) * sizeof(float));
@@ -109,41 +114,45 @@ struct Experts {
 
     /* The panels of x, or of h. */
     void pack(bool down, const Team &team) {
-        const int64_t k = down ? e.intermediate : e.hidden;
+        const int64_t k = arranged<T>(down ? e.intermediate : e.hidden);
         for (int64_t n = 0; n < count; n++) {
             const Group &g = groups[n];
             for (int64_t r = 0; g.panel >= 0 && r < g.count; r += PANEL) {
                 const int64_t panel = g.panel + r / PANEL, first = g.first + r;
                 if (panel % team.threads != team.thread) continue;
-                pack_rows<T>([&](int64_t j) { return down ? hs + (first + j) * inner_ : xs + token(first + j) * hidden; }, g.count - r, k,
-                             panels + panel * panel_size<T>(k), L);
+                pack_rows<X<T>>([&](int64_t j) { return down ? hs + (first + j) * inner_ : xs + token(first + j) * hidden; }, g.count - r, k,
+                                panels + panel * panel_size<X<T>>(k), L);
             }
         }
     }
 
     /* Those of a group from its row r on. */
     const float *panels_from(const Group &g, int64_t r, int64_t k) const {
-        return g.panel < 0 ? nullptr : panels + (g.panel + r / PANEL) * panel_size<T>(k);
+        return g.panel < 0 ? nullptr : panels + (g.panel + r / PANEL) * panel_size<X<T>>(arranged<T>(k));
     }
 
     void gate_up(const Team &team) {
         int64_t from = cost * team.thread / team.threads, to = cost * (team.thread + 1) / team.threads;
+        Unpacked *memory = unpacked + team.thread * memory_of_thread;
         for (int64_t n = 0; n < count; n++) {
             const int64_t each = weight(groups[n].count), own = each * steps();
             if (from < own && to > 0) {
                 const int64_t first = from > 0 ? (from + each - 1) / each * PANEL : 0;
                 int64_t last = to < own ? (to + each - 1) / each * PANEL : e.intermediate;
                 if (last > e.intermediate) last = e.intermediate;
-                gate_up_rows(groups[n], first, last);
+                gate_up_rows(groups[n], first, last, memory);
             }
             from -= own, to -= own;
         }
     }
 
-    void gate_up_rows(const Group &g, int64_t first, int64_t last) {
+    void gate_up_rows(const Group &g, int64_t first, int64_t last, Unpacked *memory) {
         alignas(64) float gate[TILE * TILE], up[TILE * TILE];
         for (int64_t n = first; n < last; n += TILE) {
             const int64_t end = n + TILE < last ? n + TILE : last;
+            const kt_weight &up_weight = e.up[g.expert], &gate_weight = e.gate ? e.gate[g.expert] : up_weight;
+            const Rows<T> up_rows(up_weight, e.packing, n, end, e.hidden, rank, g.count, memory);
+            const Rows<T> gate_rows(gate_weight, e.packing, n, end, e.hidden, rank, e.gate ? g.count : 0, memory + memory_of_thread / 2);
             for (int64_t r = 0; r < g.count; r += TILE) {
                 const X<T> *of[TILE];
                 const float *gate_t[TILE], *up_t[TILE];
@@ -153,14 +162,14 @@ struct Experts {
                     of[j] = xs + token(row) * hidden, gate_t[j] = ts + row * 2 * rank, up_t[j] = gate_t[j] + rank;
                 }
                 const float *packed = panels_from(g, r, e.hidden);
-                if (e.gate) product<T>(e.gate[g.expert], n, end, e.hidden, rank, {of, gate_t, some, packed}, gate, TILE);
-                product<T>(e.up[g.expert], n, end, e.hidden, rank, {of, up_t, some, packed}, up, TILE);
+                if (e.gate) gate_rows.multiply({of, gate_t, some, packed}, gate, TILE);
+                up_rows.multiply({of, up_t, some, packed}, up, TILE);
                 for (int64_t j = 0; j < some; j++) {
                     const int64_t row = g.first + r + j;
                     float *found = up + j * TILE;
                     for (int64_t i = 0; i < end - n; i += L) store(found + i, inner(load(gate + j * TILE + i), load(found + i), e));
-                    convert(found, hs + row * inner_ + n, end - n);
-                    if (rank && pairs<T>) convert(found, gs + row * inner_wide + n, end - n);
+                    arrange<T>(found, hs + row * inner_, n, end - n, e.intermediate);
+                    if (rank && twice) convert(found, gs + row * inner_wide + n, end - n);
                 }
             }
         }
@@ -174,12 +183,13 @@ struct Experts {
             const Group &g = groups[m];
             for (int64_t n = mine.first; n < mine.last; n += TILE) {
                 const int64_t end = n + TILE < mine.last ? n + TILE : mine.last;
+                const Rows<T> rows(e.down[g.expert], e.packing, n, end, e.intermediate, rank, g.count, unpacked + team.thread * memory_of_thread);
                 for (int64_t r = 0; r < g.count; r += TILE) {
                     const X<T> *of[TILE];
                     const float *t[TILE];
                     const int64_t some = g.count - r < TILE ? g.count - r : TILE;
                     for (int64_t j = 0; j < some; j++) of[j] = hs + (g.first + r + j) * inner_, t[j] = us + (g.first + r + j) * rank;
-                    product<T>(e.down[g.expert], n, end, e.intermediate, rank, {of, t, some, panels_from(g, r, e.intermediate)}, found, TILE);
+                    rows.multiply({of, t, some, panels_from(g, r, e.intermediate)}, found, TILE);
                     for (int64_t j = 0; j < some; j++) {
                         float *to = sums + token(g.first + r + j) * h + n;
                         const float score = scores[order[g.first + r + j]];
@@ -215,20 +225,20 @@ struct Experts {
     }
 };
 
-int64_t experts_scratch(const kt_experts &e, int64_t tokens, int64_t top) {
-    return with_dtype(e.dtype, [&](auto tag) {
+int64_t experts_scratch(const kt_experts &e, int64_t tokens, int64_t top, int threads) {
+    return with_weight(e.dtype, [&](auto tag) {
         Scratch scratch(nullptr);
-        Experts<typename decltype(tag)::type> counted(e, tokens, top, scratch);
+        Experts<typename decltype(tag)::type> counted(e, tokens, top, threads, scratch);
         return scratch.used();
     });
 }
 
 int experts(const kt_experts &e, const void *x, int32_t x_dtype, int64_t tokens, const int64_t *index, const float *scores, int64_t top,
             void *out, void *memory, int threads) {
-    return with_dtype(e.dtype, [&](auto tag) {
+    return with_weight(e.dtype, [&](auto tag) {
         using Call = Experts<typename decltype(tag)::type>;
         Scratch scratch(memory);
-        Call call(e, tokens, top, scratch);
+        Call call(e, tokens, top, threads, scratch);
         call.x = x, call.x_dtype = x_dtype, call.scores = scores, call.out = out;
         call.group(index);
         in_team(threads, [](void *context, const Team &team) { static_cast<Call *>(context)->compute(team); }, &call);

@@ -11,16 +11,29 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-enum kt_dtype { KT_F32 = 0, KT_BF16 = 1, KT_F16 = 2, KT_BOOL = 3, KT_I64 = 4, KT_C64 = 5 }; /* the last three: of steps alone */
+enum kt_dtype {
+    KT_F32 = 0, KT_BF16 = 1, KT_F16 = 2, KT_BOOL = 3, KT_I64 = 4, KT_C64 = 5, /* these three: of steps alone */
+    KT_INT4 = 6, KT_INT8 = 7, KT_E4M3 = 8,                                    /* these three: of weights alone, with scales */
+};
 enum kt_activation { KT_SILU = 0, KT_GELU = 1, KT_GELU_TANH = 2, KT_RELU = 3, KT_RELU2 = 4 };
+
+/* How codes stand for weights: value of a code times the scale of its group. */
+typedef struct {
+    int64_t group;         /* values of a row that share a scale: a power of two from 32 on (KT_E4M3: 64), or all (cols or more) */
+    int64_t rows_of_scale; /* rows that share their scales */
+    int32_t scale_dtype;   /* KT_F32 or KT_BF16 */
+    float table[16];       /* KT_INT4: the value of each code, exact in bf16. The lower half of a byte comes first. */
+} kt_packing;
 
 /* A weight with its LoRA and bias: y = W x + B (A x) + bias. */
 typedef struct {
-    const void *weight;  /* [rows, cols] */
+    const void *weight;  /* [rows, cols], or codes */
     int64_t stride;      /* values between two rows */
     const float *a;      /* [rank, cols], or null */
     const float *b;      /* [rows / 16, rank, 16], zeros behind the last row, the scaling in it; or null */
     const float *bias;   /* [rows], or null */
+    const void *scales;  /* of codes: [rows / rows_of_scale, cols / group] */
+    int64_t scale_stride; /* values between two rows of them */
 } kt_weight;
 
 /* y = down(activation(gate x) * up x) of each expert; without a gate (gate null) y = down(activation(up x)). */
@@ -28,6 +41,7 @@ typedef struct {
     int64_t experts, hidden, intermediate, rank;
     int32_t dtype, activation, limit_activated;
     float alpha, limit, up_offset;
+    const kt_packing *packing;  /* of all codes, or null */
     const kt_weight *gate, *up; /* [experts] each: rows = intermediate, cols = hidden */
     const kt_weight *down;      /* [experts]: rows = hidden, cols = intermediate */
 } kt_experts;
@@ -35,6 +49,7 @@ typedef struct {
 typedef struct {
     int64_t rows, cols, rank;
     int32_t dtype;
+    const kt_packing *packing; /* of codes, or null */
     kt_weight weight;
 } kt_linear;
 
@@ -45,6 +60,16 @@ typedef struct {
     const kt_linear *parts[KT_MOST_LINEARS];
     void *outs[KT_MOST_LINEARS]; /* each [tokens, rows] */
 } kt_linears;
+
+/* Symmetric codes of a float weight, with a bf16 scale for each 32 values of a row. */
+typedef struct {
+    int64_t rows, cols; /* cols: even for four bits */
+    const void *weight; /* [rows, cols] */
+    int64_t stride;     /* values between two rows */
+    int32_t dtype, bits; /* 4 or 8 */
+    uint8_t *codes;     /* [rows, cols * bits / 8], contiguous; of four bits: code + 8, the first of two in the lower half of a byte */
+    void *scales;       /* bf16 [rows, cols / 32, rounded up], contiguous */
+} kt_quantization;
 
 /* x / sqrt(mean(x^2) + eps) * (weight + offset), of each row. */
 typedef struct {
@@ -106,8 +131,8 @@ void kt_set_team(void (*parallel)(void (*)(void *), void *, unsigned, unsigned),
                  int (*threads)(void));
 
 /* Bytes of scratch memory, 64-byte aligned, that a call needs. */
-int64_t kt_experts_scratch(const kt_experts *experts, int64_t tokens, int64_t top);
-int64_t kt_linear_scratch(const kt_linear *linear, int64_t tokens);
+int64_t kt_experts_scratch(const kt_experts *experts, int64_t tokens, int64_t top, int threads);
+int64_t kt_linear_scratch(const kt_linear *linear, int64_t tokens, int threads);
 int64_t kt_attention_scratch(const kt_attention *attention, int threads); /* not less for more keys or threads */
 
 /* out[t] = sum over k of scores[t, k] * expert[index[t, k]](x[t]), for x and out [tokens, hidden] of x_dtype, index [tokens, top],
@@ -126,8 +151,11 @@ void kt_norm_forward(const kt_norm *norm, const void *x, int32_t x_dtype, int64_
  * to bf16 first. */
 void kt_attention_forward(const kt_attention *attention, void *scratch, int threads);
 
+/* Returns 0, or -1 if a weight is not finite. */
+int kt_quantize(const kt_quantization *quantization, int threads);
+
 /* Bytes of scratch memory that a program needs; calls of attention need more when their keys grow. */
-int64_t kt_run_scratch(const kt_step *steps, int64_t count);
+int64_t kt_run_scratch(const kt_step *steps, int64_t count, int threads);
 
 /* Compute the steps in order; seconds, if not null, gets what each kt_op takes added. Returns 0, or -1 for an index that is no expert; the
  * steps before it are done. */

@@ -1,6 +1,6 @@
 /* Linear layers of the same input, each with LoRA, in one parallel region. */
 #pragma once
-#include "tile_products.h"
+#include "packed.h"
 
 namespace kt {
 namespace {
@@ -12,26 +12,30 @@ struct Linears {
     int64_t tokens, cols, between, between_wide, rank = 0, blocks = 0; /* of all layers: ranks, and panels of rows */
     const void *x;
     int32_t x_dtype;
+    static constexpr bool twice = pairs<T> || coded<T>; /* LoRA needs x once more */
     X<T> *xs;   /* [tokens, cols], as weights multiply it */
     float *fs;  /* the same in float32, for LoRA */
     float *ts;  /* A x of each layer, [tokens, its rank] */
     float *panels; /* xs for tiles, or null */
+    Unpacked *unpacked; /* rows of a weight, of each thread */
+    int64_t memory_of_thread;
 
-    Linears(const kt_linears &linears, int64_t tokens, Scratch &scratch) : l(linears), tokens(tokens), cols(linears.parts[0]->cols) {
+    Linears(const kt_linears &linears, int64_t tokens, int threads, Scratch &scratch) : l(linears), tokens(tokens), cols(linears.parts[0]->cols) {
         for (int64_t n = 0; n < l.count; n++) rank += l.parts[n]->rank, blocks += (l.parts[n]->rows + PANEL - 1) / PANEL;
-        between = apart<X<T>>(cols), between_wide = apart<float>(cols);
+        between = apart<X<T>>(arranged<T>(cols)), between_wide = apart<float>(cols);
         xs = scratch.take<X<T>>(tokens * between);
-        fs = rank && pairs<T> ? scratch.take<float>(tokens * between_wide) : reinterpret_cast<float *>(xs);
+        fs = rank && twice ? scratch.take<float>(tokens * between_wide) : reinterpret_cast<float *>(xs);
         ts = scratch.take<float>(tokens * rank);
-        panels = many<T>(tokens) ? scratch.take<float>(panels_of<T>(tokens) * panel_size<T>(cols)) : nullptr;
+        panels = many<T>(tokens) ? scratch.take<float>(panels_of<T>(tokens) * panel_size<X<T>>(arranged<T>(cols))) : nullptr;
+        memory_of_thread = unpacked_size<T>(cols, tokens), unpacked = scratch.take<Unpacked>(threads * memory_of_thread);
     }
 
     template <class S>
     void prepare(const S *given, const Team &team) {
         const Range mine(tokens, 1, team);
         for (int64_t t = mine.first; t < mine.last; t++) {
-            convert(given + t * cols, xs + t * between, cols);
-            if (rank && pairs<T>) convert(given + t * cols, fs + t * between_wide, cols);
+            arrange<T>(given + t * cols, xs + t * between, 0, cols, cols);
+            if (rank && twice) convert(given + t * cols, fs + t * between_wide, cols);
         }
     }
 
@@ -62,22 +66,24 @@ struct Linears {
 
     void pack(const Team &team) {
         const Range mine(panels_of<T>(tokens), 1, team);
+        const int64_t k = arranged<T>(cols);
         for (int64_t n = mine.first; n < mine.last; n++)
-            pack_rows<T>([&](int64_t r) { return xs + (n * PANEL + r) * between; }, tokens - n * PANEL, cols, panels + n * panel_size<T>(cols), L);
+            pack_rows<X<T>>([&](int64_t r) { return xs + (n * PANEL + r) * between; }, tokens - n * PANEL, k, panels + n * panel_size<X<T>>(k), L);
     }
 
     template <class S>
-    void rows(const kt_linear &layer, const float *low_of, S *to, int64_t first, int64_t last) {
+    void rows(const kt_linear &layer, const float *low_of, S *to, int64_t first, int64_t last, Unpacked *memory) {
         alignas(64) float found[TILE * TILE];
         for (int64_t n = first; n < last; n += TILE) {
             const int64_t end = n + TILE < last ? n + TILE : last;
+            const Rows<T> own(layer.weight, layer.packing, n, end, cols, layer.rank, tokens, memory);
             for (int64_t t = 0; t < tokens; t += TILE) {
                 const X<T> *of[TILE];
                 const float *low[TILE];
                 const int64_t count = tokens - t < TILE ? tokens - t : TILE;
                 for (int64_t r = 0; r < count; r++) of[r] = xs + (t + r) * between, low[r] = low_of + (t + r) * layer.rank;
-                const float *packed = panels ? panels + t / PANEL * panel_size<T>(cols) : nullptr;
-                product<T>(layer.weight, n, end, cols, layer.rank, {of, low, count, packed}, found, TILE);
+                const float *packed = panels ? panels + t / PANEL * panel_size<X<T>>(arranged<T>(cols)) : nullptr;
+                own.multiply({of, low, count, packed}, found, TILE);
                 for (int64_t r = 0; r < count; r++) convert(found + r * TILE, to + (t + r) * layer.rows + n, end - n);
             }
         }
@@ -98,25 +104,27 @@ struct Linears {
             const kt_linear &layer = *l.parts[n];
             const int64_t own = (layer.rows + PANEL - 1) / PANEL, first = (from > 0 ? from : 0) * PANEL, last = to < own ? to * PANEL : layer.rows;
             if (first < last)
-                with_dtype(x_dtype, [&](auto tag) { rows(layer, low_of, static_cast<typename decltype(tag)::type *>(l.outs[n]), first, last); });
+                with_dtype(x_dtype, [&](auto tag) {
+                    rows(layer, low_of, static_cast<typename decltype(tag)::type *>(l.outs[n]), first, last, unpacked + team.thread * memory_of_thread);
+                });
             from -= own, to -= own, low_of += tokens * layer.rank;
         }
     }
 };
 
-int64_t linears_scratch(const kt_linears &l, int64_t tokens) {
-    return with_dtype(l.parts[0]->dtype, [&](auto tag) {
+int64_t linears_scratch(const kt_linears &l, int64_t tokens, int threads) {
+    return with_weight(l.parts[0]->dtype, [&](auto tag) {
         Scratch scratch(nullptr);
-        Linears<typename decltype(tag)::type> counted(l, tokens, scratch);
+        Linears<typename decltype(tag)::type> counted(l, tokens, threads, scratch);
         return scratch.used();
     });
 }
 
 void linears(const kt_linears &l, const void *x, int32_t x_dtype, int64_t tokens, void *memory, int threads) {
-    with_dtype(l.parts[0]->dtype, [&](auto tag) {
+    with_weight(l.parts[0]->dtype, [&](auto tag) {
         using Call = Linears<typename decltype(tag)::type>;
         Scratch scratch(memory);
-        Call call(l, tokens, scratch);
+        Call call(l, tokens, threads, scratch);
         call.x = x, call.x_dtype = x_dtype;
         in_team(threads, [](void *context, const Team &team) { static_cast<Call *>(context)->compute(team); }, &call);
     });

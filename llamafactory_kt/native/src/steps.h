@@ -174,10 +174,10 @@ inline void row_wise(const kt_step &s, float *x) {
 /* Floats that row_wise needs beside a row: those it chooses. */
 inline int64_t row_floats(const kt_step &s) { return (s.sizes[1] + 15) / 16 * 16 + s.n + 32; }
 
-int64_t step_scratch(const kt_step &s) {
+int64_t step_scratch(const kt_step &s, int threads) {
     switch (s.op) {
-        case KT_STEP_LINEAR: return linears_scratch(*static_cast<const kt_linears *>(s.call), s.n);
-        case KT_STEP_EXPERTS: return experts_scratch(*static_cast<const kt_experts *>(s.call), s.n, s.sizes[0]);
+        case KT_STEP_LINEAR: return linears_scratch(*static_cast<const kt_linears *>(s.call), s.n, threads);
+        case KT_STEP_EXPERTS: return experts_scratch(*static_cast<const kt_experts *>(s.call), s.n, s.sizes[0], threads);
         case KT_STEP_ATTENTION: return attention_scratch(*static_cast<const kt_attention *>(s.call), MOST_THREADS);
         case KT_STEP_SUM: case KT_STEP_SOFTMAX: case KT_STEP_TOPK: case KT_STEP_GATHER: case KT_STEP_SCATTER: return row_floats(s) * 4;
         default: return 0;

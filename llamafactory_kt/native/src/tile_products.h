@@ -133,6 +133,15 @@ inline void multiply_tiles(const kt_weight &w, int64_t first, int64_t last, int6
 }
 #endif
 
+/* Add bias[n] + b[n] . low[r]. */
+template <class T>
+void add_rest(const kt_weight &w, int64_t first, int64_t last, int64_t rank, const Tokens<T> &tokens, float *out, int64_t ldo) {
+    if (w.bias)
+        for (int64_t r = 0; r < tokens.count; r++)
+            for (int64_t n = first; n < last; n++) out[r * ldo + n - first] += w.bias[n];
+    add_low(w, first, last, rank, tokens.low, tokens.count, out, ldo);
+}
+
 /* out[r * ldo + n - first] = weight row n . x[r] + bias[n] + b[n] . low[r], for the rows [first, last) and some tokens. With b, first stands at
  * the start of a panel of it, and with b or packed tokens, out has room for the whole of the last panel. */
 template <class T>
@@ -143,10 +152,7 @@ void product(const kt_weight &w, int64_t first, int64_t last, int64_t k, int64_t
         if (tokens.panels) multiply_tiles(w, first, last, k, tokens, out, ldo);
     }
 #endif
-    if (w.bias)
-        for (int64_t r = 0; r < tokens.count; r++)
-            for (int64_t n = first; n < last; n++) out[r * ldo + n - first] += w.bias[n];
-    add_low(w, first, last, rank, tokens.low, tokens.count, out, ldo);
+    add_rest(w, first, last, rank, tokens, out, ldo);
 }
 
 }  // namespace kernels_

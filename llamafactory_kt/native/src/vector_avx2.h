@@ -58,6 +58,8 @@ inline float sum(F v) {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+inline F larger(F high, F low) { return _mm256_blendv_ps(low, high, _mm256_cmp_ps(high, _mm256_sub_ps(zero(), low), _CMP_GE_OQ)); } /* of two, by magnitude */
+inline F where_less(F a, F b, F v, F w) { return _mm256_blendv_ps(w, v, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 inline F at_least(F v, F x, F bound) { /* v where x >= bound, elsewhere -inf */
     return _mm256_blendv_ps(all(-__builtin_inff()), v, _mm256_cmp_ps(x, bound, _CMP_GE_OQ));
 }
@@ -86,6 +88,44 @@ inline void transpose(F *rows) { /* of a square of L rows */
     for (int i = 0; i < 4; i++) {
         rows[i] = _mm256_permute2f128_ps(b[i], b[4 + i], 0x20), rows[4 + i] = _mm256_permute2f128_ps(b[i], b[4 + i], 0x31);
     }
+}
+
+/* Codes of weights: bytes as they lie in memory. */
+using Codes = __m256i;
+inline Codes load_codes(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+struct Table { /* sixteen values */
+    F first, second;
+    explicit Table(const float *p) : first(load(p)), second(load(p + 8)) {}
+};
+template <int SHIFT>
+inline F look_up(Codes codes, const Table &table) { /* lane i: of four bits of the word i */
+    const __m256i index = _mm256_srli_epi32(codes, SHIFT);
+    const F a = _mm256_permutevar8x32_ps(table.first, index), b = _mm256_permutevar8x32_ps(table.second, index);
+    return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+template <int SHIFT>
+inline F signed_byte(Codes codes) { /* lane i: a byte of the word i */
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(codes, 24 - SHIFT), 24));
+}
+inline F load_e4m3(const uint8_t *p) { /* times 2^-8: its bits within those of a half number, whose exponent is wider by one bit */
+    const __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p));
+    return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(int16_t(0xbfff))));
+}
+template <int N>
+inline F spread(const float *p) { /* each of N values in L / N lanes */
+    if constexpr (N == 1) return all(*p);
+    return _mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0]));
+}
+inline float float_of(bf16 v) {
+    const uint32_t bits = uint32_t(v.bits) << 16;
+    float found;
+    memcpy(&found, &bits, 4);
+    return found;
+}
+template <int N>
+inline F spread(const bf16 *p) {
+    const float values[] = {float_of(p[0]), N == 1 ? 0 : float_of(p[N - 1])};
+    return spread<N>(values);
 }
 
 /* out[r * ldo + n] = the sum of s[n][r]. */

@@ -45,6 +45,8 @@ inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT |
 inline F scale2(F a, F power) { return _mm512_scalef_ps(a, power); }
 inline F zero_below(F v, F x, float bound) { return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(x, all(bound), _CMP_LT_OQ), zero()); }
 inline float sum(F v) { return _mm512_reduce_add_ps(v); }
+inline F larger(F high, F low) { return _mm512_mask_mov_ps(low, _mm512_cmp_ps_mask(high, _mm512_sub_ps(zero(), low), _CMP_GE_OQ), high); } /* of two, by magnitude */
+inline F where_less(F a, F b, F v, F w) { return _mm512_mask_mov_ps(w, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), v); }
 inline F at_least(F v, F x, F bound) { /* v where x >= bound, elsewhere -inf */
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), all(-__builtin_inff()), v);
 }
@@ -99,6 +101,42 @@ inline void sum_blocks(const F (&s)[4][4], float *out, int64_t ldo) {
     _mm_storeu_ps(out + 2 * ldo, _mm512_extractf32x4_ps(all_of, 2)), _mm_storeu_ps(out + 3 * ldo, _mm512_extractf32x4_ps(all_of, 3));
 }
 
+/* Codes of weights: bytes as they lie in memory. */
+using Codes = __m512i;
+inline Codes load_codes(const uint8_t *p) { return _mm512_loadu_si512(p); }
+struct Table { /* sixteen values */
+    F values;
+    explicit Table(const float *p) : values(load(p)) {}
+};
+template <int SHIFT>
+inline F look_up(Codes codes, const Table &table) { /* lane i: of four bits of the word i */
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, SHIFT), table.values);
+}
+template <int SHIFT>
+inline F signed_byte(Codes codes) { /* lane i: a byte of the word i */
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(codes, 24 - SHIFT), 24));
+}
+inline F load_e4m3(const uint8_t *p) { /* times 2^-8: its bits within those of a half number, whose exponent is wider by one bit */
+    const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(int16_t(0xbfff))));
+}
+template <int N>
+inline F spread(const float *p) { /* each of N values in L / N lanes */
+    if constexpr (N == 1) return all(*p);
+    const __m512i lanes = _mm512_srli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), N == 2 ? 3 : 2);
+    return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(N == 2 ? _mm_castpd_ps(_mm_load_sd((const double *)p)) : _mm_loadu_ps(p)));
+}
+template <int N>
+inline F spread(const bf16 *p) {
+    uint64_t bits = 0;
+    memcpy(&bits, p, N * sizeof *p);
+    if constexpr (N == 1) return _mm512_castsi512_ps(_mm512_set1_epi32(int32_t(uint32_t(bits) << 16)));
+    alignas(64) static const uint16_t two[32] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1};
+    alignas(64) static const uint16_t four[32] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0, 1, 0, 2, 0, 2, 0, 2, 0, 2, 0, 3, 0, 3, 0, 3, 0, 3};
+    return _mm512_castsi512_ps(
+        _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_load_si512(N == 2 ? two : four), _mm512_castsi128_si512(_mm_cvtsi64_si128(int64_t(bits)))));
+}
+
 #ifdef KT_BF16_PAIRS
 inline F dot_pairs(F sums, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
 inline __m512i load_pairs(const bf16 *p) { return _mm512_loadu_si512(p); }
@@ -114,6 +152,45 @@ inline F pair(F low, F high) { /* both rounded to bf16, lane by lane next to eac
     alignas(64) static const uint16_t lanes[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(lanes), (__m512i)_mm512_cvtne2ps_pbh(high, low)));
+}
+
+struct PairsTable { /* sixteen values, exact in bf16; twice, because a lookup takes five bits */
+    __m512i values;
+    explicit PairsTable(const float *p) {
+        const __m256i once = _mm512_cvtepi32_epi16(bf16_bits(load(p)));
+        values = _mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1);
+    }
+};
+template <int SHIFT>
+inline __m512i look_up(Codes codes, const PairsTable &table) { /* word j: of four bits of the word j */
+    return _mm512_permutexvar_epi16(SHIFT ? _mm512_srli_epi16(codes, SHIFT) : codes, table.values);
+}
+struct E4m3Table { /* upper and lower bytes of the bf16 numbers that the lower seven bits of a code stand for */
+    alignas(64) uint8_t upper[128] = {}, lower[128] = {};
+    constexpr E4m3Table() {
+        for (int code = 0; code < 128; code++) {
+            const int exponent = code >> 3, rest = code & 7;
+            const int bits = code == 127   ? 0x7fc0
+                             : exponent    ? (exponent + 120) << 7 | rest << 4
+                             : rest & 4    ? 120 << 7 | (rest & 3) << 5
+                             : rest & 2    ? 119 << 7 | (rest & 1) << 6
+                             : rest        ? 118 << 7
+                                           : 0;
+            upper[code] = uint8_t(bits >> 8), lower[code] = uint8_t(bits);
+        }
+    }
+};
+inline void e4m3_pairs(Codes codes, __m512i *pairs) { /* of each sixteen bytes, the first eight are in pairs[0] */
+    static constexpr E4m3Table table;
+    const __m512i *upper = (const __m512i *)table.upper, *lower = (const __m512i *)table.lower;
+    __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(upper), codes, _mm512_load_si512(upper + 1));
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(lower), codes, _mm512_load_si512(lower + 1));
+    high = _mm512_ternarylogic_epi64(high, codes, _mm512_set1_epi8(-128), 0xf8); /* | codes & sign */
+    pairs[0] = _mm512_unpacklo_epi8(low, high), pairs[1] = _mm512_unpackhi_epi8(low, high);
+}
+inline void floats_of(__m512i pairs, F *even, F *odd) {
+    *even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    *odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000))));
 }
 #endif
 

@@ -1,0 +1,124 @@
+"""Weights of four or eight bits, as the native kernels read them: codes, and a scale for each group of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import pointer
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from .library import DTYPES, PackingCall, QuantizationCall, Weight, byref, kernels
+
+GROUP = 32
+"""values that share a scale where this package quantizes"""
+KINDS = {"int4": 6, "int8": 7, "e4m3": 8}
+"""``kt_dtype`` of the codes"""
+SYMMETRIC = tuple(float(code - 8) for code in range(16))
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""the numbers of MXFP4 (OCP Microscaling Formats 1.0)"""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How codes stand for weights: the value of a code times the scale of its group."""
+
+    kind: str
+    """``int4``: the value is that of :attr:`table`, and the lower half of a byte comes first; ``int8``; ``e4m3``: float8_e4m3fn"""
+    group: int = GROUP
+    """values of a row that share a scale: a power of two from 32 (``e4m3``: 64) on, or all of them"""
+    rows_of_scale: int = 1
+    """rows that share their scales"""
+    scale_dtype: torch.dtype = torch.bfloat16
+    """or float32"""
+    table: Sequence[float] = SYMMETRIC
+    """of ``int4``, exact in bfloat16"""
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.kind == "int4" else 8
+
+    @cached_property
+    def call(self) -> PackingCall:
+        """``kt_packing``."""
+        return PackingCall(self.group, self.rows_of_scale, DTYPES[self.scale_dtype], tuple(self.table))
+
+    def sizes(self, rows: int, cols: int) -> tuple[int, int]:
+        """Of a weight: bytes of codes, and how many scales."""
+        return rows * cols * self.bits // 8, -(-rows // self.rows_of_scale) * -(-cols // self.group)
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Memory of a weight."""
+        codes, scales = self.sizes(rows, cols)
+        return codes + scales * self.scale_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [out, in].
+
+    Args:
+        codes: uint8 [out, in * bits / 8], rows contiguous.
+        scales: [out / rows_of_scale, in / group], rounded up, rows contiguous.
+    """
+
+    packing: Packing
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, width = self.codes.shape
+        return rows, width * 8 // self.packing.bits
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[out, in], multiplied in float32 and rounded once."""
+        packing, (rows, cols) = self.packing, self.shape
+        if packing.kind == "int4":
+            codes = torch.stack([self.codes & 15, self.codes >> 4], -1).view(rows, cols)
+            values = torch.tensor(packing.table)[codes.int()]
+        else:
+            values = self.codes.view(torch.int8 if packing.kind == "int8" else torch.float8_e4m3fn).float()
+        scales = self.scales.float().repeat_interleave(packing.rows_of_scale, 0)[:rows]
+        return (values * scales.repeat_interleave(packing.group, 1)[:, :cols]).to(dtype)
+
+
+def call_of(weight: torch.Tensor | PackedWeight) -> tuple[int, Any, Weight]:
+    """How the kernels find a weight [out, in] whose rows are contiguous: ``kt_dtype``, ``kt_packing`` (None for floats), and a ``kt_weight``
+    without LoRA and bias."""
+    packed = getattr(weight, "packed", weight)
+    if isinstance(packed, PackedWeight):
+        own = Weight(packed.codes.data_ptr(), packed.shape[1])
+        own.scales, own.scale_stride = packed.scales.data_ptr(), packed.scales.stride(0)
+        return KINDS[packed.packing.kind], pointer(packed.packing.call), own
+    return DTYPES[packed.dtype], None, Weight(packed.data_ptr(), packed.stride(0))
+
+
+def quantize(weight: torch.Tensor, bits: int, codes: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
+    """Symmetric codes with a scale for each :data:`GROUP` values of a row; of four bits, fitted to the codes by least squares.
+
+    Args:
+        weight: [out, in] on the CPU, float32, bfloat16 or float16; of an even width for four bits.
+        bits: 4 or 8.
+        codes: to write to: uint8, contiguous, of the size that :meth:`Packing.sizes` says; and scales, bfloat16.
+
+    Raises:
+        ValueError: A weight is not finite.
+    """
+    rows, cols = weight.shape
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    packing = Packing(f"int{bits}")
+    assert (codes.numel(), scales.numel()) == packing.sizes(rows, cols)
+    call = QuantizationCall(
+        rows, cols, weight.data_ptr(), weight.stride(0), DTYPES[weight.dtype], bits, codes.data_ptr(), scales.data_ptr()
+    )
+    if kernels().kt_quantize(byref(call), torch.get_num_threads()):
+        raise ValueError("values that are not finite")
+    return PackedWeight(packing, codes.view(rows, -1), scales.view(rows, -1))

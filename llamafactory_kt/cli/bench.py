@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from ..tools.bench.memory import CheckpointBytes
 
 PROMPT = "Explain in a few sentences what a mixture-of-experts language model is."
+_YAML = (".yaml", ".yml", ".json")
 _CONFIG: dict[str, Any] = {"rich_help_panel": "Configuration"}
+_QUALITY: dict[str, Any] = {"rich_help_panel": "Quality"}
 _ENDPOINT: dict[str, Any] = {"rich_help_panel": "Endpoint"}
 
 
 def bench(
     words: list[str] = typer.Argument(
         None,
-        metavar="[CONFIG] [KEY=VALUE]...",
-        help="LLaMA-Factory configuration for a chat, and keys that override it.",
+        metavar="[CONFIG] [KEY=VALUE]... [TEXT]",
+        help="LLaMA-Factory configuration for a chat, and keys that override it; with --quality also a text.",
     ),
     synthetic: str = typer.Option(
         None,
@@ -50,6 +52,16 @@ def bench(
         True, help="Also time attention, linear layers and experts, once for each prompt.", **_CONFIG
     ),
     loads: int = typer.Option(1, min=1, help="How often each is loaded, in turn.", **_CONFIG),
+    quality: bool = typer.Option(
+        False,
+        "--quality",
+        help="In place of speed: how far the next-token distributions are from float32's, on a text; without one, on the package's own.",
+        **_QUALITY,
+    ),
+    context: int = typer.Option(
+        512, min=4, help="Tokens of a chunk of the text; those of its second half count.", **_QUALITY
+    ),
+    chunks: int = typer.Option(8, min=1, help="The most chunks.", **_QUALITY),
     endpoint: str = typer.Option(
         None, metavar="URL", help="OpenAI-compatible server, for example http://127.0.0.1:8000.", **_ENDPOINT
     ),
@@ -67,9 +79,11 @@ def bench(
         help="Write all figures as JSON (seconds, bytes, tokens per second) to a file, or to standard output (-).",
     ),
 ) -> None:
-    """Measure a configuration's speed and memory, or an endpoint's latency."""
+    """Measure a configuration's speed and memory, or what its precision costs, or an endpoint's latency."""
     if sum((synthetic is not None, bool(words) and synthetic is None, endpoint is not None)) != 1:
         raise typer.BadParameter("give a configuration, or --synthetic, or the server's URL with --endpoint")
+    if quality and (synthetic is not None or endpoint is not None):
+        raise typer.BadParameter("--quality needs a configuration with a trained model; random ones say nothing")
     if experts is not None and synthetic is None:
         raise typer.BadParameter("--experts goes with --synthetic alone")
     if endpoint is not None:
@@ -77,6 +91,9 @@ def bench(
 
         latency = measure_endpoint(endpoint, model, api_key, prompt, max_tokens, requests, warm_up)
         _report(asdict(latency), json_file, lambda: _show_latency(latency))
+        return
+    if quality:
+        _quality(words, against or [], context, chunks, json_file)
         return
     from rich.console import Console
     from tqdm import tqdm
@@ -92,6 +109,35 @@ def bench(
         report = measure(
             configs, lengths, new_tokens, rounds, parts=parts, loads=loads, checkpoint=checkpoint, tick=bar.update
         )
+    _report(report.to_dict(), json_file, lambda: show(report, Console()))
+
+
+def _quality(words: list[str], against: list[str], context: int, chunks: int, json_file: Path | None) -> None:
+    from rich.console import Console
+    from tqdm import tqdm
+
+    from ..integration.chat_config import read_yaml
+    from ..tools.bench.configs import bench_configs
+    from ..tools.bench.quality import Text, measure_quality
+    from ..tools.bench.quality.table import show
+
+    keys = [word for word in words if "=" in word and not Path(word).is_file()]
+    # the text may stand before the configuration, right after --quality
+    files = sorted((word for word in words if word not in keys), key=lambda word: not word.endswith(_YAML))
+    if len(files) not in (1, 2):
+        raise typer.BadParameter(
+            f"--quality takes a configuration and at most one text, found {', '.join(files) or 'none'}"
+        )
+    config, *texts = files
+    text = Text.read(Path(texts[0]) if texts else None)
+    configs = bench_configs(read_yaml(config, keys), against, base=False)
+    with tqdm(total=(1 + len(configs)) * chunks, delay=1.0, desc="Measuring") as bar:
+
+        def tick(total: int) -> None:
+            bar.total = total  # the text may have fewer chunks
+            bar.update()
+
+        report = measure_quality(configs, text, context, chunks, tick)
     _report(report.to_dict(), json_file, lambda: show(report, Console()))
 
 

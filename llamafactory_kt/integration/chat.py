@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..adapters import AdapterSet
-from ..ground.errors import KTConfigError
+from ..ground.errors import KTConfigError, KTModelError, one_line
 from . import bootstrap
 from .chat_config import open_configured, parse, parse_from, read_yaml
 from .known_versions import PARAMETERS
@@ -35,6 +35,25 @@ def import_chat() -> Any:
     from llamafactory.chat import ChatModel
 
     return ChatModel
+
+
+def load_tokenizer(config: Mapping[str, Any]) -> tuple[Any, int]:
+    """(the tokenizer of a chat, the size of the model's vocabulary), without the model.
+
+    Raises:
+        KTModelError: There is no tokenizer, or it cannot be loaded.
+    """
+    import_chat()
+    args = parse(dict(config))
+    from llamafactory import model
+
+    try:
+        tokenizer = model.load_tokenizer(args)["tokenizer"]
+    except Exception as error:
+        raise KTModelError(
+            f"{args.model_name_or_path}: its tokenizer cannot be loaded, and a text is measured in tokens: {one_line(error)}"
+        ) from error
+    return tokenizer, model.load_config(args).get_text_config().vocab_size
 
 
 @dataclass

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters import AdapterSet, open_adapters
 from ..ground.errors import KTConfigError, KTError, KTPathError, one_line
 from ..settings.keys import adapter_directories, expanded, threadpool_count
+from ..settings.upstream_keys import dictionary
 from .patching import require_hooks
 
 if TYPE_CHECKING:
@@ -57,6 +58,16 @@ def overridden(values: Any, words: Sequence[str]) -> dict[str, Any]:
         raise KTConfigError(f"expected key=value, found {wrong[0]!r}.")
     merged: Any = OmegaConf.to_container(OmegaConf.merge(values, OmegaConf.from_cli(list(words))), resolve=True)
     return {str(key): value for key, value in merged.items()}
+
+
+def kt_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's ``kt_*`` keys, those in ``kt_config`` among them.
+
+    >>> kt_keys({"template": "qwen3", "kt_load": "mmap", "kt_config": {"kt_backend": "INT4"}})
+    {'kt_load': 'mmap', 'kt_backend': 'INT4'}
+    """
+    ours = {key: value for key, value in values.items() if key.startswith("kt_") and key != "kt_config"}
+    return ours | dictionary(values.get("kt_config"))
 
 
 def parse(values: dict[str, Any]) -> Any:

@@ -100,6 +100,31 @@ def for_text_alone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def in_dtype(dtype: Any) -> Iterator[None]:
+    """Load models in another dtype than their checkpoint's. LLaMA-Factory asks transformers for the configuration's, whatever
+    ``infer_dtype`` says.
+
+    Raises:
+        KTHookError: The loader is not one of a known LLaMA-Factory.
+    """
+    loader: Any = import_module("llamafactory.model.loader")
+    before = expect(loader, "load_config")
+
+    def load_config(model_args: Any) -> Any:
+        config = before(model_args)
+        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            if part is not None:
+                part.dtype = dtype
+        return config
+
+    loader.load_config = load_config
+    try:
+        yield
+    finally:
+        loader.load_config = before
+
+
+@contextlib.contextmanager
 def _unquantized(config: Any) -> Iterator[None]:
     """Let LLaMA-Factory see a configuration without ``quantization_config``: it would ask for the format's own quantizer, and for
     libraries that compute with it, while the weights are decoded here."""

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from multiprocessing import get_context
 from typing import Any
 
-from ...ground.errors import KTConfigError, KTError
 from ...ground.machine import cpu_name, usable_cores
 from .configs import BASE, BenchConfig
+from .processes import refuse_wrong_keys, worker
 from .results import BenchMachine, BenchReport, ConfigResult, Speed, Speeds
-from .worker import check_configs, serve_config, serve_speed
-
-_EXIT_TIMEOUT = 20.0
-"""seconds"""
+from .worker import serve_config, serve_speed
 
 
 def bench(
@@ -36,22 +32,19 @@ def bench(
     Raises:
         KTError: A configuration cannot be loaded; the message names it.
     """
-    if changed := [config for config in configs[1:] if not config.stock and config.name != BASE]:
-        with _worker("the check of all keys", check_configs, changed) as (refused, _):
-            for name, reason in refused:
-                raise KTConfigError(f"{name} cannot be measured: {reason}")
+    refuse_wrong_keys([config for config in configs[1:] if not config.stock and config.name != BASE])
     seconds: dict[str, list[float]] = {config.name: [] for config in configs}
     for _ in range(loads - 1):
         for config in configs:
-            with _worker(config.name, serve_config, config, tuple(prompt_tokens)) as (loaded, _):
+            with worker(config.name, serve_config, config, tuple(prompt_tokens)) as (loaded, _):
                 seconds[config.name].append(loaded.load)
             tick()
     cores = usable_cores()
     with ExitStack() as stack:
-        _, measure_speed = stack.enter_context(_worker("the machine's speed", serve_speed, cores))
+        _, measure_speed = stack.enter_context(worker("the machine's speed", serve_speed, cores))
         measured: list[tuple[Callable[..., Any], ConfigResult]] = []
         for config in configs:
-            loaded, ask = stack.enter_context(_worker(config.name, serve_config, config, tuple(prompt_tokens)))
+            loaded, ask = stack.enter_context(worker(config.name, serve_config, config, tuple(prompt_tokens)))
             measured.append((ask, ConfigResult(config.name, loaded, [*seconds[config.name], loaded.load])))
             tick()
         speeds: list[Speed] = [measure_speed()]
@@ -83,42 +76,3 @@ def bench(
             result.peak, result.gpu_memory, result.resident, result.proportional = ask("end")
     reads, products = ([getattr(speed, kind) for speed in speeds] for kind in ("reads", "products"))
     return BenchReport(BenchMachine(cpu_name(), cores, reads, checkpoint, products), [result for _, result in measured])
-
-
-@contextmanager
-def _worker(name: str, target: Callable[..., None], *arguments: object) -> Iterator[tuple[Any, Callable[..., Any]]]:
-    """Run ``target(pipe, *arguments)`` in its own process, which is killed after an error.
-
-    Yields:
-        The first answer, and a function that sends its arguments and returns the next answer. A string is an error.
-    """
-    context = get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
-    process.start()
-    theirs.close()
-
-    def receive() -> Any:
-        try:
-            answer = pipe.recv()
-        except EOFError:
-            process.join()
-            raise KTError(
-                f"{name}: its process ended without a word (exit code {process.exitcode}; -9 is often the "
-                "system's, for lack of memory); see its output above."
-            ) from None
-        if isinstance(answer, str):
-            raise KTConfigError(f"{name} cannot be measured: {answer}")
-        return answer
-
-    def ask(*words: object) -> Any:
-        pipe.send(words)
-        return receive()
-
-    try:
-        yield receive(), ask
-        pipe.close()
-        process.join(_EXIT_TIMEOUT)
-    finally:
-        process.kill()
-        process.join()

@@ -42,7 +42,7 @@ def asked(monkeypatch) -> list[str]:
         yield LOADED, ask
 
     answers: list[object] = []
-    monkeypatch.setattr(rounds, "_worker", worker)
+    monkeypatch.setattr(rounds, "worker", worker)
     return asked
 
 

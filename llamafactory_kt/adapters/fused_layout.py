@@ -21,10 +21,18 @@ class FusedLayout:
         """The sizes in which a weight [out, in] is stored."""
         return (width, out) if self.transposed else (out, width)
 
+    def rows(self, count: int) -> tuple[slice, slice]:
+        """Which of the 2I rows of ``gate_up_proj`` are gate's, and which are up's."""
+        return (
+            (slice(0, count, 2), slice(1, count, 2))
+            if self.interleaved
+            else (slice(0, count // 2), slice(count // 2, count))
+        )
+
     def split(self, gate_up: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         """gate and up, which share a dimension of size 2I; views."""
-        gate, up = gate_up.unflatten(dim, (-1, 2)).unbind(dim + 1) if self.interleaved else gate_up.chunk(2, dim)
-        return gate, up
+        gate, up = ((slice(None),) * dim + (rows,) for rows in self.rows(gate_up.shape[dim]))
+        return gate_up[gate], gate_up[up]
 
     def join(self, gate: torch.Tensor, up: torch.Tensor, dim: int) -> torch.Tensor:
         """What :meth:`split` splits. ``gate`` may be empty."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -30,6 +31,18 @@ from .stored_weight import StoredWeight
 _NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 _OF_ONE_EXPERT = re.compile(r"(.+)\.(\d+)\.(gate|up|down)_proj\.weight")
 """a module, an expert and a projection"""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the experts' weights are stored, as an engine reads them; the defaults are those of most checkpoints."""
+
+    itemsize: float = 2
+    """bytes of a weight in memory; the largest, where layers differ"""
+    can_be_mapped: bool = True
+    """whether all weights lie in the files as engines multiply them, row by row"""
+    converted: int = 0
+    """bytes that are in memory also where weights stay mapped"""
 
 
 class CheckpointLayout:
@@ -182,15 +195,18 @@ class CheckpointLayout:
         following = self.modules.index(module) + 1
         return self.modules[following] if following < len(self.modules) else None
 
-    @property
-    def can_be_mapped(self) -> bool:
-        """Whether all experts' weights lie in the files as engines multiply them, row by row."""
-        return all(layer.is_row_major for layer in self._layers.values())
+    def stored(self, *, packed: bool) -> Stored:
+        """How the experts' weights are stored for an engine.
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one value of the experts' weights as they are read; the largest, where layers differ."""
-        return max(layer.dtype.itemsize for layer in self._layers.values())
+        Args:
+            packed: it takes quantized ones as they are.
+        """
+        layers = self._layers.values()
+        return Stored(
+            max(layer.itemsize(packed=packed) for layer in layers),
+            all(layer.can_be_mapped(packed=packed) for layer in layers),
+            sum(layer.converted(packed=packed) for layer in layers),
+        )
 
     def dtypes(self) -> set[str]:
         """How the experts are stored: safetensors' names, or the format's own such as ``INT4``."""

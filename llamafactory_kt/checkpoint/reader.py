@@ -1,10 +1,12 @@
-"""Reading one layer's expert tensors from a checkpoint. Quantized weights are decoded on the way."""
+"""Reading one layer's expert tensors from a checkpoint. Quantized weights are decoded on the way, or handed over as they are."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from ..adapters import ExpertLora, ExpertsShape
 from ..adapters.fused_layout import FusedLayout
 from ..adapters.keys import PROJECTIONS
 from ..ground.paging import drop_pages, in_huge_pages, prefetch_pages
+from ..native.packed import ALL, PackedExpert, PackedWeight, Packing
 from .discovery import ExpertsModule
 from .formats import WHOLE, Shape
 from .stored import StoredTensor, opened
@@ -128,15 +131,55 @@ class LayerTensors:
 
     @property
     def is_row_major(self) -> bool:
-        """Whether each row of gate, up and down lies in the files as it is multiplied."""
-        if len({weight.dtype for weight in self.weights()}) > 1 or any(weight.quantized for weight in self.weights()):
-            return False
-        turned = self.layout.transposed
-        return not turned and all(
-            expert is not None or name in PROJECTIONS or weight.parts[WHOLE].shape[1:] == self.parameter(name)
+        """Whether each row of gate, up and down lies in the files as it is multiplied, quantized or not."""
+        return not any(
+            weight.turned ^ (expert is None and name not in PROJECTIONS and self._is_turned(name, weight))
             for (name, expert), weight in self.stored.items()
             if name not in self.module.biases
         )
+
+    def _is_turned(self, name: str, weight: StoredWeight) -> bool:
+        """Whether a fused weight has the shape [in, out]."""
+        return (weight.sizes != self.parameter(name)) ^ self.layout.transposed
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """How the native kernels can use all weights as they are, told by headers; None if they must be decoded."""
+        found = {weight.packing for weight in self.weights()}
+        packing = found.pop()
+        if found or packing is None or not self.is_row_major:
+            return None
+        halves_share = packing.rows_of_scale not in (1, ALL) and ("gate_up_proj", None) in self.stored
+        first = self.module.shape.intermediate_size
+        return None if halves_share and (self.layout.interleaved or first % packing.rows_of_scale) else packing
+
+    def itemsize(self, *, packed: bool) -> float:
+        """Bytes of a weight in memory.
+
+        Args:
+            packed: where the kernels can, as it is.
+        """
+        if not packed or self.packing is None:
+            return self.dtype.itemsize
+        return self._packed_nbytes / self.module.shape.num_weights
+
+    def can_be_mapped(self, *, packed: bool) -> bool:
+        """Whether the weights can stay in the files, but for :meth:`converted` bytes."""
+        if packed and self.packing is not None:
+            return all(weight.in_place for weight in self.weights())
+        plain = len({weight.dtype for weight in self.weights()}) == 1 and not any(w.quantized for w in self.weights())
+        return plain and self.is_row_major
+
+    def converted(self, *, packed: bool) -> int:
+        """Bytes of weights in the files that are in memory all the same, because they are stored in another way."""
+        if not packed or self.packing is None:
+            return 0
+        return self._packed_nbytes - sum(weight.in_place for weight in self.weights())
+
+    @cached_property
+    def _packed_nbytes(self) -> int:
+        assert self.packing is not None
+        return sum(prod(weight.shape[:-2]) * self.packing.nbytes(*weight.rows) for weight in self.weights())
 
     def fingerprint(self) -> str:
         """A hash that tells these weights from others without reading them all: of names, shapes, dtypes, and each tensor's
@@ -187,12 +230,36 @@ class LayerTensors:
             lora: to merge: each weight becomes ``W + scaling * B @ A``, summed in float32 and rounded once.
         """
         dtype = dtype or self.dtype
-        for expert, (weights, pages) in enumerate(self._read(dtype if lora is None else torch.float32)):
+        first = dtype if lora is None else torch.float32
+        for expert, own in enumerate(self._read()):
+            plain = self.canonical({name: weight.decode(pages, first) for name, (weight, pages) in own.items()})
+            weights = [plain[projection] for projection in PROJECTIONS]
             if lora is not None:
                 weights = [w + lora.delta(p, expert) for w, p in zip(weights, PROJECTIONS, strict=True)]
             yield ExpertWeights(*(weight.to(dtype) for weight in weights))
-            for tensor in pages:
-                drop_pages(tensor)
+
+    def packed_experts(self) -> Iterator[PackedExpert] | None:
+        """As :meth:`experts`, as the native kernels use weights without decoding them; None where they cannot.
+
+        Raises:
+            KTModelError: While reading: scales are not finite.
+        """
+        get = opened()
+        packing = self.packing
+        if packing is None or not all(weight.can_pack(get) for weight in self.weights()):
+            return None
+        return (
+            self._packed_expert({name: weight.packed(pages, packing) for name, (weight, pages) in own.items()})
+            for own in self._read()
+        )
+
+    def _packed_expert(self, own: Mapping[str, PackedWeight]) -> PackedExpert:
+        """From one expert's part of its pieces, by their names."""
+        plain = {name.removesuffix("_proj"): weight for name, weight in own.items()}
+        if "gate_up" in plain:
+            both = plain.pop("gate_up")
+            plain["gate"], plain["up"] = (both[rows] for rows in self.layout.rows(both.shape[0]))
+        return PackedExpert(**{"gate": plain["up"][:0], **plain})
 
     def biases(self) -> ExpertBiases | None:
         """Read the biases, where the formula has any."""
@@ -211,21 +278,19 @@ class LayerTensors:
         for tensor in self.tensors():
             prefetch_pages(get(tensor))
 
-    def _read(self, dtype: torch.dtype) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-        """Each expert's (gate, up and down as [out, in]; the mapped tensors that they come from)."""
+    def _read(self) -> Iterator[dict[str, tuple[StoredWeight, dict[str, torch.Tensor]]]]:
+        """Each expert's pieces by their names, with their parts as mapped tensors; the pages are dropped when the next one is asked for."""
         get = opened()
         for expert in range(self.module.shape.num_experts):
-            own: dict[str, torch.Tensor] = {}
-            pages: list[torch.Tensor] = []
+            own = {}
             for name, number in self.of_expert(expert):
                 weight = self.stored[name, number]
                 parts = {part: get(tensor) for part, tensor in weight.parts.items()}
-                if number is None:
-                    parts = {part: tensor[expert] for part, tensor in parts.items()}
-                own[name] = weight.decode(parts, dtype)
-                pages += parts.values()
-            plain = self.canonical(own)
-            yield [plain[projection] for projection in PROJECTIONS], pages
+                own[name] = weight, {part: t[expert] for part, t in parts.items()} if number is None else parts
+            yield own
+            for _, pages in own.values():
+                for tensor in pages.values():
+                    drop_pages(tensor)
 
     def canonical(self, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """gate, up and down as [out, in], from one expert's part of its pieces, by their names. Fused weights are stored like the model's

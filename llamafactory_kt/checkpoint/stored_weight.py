@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from ..ground.errors import KTModelError
-from .formats import WHOLE, Format, Shape
+from ..native.packed import PackedWeight, Packing
+from .formats import READ, WHOLE, Format, Shape
 from .stored import StoredTensor
 
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -67,6 +68,51 @@ class StoredWeight:
             raise KTModelError(
                 f"{self.parts[part].file}: {self.parts[part].name} {problem}. Download or copy the file again."
             )
+
+    @property
+    def packing(self) -> Packing | None:
+        """How the native kernels can use a weight whose :attr:`shape` is known as it is, told by headers; None if they cannot."""
+        found = self.format.packing(self.name, self.shape, self.parts) if self.quantized else None
+        return found if found is not None and found.fits(self.rows[1]) else None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Of one weight; of a fused one, of one expert's."""
+        first, second = (self.shape or self.parts[WHOLE].shape)[-2:]
+        return first, second
+
+    @property
+    def turned(self) -> bool:
+        """Whether the rows that are stored are columns."""
+        return self.quantized and self.format.turned
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """:attr:`sizes` of the rows that are stored."""
+        return self.sizes[::-1] if self.turned else self.sizes
+
+    @property
+    def in_place(self) -> int:
+        """Bytes of the parts that the native kernels read where they are stored."""
+        parts = ((name, part) for name, part in self.parts.items() if name in self.format.in_place)
+        return sum(part.nbytes for name, part in parts if name != "scale" or part.dtype in READ)
+
+    def can_pack(self, read: Callable[[StoredTensor], torch.Tensor]) -> bool:
+        """Whether numbers that headers do not tell allow :attr:`packing`."""
+        return self.format.can_pack({p: read(self.parts[p]) for p in self.format.checked if p in self.parts})
+
+    def packed(self, pages: Mapping[str, torch.Tensor], packing: Packing) -> PackedWeight:
+        """The weight for the native kernels, from the parts that were read; of a fused weight, from those of one expert.
+
+        Raises:
+            KTModelError: A scale is not finite.
+        """
+        found = self.format.packed(pages, packing, self.rows)
+        if not bool(found.scales.isfinite().all()):
+            raise KTModelError(
+                f"{self.file}: {self.name} has scales that are not finite. Download or copy the checkpoint again."
+            )
+        return found
 
     def decode(self, pages: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """The weight in ``dtype``, from the parts that were read; of a fused weight, from those of one expert.

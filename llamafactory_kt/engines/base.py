@@ -18,6 +18,7 @@ import torch
 from ..adapters import ExpertLora, ExpertsShape
 from ..checkpoint.formula import PLAIN, ExpertFormula
 from ..checkpoint.reader import ExpertBiases, ExpertWeights
+from ..native.packed import PackedExpert
 from .bounds import Bounds
 from .plan import Plan, PlanRequest
 
@@ -64,6 +65,9 @@ class EngineSpec:
     """what each expert computes; one that :meth:`Engine.cannot_compute` accepts"""
     read_biases: Callable[[], ExpertBiases | None] = lambda: None
     """reads the layer's biases, where the formula has any"""
+    read_packed: Callable[[], Iterable[PackedExpert] | None] = lambda: None
+    """reads the layer's experts as :data:`ReadExperts` does, as the native kernels use them without decoding; None where they cannot,
+    or where an adapter is merged"""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,8 @@ class Engine(ABC):
     """cannot run without ``kt_weight_path``"""
     maps_weights: ClassVar[bool] = False
     """can read weights in the checkpoint's mapped files, row by row"""
+    takes_packed: ClassVar[bool] = False
+    """loads what :attr:`EngineSpec.read_packed` reads, where it reads anything"""
     notes_calls: ClassVar[bool] = False
     """notes each call of :meth:`forward` for whoever records (:mod:`..native.recording`), so that it can be made again"""
     fallback: ClassVar[bool] = False
@@ -164,14 +170,14 @@ class Engine(ABC):
         return [Plan(cls.name, 0, request.all_torch_threads)]
 
     @classmethod
-    def memory(cls, shape: ExpertsShape, rank: int, itemsize: int, options: EngineOptions) -> LayerMemory:
+    def memory(cls, shape: ExpertsShape, rank: int, itemsize: float, options: EngineOptions) -> LayerMemory:
         """What a layer takes.
 
         Args:
             rank: of the LoRA to come, 0 for none.
-            itemsize: bytes of a weight in the checkpoint.
+            itemsize: bytes of a weight as it is read from the checkpoint.
         """
-        weights, sizes = shape.num_weights * itemsize, shape.hidden_size + shape.intermediate_size
+        weights, sizes = int(shape.num_weights * itemsize), shape.hidden_size + shape.intermediate_size
         return LayerMemory(weights, 3 * shape.num_experts * rank * sizes * 2, weights)
 
     @classmethod
@@ -227,6 +233,11 @@ class Engine(ABC):
         Returns:
             [T, H] in the dtype of ``hidden``.
         """
+
+    @property
+    def codes(self) -> str:
+        """The kind of a packed weight (:attr:`Packing.kind`) that the checkpoint has and the engine holds; empty for others."""
+        return ""
 
     @property
     def streams(self) -> bool:

@@ -30,6 +30,7 @@ from ..ground.progress import with_progress
 from ..ground.safetensors_files import open_mapped
 from ..native.mapped import MappedFile, watch
 from ..native.openmp import release_team
+from ..native.packed import PackedExpert
 from ..peft_side.swap import require_peft_layers
 from ..settings.rules import experts_problems
 from .config import KTExpertsConfig
@@ -37,7 +38,7 @@ from .debug import Debugger
 from .experts_module import KTExperts, PresortedExperts
 from .gpu_transfer import HostTransfer
 from .guard import guard
-from .memory import Stored, cannot_map, placements, read_around
+from .memory import cannot_map, placements, read_around, stored_for
 from .shared_overlap import SHARED_EXPERTS, SharedExpertsOverlap
 from .state import KTState, set_kt_state
 from .untested import UntestedCheck
@@ -78,8 +79,7 @@ class ExpertsLoad:
         self._adapters = open_adapters(config.adapter, config.moe_lora)
         require_peft_layers(opened.fit(self._adapters, finite=True, resizes=config.resize_vocab))
         around = 0 if on_gpu else read_around(model, experts) // len(experts)
-        stored = Stored(layout.itemsize, layout.can_be_mapped)
-        places = placements(opened, stored, self._adapters, config, plans, on_gpu=on_gpu)
+        places = placements(opened, layout, self._adapters, config, plans, on_gpu=on_gpu)
         self._plan, reason = choose(
             [plan for plan in plans if plan.backend in places],
             experts[0].shape,
@@ -99,7 +99,8 @@ class ExpertsLoad:
         self._check = UntestedCheck(opened, self._merged) if untested() else None
         options = places[engine.name].options
         if config.load == "mmap" and not options.mapped:
-            problem = cannot_map(engine, stored, merged=self._merged is not None)
+            merged = self._merged is not None
+            problem = cannot_map(engine, stored_for(engine, layout, merged=merged), merged=merged)
             logger.warning("kt_load: mmap: the experts' weights are copied, because %s.", problem)
         for file in opened.files:
             open_mapped(file)  # as transformers will: it may be larger than memory
@@ -135,19 +136,26 @@ class ExpertsLoad:
     def _make_engine(self, module: ExpertsModule, options: EngineOptions) -> Engine:
         layout, merged = self._opened.layout, self._merged
         tensors = layout.layer(module.name)
+
+        def read_ahead() -> None:  # these without self: a cycle outlives its model
+            if (following := layout.after(module)) is not None:
+                layout.layer(following.name).read_ahead()  # the disk works while this layer is packed
+
+        def read_packed() -> Iterator[PackedExpert] | None:
+            read_ahead()
+            return tensors.packed_experts() if merged is None else None
+
+        def read(dtype: torch.dtype | None) -> Iterator[ExpertWeights]:
+            read_ahead()
+            lora = merged.read_layer(module.layer, module.shape) if merged is not None else None
+            return tensors.experts(dtype, lora)
+
         spec = EngineSpec(
             module.layer, module.shape, module.num_experts_per_tok,
             lora_rank=0 if merged is not None else self._apart.rank(module.layer) or self._config.lora_rank,
             lora_scaling=self._apart.scaling(module.layer), fingerprint=tensors.fingerprint, formula=module.formula,
-            read_biases=tensors.biases,
+            read_biases=tensors.biases, read_packed=read_packed,
         )  # fmt: skip
-
-        def read(dtype: torch.dtype | None) -> Iterator[ExpertWeights]:  # without self: a cycle outlives its model
-            if (following := layout.after(module)) is not None:
-                layout.layer(following.name).read_ahead()  # the disk works while this layer is packed
-            lora = merged.read_layer(module.layer, module.shape) if merged is not None else None
-            return tensors.experts(dtype, lora)
-
         return self._engine(spec, read, options)
 
     def _replace(

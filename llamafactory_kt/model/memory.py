@@ -11,6 +11,7 @@ from torch import nn
 
 from ..adapters import AdapterSet
 from ..checkpoint.discovery import ExpertsModule
+from ..checkpoint.layout import CheckpointLayout, Stored
 from ..checkpoint.opening import MoEModel
 from ..engines.base import Engine, EngineOptions
 from ..engines.plan import Plan
@@ -51,20 +52,20 @@ def memory_need(
     engine: type[Engine],
     options: EngineOptions,
     *,
-    itemsize: int,
+    stored: Stored,
     on_gpu: bool,
 ) -> MemoryNeed:
     """Add up a model that is still empty.
 
     Args:
         adapters: whose LoRA the engine is to compute.
-        itemsize: bytes of a weight in the checkpoint.
+        stored: as the engine reads them.
     """
-    layers = [engine.memory(m.shape, adapters.rank(m.layer), itemsize, options) for m in experts]
+    layers = [engine.memory(m.shape, adapters.rank(m.layer), stored.itemsize, options) for m in experts]
     others = _others(model, experts)
     copying = 0 if on_gpu or options.mapped else max(others)
     return MemoryNeed(
-        experts=sum(layer.weights for layer in layers),
+        experts=sum(layer.weights for layer in layers) + (stored.converted if options.mapped else 0),
         lora=sum(layer.lora for layer in layers),
         loading=max(copying, *(layer.loading for layer in layers)),
         others=0 if options.mapped and not on_gpu else sum(others),
@@ -72,14 +73,9 @@ def memory_need(
     )
 
 
-@dataclass(frozen=True)
-class Stored:
-    """How the experts' weights are stored; the defaults are those of most checkpoints."""
-
-    itemsize: int = 2
-    """bytes of a weight"""
-    can_be_mapped: bool = True
-    """see :attr:`CheckpointLayout.can_be_mapped`"""
+def stored_for(engine: type[Engine], layout: CheckpointLayout | None, *, merged: bool) -> Stored:
+    """How the experts' weights are stored for an engine; as in most checkpoints where that is not known."""
+    return layout.stored(packed=engine.takes_packed and not merged) if layout is not None else Stored()
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ class Placement:
 
 def placements(
     opened: MoEModel,
-    stored: Stored,
+    layout: CheckpointLayout | None,
     adapters: AdapterSet,
     config: KTExpertsConfig,
     plans: Sequence[Plan],
@@ -101,13 +97,16 @@ def placements(
 ) -> dict[str, Placement]:
     """Decide for the engine of each plan, by its name; those for which there is too little memory are left out.
 
+    Args:
+        layout: of the checkpoint, None where it is not known.
+
     Raises:
         KTMemoryError: There is too little for each.
     """
     found, problem = {}, None
     for name in dict.fromkeys(plan.backend for plan in plans):
         try:
-            found[name] = _place(get_engine(name), opened, stored, adapters, config, on_gpu=on_gpu)
+            found[name] = _place(get_engine(name), opened, layout, adapters, config, on_gpu=on_gpu)
         except KTMemoryError as error:
             problem = problem or error
     if problem is not None and not found:
@@ -118,7 +117,7 @@ def placements(
 def _place(
     engine: type[Engine],
     opened: MoEModel,
-    stored: Stored,
+    layout: CheckpointLayout | None,
     adapters: AdapterSet,
     config: KTExpertsConfig,
     *,
@@ -126,18 +125,23 @@ def _place(
 ) -> Placement:
     options, merged = config.options, engine.merges(config.merge_adapter)
     copied, mapped = (options, 1.0), (replace(options, mapped=True), 1.0)
+    stored = stored_for(engine, layout, merged=merged)
     choices = {"copy": [copied], "mmap": [mapped], "auto": [(options, _FREE), mapped]}[config.load]
     if cannot_map(engine, stored, merged=merged):
         choices = [copied]
     for choice, share in choices:
         need = memory_need(
             opened.model, opened.experts, AdapterSet() if merged else adapters, engine, choice,
-            itemsize=stored.itemsize, on_gpu=on_gpu,
+            stored=stored, on_gpu=on_gpu,
         )  # fmt: skip
         if need.on_cpu <= share * (free := available_memory()):
             return Placement(choice, need)
     could = mapped not in choices and any(
-        not (e.problem() or cannot_map(e, stored, merged=config.merge_adapter)) for e in engines()
+        not (
+            e.problem()
+            or cannot_map(e, stored_for(e, layout, merged=config.merge_adapter), merged=config.merge_adapter)
+        )
+        for e in engines()
     )
     raise KTMemoryError(
         f"The experts of {len(opened.experts)} layers need {gib(need.experts)}, with what loading takes and the rest of "

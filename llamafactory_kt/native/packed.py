@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import pointer
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,8 @@ from .library import DTYPES, PackingCall, QuantizationCall, Weight, byref, kerne
 
 GROUP = 32
 """values that share a scale where this package quantizes"""
+ALL = 2**62
+"""as :attr:`Packing.group`: all values of a row; as :attr:`Packing.rows_of_scale`: all rows"""
 KINDS = {"int4": 6, "int8": 7, "e4m3": 8}
 """``kt_dtype`` of the codes"""
 SYMMETRIC = tuple(float(code - 8) for code in range(16))
@@ -45,6 +47,11 @@ class Packing:
         """``kt_packing``."""
         return PackingCall(self.group, self.rows_of_scale, DTYPES[self.scale_dtype], tuple(self.table))
 
+    def fits(self, cols: int) -> bool:
+        """Whether the kernels take rows of so many values."""
+        smallest, whole = 64 if self.kind == "e4m3" else 32, cols * self.bits % 8 == 0
+        return whole and (self.group >= cols or (self.group >= smallest and self.group.bit_count() == 1))
+
     def sizes(self, rows: int, cols: int) -> tuple[int, int]:
         """Of a weight: bytes of codes, and how many scales."""
         return rows * cols * self.bits // 8, -(-rows // self.rows_of_scale) * -(-cols // self.group)
@@ -60,8 +67,8 @@ class PackedWeight:
     """A weight [out, in].
 
     Args:
-        codes: uint8 [out, in * bits / 8], rows contiguous.
-        scales: [out / rows_of_scale, in / group], rounded up, rows contiguous.
+        codes: uint8 [out, in * bits / 8]; rows may be apart.
+        scales: [out / rows_of_scale, in / group], rounded up; rows may be apart.
     """
 
     packing: Packing
@@ -75,8 +82,28 @@ class PackedWeight:
         return rows, width * 8 // self.packing.bits
 
     @property
+    def tensors(self) -> list[torch.Tensor]:
+        """In the order of :meth:`map`."""
+        return [self.codes, self.scales]
+
+    @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def __getitem__(self, rows: slice) -> PackedWeight:
+        """Some rows, without a copy. Where several share a scale, they begin with the first that does."""
+        scales, shared = self.scales, self.packing.rows_of_scale
+        if shared == 1:
+            scales = scales[rows]
+        elif len(scales) > 1:
+            start, stop, step = rows.indices(len(self.codes))
+            assert start % shared == 0 and step == 1
+            scales = scales[start // shared : -(-stop // shared)]
+        return replace(self, codes=self.codes[rows], scales=scales)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedWeight:
+        """The weight with what the function returns for each of its tensors."""
+        return PackedWeight(self.packing, *map(function, self.tensors))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[out, in], multiplied in float32 and rounded once."""
@@ -86,16 +113,27 @@ class PackedWeight:
             values = torch.tensor(packing.table)[codes.int()]
         else:
             values = self.codes.view(torch.int8 if packing.kind == "int8" else torch.float8_e4m3fn).float()
-        scales = self.scales.float().repeat_interleave(packing.rows_of_scale, 0)[:rows]
-        return (values * scales.repeat_interleave(packing.group, 1)[:, :cols]).to(dtype)
+        scales = self.scales.float().repeat_interleave(min(packing.rows_of_scale, rows), 0)[:rows]
+        return (values * scales.repeat_interleave(min(packing.group, cols), 1)[:, :cols]).to(dtype)
+
+
+Matrix = torch.Tensor | PackedWeight
+
+
+class PackedExpert(NamedTuple):
+    """One expert's weights: gate and up [I, H], down [H, I]. Without a gate, gate is [0, H]."""
+
+    gate: PackedWeight
+    up: PackedWeight
+    down: PackedWeight
 
 
 def call_of(weight: torch.Tensor | PackedWeight) -> tuple[int, Any, Weight]:
-    """How the kernels find a weight [out, in] whose rows are contiguous: ``kt_dtype``, ``kt_packing`` (None for floats), and a ``kt_weight``
+    """How the kernels find a weight [out, in] each of whose rows is contiguous: ``kt_dtype``, ``kt_packing`` (None for floats), and a ``kt_weight``
     without LoRA and bias."""
     packed = getattr(weight, "packed", weight)
     if isinstance(packed, PackedWeight):
-        own = Weight(packed.codes.data_ptr(), packed.shape[1])
+        own = Weight(packed.codes.data_ptr(), packed.codes.stride(0) * 8 // packed.packing.bits)
         own.scales, own.scale_stride = packed.scales.data_ptr(), packed.scales.stride(0)
         return KINDS[packed.packing.kind], pointer(packed.packing.call), own
     return DTYPES[packed.dtype], None, Weight(packed.data_ptr(), packed.stride(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,9 @@ from llamafactory_kt import KTModelError
 from llamafactory_kt.checkpoint.formats import FORMATS, WHOLE, Format, format_of
 from llamafactory_kt.checkpoint.formats import format as formats
 from llamafactory_kt.checkpoint.formats.fp8 import widened
-from llamafactory_kt.checkpoint.formats.mxfp4 import e2m1
+from llamafactory_kt.checkpoint.formats.mxfp4 import e2m1, powers_of_two
 from llamafactory_kt.checkpoint.stored import StoredTensor
+from llamafactory_kt.checkpoint.stored_weight import StoredWeight
 from llamafactory_kt.ground.tensor_files import DTYPES
 
 OUT, IN = 64, 96
@@ -55,6 +57,31 @@ def check(form: Format, stored: dict[str, torch.Tensor], wanted: torch.Tensor) -
     exact = form.decode(parts, (OUT, IN))
     assert exact.dtype == torch.float32 and torch.equal(exact.to(wanted.dtype), wanted)
     assert torch.equal(form.decode(parts, (OUT, IN), wanted.dtype), wanted), "rounded once"
+    check_packed(form, parts, (OUT, IN))
+
+
+def check_packed(form: Format, parts: dict[str, torch.Tensor], shape, name="model.q_proj.weight", experts=()) -> str:
+    """What the native kernels get, if anything, are the numbers that are decoded. Returns its kind, with its group.
+
+    Args:
+        shape: of the weight, with ``experts`` before it in the headers.
+    """
+    stored = {part: t.expand((*experts, *t.shape)) for part, t in parts.items()}
+    weight = StoredWeight(name, form, headers(form, stored, name), (*experts, *shape))
+    packing = weight.packing
+    if packing is None or not form.can_pack(parts):
+        return ""
+    found, decoded = weight.packed(parts, packing), form.decode(parts, shape)
+    assert found.shape == weight.rows and found.nbytes == packing.nbytes(*weight.rows)
+    assert torch.equal(found.dequantize(), decoded.T if form.turned else decoded)
+    assert weight.in_place == prod(experts) * sum(
+        tensor.nbytes for tensor in found.tensors if any(shares(tensor, part) for part in parts.values())
+    )
+    return f"{packing.kind} {min(packing.group, found.shape[1])}"
+
+
+def shares(tensor: torch.Tensor, part: torch.Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
 
 
 COMPRESSED = [
@@ -187,8 +214,78 @@ def test_mxfp4_as_transformers_dequantizes_it():
     for expert in range(3):
         parts = {"blocks": blocks[expert], "scales": scales[expert]}
         assert torch.equal(form.decode(parts, (IN, OUT), torch.bfloat16), wanted[expert])
+        assert check_packed(form, parts, (IN, OUT), "mlp.experts.down_proj", (3,)) == "int4 32"
     blocks, scales, rounded = mxfp4(torch.randn(OUT, IN))
     assert torch.equal(form.decode({"blocks": blocks, "scales": scales}, (IN, OUT)), rounded.T)
+
+
+def test_every_exponent():
+    """Of MXFP4 and of blocks of FP8; the last one is no number."""
+    exponents = torch.arange(256, dtype=torch.uint8)
+    wanted = exponents.view(torch.float8_e8m0fnu).float()
+    for found in (powers_of_two(exponents), exponents.view(torch.float8_e8m0fnu).bfloat16()):
+        assert torch.equal(found.float()[:255], wanted[:255]) and not found[255].isfinite()
+
+
+F32, F16, BF16, E8M0 = torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu
+
+
+@pytest.mark.parametrize(
+    ("block", "scale", "wanted"),
+    [
+        ([32, 64], (2, 2, F32), "e4m3 64"), ([128, 128], (1, 1, BF16), "e4m3 96"), ([32, 64], (2, 2, F16), "e4m3 64"),
+        ([32, 64], (2, 2, E8M0), "e4m3 64"), ([32, 32], (2, 3, F32), ""), ([32, 96], (2, 1, F32), "e4m3 96"),
+        ([32, 48], (2, 2, F32), ""), (None, (OUT, 1, F32), "e4m3 96"), (None, (OUT, F16), "e4m3 96"), (None, (1, BF16), "e4m3 96"),
+        (None, (F32,), "e4m3 96"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("experts", [(), (3,)])
+def test_fp8_for_the_kernels(block, scale, wanted, experts):
+    *shape, dtype = scale
+    form = opened(quant_method="fp8", weight_block_size=block)
+    parts = {WHOLE: torch.randn(OUT, IN).to(torch.float8_e4m3fn), "scale": (torch.rand(shape) + 0.5).to(dtype)}
+    assert check_packed(form, parts, (OUT, IN), experts=experts) == wanted
+
+
+@pytest.mark.parametrize(
+    ("scheme", "wanted"),
+    [
+        (("pack-quantized", "int", 4, "group", 32), "int4 32"), (("pack-quantized", "int", 4, "channel", None), "int4 96"),
+        (("pack-quantized", "int", 8, "group", 32), ""), (("pack-quantized", "int", 4, "group", 16), ""),
+        (("int-quantized", "int", 8, "channel", None), "int8 96"), (("float-quantized", "float", 8, "tensor", None), "e4m3 96"),
+    ],
+)  # fmt: skip
+def test_compressed_tensors_for_the_kernels(scheme, wanted):
+    form, kind, bits, strategy, group = scheme
+    weights = {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": True, "group_size": group}
+    config = {"format": form, "targets": ["Linear"], "weights": weights}
+    found = opened(quant_method="compressed-tensors", format=form, config_groups={"group_0": config})
+    for dtype in (torch.bfloat16, torch.float32):
+        parts = parts_of(found, compressed(config, dtype)(torch.randn(OUT, IN))[0])
+        assert check_packed(found, parts, (OUT, IN)) == wanted
+
+
+def test_widths_that_fill_no_words():
+    """compressed-tensors pads rows; the kernels take them where they fill bytes."""
+    for width in (94, 95):
+        weights = {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": True}
+        config = {"format": "pack-quantized", "targets": ["Linear"], "weights": weights}
+        form = opened(quant_method="compressed-tensors", format="pack-quantized", config_groups={"group_0": config})
+        parts = {"packed": torch.randint(2**31 - 1, (OUT, 12)).int(), "scale": torch.rand(OUT, 1)}
+        weight = StoredWeight("model.q_proj.weight", form, headers(form, parts), (OUT, width))
+        assert (weight.packing is None) is (width == 95)
+        if weight.packing is not None:
+            found = weight.packed(parts, weight.packing)
+            assert torch.equal(found.dequantize(), form.decode(parts, (OUT, width)))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scales_that_are_not_finite(value):
+    form = opened(quant_method="fp8")
+    parts = {WHOLE: torch.randn(OUT, IN).to(torch.float8_e4m3fn), "scale": torch.tensor(value)}
+    weight = StoredWeight("model.q_proj.weight", form, headers(form, parts), (OUT, IN))
+    with pytest.raises(KTModelError, match=r"^f: model\.q_proj\.weight has scales that are not finite"):
+        weight.packed(parts, weight.packing)
 
 
 def test_every_code_of_the_small_floats():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.adapters import make_adapter
 from helpers.fp8 import make_fp8
-from helpers.marks import needs_kernel, needs_onednn
+from helpers.marks import needs_kernel, needs_native, needs_onednn
 from helpers.models import make_model
 from helpers.references import merged_float32, per_token, rel
 from safetensors import safe_open
@@ -23,6 +23,7 @@ from llamafactory_kt.tools.quantize import quantize_model
 
 ENGINES = [
     "torch",
+    pytest.param("native", marks=needs_native),
     pytest.param("AMXBF16", marks=needs_kernel),
     pytest.param("AMXINT4", marks=needs_kernel),
     pytest.param("oneDNN", marks=needs_onednn),

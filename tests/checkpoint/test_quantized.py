@@ -11,6 +11,7 @@ from helpers.adapters import make_adapter
 from helpers.architectures import tiny_model
 from helpers.fp8 import make_fp8, quantized
 from helpers.loading import answer, load
+from helpers.marks import needs_native
 from helpers.models import make_model
 from helpers.packed import awq, compressed, gptq, mxfp4, nvfp4, quantized_checkpoint, save_both, split_experts
 from helpers.references import merged_float32, per_token, rel
@@ -20,6 +21,8 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 from llamafactory_kt import KTModelError, apply_adapter
 from llamafactory_kt.checkpoint.opening import open_checkpoint
 from llamafactory_kt.ground import internals
+from llamafactory_kt.model.state import kt_state
+from llamafactory_kt.native.packed import PackedWeight
 from llamafactory_kt.tools.merge import merge_adapter
 
 
@@ -86,15 +89,33 @@ def test_every_number_is_the_formats(files):
     assert weights.keys() == stock.keys() and all(torch.equal(weights[name], stock[name]) for name in stock)
 
 
-def test_the_whole_adapter_on_top(files):
-    packed, plain, adapter, _ = files
-    model = load(packed, "torch", dtype=torch.float32, adapter=str(adapter))
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_native)])
+def test_the_whole_adapter_on_top(files, backend):
+    packed, plain, adapter, label = files
+    model = load(packed, backend, dtype=torch.float32, adapter=str(adapter))
     base = answer(model)
     whole = answer(apply_adapter(model, adapter)[0])
     wanted = answer(merged_float32(plain, None)), answer(merged_float32(plain, adapter))
-    # The experts are bfloat16 in memory.
+    # The experts are bfloat16 in memory, or what they are multiplied by.
     assert per_token(base, wanted[0]) < 0.01 and per_token(whole, wanted[1]) < 0.01
     assert rel(wanted[1], wanted[0]) > 0.3
+    if backend == "native":
+        assert kinds(model) == {AS_STORED.get(label)}
+
+
+AS_STORED = {"INT4": "int4", "F8_E4M3": "e4m3"}
+"""what the kernels multiply without decoding it"""
+
+
+def kinds(model) -> set[str | None]:
+    """The kinds of the packed weights that the engines hold, None for others; of each, the memory is what it takes."""
+    engines = [experts.engine for experts in kt_state(model).wrappers]
+    matrices = [[matrix for expert in engine._weights for matrix in expert] for engine in engines]
+    for engine, own in zip(engines, matrices, strict=True):
+        biases = sum(bias.nbytes for bias in engine._biases or ())
+        assert engine.nbytes - biases == sum(matrix.nbytes for matrix in own)
+        assert all(w.nbytes == w.packing.nbytes(*w.shape) for w in own if isinstance(w, PackedWeight))
+    return {w.packing.kind if isinstance(w, PackedWeight) else None for own in matrices for w in own}
 
 
 @pytest.mark.parametrize("files", ["GPTQ INT4"], indirect=True)
@@ -123,6 +144,7 @@ def test_chat_verify_and_doctor(files):
         merge_adapter(packed, adapter, packed.parent / "merged")
 
 
+@needs_native
 def test_gpt_oss_in_mxfp4(tmp_path):
     """As it is published: only the experts' weights are quantized, not their biases. transformers reads the same files."""
     tiny_model("gpt_oss", intermediate_size=96).save_pretrained(tmp_path / "source")
@@ -137,6 +159,10 @@ def test_gpt_oss_in_mxfp4(tmp_path):
     packed, plain = save_both(tmp_path, tmp_path / "source", packed, plain, quantization)
     assert open_checkpoint(packed, quantized=True).layout.dtypes() == {"MXFP4"}
     found = answer(load(packed, "torch", dtype=torch.float32))
+    native = load(packed, "native", dtype=torch.float32)
+    assert per_token(answer(native), found) < 0.01 and kinds(native) == {"int4"}
+    mapped = load(packed, "native", dtype=torch.float32, load="mmap")
+    assert torch.equal(answer(mapped), answer(native)) and kinds(mapped) == {"int4"}
     stock = AutoModelForCausalLM.from_pretrained(
         packed, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
     )

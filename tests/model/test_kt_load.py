@@ -13,12 +13,17 @@ from helpers.fp8 import make_fp8
 from helpers.loading import load, logits
 from helpers.marks import needs_native
 from helpers.models import make_model
+from helpers.packed import mxfp4, save_both
+from helpers.references import per_token
+from safetensors.torch import load_file
 
 from llamafactory_kt import KTConfigError, KTMemoryError, apply_adapter, optimize_for_inference
 from llamafactory_kt.engines.plan import Plan
+from llamafactory_kt.load_report import load_rows
 from llamafactory_kt.model import load as loading
 from llamafactory_kt.model import memory
 from llamafactory_kt.model.state import kt_state
+from llamafactory_kt.native.packed import PackedWeight
 
 pytestmark = needs_native
 SIZES = {"hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 16, "num_hidden_layers": 3}
@@ -42,8 +47,9 @@ def mapped_from(path: Path, model) -> set[bool]:
         if name.startswith(str(path.resolve()))
     ]
     weights = [
-        matrix for experts in kt_state(model).wrappers for expert in experts.engine._weights for matrix in expert
-    ]
+        matrix.codes if isinstance(matrix, PackedWeight) else matrix
+        for experts in kt_state(model).wrappers for expert in experts.engine._weights for matrix in expert
+    ]  # fmt: skip
     return {any(start <= matrix.data_ptr() < end for start, end in places) for matrix in weights}
 
 
@@ -142,6 +148,42 @@ def test_what_cannot_be_mapped_is_copied(tmp_path, make, keys, reason, kt_log):
     found = load(path, load="mmap", **keys)
     assert f"kt_load: mmap: the experts' weights are copied, because {reason}" in kt_log.text
     assert mapped_from(path, found) == {False} and torch.equal(logits(found), wanted)
+
+
+def mxfp4_experts(directory: Path) -> Path:
+    torch.manual_seed(0)
+    tiny_model("gpt_oss", hidden_size=256, intermediate_size=512).to(torch.bfloat16).save_pretrained(
+        directory / "model"
+    )
+    stored = load_file(directory / "model" / "model.safetensors")
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        blocks, scales, _ = mxfp4(stored.pop(name).transpose(1, 2).float())
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    return save_both(directory, directory / "model", stored, {}, {"quant_method": "mxfp4"})[0]
+
+
+def fp8_experts(directory: Path) -> Path:
+    return make_fp8(directory, make_model(directory / "source", "qwen3_moe", dtype=torch.float32, **SIZES), [128, 128])[
+        0
+    ]
+
+
+@pytest.mark.parametrize(("make", "kind"), [(mxfp4_experts, "INT4"), (fp8_experts, "E4M3")])
+def test_quantized_weights_stay_where_they_are(tmp_path, make, kind, monkeypatch):
+    """And the load's estimate is what they take: mapped, only the scales that must be converted."""
+    path, needs, stock = make(tmp_path), [], memory.memory_need
+    monkeypatch.setattr(memory, "memory_need", lambda *given, **keys: needs.append(stock(*given, **keys)) or needs[-1])
+    mapped, copied = (load(path, "native", load=how) for how in ("mmap", "copy"))
+    assert (mapped_from(path, mapped), mapped_from(path, copied)) == ({True}, {False})
+    assert torch.equal(logits(mapped), logits(copied))
+    matrices = [m for experts in kt_state(copied).wrappers for expert in experts.engine._weights for m in expert]
+    scales = sum(matrix.scales.nbytes for matrix in matrices)
+    assert needs[0].experts == (scales if kind == "INT4" else 0)
+    assert needs[1].experts == scales + sum(matrix.codes.nbytes for matrix in matrices)
+    rows = dict(load_rows(mapped))
+    assert rows["Weights"] == f"{kind} as the checkpoint has them, mapped from the checkpoint's files"
+    decoded = load(path, "torch")
+    assert needs[2].experts > 1.7 * needs[1].experts and per_token(logits(copied), logits(decoded)) < 0.02
 
 
 def test_a_value_that_is_none(path):

@@ -12,7 +12,7 @@ from ...ground.errors import KTModelError
 from .auto_round import auto_round
 from .awq import Awq
 from .compressed_tensors import CompressedTensors
-from .format import FLOATS, WHOLE, Format, Shape
+from .format import FLOATS, READ, WHOLE, Format, Shape
 from .fp8 import Fp8, ScaledFp8
 from .gptq import Gptq
 from .mxfp4 import Mxfp4
@@ -20,7 +20,7 @@ from .nvfp4 import Nvfp4
 from .source import check_file, stored_values
 from .values import Values
 
-__all__ = ["FLOATS", "FORMATS", "WHOLE", "Format", "Shape", "check_file", "format_of", "quantization"]
+__all__ = ["FLOATS", "FORMATS", "READ", "WHOLE", "Format", "Shape", "check_file", "format_of", "quantization"]
 
 FORMATS: tuple[type[Format], ...] = (Fp8, Nvfp4, ScaledFp8, CompressedTensors, Mxfp4, Gptq, Awq)
 """of quantized checkpoints"""

@@ -22,9 +22,10 @@ from typing import ClassVar
 import torch
 
 from ...ground.errors import KTModelError
+from ...native.packed import PackedWeight, Packing
 from ..stored import StoredTensor
-from .format import FLOATS, WHOLE, Format, Shape, Wanted, of_rows, scaled, wrong_groups
-from .fp8 import E4M3, Block, dequantize, scales, widened
+from .format import FLOATS, WHOLE, Format, Shape, Wanted, grouped, of_rows, scaled, wrong_groups
+from .fp8 import E4M3, Block, dequantize, of_bytes, scales, widened
 from .nvfp4 import nvfp4, nvfp4_wanted
 from .packing import packed_width, unpack, unpacked_rows
 from .values import Values
@@ -84,6 +85,10 @@ class Scheme:
     def is_nvfp4(self) -> bool:
         return self.packed and self.kind == "float"
 
+    def groups(self, width: int) -> int:
+        """How many groups a row has."""
+        return width // self.group if self.group and width % self.group == 0 else 1
+
     def __str__(self) -> str:
         return "NVFP4" if self.is_nvfp4 else f"INT{self.bits}"
 
@@ -105,6 +110,7 @@ class CompressedTensors(Format):
         "order": ".weight_g_idx", "shape": ".weight_shape", "divisor": ".weight_global_scale",
     }  # fmt: skip
     checked: ClassVar[Sequence[str]] = ("order",)
+    in_place: ClassVar[Sequence[str]] = (WHOLE, "packed", "scale")
 
     def __init__(self, schemes: list[Scheme]):
         self._schemes = schemes
@@ -140,7 +146,7 @@ class CompressedTensors(Format):
         scheme, (out, width) = self._scheme(name), shape[-2:]
         if scheme.is_nvfp4:
             return dict(zip(("packed", "scale", "divisor"), nvfp4_wanted(shape), strict=True))
-        groups = width // scheme.group if scheme.group and width % scheme.group == 0 else 1
+        groups = scheme.groups(width)
         scale = Wanted([(out, groups)], FLOATS) if scheme.group else scales(shape, scheme.block)
         found = {"scale": scale}
         if scheme.packed:
@@ -173,6 +179,25 @@ class CompressedTensors(Format):
             if tuple(scale.shape) in scales(shape, block).shapes:
                 return dequantize(parts[WHOLE][rows], scale, rows, block)
         return scaled(widened(parts[WHOLE][rows]), of_rows(scale, rows), of_rows(zero, rows) if zero is not None else 0)
+
+    def packing(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Packing | None:
+        scheme, scale = self._scheme(name), parts["scale"]
+        if scheme.is_nvfp4 or scheme.ordered or "zero" in parts or (scheme.packed and scheme.bits != 4):
+            return None
+        kind = "e4m3" if scheme.kind == "float" else f"int{scheme.bits}"
+        group = shape[-1] // scheme.groups(shape[-1]) if scheme.group else None
+        return grouped(kind, shape, scale, group=group, block=scheme.block)
+
+    def can_pack(self, parts: Mapping[str, torch.Tensor]) -> bool:
+        return not _is_ordered(parts)
+
+    def packed(self, parts: Mapping[str, torch.Tensor], packing: Packing, shape: Shape) -> PackedWeight:
+        if "packed" not in parts:
+            return of_bytes(parts[WHOLE], parts["scale"], packing)
+        words = parts["packed"].view(
+            torch.uint8
+        )  # by half of their range, which the first table of the kernels takes off
+        return of_bytes(words[:, : shape[1] * packing.bits // 8], parts["scale"], packing)
 
 
 def _is_ordered(parts: Mapping[str, torch.Tensor]) -> bool:

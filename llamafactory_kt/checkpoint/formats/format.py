@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
 
+from ...native.packed import ALL, PackedWeight, Packing
 from ..stored import StoredTensor
 from .values import Values
 
@@ -64,6 +66,10 @@ class Format:
         ".output_zero_point", ".q_scale", ".k_scale", ".v_scale", ".kv_scale", ".k_zero_point", ".v_zero_point",
     )  # fmt: skip
     """how the stored names of tensors end that concern the quantization of activations and caches; here both are floats"""
+    in_place: ClassVar[Sequence[str]] = ()
+    """parts that the native kernels read where they are stored; of scales, those of :data:`READ`"""
+    turned: ClassVar[bool] = False
+    """whether weights are stored as [out, in] whose shape is [in, out]"""
 
     @classmethod
     def from_config(cls, values: Values) -> Format | None:
@@ -141,6 +147,31 @@ class Format:
             values[rows] = self.rows(parts, rows, shape)
         return values
 
+    def packing(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Packing | None:
+        """How the native kernels can use a quantized weight as it is; None if it must be decoded.
+
+        Args:
+            as :meth:`wanted`, which the parts fit. Whether the kernels take so many columns, :meth:`Packing.fits` says.
+        """
+        return None
+
+    def can_pack(self, parts: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the numbers in the parts that are :attr:`checked` allow what :meth:`packing` says by headers."""
+        return True
+
+    def packed(self, parts: Mapping[str, torch.Tensor], packing: Packing, shape: Shape) -> PackedWeight:
+        """The same numbers as :meth:`decode` has, for the native kernels.
+
+        Args:
+            parts: as :meth:`decode`.
+            packing: what :meth:`packing` said.
+            shape: of the packed weight, [out, in].
+
+        Returns:
+            Views of the parts where they are :attr:`in_place`.
+        """
+        raise NotImplementedError
+
     def rows(self, parts: Mapping[str, torch.Tensor], rows: slice, shape: Shape) -> torch.Tensor:
         """Some rows of a quantized weight, [rows, in] in float32.
 
@@ -155,6 +186,26 @@ def of_rows(scale: torch.Tensor, rows: slice) -> torch.Tensor:
     """The scales of some rows, [rows, groups], of scales for each row or for the whole weight."""
     scale = scale.reshape(-1, 1) if scale.dim() < 2 else scale
     return scale[rows] if len(scale) > 1 else scale
+
+
+READ = ("F32", "BF16")
+"""dtypes of scales that the native kernels read"""
+
+
+def grouped(
+    kind: str, shape: Shape, scale: StoredTensor, *, group: int | None = None, block: tuple[int, int] | None = None
+) -> Packing:
+    """The packing of codes with scales for each group of a row, block, row or weight.
+
+    Args:
+        shape: of the weight or, fused, of those of all experts.
+        scale: for which neither group nor block is given, one for each row or weight.
+    """
+    dtype = torch.bfloat16 if scale.dtype in ("BF16", "F8_E8M0") else torch.float32  # which hold each number
+    if block is None:
+        apart = group is not None or prod(scale.shape) > prod(shape[:-2])
+        block = (1 if apart else ALL, ALL if group is None else group)
+    return Packing(kind, block[1], block[0], dtype)
 
 
 def wrong_groups(order: torch.Tensor, groups: int) -> str | None:

@@ -10,14 +10,15 @@ The scale stands beside the weight as ``weight_scale_inv`` or ``weight_scale``. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 
 from ...ground.errors import KTModelError
+from ...native.packed import PackedWeight, Packing
 from ..stored import StoredTensor
-from .format import FLOATS, WHOLE, Format, Shape, Wanted, of_rows, scaled
+from .format import FLOATS, WHOLE, Format, Shape, Wanted, grouped, of_rows, scaled
 from .values import Values
 
 E4M3 = "F8_E4M3"
@@ -30,6 +31,7 @@ class Fp8(Format):
 
     title = "FP8"
     parts: ClassVar[Mapping[str, str]] = {WHOLE: "", "scale": "_scale_inv"}
+    in_place: ClassVar[Sequence[str]] = (WHOLE, "scale")
 
     def __init__(self, block: Block | None):
         self.block = block
@@ -50,6 +52,12 @@ class Fp8(Format):
 
     def rows(self, parts: Mapping[str, torch.Tensor], rows: slice, shape: Shape) -> torch.Tensor:
         return dequantize(parts[WHOLE][rows], parts["scale"], rows, self.block)
+
+    def packing(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Packing | None:
+        return grouped("e4m3", shape, parts["scale"], block=self.block)
+
+    def packed(self, parts: Mapping[str, torch.Tensor], packing: Packing, shape: Shape) -> PackedWeight:
+        return of_bytes(parts[WHOLE], parts["scale"], packing)
 
 
 class ScaledFp8(Fp8):
@@ -107,6 +115,11 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, rows: slice, block: Bl
         return scaled(values, scale.float()[groups])
     order = torch.arange(values.shape[1], device=scale.device) // block[1]
     return scaled(values, scale.float()[groups], order=order)
+
+
+def of_bytes(weight: torch.Tensor, scale: torch.Tensor, packing: Packing) -> PackedWeight:
+    """A weight [out, in] in float8 or int8, as it is."""
+    return PackedWeight(packing, weight.view(torch.uint8), of_rows(scale, slice(None)).to(packing.scale_dtype))
 
 
 def widened(weight: torch.Tensor) -> torch.Tensor:

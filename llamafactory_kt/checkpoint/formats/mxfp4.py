@@ -7,11 +7,12 @@ exponents plus 127.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 
+from ...native.packed import E2M1, PackedWeight, Packing
 from ..stored import StoredTensor
 from .format import Format, Shape, Wanted, scaled
 from .packing import unpack
@@ -27,6 +28,8 @@ class Mxfp4(Format):
 
     title = "MXFP4"
     parts: ClassVar[Mapping[str, str]] = {"blocks": "_blocks", "scales": "_scales"}
+    in_place: ClassVar[Sequence[str]] = ("blocks",)
+    turned = True
 
     @classmethod
     def from_config(cls, values: Values) -> Format | None:
@@ -49,6 +52,17 @@ class Mxfp4(Format):
     def rows(self, parts: Mapping[str, torch.Tensor], rows: slice, shape: Shape) -> torch.Tensor:
         values = e2m1(unpack(parts["blocks"][rows].flatten(-2), 4))
         return scaled(values, torch.ldexp(torch.ones_like(values[0, 0]), parts["scales"][rows].to(torch.int32) - BIAS))
+
+    def packing(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Packing | None:
+        return Packing("int4", GROUP, table=E2M1)
+
+    def packed(self, parts: Mapping[str, torch.Tensor], packing: Packing, shape: Shape) -> PackedWeight:
+        return PackedWeight(packing, parts["blocks"].flatten(-2), powers_of_two(parts["scales"]))
+
+
+def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """uint8 exponents plus 127 -> bfloat16, which has them in the same bits; but 2^-127, and the last, which is no number."""
+    return exponents.to(torch.int16).bitwise_left_shift_(7).masked_fill_(exponents == 0, 1 << 6).view(torch.bfloat16)
 
 
 def e2m1(codes: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ class KTEngine(Engine):
         return plans(cls.name, request)
 
     @classmethod
-    def memory(cls, shape: ExpertsShape, rank: int, itemsize: int, options: EngineOptions) -> LayerMemory:
+    def memory(cls, shape: ExpertsShape, rank: int, itemsize: float, options: EngineOptions) -> LayerMemory:
         need = super().memory(shape, rank, itemsize, options)
         packed = PackedShape.of(cls.method, shape, options.pools)
         return replace(need, weights=packed.nbytes, loading=0 if options.packed_files else need.loading)

@@ -1,53 +1,38 @@
-"""The engine on the native kernels: weights row-major in the checkpoint's dtype, one call for a layer's experts, LoRA fused in."""
+"""The engine on the native kernels: weights row-major as the checkpoint has them, one call for a layer's experts, LoRA fused in."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from ...adapters import ExpertLora, ExpertsShape
 from ...adapters.keys import PROJECTIONS
 from ...checkpoint.formula import ACTIVATIONS, ExpertFormula
-from ...checkpoint.reader import ExpertWeights
-from ...ground.paging import empty_in_huge_pages
 from ...native.library import DTYPES, ExpertsCall, Weight, byref, kernels, library
-from ...native.packed import PackedWeight, call_of
+from ...native.packed import Matrix, PackedWeight, call_of
 from ...native.recording import active
 from ...native.scratch import scratch
 from ..base import Engine, EngineOptions, LayerMemory, Undo
+from .copying import Experts, copied
 from .lora import FusedLora, lora_size
-
-Matrix = torch.Tensor | PackedWeight
-
-
-class Experts(Protocol):
-    """One expert's weights, as :class:`ExpertWeights` has them."""
-
-    @property
-    def gate(self) -> Matrix: ...
-    @property
-    def up(self) -> Matrix: ...
-    @property
-    def down(self) -> Matrix: ...
-
 
 CHUNK = 4096
 """tokens of a call, which bound its scratch memory"""
 
 
 class NativeEngine(Engine):
-    """Sums in float32; BF16 weights multiply activations that are rounded to bfloat16 where the CPU has instructions for that.
+    """Sums in float32; BF16 and quantized weights multiply activations that are rounded to bfloat16 where the CPU has instructions for
+    that.
 
     Weights stay where the checkpoint's files are mapped (``options.mapped``), or are copied into huge pages, expert after expert as a
     token reads them.
     """
 
     name = "native"
-    maps_weights = notes_calls = True
+    maps_weights = takes_packed = notes_calls = True
 
     _lora: FusedLora | None = None
 
@@ -70,9 +55,9 @@ class NativeEngine(Engine):
         return "" if isinstance(found, str) else str(found.kt_in_use().decode())
 
     @classmethod
-    def memory(cls, shape: ExpertsShape, rank: int, itemsize: int, options: EngineOptions) -> LayerMemory:
+    def memory(cls, shape: ExpertsShape, rank: int, itemsize: float, options: EngineOptions) -> LayerMemory:
         """Experts are copied one at a time, and mapped ones take the memory of the system's file cache."""
-        weights = shape.num_weights * itemsize
+        weights = int(shape.num_weights * itemsize)
         if options.mapped:
             return LayerMemory(0, lora_size(shape, rank), 0)
         return LayerMemory(weights, lora_size(shape, rank), weights // shape.num_experts)
@@ -95,16 +80,8 @@ class NativeEngine(Engine):
 
     def read_weights(self) -> Sequence[Experts]:
         """The weights to compute with, in the place where they stay."""
-        return list(self.read_experts(None) if self.options.mapped else self._copied())
-
-    def _copied(self) -> Iterator[ExpertWeights]:
-        block: torch.Tensor | None = None
-        for number, expert in enumerate(self.read_experts(None)):
-            sizes = [matrix.numel() for matrix in expert]
-            if block is None:
-                block = empty_in_huge_pages((self.spec.shape.num_experts, sum(sizes)), expert.down.dtype)
-            places = block[number].split(sizes)
-            yield ExpertWeights(*(p.view(m.shape).copy_(m) for p, m in zip(places, expert, strict=True)))
+        found: Iterable[Experts] = self.spec.read_packed() or self.read_experts(None)
+        return list(found if self.options.mapped else copied(found, self.spec.shape.num_experts))
 
     def _bias(self, projection: str) -> Sequence[torch.Tensor] | None:
         return getattr(self._biases, projection) if self._biases is not None else None
@@ -144,6 +121,11 @@ class NativeEngine(Engine):
             raise IndexError(f"The router chose an expert that is none of the {self.spec.shape.num_experts}.")
         if active.recorder is not None:
             active.recorder.note("experts", self, (x, index, scores), out)
+
+    @property
+    def codes(self) -> str:
+        weight = self._weights[0].down
+        return weight.packing.kind if self.takes_packed and isinstance(weight, PackedWeight) else ""
 
     @property
     def nbytes(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,25 +10,16 @@ import torch
 from ...adapters import ExpertsShape
 from ...ground.errors import KTModelError
 from ...ground.paging import empty_in_huge_pages
-from ...native.packed import PackedWeight, Packing, quantize
+from ...native.packed import PackedExpert, Packing, quantize
 from ..base import EngineOptions, LayerMemory
 from ..bounds import Bounds
 from .engine import NativeEngine
 
 
-@dataclass
-class PackedExpert:
-    """One expert's weights: gate and up [I, H], down [H, I]. Without a gate, gate is [0, H]."""
-
-    gate: PackedWeight
-    up: PackedWeight
-    down: PackedWeight
-
-
 class IntegerEngine(NativeEngine):
     """Symmetric integers with a bfloat16 scale for each 32 values of a row."""
 
-    maps_weights = False
+    maps_weights = takes_packed = False
     bits: ClassVar[int]
 
     @classmethod
@@ -37,10 +27,10 @@ class IntegerEngine(NativeEngine):
         return False  # it loses precision, which must be wanted
 
     @classmethod
-    def memory(cls, shape: ExpertsShape, rank: int, itemsize: int, options: EngineOptions) -> LayerMemory:
+    def memory(cls, shape: ExpertsShape, rank: int, itemsize: float, options: EngineOptions) -> LayerMemory:
         sizes = (shape.projection(projection) for projection in shape.projections)
         weights = shape.num_experts * sum(cls._packing().nbytes(*size) for size in sizes)
-        read = shape.num_weights // shape.num_experts * itemsize
+        read = int(shape.num_weights // shape.num_experts * itemsize)
         return LayerMemory(weights, super().memory(shape, rank, itemsize, options).lora, read)
 
     @classmethod

@@ -14,8 +14,8 @@ from .finding import Findings, error, ok, warning
 
 if TYPE_CHECKING:
     from ...adapters import AdapterSet
+    from ...checkpoint.layout import CheckpointLayout
     from ...checkpoint.opening import MoEModel
-    from ...model.memory import Stored
 
 _RESIZE = ("resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config")
 """keys with which LLaMA-Factory resizes embeddings"""
@@ -64,33 +64,31 @@ def _model(args: Any) -> Findings:
         f"({first.shape.hidden_size} x {first.shape.intermediate_size}), {first.num_experts_per_tok} per token, each "
         f"{name_some(list(map(str, formulas(moe.experts))), 2)}",
     )
-    stored = yield from _checkpoint(args, moe)
+    layout = yield from _checkpoint(args, moe)
     adapters = yield from _adapters(args, moe)
-    yield from _memory(args, moe, adapters, stored)
+    yield from _memory(args, moe, adapters, layout)
 
 
 def _checkpoint(args: Any, moe: MoEModel) -> Any:
-    """Check the headers; returns the :class:`Stored` that a load would find."""
-    from ...model.memory import Stored
-
+    """Check the headers; returns the :class:`CheckpointLayout` that a load would find, None if it would find none."""
     directory = Path(args.model_name_or_path).expanduser()
     if not directory.is_dir():
         yield warning(
             "checkpoint", f"{args.model_name_or_path} is a name on the hub; its files were not looked at",
             "Download it first: then its files are checked, and the first start is fast.",
         )  # fmt: skip
-        return Stored()
+        return None
     if not moe.files:
         yield error("checkpoint", f"{directory} holds no safetensors files", "Download or convert the checkpoint.")
-        return Stored()
+        return None
     try:
         layout = moe.layout
     except KTError as problem:
         yield error("checkpoint", describe(problem), "docs/messages.md has a row for each of these messages.")
-        return Stored()
+        return None
     size = sum(file.stat().st_size for file in moe.files)
     yield ok("checkpoint", f"{len(moe.files)} file(s), {gib(size)}, experts in {', '.join(sorted(layout.dtypes()))}")
-    return Stored(layout.itemsize, layout.can_be_mapped)
+    return layout
 
 
 def _adapters(args: Any, moe: MoEModel) -> Any:
@@ -121,7 +119,7 @@ def _adapters(args: Any, moe: MoEModel) -> Any:
     return adapters
 
 
-def _memory(args: Any, moe: MoEModel, adapters: AdapterSet, stored: Stored) -> Findings:
+def _memory(args: Any, moe: MoEModel, adapters: AdapterSet, layout: CheckpointLayout | None) -> Findings:
     import torch
 
     from ...autotune.plan import candidates
@@ -137,7 +135,7 @@ def _memory(args: Any, moe: MoEModel, adapters: AdapterSet, stored: Stored) -> F
         yield error("experts", describe(problem), "docs/engines.md says what each engine computes.")
         return
     try:
-        places = placements(moe, stored, adapters, config, plans, on_gpu=gpus > 0)
+        places = placements(moe, layout, adapters, config, plans, on_gpu=gpus > 0)
     except KTMemoryError as problem:
         yield error("CPU memory", describe(problem), "docs/chat-guide.md#memory says what loading takes.")
         return

@@ -15,7 +15,7 @@ from ..adapters import ExpertLora, ExpertsShape
 from ..adapters.fused_layout import FusedLayout
 from ..adapters.keys import PROJECTIONS
 from ..ground.paging import drop_pages, in_huge_pages, prefetch_pages
-from ..native.packed import ALL, PackedExpert, PackedWeight, Packing
+from ..native.packed import PackedExpert, PackedWeight, Packing
 from .discovery import ExpertsModule
 from .formats import WHOLE, Shape
 from .stored import StoredTensor, opened
@@ -149,9 +149,11 @@ class LayerTensors:
         packing = found.pop()
         if found or packing is None or not self.is_row_major:
             return None
-        halves_share = packing.rows_of_scale not in (1, ALL) and ("gate_up_proj", None) in self.stored
-        first = self.module.shape.intermediate_size
-        return None if halves_share and (self.layout.interleaved or first % packing.rows_of_scale) else packing
+        halves = (
+            self.layout.rows(2 * self.module.shape.intermediate_size) if ("gate_up_proj", None) in self.stored else ()
+        )
+        together = packing.rows_together
+        return packing if together == 1 or not any(r.start % together or r.step for r in halves) else None
 
     def itemsize(self, *, packed: bool) -> float:
         """Bytes of a weight in memory.
@@ -246,7 +248,7 @@ class LayerTensors:
         """
         get = opened()
         packing = self.packing
-        if packing is None or not all(weight.can_pack(get) for weight in self.weights()):
+        if packing is None or not all(weight.can_pack(get, packing) for weight in self.weights()):
             return None
         return (
             self._packed_expert({name: weight.packed(pages, packing) for name, (weight, pages) in own.items()})

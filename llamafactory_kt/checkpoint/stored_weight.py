@@ -97,9 +97,10 @@ class StoredWeight:
         parts = ((name, part) for name, part in self.parts.items() if name in self.format.in_place)
         return sum(part.nbytes for name, part in parts if name != "scale" or part.dtype in READ)
 
-    def can_pack(self, read: Callable[[StoredTensor], torch.Tensor]) -> bool:
+    def can_pack(self, read: Callable[[StoredTensor], torch.Tensor], packing: Packing) -> bool:
         """Whether numbers that headers do not tell allow :attr:`packing`."""
-        return self.format.can_pack({p: read(self.parts[p]) for p in self.format.checked if p in self.parts})
+        parts = {part: read(self.parts[part]) for part in self.format.checked if part in self.parts}
+        return self.format.can_pack(parts, packing)
 
     def packed(self, pages: Mapping[str, torch.Tensor], packing: Packing) -> PackedWeight:
         """The weight for the native kernels, from the parts that were read; of a fused weight, from those of one expert.

@@ -38,7 +38,7 @@ class Weight(Structure):
 
     _fields_ = (
         ("weight", c_void_p), ("stride", c_int64), ("a", c_void_p), ("b", c_void_p), ("bias", c_void_p), ("scales", c_void_p),
-        ("scale_stride", c_int64),
+        ("scale_stride", c_int64), ("offsets", c_void_p),
     )  # fmt: skip
 
 

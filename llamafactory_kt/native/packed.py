@@ -1,7 +1,8 @@
-"""Weights of four or eight bits, as the native kernels read them: codes, and a scale for each group of a row."""
+"""Weights of four or eight bits, as the native kernels read them: codes, and for each group of a row a scale, and perhaps an offset."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from ctypes import pointer
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .library import DTYPES, PackingCall, QuantizationCall, Weight, byref, kernels
+from .library import DTYPES, PANEL, PackingCall, QuantizationCall, Weight, byref, kernels
 
 GROUP = 32
 """values that share a scale where this package quantizes"""
@@ -25,7 +26,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 
 @dataclass(frozen=True)
 class Packing:
-    """How codes stand for weights: the value of a code times the scale of its group."""
+    """How codes stand for weights: the value of a code times the scale of its group, plus the group's offset where there are some."""
 
     kind: str
     """``int4``: the value is that of :attr:`table`, and the lower half of a byte comes first; ``int8``; ``e4m3``: float8_e4m3fn"""
@@ -37,6 +38,7 @@ class Packing:
     """or float32"""
     table: Sequence[float] = SYMMETRIC
     """of ``int4``, exact in bfloat16"""
+    has_offsets: bool = False
 
     @property
     def bits(self) -> int:
@@ -46,6 +48,11 @@ class Packing:
     def call(self) -> PackingCall:
         """``kt_packing``."""
         return PackingCall(self.group, self.rows_of_scale, DTYPES[self.scale_dtype], tuple(self.table))
+
+    @property
+    def rows_together(self) -> int:
+        """Rows that cannot be split: they share a scale, or a panel of offsets."""
+        return math.lcm(1 if self.rows_of_scale == ALL else self.rows_of_scale, PANEL if self.has_offsets else 1)
 
     def fits(self, cols: int) -> bool:
         """Whether the kernels take rows of so many values."""
@@ -59,7 +66,8 @@ class Packing:
     def nbytes(self, rows: int, cols: int) -> int:
         """Memory of a weight."""
         codes, scales = self.sizes(rows, cols)
-        return codes + scales * self.scale_dtype.itemsize
+        offsets = -(-rows // PANEL) * PANEL * -(-cols // self.group) if self.has_offsets else 0
+        return codes + scales * self.scale_dtype.itemsize + 4 * offsets
 
 
 @dataclass(frozen=True)
@@ -69,11 +77,13 @@ class PackedWeight:
     Args:
         codes: uint8 [out, in * bits / 8]; rows may be apart.
         scales: [out / rows_of_scale, in / group], rounded up; rows may be apart.
+        offsets: float32 [out, in / group] in panels (:func:`in_panels`).
     """
 
     packing: Packing
     codes: torch.Tensor
     scales: torch.Tensor
+    offsets: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -84,22 +94,24 @@ class PackedWeight:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """In the order of :meth:`map`."""
-        return [self.codes, self.scales]
+        return [self.codes, self.scales, *([] if self.offsets is None else [self.offsets])]
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def __getitem__(self, rows: slice) -> PackedWeight:
-        """Some rows, without a copy. Where several share a scale, they begin with the first that does."""
-        scales, shared = self.scales, self.packing.rows_of_scale
+        """Some rows, without a copy. Where :attr:`Packing.rows_together` is more than one, they begin with the first of so many."""
+        scales, shared, offsets = self.scales, self.packing.rows_of_scale, self.offsets
+        start, stop, step = rows.indices(len(self.codes))
+        assert self.packing.rows_together == 1 or (start % self.packing.rows_together == 0 and step == 1)
         if shared == 1:
             scales = scales[rows]
-        elif len(scales) > 1:
-            start, stop, step = rows.indices(len(self.codes))
-            assert start % shared == 0 and step == 1
+        elif shared < ALL:
             scales = scales[start // shared : -(-stop // shared)]
-        return replace(self, codes=self.codes[rows], scales=scales)
+        if offsets is not None:
+            offsets = offsets[start // PANEL : -(-stop // PANEL)]
+        return replace(self, codes=self.codes[rows], scales=scales, offsets=offsets)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedWeight:
         """The weight with what the function returns for each of its tensors."""
@@ -114,7 +126,11 @@ class PackedWeight:
         else:
             values = self.codes.view(torch.int8 if packing.kind == "int8" else torch.float8_e4m3fn).float()
         scales = self.scales.float().repeat_interleave(min(packing.rows_of_scale, rows), 0)[:rows]
-        return (values * scales.repeat_interleave(min(packing.group, cols), 1)[:, :cols]).to(dtype)
+        values = values * scales.repeat_interleave(min(packing.group, cols), 1)[:, :cols]
+        if self.offsets is not None:
+            offsets = self.offsets.transpose(1, 2).flatten(0, 1)[:rows]
+            values += offsets.repeat_interleave(min(packing.group, cols), 1)[:, :cols]
+        return values.to(dtype)
 
 
 Matrix = torch.Tensor | PackedWeight
@@ -135,6 +151,7 @@ def call_of(weight: torch.Tensor | PackedWeight) -> tuple[int, Any, Weight]:
     if isinstance(packed, PackedWeight):
         own = Weight(packed.codes.data_ptr(), packed.codes.stride(0) * 8 // packed.packing.bits)
         own.scales, own.scale_stride = packed.scales.data_ptr(), packed.scales.stride(0)
+        own.offsets = packed.offsets.data_ptr() if packed.offsets is not None else None
         return KINDS[packed.packing.kind], pointer(packed.packing.call), own
     return DTYPES[packed.dtype], None, Weight(packed.data_ptr(), packed.stride(0))
 

@@ -69,11 +69,15 @@ def check_packed(form: Format, parts: dict[str, torch.Tensor], shape, name="mode
     stored = {part: t.expand((*experts, *t.shape)) for part, t in parts.items()}
     weight = StoredWeight(name, form, headers(form, stored, name), (*experts, *shape))
     packing = weight.packing
-    if packing is None or not form.can_pack(parts):
+    if packing is None or not form.can_pack(parts, packing):
         return ""
     found, decoded = weight.packed(parts, packing), form.decode(parts, shape)
     assert found.shape == weight.rows and found.nbytes == packing.nbytes(*weight.rows)
-    assert torch.equal(found.dequantize(), decoded.T if form.turned else decoded)
+    decoded = decoded.T if form.turned else decoded
+    if found.offsets is not None and parts["scale"].dtype == torch.float32:  # these products are rounded
+        torch.testing.assert_close(found.dequantize(), decoded, rtol=0, atol=1e-6)
+    else:
+        assert torch.equal(found.dequantize(), decoded)
     assert weight.in_place == prod(experts) * sum(
         tensor.nbytes for tensor in found.tensors if any(shares(tensor, part) for part in parts.values())
     )
@@ -173,17 +177,30 @@ def test_gptq_as_gptqmodel_dequantizes_it(bits, kind, version):
     wanted, zeros = stored.pop("weight"), stored.pop("qzeros_v2")
     if version == "gptq_v2":
         stored["qzeros"] = zeros
-    form = opened(quant_method="gptq", bits=bits, group_size=32, checkpoint_format=version, desc_act="desc_act" in kind)
+    form = opened(
+        quant_method="gptq",
+        bits=bits,
+        group_size=32,
+        checkpoint_format=version,
+        desc_act="desc_act" in kind,
+        sym="sym" in kind,
+    )
     parts = parts_of(form, stored)
     assert list(form.problems("model.q_proj.weight", headers(form, parts), tuple(wanted.shape))) == []
     assert torch.equal(form.decode(parts, tuple(wanted.shape)).half(), wanted)
+    assert check_packed(form, parts, tuple(wanted.shape)) == ("" if "desc_act" in kind else f"int{bits} 32")
+    if kind == "":  # without activation ordering, but not symmetric: as decoded, whatever the configuration says
+        lying = opened(quant_method="gptq", bits=bits, group_size=32, checkpoint_format=version, sym=True)
+        assert check_packed(lying, parts, tuple(wanted.shape)) == ""
 
 
 def test_awq_as_gptqmodel_dequantizes_it():
     stored = {n.removeprefix("awq."): t for n, t in tables().items() if n.startswith("awq.")}
     wanted = stored.pop("weight")
     form = opened(quant_method="awq", bits=4, group_size=32, version="gemm", zero_point=True)
-    assert torch.equal(form.decode(parts_of(form, stored), tuple(wanted.shape)).half(), wanted)
+    parts = parts_of(form, stored)
+    assert torch.equal(form.decode(parts, tuple(wanted.shape)).half(), wanted)
+    assert check_packed(form, parts, tuple(wanted.shape)) == "int4 32"
 
 
 def tables():
@@ -251,13 +268,20 @@ def test_fp8_for_the_kernels(block, scale, wanted, experts):
     ("scheme", "wanted"),
     [
         (("pack-quantized", "int", 4, "group", 32), "int4 32"), (("pack-quantized", "int", 4, "channel", None), "int4 96"),
+        (("pack-quantized", "int", 4, "group", 32, False), "int4 32"), (("int-quantized", "int", 8, "channel", None, False), ""),
         (("pack-quantized", "int", 8, "group", 32), ""), (("pack-quantized", "int", 4, "group", 16), ""),
         (("int-quantized", "int", 8, "channel", None), "int8 96"), (("float-quantized", "float", 8, "tensor", None), "e4m3 96"),
     ],
 )  # fmt: skip
 def test_compressed_tensors_for_the_kernels(scheme, wanted):
-    form, kind, bits, strategy, group = scheme
-    weights = {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": True, "group_size": group}
+    form, kind, bits, strategy, group, *symmetric = scheme
+    weights = {
+        "num_bits": bits,
+        "type": kind,
+        "strategy": strategy,
+        "group_size": group,
+        "symmetric": symmetric != [False],
+    }
     config = {"format": form, "targets": ["Linear"], "weights": weights}
     found = opened(quant_method="compressed-tensors", format=form, config_groups={"group_0": config})
     for dtype in (torch.bfloat16, torch.float32):

@@ -227,7 +227,7 @@ double weight_value(const kt_weight &w, int dtype, const kt_packing *p, int64_t 
     return scale * (code & 128 ? -1 : 1) * (exponent ? ldexp(8 + fraction, exponent - 10) : ldexp(fraction, -9));
 }
 
-kt_weight drawn_weight(int dtype, int64_t rows, int64_t cols, int64_t rank, int64_t between, bool bias, const kt_packing *p = nullptr) {
+kt_weight drawn_weight(int dtype, int64_t rows, int64_t cols, int64_t rank, int64_t between, bool bias, const kt_packing *p = nullptr, bool offsets = false) {
     kt_weight w = {};
     w.stride = cols + (dtype == KT_INT4 ? between * 2 : between);
     const int64_t values = (rows - 1) * w.stride + cols; /* nothing lies behind the last row */
@@ -246,6 +246,12 @@ kt_weight drawn_weight(int dtype, int64_t rows, int64_t cols, int64_t rank, int6
             if (p->scale_dtype == KT_F32) static_cast<float *>(drawn_scales)[i] /= 64;
             else static_cast<uint16_t *>(drawn_scales)[i] = uint16_t(static_cast<uint16_t *>(drawn_scales)[i] - (6 << 7));
         w.scales = drawn_scales;
+        if (offsets) {
+            const int64_t n = (rows + 15) / 16 * 16 * each;
+            float *drawn_offsets = static_cast<float *>(drawn(KT_F32, n));
+            for (int64_t i = 0; i < n; i++) drawn_offsets[i] /= 16;
+            w.offsets = drawn_offsets;
+        }
     } else {
         w.weight = drawn(dtype, values);
     }
@@ -265,7 +271,8 @@ void plain_product(const kt_weight &w, int dtype, const kt_packing *p, int64_t r
         for (int64_t i = 0; i < cols; i++)
             {
                 const double weight = weight_value(w, dtype, p, n, i);
-                sum += (unpacked && pairs() ? to_bf16(weight) : weight) * (rounded ? to_bf16(x[i]) : x[i]);
+                const double offset = w.offsets ? w.offsets[(n / 16 * scales_of(*p, cols) + i / p->group) * 16 + n % 16] : 0;
+                sum += ((unpacked && pairs() ? to_bf16(weight) : weight) + offset) * (rounded ? to_bf16(x[i]) : x[i]);
             }
         for (int64_t j = 0; w.b && j < rank; j++) sum += double(w.b[(n / 16 * rank + j) * 16 + n % 16]) * low[j];
         out[n] = sum;
@@ -280,7 +287,7 @@ void check_linear(int64_t tokens, int64_t rows, int64_t cols, int64_t rank, int 
     snprintf(name, sizeof name, "linear: %d tokens, %d x %d, rank %d, %s weights, %s tokens", int(tokens), int(rows), int(cols), int(rank),
              NAMES[dtype], NAMES[x_dtype]);
     const kt_packing *packing = drawn_packing(dtype, cols);
-    const kt_linear l = {rows, cols, rank, dtype, packing, drawn_weight(dtype, rows, cols, rank, tokens % 3, rows % 2, packing)};
+    const kt_linear l = {rows, cols, rank, dtype, packing, drawn_weight(dtype, rows, cols, rank, tokens % 3, rows % 2, packing, below(2))};
     const void *x = drawn(x_dtype, tokens * cols);
     double *wanted = doubles(tokens * rows), *one = doubles(cols);
     for (int64_t t = 0; t < tokens; t++) {
@@ -310,7 +317,7 @@ void check_linears(int64_t tokens, int dtype, int x_dtype) {
     kt_linears l = {3, {}, {}};
     for (int n = 0; n < 3; n++) {
         const kt_packing *packing = drawn_packing(dtype, COLS);
-        layers[n] = {ROWS[n], COLS, RANKS[n], dtype, packing, drawn_weight(dtype, ROWS[n], COLS, RANKS[n], n, n == 1, packing)};
+        layers[n] = {ROWS[n], COLS, RANKS[n], dtype, packing, drawn_weight(dtype, ROWS[n], COLS, RANKS[n], n, n == 1, packing, n != 1)};
         l.parts[n] = &layers[n];
     }
     const void *x = drawn(x_dtype, tokens * COLS);
@@ -380,9 +387,10 @@ void check_experts(int64_t tokens, int64_t top, int64_t experts, int64_t hidden,
     if (formula == 6) e.limit = 0.5f, e.limit_activated = 1, e.activation = KT_SILU;
     if (formula == 7) e.activation = KT_RELU2;
     kt_weight *all = reinterpret_cast<kt_weight *>(allocate(experts * 3 * int64_t(sizeof(kt_weight))));
+    const bool offsets = below(2);
     for (int64_t n = 0; n < 3 * experts; n++) { /* a third of the weights have no LoRA */
         const bool down = n >= 2 * experts;
-        all[n] = drawn_weight(dtype, down ? hidden : inner, down ? inner : hidden, n % 3 == 2 ? 0 : rank, n % 2, biased, e.packing);
+        all[n] = drawn_weight(dtype, down ? hidden : inner, down ? inner : hidden, n % 3 == 2 ? 0 : rank, n % 2, biased, e.packing, offsets);
     }
     e.gate = gated ? all : nullptr, e.up = all + experts, e.down = all + 2 * experts;
     const void *x = drawn(x_dtype, tokens * hidden);

@@ -14,9 +14,10 @@ from typing import ClassVar
 import torch
 
 from ...ground.errors import KTModelError
+from ...native.packed import ALL, PackedWeight, Packing
 from ..stored import StoredTensor
-from .format import FLOATS, Format, Shape, Wanted, scaled
-from .packing import WORD, unpack
+from .format import FLOATS, Format, Shape, Wanted, grouped, offsets_of, scaled
+from .packing import WORD, halves, unpack
 from .values import Values
 
 _BITS = 4
@@ -55,13 +56,26 @@ class Awq(Format):
 
     def wanted(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Mapping[str, Wanted]:
         out, width = shape[-2:]
-        groups = width // self._group if self._group and width % self._group == 0 else 1
+        groups = self._groups(width)
         words = [out // _PER_WORD] if out % _PER_WORD == 0 else []  # no word is shared: other sizes cannot be stored
         return {
             "packed": Wanted([(width, count) for count in words], ["I32"]),
             "scale": Wanted([(groups, out)], FLOATS),
             "zero": Wanted([(groups, count) for count in words], ["I32"]),
         }
+
+    def _groups(self, width: int) -> int:
+        return width // self._group if self._group and width % self._group == 0 else 1
+
+    def packing(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Packing | None:
+        groups = self._groups(shape[1])
+        group = shape[1] // groups if groups > 1 else ALL
+        return grouped("int4", shape, parts["scale"], group=group, offsets=not self._symmetric)
+
+    def packed(self, parts: Mapping[str, torch.Tensor], packing: Packing, shape: Shape) -> PackedWeight:
+        codes, scale = halves(_outputs(parts["packed"])), parts["scale"].T.to(packing.scale_dtype).contiguous()
+        offsets = offsets_of(_outputs(parts["zero"]), _MIDDLE, scale) if packing.has_offsets else None
+        return PackedWeight(packing, codes, scale, offsets)
 
     def wrong_values(self, parts: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
         """Programs that take ``zero_point: false`` at its word do not read the zero points, others do."""

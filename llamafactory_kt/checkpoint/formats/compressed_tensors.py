@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -24,7 +24,7 @@ import torch
 from ...ground.errors import KTModelError
 from ...native.packed import PackedWeight, Packing
 from ..stored import StoredTensor
-from .format import FLOATS, WHOLE, Format, Shape, Wanted, grouped, of_rows, scaled, wrong_groups
+from .format import FLOATS, WHOLE, Format, Shape, Wanted, grouped, of_rows, offsets_of, scaled, wrong_groups
 from .fp8 import E4M3, Block, dequantize, of_bytes, scales, widened
 from .nvfp4 import nvfp4, nvfp4_wanted
 from .packing import packed_width, unpack, unpacked_rows
@@ -182,13 +182,14 @@ class CompressedTensors(Format):
 
     def packing(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Packing | None:
         scheme, scale = self._scheme(name), parts["scale"]
-        if scheme.is_nvfp4 or scheme.ordered or "zero" in parts or (scheme.packed and scheme.bits != 4):
+        offsets = "zero" in parts
+        if scheme.is_nvfp4 or scheme.ordered or (scheme.packed and scheme.bits != 4) or (offsets and not scheme.packed):
             return None
         kind = "e4m3" if scheme.kind == "float" else f"int{scheme.bits}"
         group = shape[-1] // scheme.groups(shape[-1]) if scheme.group else None
-        return grouped(kind, shape, scale, group=group, block=scheme.block)
+        return grouped(kind, shape, scale, group=group, block=scheme.block, offsets=offsets)
 
-    def can_pack(self, parts: Mapping[str, torch.Tensor]) -> bool:
+    def can_pack(self, parts: Mapping[str, torch.Tensor], packing: Packing) -> bool:
         return not _is_ordered(parts)
 
     def packed(self, parts: Mapping[str, torch.Tensor], packing: Packing, shape: Shape) -> PackedWeight:
@@ -197,7 +198,11 @@ class CompressedTensors(Format):
         words = parts["packed"].view(
             torch.uint8
         )  # by half of their range, which the first table of the kernels takes off
-        return of_bytes(words[:, : shape[1] * packing.bits // 8], parts["scale"], packing)
+        found = of_bytes(words[:, : shape[1] * packing.bits // 8], parts["scale"], packing)
+        if "zero" not in parts:
+            return found
+        zeros = unpacked_rows(parts["zero"], packing.bits, slice(0, shape[0]))
+        return replace(found, offsets=offsets_of(zeros, 1 << packing.bits - 1, found.scales))
 
 
 def _is_ordered(parts: Mapping[str, torch.Tensor]) -> bool:

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 
+from ...native.library import in_panels
 from ...native.packed import ALL, PackedWeight, Packing
 from ..stored import StoredTensor
 from .values import Values
@@ -155,7 +156,7 @@ class Format:
         """
         return None
 
-    def can_pack(self, parts: Mapping[str, torch.Tensor]) -> bool:
+    def can_pack(self, parts: Mapping[str, torch.Tensor], packing: Packing) -> bool:
         """Whether the numbers in the parts that are :attr:`checked` allow what :meth:`packing` says by headers."""
         return True
 
@@ -193,11 +194,18 @@ READ = ("F32", "BF16")
 
 
 def grouped(
-    kind: str, shape: Shape, scale: StoredTensor, *, group: int | None = None, block: tuple[int, int] | None = None
+    kind: str,
+    shape: Shape,
+    scale: StoredTensor,
+    *,
+    group: int | None = None,
+    block: tuple[int, int] | None = None,
+    offsets: bool = False,
 ) -> Packing:
     """The packing of codes with scales for each group of a row, block, row or weight.
 
     Args:
+        offsets: whether each group has one, as zero points make it.
         shape: of the weight or, fused, of those of all experts.
         scale: for which neither group nor block is given, one for each row or weight.
     """
@@ -205,7 +213,18 @@ def grouped(
     if block is None:
         apart = group is not None or prod(scale.shape) > prod(shape[:-2])
         block = (1 if apart else ALL, ALL if group is None else group)
-    return Packing(kind, block[1], block[0], dtype)
+    return Packing(kind, block[1], block[0], dtype, has_offsets=offsets)
+
+
+def offsets_of(zero: torch.Tensor, middle: int, scale: torch.Tensor) -> torch.Tensor:
+    """What zero points add to a group's weights, as the native kernels read it.
+
+    Args:
+        zero: [out, groups] integers, unsigned.
+        middle: the zero point that the kernels' own code of zero stands for.
+        scale: [out, groups], or of fewer rows.
+    """
+    return in_panels(scale.to(torch.float32) * (middle - zero.to(torch.float32)))
 
 
 def wrong_groups(order: torch.Tensor, groups: int) -> str | None:

@@ -15,8 +15,9 @@ from typing import ClassVar
 import torch
 
 from ...ground.errors import KTModelError
+from ...native.packed import ALL, PackedWeight, Packing
 from ..stored import StoredTensor
-from .format import FLOATS, Format, Shape, Wanted, scaled, wrong_groups
+from .format import FLOATS, Format, Shape, Wanted, grouped, offsets_of, scaled, wrong_groups
 from .packing import WORD, packed_width, unpack, unpacked_rows
 from .values import Values
 
@@ -36,10 +37,10 @@ class Gptq(Format):
         "order": ".g_idx",
     }
 
-    checked: ClassVar[Sequence[str]] = ("order",)
+    checked: ClassVar[Sequence[str]] = ("order", "zero")
 
-    def __init__(self, group: int | None, *, first_version: bool, ordered: bool):
-        self._group, self._first_version, self._ordered = group, first_version, ordered
+    def __init__(self, group: int | None, *, first_version: bool, ordered: bool, symmetric: bool = False):
+        self._group, self._first_version, self._ordered, self._symmetric = group, first_version, ordered, symmetric
 
     @classmethod
     def from_config(cls, values: Values) -> Format | None:
@@ -57,7 +58,8 @@ class Gptq(Format):
                 f"The GPTQ checkpoint has bits: {bits}, checkpoint_format: {form}, dynamic: {other or None} in {values.file}; 4 and 8 bits "
                 "in groups of one size, in the formats gptq and gptq_v2, are supported. Use the model's unquantized checkpoint."
             )
-        return cls(group, first_version=form == "gptq", ordered=values.flag("desc_act", default=False))
+        ordered, symmetric = values.flag("desc_act", default=False), values.flag("sym", default=False)
+        return cls(group, first_version=form == "gptq", ordered=ordered, symmetric=symmetric)
 
     @staticmethod
     def reads(changes: Values, group: int | None) -> bool:
@@ -90,15 +92,46 @@ class Gptq(Format):
     def decode(
         self, parts: Mapping[str, torch.Tensor], shape: Shape, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        width, groups, zero = shape[1], len(parts["scale"]), parts["zero"]
-        regular = torch.arange(width, device=zero.device) // (self._group or width)
+        width, groups = shape[1], len(parts["scale"])
+        regular = self._regular(width).to(parts["zero"].device)
         order = parts["order"].long() if "order" in parts else regular
-        found = {"packed": parts["packed"], "scale": parts["scale"], "zero": zero}
-        if self._first_version:  # to whole words, as GPTQModel subtracts it: carries cross to the next integer
-            found["zero"] = zero + _ONES[_bits(len(parts["packed"]), width)]
+        found = {"packed": parts["packed"], "scale": parts["scale"], "zero": self._zeros(parts, width)}
         if width % groups or not torch.equal(order, regular):
             found["order"] = order
         return super().decode(found, shape, dtype)
+
+    def _regular(self, width: int) -> torch.Tensor:
+        """The group of each column where they are not ordered."""
+        return torch.arange(width) // (self._group or width)
+
+    def _zeros(self, parts: Mapping[str, torch.Tensor], width: int) -> torch.Tensor:
+        """Zero points as they are, still packed."""
+        if not self._first_version:
+            return parts["zero"]
+        # to whole words, as GPTQModel subtracts it: carries cross to the next integer
+        return parts["zero"] + _ONES[_bits(len(parts["packed"]), width)]
+
+    def packing(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Packing | None:
+        if self._ordered:
+            return None
+        bits, group = _bits(parts["packed"].shape[0], shape[1]), self._group or ALL
+        return grouped(f"int{bits}", shape, parts["scale"], group=group, offsets=not self._symmetric)
+
+    def can_pack(self, parts: Mapping[str, torch.Tensor], packing: Packing) -> bool:
+        if "order" in parts and not torch.equal(parts["order"].long(), self._regular(len(parts["order"]))):
+            return False
+        middle = (1 << packing.bits - 1) - int(self._first_version)
+        return packing.has_offsets or bool((unpack(parts["zero"], packing.bits) == middle).all())
+
+    def packed(self, parts: Mapping[str, torch.Tensor], packing: Packing, shape: Shape) -> PackedWeight:
+        out, width = shape
+        words = parts["packed"].T.contiguous().view(torch.uint8)[:, : width * packing.bits // 8]
+        codes = words if packing.bits == 4 else words ^ 1 << 7  # the kernels' have signs
+        scale = parts["scale"].T.to(packing.scale_dtype).contiguous()
+        if not packing.has_offsets:
+            return PackedWeight(packing, codes, scale)
+        zeros = unpacked_rows(self._zeros(parts, width).T, packing.bits, slice(0, out))
+        return PackedWeight(packing, codes, scale, offsets_of(zeros, 1 << packing.bits - 1, scale))
 
     def rows(self, parts: Mapping[str, torch.Tensor], rows: slice, shape: Shape) -> torch.Tensor:
         bits = _bits(len(parts["packed"]), shape[1])

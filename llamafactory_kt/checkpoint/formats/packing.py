@@ -31,6 +31,15 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     return wide.bitwise_left_shift(4).bitwise_or_(wide).bitwise_and_(0x0F0F).view(torch.uint8)
 
 
+def halves(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [rows, n], of four bits -> uint8 [rows, n / 2], the first of two in a byte's lower half.
+
+    >>> halves(torch.tensor([[1, 2]], dtype=torch.uint8))
+    tensor([[33]], dtype=torch.uint8)
+    """
+    return codes[:, 0::2] | codes[:, 1::2] << 4
+
+
 def unpacked_rows(words: torch.Tensor, bits: int, rows: slice) -> torch.Tensor:
     """Some rows of integers that are packed downwards: int32 [words, columns] -> uint8 [rows, columns].
 

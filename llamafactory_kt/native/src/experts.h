@@ -36,6 +36,8 @@ struct Experts {
     float *fs, *gs;                /* the same in float32, for LoRA */
     float *ts, *us;                /* A x of gate and up [rows, 2 rank], A h of down [rows, rank] */
     float *sums;                   /* [tokens, H] */
+    int64_t x_groups = 0, h_groups = 0; /* groups of a row of x and h, of weights with offsets */
+    float *xg, *hg;                /* the groups' sums */
     float *panels;                 /* x, and then h, of the groups that tiles multiply */
     Unpacked *unpacked;            /* rows of two weights, of each thread */
     int64_t memory_of_thread;
@@ -53,6 +55,8 @@ struct Experts {
         gs = both ? scratch.take<float>(rows * inner_wide) : reinterpret_cast<float *>(hs);
         ts = scratch.take<float>(rows * 2 * rank), us = scratch.take<float>(rows * rank);
         sums = scratch.take<float>(tokens * e.hidden);
+        if (e.packing && e.down->offsets) x_groups = groups_of(*e.packing, e.hidden), h_groups = groups_of(*e.packing, e.intermediate);
+        xg = scratch.take<float>(tokens * x_groups), hg = scratch.take<float>(rows * h_groups);
         const int64_t full = many<T>(rows) ? rows / PANEL : 0, most = full + (full < e.experts ? full : e.experts); /* each group's last is not full */
         const int64_t wider = e.hidden > e.intermediate ? e.hidden : e.intermediate;
         panels = scratch.take<float>(most * panel_size<X<T>>(arranged<T>(wider)));
@@ -88,6 +92,7 @@ struct Experts {
         for (int64_t t = mine.first; t < mine.last; t++) {
             arrange<T>(given + t * h, xs + t * hidden, 0, h, h);
             if (rank && twice) convert(given + t * h, fs + t * hidden_wide, h);
+            if (x_groups) sum_groups<T>(xs + t * hidden, h, *e.packing, xg + t * x_groups);
         }
         for (int64_t t = 0; t < tokens; t++)
             memset(sums + t * h + columns.first, 0, size_t(columns.last - columns.first) * sizeof(float));
@@ -155,15 +160,16 @@ struct Experts {
             const Rows<T> gate_rows(gate_weight, e.packing, n, end, e.hidden, rank, e.gate ? g.count : 0, memory + memory_of_thread / 2);
             for (int64_t r = 0; r < g.count; r += TILE) {
                 const X<T> *of[TILE];
-                const float *gate_t[TILE], *up_t[TILE];
+                const float *gate_t[TILE], *up_t[TILE], *sums_of[TILE];
                 const int64_t some = g.count - r < TILE ? g.count - r : TILE;
                 for (int64_t j = 0; j < some; j++) {
                     const int64_t row = g.first + r + j;
                     of[j] = xs + token(row) * hidden, gate_t[j] = ts + row * 2 * rank, up_t[j] = gate_t[j] + rank;
+                    sums_of[j] = xg + token(row) * x_groups;
                 }
                 const float *packed = panels_from(g, r, e.hidden);
-                if (e.gate) gate_rows.multiply({of, gate_t, some, packed}, gate, TILE);
-                up_rows.multiply({of, up_t, some, packed}, up, TILE);
+                if (e.gate) gate_rows.multiply({of, gate_t, some, packed, sums_of}, gate, TILE);
+                up_rows.multiply({of, up_t, some, packed, sums_of}, up, TILE);
                 for (int64_t j = 0; j < some; j++) {
                     const int64_t row = g.first + r + j;
                     float *found = up + j * TILE;
@@ -186,10 +192,11 @@ struct Experts {
                 const Rows<T> rows(e.down[g.expert], e.packing, n, end, e.intermediate, rank, g.count, unpacked + team.thread * memory_of_thread);
                 for (int64_t r = 0; r < g.count; r += TILE) {
                     const X<T> *of[TILE];
-                    const float *t[TILE];
-                    const int64_t some = g.count - r < TILE ? g.count - r : TILE;
-                    for (int64_t j = 0; j < some; j++) of[j] = hs + (g.first + r + j) * inner_, t[j] = us + (g.first + r + j) * rank;
-                    rows.multiply({of, t, some, panels_from(g, r, e.intermediate)}, found, TILE);
+                    const float *t[TILE], *sums_of[TILE];
+                    const int64_t some = g.count - r < TILE ? g.count - r : TILE, first = g.first + r;
+                    for (int64_t j = 0; j < some; j++)
+                        of[j] = hs + (first + j) * inner_, t[j] = us + (first + j) * rank, sums_of[j] = hg + (first + j) * h_groups;
+                    rows.multiply({of, t, some, panels_from(g, r, e.intermediate), sums_of}, found, TILE);
                     for (int64_t j = 0; j < some; j++) {
                         float *to = sums + token(g.first + r + j) * h + n;
                         const float score = scores[order[g.first + r + j]];
@@ -207,8 +214,10 @@ struct Experts {
 
     /* What the products with gate and up, or down, need beside their rows. */
     void between(bool products_of_down, const Team &team) {
-        if (!rank && !packed) return;
+        if (!rank && !packed && !h_groups) return;
         if (rank) low(products_of_down, team);
+        if (products_of_down && h_groups)
+            for (int64_t r = team.thread; r < rows; r += team.threads) sum_groups<T>(hs + r * inner_, e.intermediate, *e.packing, hg + r * h_groups);
         if constexpr (tiled<T>) pack(products_of_down, team);
         team.barrier();
     }

@@ -17,7 +17,7 @@ enum kt_dtype {
 };
 enum kt_activation { KT_SILU = 0, KT_GELU = 1, KT_GELU_TANH = 2, KT_RELU = 3, KT_RELU2 = 4 };
 
-/* How codes stand for weights: value of a code times the scale of its group. */
+/* How codes stand for weights: value of a code times the scale of its group, and an offset of the group where kt_weight has some. */
 typedef struct {
     int64_t group;         /* values of a row that share a scale: a power of two from 32 on (KT_E4M3: 64), or all (cols or more) */
     int64_t rows_of_scale; /* rows that share their scales */
@@ -34,6 +34,7 @@ typedef struct {
     const float *bias;   /* [rows], or null */
     const void *scales;  /* of codes: [rows / rows_of_scale, cols / group] */
     int64_t scale_stride; /* values between two rows of them */
+    const float *offsets; /* of codes: [rows / 16, cols / group, 16], added to each weight of a group; or null */
 } kt_weight;
 
 /* y = down(activation(gate x) * up x) of each expert; without a gate (gate null) y = down(activation(up x)). */
@@ -43,7 +44,7 @@ typedef struct {
     float alpha, limit, up_offset;
     const kt_packing *packing;  /* of all codes, or null */
     const kt_weight *gate, *up; /* [experts] each: rows = intermediate, cols = hidden */
-    const kt_weight *down;      /* [experts]: rows = hidden, cols = intermediate */
+    const kt_weight *down;      /* [experts]: rows = hidden, cols = intermediate. All have offsets, or none */
 } kt_experts;
 
 typedef struct {

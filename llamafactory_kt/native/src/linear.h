@@ -17,18 +17,22 @@ struct Linears {
     float *fs;  /* the same in float32, for LoRA */
     float *ts;  /* A x of each layer, [tokens, its rank] */
     float *panels; /* xs for tiles, or null */
+    int64_t groups = 0; /* of a row of x, of all layers with offsets */
+    float *gs;  /* their sums of each layer, [tokens, its groups] */
     Unpacked *unpacked; /* rows of a weight, of each thread */
     int64_t memory_of_thread;
 
     Linears(const kt_linears &linears, int64_t tokens, int threads, Scratch &scratch) : l(linears), tokens(tokens), cols(linears.parts[0]->cols) {
-        for (int64_t n = 0; n < l.count; n++) rank += l.parts[n]->rank, blocks += (l.parts[n]->rows + PANEL - 1) / PANEL;
+        for (int64_t n = 0; n < l.count; n++) rank += l.parts[n]->rank, blocks += (l.parts[n]->rows + PANEL - 1) / PANEL, groups += groups_in(*l.parts[n]);
         between = apart<X<T>>(arranged<T>(cols)), between_wide = apart<float>(cols);
         xs = scratch.take<X<T>>(tokens * between);
         fs = rank && twice ? scratch.take<float>(tokens * between_wide) : reinterpret_cast<float *>(xs);
-        ts = scratch.take<float>(tokens * rank);
+        ts = scratch.take<float>(tokens * rank), gs = scratch.take<float>(tokens * groups);
         panels = many<T>(tokens) ? scratch.take<float>(panels_of<T>(tokens) * panel_size<X<T>>(arranged<T>(cols))) : nullptr;
         memory_of_thread = unpacked_size<T>(cols, tokens), unpacked = scratch.take<Unpacked>(threads * memory_of_thread);
     }
+
+    int64_t groups_in(const kt_linear &layer) const { return layer.weight.offsets ? groups_of(*layer.packing, cols) : 0; }
 
     template <class S>
     void prepare(const S *given, const Team &team) {
@@ -36,6 +40,9 @@ struct Linears {
         for (int64_t t = mine.first; t < mine.last; t++) {
             arrange<T>(given + t * cols, xs + t * between, 0, cols, cols);
             if (rank && twice) convert(given + t * cols, fs + t * between_wide, cols);
+            float *to = gs;
+            for (int64_t n = 0, own; n < l.count; to += tokens * own, n++)
+                if ((own = groups_in(*l.parts[n]))) sum_groups<T>(xs + t * between, cols, *l.parts[n]->packing, to + t * own);
         }
     }
 
@@ -72,18 +79,18 @@ struct Linears {
     }
 
     template <class S>
-    void rows(const kt_linear &layer, const float *low_of, S *to, int64_t first, int64_t last, Unpacked *memory) {
+    void rows(const kt_linear &layer, const float *low_of, const float *groups_from, S *to, int64_t first, int64_t last, Unpacked *memory) {
         alignas(64) float found[TILE * TILE];
         for (int64_t n = first; n < last; n += TILE) {
             const int64_t end = n + TILE < last ? n + TILE : last;
             const Rows<T> own(layer.weight, layer.packing, n, end, cols, layer.rank, tokens, memory);
             for (int64_t t = 0; t < tokens; t += TILE) {
                 const X<T> *of[TILE];
-                const float *low[TILE];
+                const float *low[TILE], *sums_of[TILE];
                 const int64_t count = tokens - t < TILE ? tokens - t : TILE;
-                for (int64_t r = 0; r < count; r++) of[r] = xs + (t + r) * between, low[r] = low_of + (t + r) * layer.rank;
+                for (int64_t r = 0; r < count; r++) of[r] = xs + (t + r) * between, low[r] = low_of + (t + r) * layer.rank, sums_of[r] = groups_from + (t + r) * groups_in(layer);
                 const float *packed = panels ? panels + t / PANEL * panel_size<X<T>>(arranged<T>(cols)) : nullptr;
-                own.multiply({of, low, count, packed}, found, TILE);
+                own.multiply({of, low, count, packed, sums_of}, found, TILE);
                 for (int64_t r = 0; r < count; r++) convert(found + r * TILE, to + (t + r) * layer.rows + n, end - n);
             }
         }
@@ -99,15 +106,15 @@ struct Linears {
         }
         const Tiles tiles(panels);
         int64_t from = blocks * team.thread / team.threads, to = blocks * (team.thread + 1) / team.threads;
-        const float *low_of = ts;
+        const float *low_of = ts, *groups_from = gs;
         for (int64_t n = 0; n < l.count; n++) {
             const kt_linear &layer = *l.parts[n];
             const int64_t own = (layer.rows + PANEL - 1) / PANEL, first = (from > 0 ? from : 0) * PANEL, last = to < own ? to * PANEL : layer.rows;
             if (first < last)
                 with_dtype(x_dtype, [&](auto tag) {
-                    rows(layer, low_of, static_cast<typename decltype(tag)::type *>(l.outs[n]), first, last, unpacked + team.thread * memory_of_thread);
+                    rows(layer, low_of, groups_from, static_cast<typename decltype(tag)::type *>(l.outs[n]), first, last, unpacked + team.thread * memory_of_thread);
                 });
-            from -= own, to -= own, low_of += tokens * layer.rank;
+            from -= own, to -= own, low_of += tokens * layer.rank, groups_from += tokens * groups_in(layer);
         }
     }
 };

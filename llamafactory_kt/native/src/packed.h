@@ -144,6 +144,22 @@ constexpr int64_t arranged(int64_t k) {
     else return (k + CHUNK<T> - 1) / CHUNK<T> * CHUNK<T>;
 }
 
+/* How many groups a row of k values has. */
+inline int64_t groups_of(const kt_packing &packing, int64_t k) { return packing.group < k ? (k + packing.group - 1) / packing.group : 1; }
+
+/* The sums of the groups of a row of k arranged activations, which a group's offset multiplies. */
+template <class T>
+inline void sum_groups(const X<T> *row, int64_t k, const kt_packing &packing, float *sums) {
+    if constexpr (coded<T>) {
+        constexpr int C = CHUNK<T>;
+        for (int64_t i = 0, n = groups_of(packing, k); n--; sums++) {
+            *sums = 0;
+            for (const int64_t end = packing.group < k - i ? i + packing.group : k; i < end; i++)
+                *sums += float_of(row[i / C * C + place<T>(int(i % C))]);
+        }
+    }
+}
+
 /* Some rows of a packed weight. C: the dtype of its scales; S: how many belong to a chunk. */
 template <class T, class C, int S>
 struct PackedRows {
@@ -302,10 +318,17 @@ class Rows {
             product<T>(w_, first_, last_, k_, rank_, tokens, out, ldo);
         } else if (unpacked_) {
             product<Unpacked>(w_, first_, last_, arranged<T>(k_), rank_, {tokens.x, tokens.low, tokens.count, tokens.panels}, out, ldo);
+            add_offsets(tokens, out, ldo);
         } else {
             with_packing<T>(w_, *packing_, k_, [&](const auto &rows) { rows.multiply_rows(first_, last_, tokens.x, tokens.count, out, ldo); });
             add_rest(w_, first_, last_, rank_, tokens, out, ldo);
+            add_offsets(tokens, out, ldo);
         }
+    }
+
+   private:
+    void add_offsets(const Tokens<T> &tokens, float *out, int64_t ldo) const {
+        add_low(w_.offsets, first_, last_, groups_of(*packing_, k_), tokens.groups, tokens.count, out, ldo);
     }
 };
 

@@ -171,6 +171,7 @@ struct Tokens {
     const float *const *low;       /* A x of each, for a weight with B */
     int64_t count;
     const float *panels = nullptr; /* the same packed, if tiles multiply them (tile_products.h) */
+    const float *const *groups = nullptr; /* the sums of x over each group, for a weight with offsets */
 };
 
 /* out[r * ldo + n - first] = weight row n . x[r], for the rows [first, last) and some tokens. */
@@ -205,12 +206,13 @@ inline void add_panel(const float *b, const float *const *t, int64_t rank, float
         for (int v = 0; v < V; v++) store(out + r * ldo + v * L, sums[r][v]);
 }
 
-/* out[r * ldo + n - first] += row n of B . t[r]. first stands at the start of a panel, and out has room for the whole of the last one. */
-inline void add_low(const kt_weight &w, int64_t first, int64_t last, int64_t rank, const float *const *t, int64_t tokens, float *out, int64_t ldo) {
+/* out[r * ldo + n - first] += row n of B . t[r], for B in panels or null. first stands at the start of a panel, and out has room for the whole of
+ * the last one. */
+inline void add_low(const float *panels, int64_t first, int64_t last, int64_t rank, const float *const *t, int64_t tokens, float *out, int64_t ldo) {
     constexpr int R = L / 2; /* as many sums as stay in registers */
-    if (!w.b) return;
+    if (!panels) return;
     for (int64_t n = first; n < last; n += PANEL) {
-        const float *b = w.b + n * rank;
+        const float *b = panels + n * rank;
         float *to = out + n - first;
         int64_t r = 0;
         for (; r + R <= tokens; r += R) add_panel<R>(b, t + r, rank, to + r * ldo, ldo);

@@ -139,7 +139,7 @@ void add_rest(const kt_weight &w, int64_t first, int64_t last, int64_t rank, con
     if (w.bias)
         for (int64_t r = 0; r < tokens.count; r++)
             for (int64_t n = first; n < last; n++) out[r * ldo + n - first] += w.bias[n];
-    add_low(w, first, last, rank, tokens.low, tokens.count, out, ldo);
+    add_low(w.b, first, last, rank, tokens.low, tokens.count, out, ldo);
 }
 
 /* out[r * ldo + n - first] = weight row n . x[r] + bias[n] + b[n] . low[r], for the rows [first, last) and some tokens. With b, first stands at

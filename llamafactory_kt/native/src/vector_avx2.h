@@ -116,6 +116,7 @@ inline F spread(const float *p) { /* each of N values in L / N lanes */
     if constexpr (N == 1) return all(*p);
     return _mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0]));
 }
+inline float float_of(float v) { return v; }
 inline float float_of(bf16 v) {
     const uint32_t bits = uint32_t(v.bits) << 16;
     float found;

@@ -120,6 +120,13 @@ inline F load_e4m3(const uint8_t *p) { /* times 2^-8: its bits within those of a
     const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
     return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(int16_t(0xbfff))));
 }
+inline float float_of(float v) { return v; }
+inline float float_of(bf16 v) {
+    const uint32_t bits = uint32_t(v.bits) << 16;
+    float found;
+    memcpy(&found, &bits, 4);
+    return found;
+}
 template <int N>
 inline F spread(const float *p) { /* each of N values in L / N lanes */
     if constexpr (N == 1) return all(*p);

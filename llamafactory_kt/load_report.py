@@ -47,8 +47,8 @@ def load_rows(model: nn.Module) -> Rows:
             weights = "mapped from the checkpoint's files"
             if mapped > free:
                 weights += f", and larger than the {gib(free)} that are free: tokens wait for the disk"
-        codes = ", ".join(sorted({w.engine.codes.upper() for w in wrappers} - {""}))
-        rows.append(("Weights", f"{codes} as the checkpoint has them, {weights}" if codes else weights))
+        packed = any(w.engine.holds_packed for w in wrappers)
+        rows.append(("Weights", f"{state.stored} as the checkpoint has them, {weights}" if packed else weights))
     workers = engine.describe_workers(state.plan, state.options)
     rows.append(("Threads", f"{workers}{'; ' if workers else ''}torch {torch.get_num_threads()}"))
     if state.reason:

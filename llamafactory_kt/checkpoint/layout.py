@@ -64,6 +64,7 @@ class CheckpointLayout:
         self.format = format_of(model.config)
         self._prefix = str(getattr(model, "base_model_prefix", ""))
         self._layers = {module.name: LayerTensors(module) for module in modules}
+        self._stored: dict[bool, Stored] = {}
         weights = _grouped(self.format, files)
         names = CheckpointNames(model)
         others = self._locate(names, weights)
@@ -201,12 +202,14 @@ class CheckpointLayout:
         Args:
             packed: it takes quantized ones as they are.
         """
-        layers = self._layers.values()
-        return Stored(
-            max(layer.itemsize(packed=packed) for layer in layers),
-            all(layer.can_be_mapped(packed=packed) for layer in layers),
-            sum(layer.converted(packed=packed) for layer in layers),
-        )
+        if packed not in self._stored:
+            layers = self._layers.values()
+            self._stored[packed] = Stored(
+                max(layer.itemsize(packed=packed) for layer in layers),
+                all(layer.can_be_mapped(packed=packed) for layer in layers),
+                sum(layer.converted(packed=packed) for layer in layers),
+            )
+        return self._stored[packed]
 
     def dtypes(self) -> set[str]:
         """How the experts are stored: safetensors' names, or the format's own such as ``INT4``."""

@@ -235,9 +235,9 @@ class Engine(ABC):
         """
 
     @property
-    def codes(self) -> str:
-        """The kind of a packed weight (:attr:`Packing.kind`) that the checkpoint has and the engine holds; empty for others."""
-        return ""
+    def holds_packed(self) -> bool:
+        """Whether the weights are what :attr:`EngineSpec.read_packed` read."""
+        return False
 
     @property
     def streams(self) -> bool:

@@ -38,7 +38,7 @@ from .debug import Debugger
 from .experts_module import KTExperts, PresortedExperts
 from .gpu_transfer import HostTransfer
 from .guard import guard
-from .memory import cannot_map, placements, read_around, stored_for
+from .memory import cannot_map, placements, read_around, stored_for, without_decoding
 from .shared_overlap import SHARED_EXPERTS, SharedExpertsOverlap
 from .state import KTState, set_kt_state
 from .untested import UntestedCheck
@@ -79,9 +79,11 @@ class ExpertsLoad:
         self._adapters = open_adapters(config.adapter, config.moe_lora)
         require_peft_layers(opened.fit(self._adapters, finite=True, resizes=config.resize_vocab))
         around = 0 if on_gpu else read_around(model, experts) // len(experts)
-        places = placements(opened, layout, self._adapters, config, plans, on_gpu=on_gpu)
+        kept = without_decoding(plans, layout, config)
+        decoding = ", ".join(dict.fromkeys(plan.backend for plan in plans if plan not in kept))
+        places = placements(opened, layout, self._adapters, config, kept, on_gpu=on_gpu)
         self._plan, reason = choose(
-            [plan for plan in plans if plan.backend in places],
+            [plan for plan in kept if plan.backend in places],
             experts[0].shape,
             experts[0].num_experts_per_tok,
             config.options,
@@ -89,9 +91,10 @@ class ExpertsLoad:
             config.recalibrate,
             computed[0],
         )
-        too_large = ", ".join({plan.backend: None for plan in plans if plan.backend not in places})
+        too_large = ", ".join({plan.backend: None for plan in kept if plan.backend not in places})
         self._reason = "; ".join(filter(None, (
             reason or left_out(config.backend, merged=config.merge_adapter, formulas=computed),
+            f"{decoding} would decode the weights" if decoding else "",
             f"no memory for {too_large}, which would copy the weights" if too_large else "",
         )))  # fmt: skip
         self._engine = engine = get_engine(self._plan.backend)
@@ -129,7 +132,7 @@ class ExpertsLoad:
         ]
         state = KTState(
             wrappers=self._wrappers, lock=guard(model, config.router_stats, debugger, self._files), plan=self._plan, reason=self._reason,
-            options=self._options, on_gpu=self._on_gpu, requested=self._adapters, merged=self._merged,
+            options=self._options, stored=", ".join(sorted(self._opened.layout.dtypes())), on_gpu=self._on_gpu, requested=self._adapters, merged=self._merged,
         )  # fmt: skip
         set_kt_state(model, state)
 

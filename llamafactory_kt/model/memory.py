@@ -78,6 +78,19 @@ def stored_for(engine: type[Engine], layout: CheckpointLayout | None, *, merged:
     return layout.stored(packed=engine.takes_packed and not merged) if layout is not None else Stored()
 
 
+def without_decoding(plans: Sequence[Plan], layout: CheckpointLayout | None, config: KTExpertsConfig) -> list[Plan]:
+    """The plans of engines that use quantized weights as they are, where there are any; otherwise all. They read a fraction of the bytes,
+    and no others keep what was published."""
+    if layout is None:
+        return list(plans)
+
+    def itemsize(plan: Plan) -> float:
+        engine = get_engine(plan.backend)
+        return stored_for(engine, layout, merged=engine.merges(config.merge_adapter)).itemsize
+
+    return [plan for plan in plans if itemsize(plan) < layout.stored(packed=False).itemsize] or list(plans)
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where an engine's weights will lie, and the memory that this takes."""

@@ -60,6 +60,8 @@ class KTState:
     reason: str
     """why this plan was chosen; empty where there was no choice"""
     options: EngineOptions
+    stored: str
+    """how the checkpoint has the experts, as ``INT4``"""
     on_gpu: bool
     """a GPU computes all but the experts"""
     requested: AdapterSet

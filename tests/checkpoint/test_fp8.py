@@ -95,7 +95,8 @@ def test_everything_but_the_experts_is_the_dequantized_weight_rounded_once(files
 
 
 @pytest.mark.parametrize("files", ["deepseek_v3"], indirect=True)
-def test_chat_verify_and_doctor(files):
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_native)])
+def test_chat_verify_and_doctor(files, backend):
     """A chat in bfloat16 with the whole adapter, and what two commands say about such a checkpoint."""
     chat = pytest.importorskip("llamafactory.chat")
     from typer.testing import CliRunner
@@ -105,7 +106,7 @@ def test_chat_verify_and_doctor(files):
     fp8, plain, adapter = files
     keys = {
         "model_name_or_path": str(fp8), "adapter_name_or_path": str(adapter), "template": "deepseek", "use_kt": True,
-        "kt_backend": "torch",
+        "kt_backend": backend,
     }  # fmt: skip
     model = chat.ChatModel(keys).engine.model
     stock = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16)

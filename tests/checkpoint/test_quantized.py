@@ -237,6 +237,27 @@ def test_damage_is_named_with_its_file(files, tmp_path):
             load(path, "torch")
 
 
+@needs_native
+@pytest.mark.parametrize("files", ["INT4"], indirect=True)
+def test_scales_of_experts_that_are_not_finite(files, tmp_path):
+    name = "model.layers.1.mlp.experts.3.down_proj"
+    path = edited(tmp_path / "m", files[0], lambda tensors: tensors[f"{name}.weight_scale"][5].fill_(torch.nan))
+    with pytest.raises(KTModelError, match=rf"model.safetensors: {name}.weight has scales that are not finite"):
+        load(path, "native")
+
+
+@needs_native
+@pytest.mark.parametrize("files", ["GPTQ INT4"], indirect=True)
+def test_ordered_columns_that_the_configuration_does_not_mention(files, tmp_path):
+    """They are found while reading, and decoded."""
+    path = edited(tmp_path / "m", files[0], lambda tensors: None)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["desc_act"] = False
+    (path / "config.json").write_text(json.dumps(config))
+    found = load(path, "native", dtype=torch.float32)
+    assert kinds(found) == {None} and torch.equal(answer(found), answer(load(files[0], "native", dtype=torch.float32)))
+
+
 EXPERT, ATTENTION = "model.layers.1.mlp.experts.3.down_proj", "model.layers.0.self_attn.o_proj"
 
 

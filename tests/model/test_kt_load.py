@@ -168,7 +168,7 @@ def fp8_experts(directory: Path) -> Path:
     ]
 
 
-@pytest.mark.parametrize(("make", "kind"), [(mxfp4_experts, "INT4"), (fp8_experts, "E4M3")])
+@pytest.mark.parametrize(("make", "kind"), [(mxfp4_experts, "MXFP4"), (fp8_experts, "F8_E4M3")])
 def test_quantized_weights_stay_where_they_are(tmp_path, make, kind, monkeypatch):
     """And the load's estimate is what they take: mapped, only the scales that must be converted."""
     path, needs, stock = make(tmp_path), [], memory.memory_need
@@ -178,12 +178,17 @@ def test_quantized_weights_stay_where_they_are(tmp_path, make, kind, monkeypatch
     assert torch.equal(logits(mapped), logits(copied))
     matrices = [m for experts in kt_state(copied).wrappers for expert in experts.engine._weights for m in expert]
     scales = sum(matrix.scales.nbytes for matrix in matrices)
-    assert needs[0].experts == (scales if kind == "INT4" else 0)
+    assert needs[0].experts == (scales if kind == "MXFP4" else 0)
     assert needs[1].experts == scales + sum(matrix.codes.nbytes for matrix in matrices)
     rows = dict(load_rows(mapped))
     assert rows["Weights"] == f"{kind} as the checkpoint has them, mapped from the checkpoint's files"
+    monkeypatch.setattr(loading, "candidates", lambda *_, **__: [Plan("torch", 0, 1), Plan("native", 0, 1)])
+    chosen = load(path, "auto")
+    assert kt_state(chosen).plan.backend == "native" and "torch would decode the weights" in kt_state(chosen).reason
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "memory_need", lambda *given, **keys: needs.append(stock(*given, **keys)) or needs[-1])
     decoded = load(path, "torch")
-    assert needs[2].experts > 1.7 * needs[1].experts and per_token(logits(copied), logits(decoded)) < 0.02
+    assert needs[-1].experts > 1.7 * needs[1].experts and per_token(logits(copied), logits(decoded)) < 0.02
 
 
 def test_a_value_that_is_none(path):

@@ -36,7 +36,6 @@ def auto_round(values: Values) -> Format | None:
     backend = values.text("backend")
     packing = values.text("packing_format", default=None if backend == "auto" else backend) or _FIRST[0]
     bits, group = values.integer("bits"), values.group_size("group_size", default=128)
-    symmetric = values.flag("sym", default=False)
     layers = {"": values, **values.sections("extra_config")}
     other = [
         name or packing for name, changes in layers.items()
@@ -49,11 +48,9 @@ def auto_round(values: Values) -> Format | None:
             f"{other or None}; integers packed as GPTQ (4 or 8 bits) or AWQ (4 bits), in groups of one size and with activations of 16 "
             "bits, are supported. Use the model's unquantized checkpoint."
         )
-    return (
-        Awq(group)
-        if packing in _AWQ
-        else Gptq(group, first_version=packing in _FIRST, ordered=False, symmetric=symmetric)
-    )
+    if packing in _AWQ:
+        return Awq(group)
+    return Gptq(group, first_version=packing in _FIRST, ordered=False, symmetric=values.flag("sym", default=False))
 
 
 def _is_read(changes: Values, group: int | None) -> bool:

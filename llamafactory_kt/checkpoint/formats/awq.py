@@ -68,8 +68,8 @@ class Awq(Format):
         return width // self._group if self._group and width % self._group == 0 else 1
 
     def packing(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Packing | None:
-        groups = self._groups(shape[1])
-        group = shape[1] // groups if groups > 1 else ALL
+        groups = self._groups(shape[-1])
+        group = shape[-1] // groups if groups > 1 else ALL
         return grouped("int4", shape, parts["scale"], group=group, offsets=not self._symmetric)
 
     def packed(self, parts: Mapping[str, torch.Tensor], packing: Packing, shape: Shape) -> PackedWeight:

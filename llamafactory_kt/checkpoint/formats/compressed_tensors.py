@@ -195,10 +195,8 @@ class CompressedTensors(Format):
     def packed(self, parts: Mapping[str, torch.Tensor], packing: Packing, shape: Shape) -> PackedWeight:
         if "packed" not in parts:
             return of_bytes(parts[WHOLE], parts["scale"], packing)
-        words = parts["packed"].view(
-            torch.uint8
-        )  # by half of their range, which the first table of the kernels takes off
-        found = of_bytes(words[:, : shape[1] * packing.bits // 8], parts["scale"], packing)
+        codes = parts["packed"].view(torch.uint8)[:, : shape[1] * packing.bits // 8]  # the table takes the middle off
+        found = of_bytes(codes, parts["scale"], packing)
         if "zero" not in parts:
             return found
         zeros = unpacked_rows(parts["zero"], packing.bits, slice(0, shape[0]))

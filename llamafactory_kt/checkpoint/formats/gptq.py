@@ -114,7 +114,7 @@ class Gptq(Format):
     def packing(self, name: str, shape: Shape, parts: Mapping[str, StoredTensor]) -> Packing | None:
         if self._ordered:
             return None
-        bits, group = _bits(parts["packed"].shape[0], shape[1]), self._group or ALL
+        bits, group = _bits(parts["packed"].shape[0], shape[-1]), self._group or ALL
         return grouped(f"int{bits}", shape, parts["scale"], group=group, offsets=not self._symmetric)
 
     def can_pack(self, parts: Mapping[str, torch.Tensor], packing: Packing) -> bool:

@@ -123,9 +123,8 @@ class NativeEngine(Engine):
             active.recorder.note("experts", self, (x, index, scores), out)
 
     @property
-    def codes(self) -> str:
-        weight = self._weights[0].down
-        return weight.packing.kind if self.takes_packed and isinstance(weight, PackedWeight) else ""
+    def holds_packed(self) -> bool:
+        return self.takes_packed and isinstance(self._weights[0].down, PackedWeight)
 
     @property
     def nbytes(self) -> int:

@@ -125,12 +125,13 @@ def _memory(args: Any, moe: MoEModel, adapters: AdapterSet, layout: CheckpointLa
     from ...autotune.plan import candidates
     from ...checkpoint.discovery import formulas
     from ...integration.chat_config import experts_config
-    from ...model.memory import placements
+    from ...model.memory import placements, without_decoding
 
     config, gpus = experts_config(args), torch.cuda.device_count()
     request, computed = config.plan_request(on_gpu=gpus > 0), formulas(moe.experts)
     try:
         plans = candidates(config.backend, request, merged=config.merge_adapter, formulas=computed)
+        plans = without_decoding(plans, layout, config)
     except KTError as problem:
         yield error("experts", describe(problem), "docs/engines.md says what each engine computes.")
         return

@@ -99,15 +99,27 @@ def _native(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
 ) -> torch.Tensor | None:  # fmt: skip
     """[B, T, heads, dv], on the kernels; None where they do not know it."""
-    view = _view(module, query, key, mask, kwargs) if _is_known(query, key, value, kwargs) else None
-    if view is None:
-        return None
+    seen = view(module, query, key, value, mask, kwargs)
+    return attend(query, key, value, seen, kwargs) if seen is not None else None
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: View, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """[B, T, heads, dv], on the kernels."""
     scale, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     sinks = sinks.detach().float() if sinks is not None else None
     return calls.attention(
         query, key, value, scale, view.window, sinks, mask=view.keys, threads=torch.get_num_threads()
     )
+
+
+def view(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
+) -> View | None:  # fmt: skip
+    """What a mask lets the queries see; None where the kernels do not know it, or do not read such tensors."""
+    return _view(module, query, key, mask, kwargs) if _is_known(query, key, value, kwargs) else None
 
 
 def _is_known(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> bool:
@@ -131,7 +143,6 @@ class View:
 def _view(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
 ) -> View | None:
-    """What a mask lets the queries see; None where the kernels do not know it."""
     queries, keys = query.shape[2], key.shape[2]
     if mask is None:
         causal = kwargs.get("is_causal")

@@ -38,15 +38,21 @@ class InferenceLora(Linear):  # type: ignore[misc]
         if self._disable_adapters:
             result = self.base_layer(x)
             return result
-        names = tuple(name for name in self.active_adapters if name in self.lora_A)
+        key = self.active()
+        names = tuple(name for name, _ in key)
         if x.is_cuda:
             return self._on_gpu(x, names)
-        key = tuple((name, self.scaling[name]) for name in names)
-        fused = fused_linear(self.base_layer, self, x, key, lambda: [self._factors(name) for name in names])
+        fused = fused_linear(self.base_layer, self, x, key, lambda: [self.factors(name) for name in names])
         result = fused(x) if fused is not None else super().forward(x)
         return result
 
-    def _factors(self, name: str) -> Factors:
+    def active(self) -> tuple[tuple[str, float], ...]:
+        """The adapters that are added, and their scalings."""
+        names = () if self._disable_adapters else self.active_adapters
+        return tuple((name, self.scaling[name]) for name in names if name in self.lora_A)
+
+    def factors(self, name: str) -> Factors:
+        """Of an adapter."""
         return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
 
     def _on_gpu(self, x: Tensor, names: tuple[str, ...]) -> Tensor:

@@ -16,6 +16,7 @@ from ..native.library import library
 from ..native.openmp import release_team
 from ..tracing.layers import trace_layers
 from .fused_norm import fuse_norms
+from .latent_attention import keep_latents
 from .lora_linear import take_over
 from .native_linear import NativeLinear, forget_fused
 from .patch_embedding import cut_patches_by_convolutions, cut_patches_by_products
@@ -54,6 +55,7 @@ def prepare_layers(model: nn.Module, *, copy: bool, bits: int | None = None) -> 
             if weight is not None and (weight.dtype == torch.bfloat16 if weight.is_cuda else native):
                 take_over(module)
     fuse_norms(model)
+    keep_latents(model)
     trace_layers(model)
     give_back_memory()
     release_team()

@@ -84,6 +84,15 @@ class LinearsCall(Structure):
     _fields_ = (("count", c_int64), ("parts", POINTER(LinearCall) * MOST_LINEARS), ("outs", c_void_p * MOST_LINEARS))
 
 
+class HeadsCall(Structure):
+    """``kt_heads``."""
+
+    _fields_ = (
+        ("heads", c_int64), ("rows", c_int64), ("cols", c_int64), ("rank", c_int64), ("dtype", c_int32), ("transposed", c_int32),
+        ("weight", c_void_p), ("head_stride", c_int64), ("stride", c_int64), ("a", c_void_p), ("b", c_void_p),
+    )  # fmt: skip
+
+
 class NormCall(Structure):
     """``kt_norm``."""
 
@@ -114,7 +123,7 @@ class Step(Structure):
 
 STEPS = {name: number for number, name in enumerate((
     "copy", "add", "mul", "div", "rsub", "silu", "sigmoid", "gelu", "gelu_tanh", "exp", "clamp", "neg", "square", "rsqrt", "sqrt", "not",
-    "fill_where", "sum", "softmax", "topk", "gather", "scatter", "fill", "complex_mul", "memcpy", "linear", "experts", "attention", "norm",
+    "fill_where", "sum", "softmax", "topk", "gather", "scatter", "fill", "complex_mul", "memcpy", "linear", "experts", "attention", "norm", "heads",
 ))}  # fmt: skip
 """``kt_op``, by name"""
 
@@ -141,6 +150,11 @@ def library() -> CDLL | str:
         POINTER(ExpertsCall), c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int,
     ]  # fmt: skip
     found.kt_linear_forward.argtypes = [POINTER(LinearCall), c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int]
+    found.kt_heads_scratch.argtypes, found.kt_heads_scratch.restype = [POINTER(HeadsCall), c_int64, c_int], c_int64
+    found.kt_heads_forward.argtypes = [
+        POINTER(HeadsCall), c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int,
+    ]  # fmt: skip
+    found.kt_heads_forward.restype = None
     found.kt_attention_scratch.argtypes = [POINTER(AttentionCall), c_int]
     found.kt_attention_forward.argtypes = [POINTER(AttentionCall), c_void_p, c_int]
     found.kt_run_scratch.argtypes, found.kt_run_scratch.restype = [POINTER(Step), c_int64, c_int], c_int64
@@ -188,6 +202,6 @@ def _join_team(found: CDLL) -> None:
 
 
 __all__ = [
-    "DTYPES", "MOST_LINEARS", "PANEL", "STEPS", "VARIABLE", "AttentionCall", "ExpertsCall", "LinearCall", "LinearsCall", "NormCall", "PackingCall", "QuantizationCall", "Step", "Weight", "byref",
+    "DTYPES", "MOST_LINEARS", "PANEL", "STEPS", "VARIABLE", "AttentionCall", "ExpertsCall", "HeadsCall", "LinearCall", "LinearsCall", "NormCall", "PackingCall", "QuantizationCall", "Step", "Weight", "byref",
     "in_panels", "kernels", "library",
 ]  # fmt: skip

@@ -161,6 +161,7 @@ def _point(use: CacheUse, steps: Sequence[Step], keys: torch.Tensor, values: tor
     for tensor, step in zip((keys, values), steps, strict=True):
         step.out = tensor.data_ptr() + (tensor.shape[2] - step.sizes[2]) * tensor.stride(2) * tensor.itemsize
         step.strides[0][:] = tensor.stride()
+    values = values if values.shape[-1] else keys
     for call in use.attentions:
         call.keys, call.k, call.v = keys.shape[2], keys.data_ptr(), values.data_ptr()
         call.k_strides[:], call.v_strides[:] = keys.stride()[:3], values.stride()[:3]

@@ -213,6 +213,10 @@ class Lowering:
     def _norm(self, call: Any, x: torch.Tensor, out: torch.Tensor) -> None:
         self._call("norm", call, out, x, n=x.numel() // x.shape[-1])
 
+    def _heads(self, products: Any, x: torch.Tensor, out: torch.Tensor) -> None:
+        self._kept.append(products)
+        self._call("heads", products.call, out, x, n=x[..., 0, 0].numel())
+
     def _seen(self, function: Any, *tensors: torch.Tensor) -> None:
         moved = [self.places.moved(tensor) for tensor in tensors[:-1]]
         self._end_part()
@@ -246,11 +250,11 @@ class Lowering:
             (
                 u
                 for u in self._caches
-                if u.found[0].data_ptr() == k.data_ptr() and u.found[1].data_ptr() == v.data_ptr()
+                if u.found[0].data_ptr() == k.data_ptr() and u.values.data_ptr() == v.data_ptr()
             ),
             None,
         )
-        if use is None or k.shape != use.found[0].shape or v.shape != use.found[1].shape or q.stride(-1) != 1:
+        if use is None or k.shape != use.found[0].shape or v.shape[:3] != use.values.shape[:3] or v.shape[3] > use.values.shape[3] or q.stride(-1) != 1:
             raise CannotLower("attention to something else than the cache")
         scale, window, sinks = settings
         batch, heads, queries, width = q.shape

@@ -86,7 +86,7 @@ class Places:
 
     def moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, where it lies in the program."""
-        if _storage(tensor) not in self._offsets:
+        if _storage(tensor) not in self._offsets or not tensor.numel():
             return tensor
         offset = (self.address(tensor) - self._arena.data_ptr()) // tensor.itemsize
         start = self._arena.storage_offset() // tensor.itemsize

@@ -25,6 +25,12 @@ class CacheUse:
     """the steps that write the new rows"""
     attentions: list[AttentionCall] = field(default_factory=list)
 
+    @property
+    def values(self) -> torch.Tensor:
+        """As attention reads them: where they have no width of their own, the first part of the keys."""
+        keys, values = self.found
+        return values if values.shape[-1] else keys
+
 
 @dataclass
 class Observation:

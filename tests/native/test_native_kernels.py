@@ -16,6 +16,7 @@ from llamafactory_kt.adapters import ExpertsShape
 from llamafactory_kt.checkpoint.reader import LayerWeights
 from llamafactory_kt.native import calls
 from llamafactory_kt.native import library as library_module
+from llamafactory_kt.native.head_products import HeadProducts
 from llamafactory_kt.native.library import VARIABLE, library
 from llamafactory_kt.native.openmp import release_team
 
@@ -182,3 +183,21 @@ def test_a_process_ends_while_a_thread_computes():
     """
     done = python(LINEAR + code)
     assert (done.returncode, done.stdout.strip()) == (0, "ends"), done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_products_of_heads(instructions, dtype, tokens):
+    """Each head's input with its part of a weight, straight and transposed, with LoRA of two adapters; weights lie inside of others."""
+    torch.manual_seed(tokens)
+    bound = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
+    for heads, rows, others, cols in ((3, 17, 23, 61), (5, 64, 40, 96), (1, 128, 0, 256)):
+        whole = torch.randn(heads, others + rows, cols).to(dtype)
+        weight, wanted = whole[:, others:], whole[:, others:].double()
+        factors = [(torch.randn(r, cols), torch.randn(heads, rows + 4, r)[:, 4:], 0.3) for r in (3, 5)]
+        for own in ([], factors):
+            wanted = wanted + sum((s * b.double() @ a.double() for a, b, s in own), torch.zeros(()))
+            for transposed, name in ((False, "thc,hrc->thr"), (True, "thr,hrc->thc")):
+                x = torch.randn(tokens, heads, rows if transposed else cols).to(dtype)
+                found = HeadProducts(weight, own, transposed=transposed)(x)
+                assert found.dtype == dtype and rel(found, torch.einsum(name, x.double(), wanted)) < bound

@@ -100,6 +100,12 @@ void kt_linear_forward(const kt_linear *linear, const void *x, int32_t x_dtype, 
     chosen()->linears(kt_linears{1, {linear}, {out}}, x, x_dtype, tokens, scratch, threads);
 }
 
+int64_t kt_heads_scratch(const kt_heads *heads, int64_t tokens, int threads) { return chosen()->heads_scratch(*heads, tokens, threads); }
+
+void kt_heads_forward(const kt_heads *heads, const void *x, int32_t x_dtype, int64_t tokens, void *out, void *scratch, int threads) {
+    chosen()->heads(*heads, x, x_dtype, tokens, out, scratch, threads);
+}
+
 int64_t kt_attention_scratch(const kt_attention *attention, int threads) {
     return chosen()->attention_scratch(*attention, threads);
 }

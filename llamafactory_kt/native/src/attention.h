@@ -24,8 +24,6 @@ inline void with_kernel(const kt_attention &a, int threads, Scratch &scratch, Ca
     });
 }
 
-inline int at_most(int threads) { return threads < MOST_THREADS ? threads : MOST_THREADS; }
-
 template <class Call>
 inline void run(Call &call, int threads) {
     in_team(threads, [](void *context, const Team &team) { static_cast<Call *>(context)->compute(team); }, &call);

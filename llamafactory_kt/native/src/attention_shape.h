@@ -7,6 +7,7 @@ namespace {
 namespace kernels_ {
 
 constexpr int MOST_THREADS = 256;
+inline int at_most(int threads) { return threads < MOST_THREADS ? threads : MOST_THREADS; }
 constexpr float LOWEST = -3e38f; /* in place of -inf where a difference follows */
 constexpr float LOG2_E = 1.44269504f;
 

@@ -4,6 +4,7 @@
 #include "products.h"
 #include "experts.h"
 #include "linear.h"
+#include "heads.h"
 #include "attention.h"
 #include "steps.h"
 #include "quantize.h"

@@ -11,6 +11,8 @@ struct Kernels {
                    int64_t top, void *out, void *scratch, int threads);
     int64_t (*linears_scratch)(const kt_linears &, int64_t tokens, int threads);
     void (*linears)(const kt_linears &, const void *x, int32_t x_dtype, int64_t tokens, void *scratch, int threads);
+    int64_t (*heads_scratch)(const kt_heads &, int64_t tokens, int threads);
+    void (*heads)(const kt_heads &, const void *x, int32_t x_dtype, int64_t tokens, void *out, void *scratch, int threads);
     int64_t (*attention_scratch)(const kt_attention &, int threads);
     void (*attention)(const kt_attention &, void *scratch, int threads);
     void (*norm)(const kt_norm &, const void *x, int32_t x_dtype, int64_t rows, void *out, int threads);

@@ -72,6 +72,16 @@ typedef struct {
     void *scales;       /* bf16 [rows, cols / 32, rounded up], contiguous */
 } kt_quantization;
 
+/* For each head's own input: y[h] = W[h] x[h] + B[h] (A x[h]), or transposed, y[h] = W[h]^T x[h] + A^T (B[h]^T x[h]). */
+typedef struct {
+    int64_t heads, rows, cols, rank;
+    int32_t dtype, transposed;
+    const void *weight;          /* [heads, rows, cols] */
+    int64_t head_stride, stride; /* values between two heads, two rows */
+    const float *a;              /* [rank, cols], or null */
+    const float *b;              /* the scaling in it: [heads, rows / 16, rank, 16] with zeros behind a head's last row; transposed: [heads, rows, rank] */
+} kt_heads;
+
 /* x / sqrt(mean(x^2) + eps) * (weight + offset), of each row. */
 typedef struct {
     int64_t width;
@@ -100,7 +110,7 @@ enum kt_op {
     KT_STEP_COPY, KT_STEP_ADD /* a + alpha b */, KT_STEP_MUL, KT_STEP_DIV, KT_STEP_RSUB /* b - alpha a */, KT_STEP_SILU, KT_STEP_SIGMOID, KT_STEP_GELU, KT_STEP_GELU_TANH, KT_STEP_EXP,
     KT_STEP_CLAMP /* between alpha and beta */, KT_STEP_NEG, KT_STEP_SQUARE, KT_STEP_RSQRT, KT_STEP_SQRT, KT_STEP_NOT, KT_STEP_FILL_WHERE /* alpha where b, else a */,
     KT_STEP_SUM /* times alpha */, KT_STEP_SOFTMAX, KT_STEP_TOPK /* n, their indices int64 in b */, KT_STEP_GATHER /* n, at the indices b */, KT_STEP_SCATTER /* alpha, at n indices b of each row of out */,
-    KT_STEP_FILL /* out = alpha */, KT_STEP_COMPLEX_MUL, KT_STEP_MEMCPY /* n bytes */, KT_STEP_LINEAR, KT_STEP_EXPERTS, KT_STEP_ATTENTION, KT_STEP_NORM /* of n tokens; sizes[0]: experts of a token */
+    KT_STEP_FILL /* out = alpha */, KT_STEP_COMPLEX_MUL, KT_STEP_MEMCPY /* n bytes */, KT_STEP_LINEAR, KT_STEP_EXPERTS, KT_STEP_ATTENTION, KT_STEP_NORM, KT_STEP_HEADS /* of n tokens; sizes[0]: experts of a token */
 };
 
 typedef struct {
@@ -112,7 +122,7 @@ typedef struct {
     const void *c; /* scores of KT_STEP_EXPERTS */
     double alpha, beta;
     int64_t n;
-    const void *call; /* kt_linears, kt_experts, kt_attention or kt_norm */
+    const void *call; /* kt_linears, kt_experts, kt_attention, kt_norm or kt_heads */
 } kt_step;
 
 /* The fingerprint of the sources that this library was made from (build.py). */
@@ -134,6 +144,7 @@ void kt_set_team(void (*parallel)(void (*)(void *), void *, unsigned, unsigned),
 /* Bytes of scratch memory, 64-byte aligned, that a call needs. */
 int64_t kt_experts_scratch(const kt_experts *experts, int64_t tokens, int64_t top, int threads);
 int64_t kt_linear_scratch(const kt_linear *linear, int64_t tokens, int threads);
+int64_t kt_heads_scratch(const kt_heads *heads, int64_t tokens, int threads);
 int64_t kt_attention_scratch(const kt_attention *attention, int threads); /* not less for more keys or threads */
 
 /* out[t] = sum over k of scores[t, k] * expert[index[t, k]](x[t]), for x and out [tokens, hidden] of x_dtype, index [tokens, top],
@@ -144,6 +155,9 @@ int kt_experts_forward(const kt_experts *experts, const void *x, int32_t x_dtype
 /* out[t] = W x[t] + B (A x[t]) + bias, for x [tokens, cols] and out [tokens, rows] of x_dtype. */
 void kt_linear_forward(const kt_linear *linear, const void *x, int32_t x_dtype, int64_t tokens, void *out, void *scratch,
                        int threads);
+
+/* For x [tokens, heads, cols] and out [tokens, heads, rows] of x_dtype; transposed, the other way round. */
+void kt_heads_forward(const kt_heads *heads, const void *x, int32_t x_dtype, int64_t tokens, void *out, void *scratch, int threads);
 
 /* For x and out [rows, width] of x_dtype. */
 void kt_norm_forward(const kt_norm *norm, const void *x, int32_t x_dtype, int64_t rows, void *out, int threads);

@@ -178,6 +178,7 @@ int64_t step_scratch(const kt_step &s, int threads) {
     switch (s.op) {
         case KT_STEP_LINEAR: return linears_scratch(*static_cast<const kt_linears *>(s.call), s.n, threads);
         case KT_STEP_EXPERTS: return experts_scratch(*static_cast<const kt_experts *>(s.call), s.n, s.sizes[0], threads);
+        case KT_STEP_HEADS: return heads_scratch(*static_cast<const kt_heads *>(s.call), s.n, threads);
         case KT_STEP_ATTENTION: return attention_scratch(*static_cast<const kt_attention *>(s.call), MOST_THREADS);
         case KT_STEP_SUM: case KT_STEP_SOFTMAX: case KT_STEP_TOPK: case KT_STEP_GATHER: case KT_STEP_SCATTER: return row_floats(s) * 4;
         default: return 0;
@@ -195,6 +196,7 @@ int step(const kt_step &s, void *memory, int threads) {
             return experts(e, s.a, s.dtypes[1], s.n, index, static_cast<const float *>(s.c), top, s.out, memory, threads);
         }
         case KT_STEP_NORM: norm(*static_cast<const kt_norm *>(s.call), s.a, s.dtypes[1], s.n, s.out, threads); return 0;
+        case KT_STEP_HEADS: heads(*static_cast<const kt_heads *>(s.call), s.a, s.dtypes[1], s.n, s.out, memory, threads); return 0;
         case KT_STEP_ATTENTION: attention(*static_cast<const kt_attention *>(s.call), memory, threads); return 0;
         case KT_STEP_SUM: case KT_STEP_SOFTMAX: case KT_STEP_TOPK: case KT_STEP_GATHER: case KT_STEP_SCATTER: row_wise(s, static_cast<float *>(memory)); return 0;
         case KT_STEP_MEMCPY: memmove(s.out, s.a, size_t(s.n)); return 0;

@@ -54,7 +54,7 @@ def _describe(leaf: Any, names: dict[int, Any]) -> Any:
     name = names.get(at, at)
     if name == "mask" or (isinstance(name, tuple) and name[0] in ("keys", "values")):
         return name  # of another length for each token
-    return name, leaf.dtype, tuple(leaf.shape), leaf.stride(), leaf.data_ptr() - at
+    return name, leaf.dtype, tuple(leaf.shape), leaf.stride(), leaf.storage_offset()
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,14 +24,16 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..ground.internals import TESTED, Internal
 from ..model.growing_cache import GrowingLayer
 from ..native.fused_linear import Factors, FusedLinear, fits
 from ..native.head_products import HeadProducts
 from ..native.library import library
 from . import attention
-from .latent_contract import LatentContract, read_contract, rotated
+from .latent_contract import LatentContract, has_query, read_contract, rotated
 from .lora_linear import InferenceLora
 
+INTERNAL = Internal("latent-attention", "transformers", TESTED["transformers"])
 _BYTES = 64 * 2**20
 """of keys and values that are made at once"""
 
@@ -41,6 +42,17 @@ class LatentAttention(nn.Module):
     """Stands in as the class of an attention module, together with the module's own, which computes whatever has another cache."""
 
     _kt_contract: LatentContract
+    config: Any
+    layer_idx: int
+    scaling: float
+    q_proj: Any
+    q_a_proj: Any
+    q_a_layernorm: Any
+    q_b_proj: Any
+    kv_a_proj_with_mqa: Any
+    kv_a_layernorm: Any
+    kv_b_proj: Any
+    o_proj: Any
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the module's own: hidden states [B, T, H] -> ([B, T, H], the softmax's weights or None)."""
@@ -59,7 +71,7 @@ class LatentAttention(nn.Module):
         """Whether the cache has latents for this layer, or nothing yet and can get them."""
         if not isinstance(cache, Cache) or x.device.type != "cpu":
             return False
-        number: int = self.layer_idx  # type: ignore[assignment]
+        number = self.layer_idx
         layer = cache.layers[number] if number < len(cache.layers) else None
         if layer is not None and layer.is_initialized and layer.keys.numel():
             size = self._kt_contract.latent + self._kt_contract.rotated
@@ -70,8 +82,8 @@ class LatentAttention(nn.Module):
 
     def _projected(self, x: torch.Tensor, positions: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [B, heads, T, plain + rotated], and what the cache keeps, [B, 1, T, latent + rotated]."""
-        of, parts = self._kt_contract, self._modules
-        q = self.q_proj(x) if parts.get("q_proj") is not None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        of = self._kt_contract
+        q = self.q_proj(x) if has_query(self) else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (of.heads, -1)).transpose(1, 2)
         low = self.kv_a_proj_with_mqa(x)
         latent, shared = self.kv_a_layernorm(low[..., : of.latent]), low[:, None, :, of.latent :]
@@ -114,7 +126,8 @@ class LatentAttention(nn.Module):
             shared = latents[..., of.latent :].expand(-1, made.shape[1], -1, -1)
             keys = torch.cat((made[..., : of.plain], shared), -1)
             out, weight = attend(self, q[:, some], keys, made[..., of.plain :], mask, **settings)
-            outs.append(out), weights.append(weight)
+            outs.append(out)
+            weights.append(weight)
         if len(outs) == 1:
             return outs[0], weights[0]
         return torch.cat(outs, 2), None if weights[0] is None else torch.cat(weights, 1)
@@ -124,7 +137,13 @@ class LatentAttention(nn.Module):
         layer = self.kv_b_proj
         base = layer.get_base_layer() if isinstance(layer, InferenceLora) else layer
         weight = base.weight if isinstance(base, nn.Linear) else None
-        if weight is None or base.bias is not None or not fits(weight) or not FusedLinear.takes(x) or _is_watched(layer, base):
+        if (
+            weight is None
+            or base.bias is not None
+            or not fits(weight)
+            or not FusedLinear.takes(x)
+            or _is_watched(layer, base)
+        ):
             return None
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
             return None
@@ -172,7 +191,7 @@ def _is_watched(*layers: nn.Module) -> bool:
 
 def keep_latents(model: nn.Module) -> None:
     """Let the attention modules of a model that are latent attention keep latents in the cache. Again after each change of the modules."""
-    if isinstance(library(), str):
+    if not INTERNAL.usable or isinstance(library(), str):
         return
     known: dict[Any, LatentContract | None] = {}
     for module in model.modules():

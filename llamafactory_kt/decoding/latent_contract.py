@@ -67,6 +67,11 @@ def rotated(rotary: str, q: torch.Tensor, k: torch.Tensor, positions: Any) -> tu
     return tuple(_rotate(x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), cos, sin) for x in (q, k))  # type: ignore[return-value]
 
 
+def has_query(module: nn.Module) -> bool:
+    """Whether queries are one product, and have no latents of their own."""
+    return module._modules.get("q_proj") is not None
+
+
 def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)
@@ -100,7 +105,11 @@ def _sizes(module: nn.Module) -> tuple[int, int, int, int, int] | None:
     query = next((names for names in _QUERY if parts == names | _OTHERS), None)
     if query is None or module._parameters or module._buffers or "forward" in vars(module):
         return None
-    layers = {name: getattr(part, "base_layer", part) for name, part in module._modules.items() if name.endswith(("proj", "mqa"))}
+    layers: dict[str, Any] = {
+        name: getattr(part, "base_layer", part)
+        for name, part in module._modules.items()
+        if name.endswith(("proj", "mqa"))
+    }
     if not all(isinstance(layer, nn.Linear) for layer in layers.values() if layer is not None):
         return None
     q = layers["q_proj" if "q_proj" in query else "q_b_proj"].out_features
@@ -113,12 +122,18 @@ def _sizes(module: nn.Module) -> tuple[int, int, int, int, int] | None:
     return heads, (up - out) // heads, turned, latent, out // heads
 
 
-def _agreeing(module: nn.Module, heads: int, plain: int, turned: int, latent: int, values: int) -> Iterator[LatentContract]:
+def _agreeing(
+    module: nn.Module, heads: int, plain: int, turned: int, latent: int, values: int
+) -> Iterator[LatentContract]:
     """The contracts whose results are those of the module's own forward."""
     signature = inspect.signature(inspect.unwrap(type(module).forward)).parameters
     names = [name for name, own in signature.items() if own.kind is not own.VAR_KEYWORD][1:]
     cache = next((name for name in _CACHES if name in names), None)
-    if cache is None or names[0] != "hidden_states" or not {*names[1:]} <= {"position_embeddings", "attention_mask", cache}:
+    if (
+        cache is None
+        or names[0] != "hidden_states"
+        or not {*names[1:]} <= {"position_embeddings", "attention_mask", cache}
+    ):
         return
     for rotary in _ROTARIES:
         own = LatentContract(heads, plain, turned, latent, values, rotary, cache, tuple(names[1:]))
@@ -145,7 +160,7 @@ class _Trial:
             "kv_a_layernorm": (of.latent, of.latent), "kv_b_proj": (of.latent, heads * (of.plain + of.values)),
             "o_proj": (heads * of.values, self.HIDDEN),
         }  # fmt: skip
-        self.tiny = copy(module)
+        self.tiny: Any = copy(module)
         self.tiny._modules = {
             name: self._layer(*sizes[name]) if part is not None else None for name, part in module._modules.items()
         }
@@ -189,16 +204,16 @@ class _Trial:
         self, x: torch.Tensor, positions: Any, before: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The result, and the latents so far."""
-        of, part = self.contract, self.tiny._modules
-        q = part["q_proj"](x) if part.get("q_proj") is not None else part["q_b_proj"](part["q_a_layernorm"](part["q_a_proj"](x)))  # type: ignore[misc]
-        q, low = q.unflatten(-1, (self.HEADS, -1)).transpose(1, 2), part["kv_a_proj_with_mqa"](x)  # type: ignore[misc]
-        latent = part["kv_a_layernorm"](low[..., : of.latent])[:, None]  # type: ignore[misc]
+        of, tiny = self.contract, self.tiny
+        q = tiny.q_proj(x) if has_query(tiny) else tiny.q_b_proj(tiny.q_a_layernorm(tiny.q_a_proj(x)))
+        q, low = q.unflatten(-1, (self.HEADS, -1)).transpose(1, 2), tiny.kv_a_proj_with_mqa(x)
+        latent = tiny.kv_a_layernorm(low[..., : of.latent])[:, None]
         turned, shared = rotated(of.rotary, q[..., of.plain :], low[:, None, :, of.latent :], positions)
         latents = torch.cat((latent, shared), -1)
         latents = latents if before is None else torch.cat((before, latents), 2)
-        made = part["kv_b_proj"](latents[..., : of.latent][:, 0]).unflatten(-1, (self.HEADS, -1)).transpose(1, 2)  # type: ignore[misc]
+        made = tiny.kv_b_proj(latents[..., : of.latent][:, 0]).unflatten(-1, (self.HEADS, -1)).transpose(1, 2)
         scores = q[..., : of.plain] @ made[..., : of.plain].mT + turned @ latents[..., of.latent :].mT
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(scores.shape[-1] - scores.shape[-2] + 1)
-        weights = (scores * self.tiny.scaling).masked_fill(hidden, -torch.inf).softmax(-1)
+        weights = (scores * tiny.scaling).masked_fill(hidden, -torch.inf).softmax(-1)
         sums = (weights @ made[..., of.plain :]).transpose(1, 2).flatten(2)
-        return part["o_proj"](sums), latents  # type: ignore[misc]
+        return tiny.o_proj(sums), latents

@@ -247,14 +247,16 @@ class Lowering:
     def _attention(self, settings: tuple[float, int, torch.Tensor | None], *tensors: torch.Tensor) -> None:
         (q, k, v, *masks), out = tensors[:-1], tensors[-1]
         use = next(
-            (
-                u
-                for u in self._caches
-                if u.found[0].data_ptr() == k.data_ptr() and u.values.data_ptr() == v.data_ptr()
-            ),
+            (u for u in self._caches if u.found[0].data_ptr() == k.data_ptr() and u.values.data_ptr() == v.data_ptr()),
             None,
         )
-        if use is None or k.shape != use.found[0].shape or v.shape[:3] != use.values.shape[:3] or v.shape[3] > use.values.shape[3] or q.stride(-1) != 1:
+        if (
+            use is None
+            or k.shape != use.found[0].shape
+            or v.shape[:3] != use.values.shape[:3]
+            or v.shape[3] > use.values.shape[3]
+            or q.stride(-1) != 1
+        ):
             raise CannotLower("attention to something else than the cache")
         scale, window, sinks = settings
         batch, heads, queries, width = q.shape

@@ -139,10 +139,15 @@ def test_generation(tmp_path, architecture):
 
 def test_both_ways_are_used(tmp_path, monkeypatch):
     """Prompts make keys and values, some heads at a time; tokens attend to latents."""
-    model, stock = optimized(made(tmp_path, "deepseek_v3")), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model, stock = (
+        optimized(made(tmp_path, "deepseek_v3")),
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32),
+    )
     heads, attend = [], attention.attend
     monkeypatch.setattr(latent_attention, "_BYTES", 3 * 3 * 21 * 4 * (2 * 48 + 8))
-    monkeypatch.setattr(attention, "attend", lambda q, k, *more: heads.append((q.shape[1], k.shape[1])) or attend(q, k, *more))
+    monkeypatch.setattr(
+        attention, "attend", lambda q, k, *more: heads.append((q.shape[1], k.shape[1])) or attend(q, k, *more)
+    )
     assert rel(conversation(model), conversation(stock)) < 2e-5
     layers = model.config.num_hidden_layers
     assert heads[: 2 * layers] == [(3, 3), (2, 2)] * layers, "the prompt"
@@ -156,7 +161,8 @@ def test_others_get_what_they_had(tmp_path):
     wanted = conversation(stock, padded=0)
     with torch.inference_mode():
         static = [
-            m(input_ids=IDS, past_key_values=StaticCache(config=m.config, max_cache_len=80)).logits for m in (stock, model)
+            m(input_ids=IDS, past_key_values=StaticCache(config=m.config, max_cache_len=80)).logits
+            for m in (stock, model)
         ]
         assert rel(static[1], static[0]) < 2e-5
         begun = DynamicCache()
@@ -195,7 +201,9 @@ def test_what_computes_something_else_is_left(tmp_path, change):
 
     if change == "argument":
 
-        def forward(self, hidden_states, position_embeddings, attention_mask, position_ids, past_key_values=None, **kwargs):
+        def forward(
+            self, hidden_states, position_embeddings, attention_mask, position_ids, past_key_values=None, **kwargs
+        ):
             raise AssertionError
 
         Other.forward = forward

@@ -30,7 +30,7 @@ from ...tracing import chain
 from .results import ATTENTION, EXPERTS, LINEAR, OUTPUT, PARTS
 
 Call = Callable[..., Any]
-_STEPS = {ATTENTION: ["attention"], LINEAR: ["linear"], EXPERTS: ["experts"]}
+_STEPS = {ATTENTION: ["attention"], LINEAR: ["linear", "heads"], EXPERTS: ["experts"]}
 """part -> kinds of the steps that compute it"""
 Around = Callable[[str, Call, Callable[..., float]], Call]
 """(part, call, operations of a call's arguments) -> what stands in for the call"""

@@ -336,6 +336,48 @@ void check_linears(int64_t tokens, int dtype, int x_dtype) {
     free_down_to(0);
 }
 
+/* Each head's input with its part of a weight, which lies between other rows. */
+void check_heads(int64_t tokens, int64_t heads, int64_t rows, int64_t cols, int64_t rank, int transposed, int dtype, int x_dtype) {
+    char name[200];
+    snprintf(name, sizeof name, "heads: %d tokens, %d of %d x %d, transposed: %d, rank %d, %s weights, %s tokens", int(tokens), int(heads), int(rows),
+             int(cols), transposed, int(rank), NAMES[dtype], NAMES[x_dtype]);
+    const int64_t stride = cols + tokens % 3, head_stride = (rows + 2) * stride, padded = transposed ? rows : (rows + 15) / 16 * 16;
+    kt_heads h = {heads, rows, cols, rank, dtype, transposed, nullptr, head_stride, stride, nullptr, nullptr};
+    h.weight = drawn(dtype, (heads - 1) * head_stride + (rows - 1) * stride + cols);
+    if (rank) h.a = drawn_floats(rank * cols), h.b = drawn_floats(heads * padded * rank);
+    const int64_t in = transposed ? rows : cols, out_size = transposed ? cols : rows;
+    const void *x = drawn(x_dtype, tokens * heads * in);
+    double *wanted = doubles(tokens * heads * out_size), *one = doubles(in);
+    for (int64_t t = 0; t < tokens * heads; t++) {
+        const int64_t head = t % heads;
+        for (int64_t i = 0; i < in; i++) one[i] = value(x, x_dtype, t * in + i);
+        double *to = wanted + t * out_size, low[64] = {};
+        if (!transposed) {
+            const void *own = static_cast<const char *>(h.weight) + head * head_stride * itemsize(dtype);
+            plain_product({own, stride, h.a, h.b ? h.b + head * padded * rank : nullptr, nullptr}, dtype, rows, cols, rank, one, to);
+            continue;
+        }
+        for (int64_t j = 0; j < rank; j++)
+            for (int64_t r = 0; r < rows; r++) low[j] += double(h.b[(head * rows + r) * rank + j]) * one[r];
+        for (int64_t c = 0; c < cols; c++) {
+            to[c] = 0;
+            for (int64_t r = 0; r < rows; r++) to[c] += value(h.weight, dtype, head * head_stride + r * stride + c) * one[r];
+            for (int64_t j = 0; j < rank; j++) to[c] += double(h.a[j * cols + c]) * low[j];
+        }
+    }
+    kt_step step = {};
+    step.op = KT_STEP_HEADS, step.call = &h, step.a = x, step.dtypes[1] = x_dtype, step.n = tokens;
+    const int64_t by_step = kt_run_scratch(&step, 1), alone = kt_heads_scratch(&h, tokens, 5);
+    check(name, tokens * heads, out_size, x_dtype, wanted, 0, by_step > alone ? by_step : alone, [&](void *out, void *scratch, int threads) {
+        step.out = out;
+        if (threads == 2)
+            kt_run(&step, 1, scratch, threads, nullptr);
+        else
+            kt_heads_forward(&h, x, x_dtype, tokens, out, scratch, threads);
+    });
+    free_down_to(0);
+}
+
 void check_norm(int64_t rows, int64_t width, int dtype, int x_dtype, int round_first) {
     char name[200];
     snprintf(name, sizeof name, "norm: %d rows of %d, %s weight, %s, rounded first: %d", int(rows), int(width), NAMES[dtype], NAMES[x_dtype],
@@ -645,6 +687,9 @@ void check_all() {
             };
             for (auto &s : linears) check_linear(s[0], s[1], s[2], s[3], dtype, x_dtype);
             for (int64_t tokens : TOKENS) check_linears(tokens, dtype, x_dtype);
+            const int64_t heads[][5] = {{1, 2, 8, 128, 0}, {1, 3, 17, 200, 5}, {2, 1, 5, 7, 1}, {18, 4, 20, 40, 3}, {67, 2, 65, 33, 9}};
+            for (auto &s : heads)
+                for (int transposed = 0; transposed < 2; transposed++) check_heads(s[0], s[1], s[2], s[3], s[4], transposed, dtype, x_dtype);
             for (int64_t width : WIDTHS) check_norm(3 + width % 5, width, dtype, x_dtype, width % 2);
             check_norm(70, 513, dtype, x_dtype, 0); /* in several threads */
             const int64_t layers[][6] = {

@@ -111,7 +111,7 @@ struct Heads {
     void columns(S *given, const Team &team) {
         int64_t parts = 1;
         while (h.heads * parts < 2 * team.threads && h.cols / (2 * parts) >= 4 * L) parts *= 2;
-        const int64_t width = (h.cols + parts - 1) / parts, apart_ = apart<float>(out);
+        const int64_t width = whole((h.cols + parts - 1) / parts, L) /* what fills no vector is summed in another way */, apart_ = apart<float>(out);
         float *own = sums + team.thread * (tokens < TOKENS ? tokens : TOKENS) * apart_;
         const Range mine(h.heads * parts, 1, team);
         for (int64_t i = mine.first; i < mine.last; i++) {

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -29,6 +30,7 @@ from ..model.growing_cache import GrowingLayer
 from ..native.fused_linear import Factors, FusedLinear, fits
 from ..native.head_products import HeadProducts
 from ..native.library import library
+from ..native.quantized_tensor import QuantizedTensor
 from . import attention
 from .latent_contract import LatentContract, has_query, read_contract, rotated
 from .lora_linear import InferenceLora
@@ -139,6 +141,7 @@ class LatentAttention(nn.Module):
         weight = base.weight if isinstance(base, nn.Linear) else None
         if (
             weight is None
+            or isinstance(weight, QuantizedTensor)
             or base.bias is not None
             or not fits(weight)
             or not FusedLinear.takes(x)
@@ -198,6 +201,12 @@ def keep_latents(model: nn.Module) -> None:
         if not isinstance(module, LatentAttention) and (contract := read_contract(module, known)) is not None:
             vars(module)["_kt_contract"] = contract
             module.__class__ = _standing_in(type(module))
+
+
+def up_projections(model: nn.Module) -> set[nn.Module]:
+    """The linear layers whose weights are also read transposed, and so have to stay numbers."""
+    found = (module.kv_b_proj for module in model.modules() if isinstance(module, LatentAttention))
+    return {layer.get_base_layer() if isinstance(layer, LoraLayer) else layer for layer in found}
 
 
 def _standing_in(attention_class: Any) -> Any:

@@ -16,7 +16,7 @@ from ..native.library import library
 from ..native.openmp import release_team
 from ..tracing.layers import trace_layers
 from .fused_norm import fuse_norms
-from .latent_attention import keep_latents
+from .latent_attention import keep_latents, up_projections
 from .lora_linear import take_over
 from .native_linear import NativeLinear, forget_fused
 from .patch_embedding import cut_patches_by_convolutions, cut_patches_by_products
@@ -30,9 +30,10 @@ def prepare_layers(model: nn.Module, *, copy: bool, bits: int | None = None) -> 
     Args:
         model: without PEFT's wrapper around it.
         copy: put weights that lie in mapped files into huge pages. Those that two modules share stay.
-        bits: 4 or 8: quantize the language model's weights, routers and small ones left out.
+        bits: 4 or 8: quantize the language model's weights, routers, small ones and the up-projections of latent attention left out.
     """
-    quantized = quantizable(model) if bits else set()
+    keep_latents(model)
+    quantized = quantizable(model) - up_projections(model) if bits else set()
     cut_patches_by_products(model)
     native = not isinstance(library(), str)
     shared = _shared(model)
@@ -55,7 +56,6 @@ def prepare_layers(model: nn.Module, *, copy: bool, bits: int | None = None) -> 
             if weight is not None and (weight.dtype == torch.bfloat16 if weight.is_cuda else native):
                 take_over(module)
     fuse_norms(model)
-    keep_latents(model)
     trace_layers(model)
     give_back_memory()
     release_team()

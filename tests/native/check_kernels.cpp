@@ -354,7 +354,7 @@ void check_heads(int64_t tokens, int64_t heads, int64_t rows, int64_t cols, int6
         double *to = wanted + t * out_size, low[64] = {};
         if (!transposed) {
             const void *own = static_cast<const char *>(h.weight) + head * head_stride * itemsize(dtype);
-            plain_product({own, stride, h.a, h.b ? h.b + head * padded * rank : nullptr, nullptr}, dtype, rows, cols, rank, one, to);
+            plain_product({own, stride, h.a, h.b ? h.b + head * padded * rank : nullptr, nullptr, nullptr, 0}, dtype, nullptr, rows, cols, rank, one, to);
             continue;
         }
         for (int64_t j = 0; j < rank; j++)
@@ -367,7 +367,7 @@ void check_heads(int64_t tokens, int64_t heads, int64_t rows, int64_t cols, int6
     }
     kt_step step = {};
     step.op = KT_STEP_HEADS, step.call = &h, step.a = x, step.dtypes[1] = x_dtype, step.n = tokens;
-    const int64_t by_step = kt_run_scratch(&step, 1), alone = kt_heads_scratch(&h, tokens, 5);
+    const int64_t by_step = kt_run_scratch(&step, 1, MOST_THREADS), alone = kt_heads_scratch(&h, tokens, MOST_THREADS);
     check(name, tokens * heads, out_size, x_dtype, wanted, 0, by_step > alone ? by_step : alone, [&](void *out, void *scratch, int threads) {
         step.out = out;
         if (threads == 2)

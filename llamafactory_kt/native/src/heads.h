@@ -81,7 +81,7 @@ struct Heads {
                 memset(own, 0, h.rank * sizeof(float));
                 add_rows<float>(h.b + i % h.heads * h.rows * h.rank, h.rank, h.rows, h.rank, wide, 0, 1, own, 0);
             } else {
-                product<float>({h.a, h.cols, nullptr, nullptr, nullptr}, 0, h.rank, h.cols, 0, {&wide, nullptr, 1}, own, h.rank);
+                product<float>({h.a, h.cols, nullptr, nullptr, nullptr, nullptr, 0}, 0, h.rank, h.cols, 0, {&wide, nullptr, 1}, own, h.rank);
             }
         }
     }
@@ -94,7 +94,7 @@ struct Heads {
         const Range mine(h.heads * tiles, 1, team);
         for (int64_t i = mine.first; i < mine.last; i++) {
             const int64_t head = i / tiles, n = i % tiles * TILE, end = n + TILE < h.rows ? n + TILE : h.rows;
-            const kt_weight own = {weight(head), h.stride, nullptr, h.rank ? h.b + head * padded * h.rank : nullptr, nullptr};
+            const kt_weight own = {weight(head), h.stride, nullptr, h.rank ? h.b + head * padded * h.rank : nullptr, nullptr, nullptr, 0};
             for (int64_t t = 0; t < tokens; t += TILE) {
                 const X<T> *of[TILE];
                 const float *lows[TILE];

@@ -131,7 +131,9 @@ template <int N>
 inline F spread(const float *p) { /* each of N values in L / N lanes */
     if constexpr (N == 1) return all(*p);
     const __m512i lanes = _mm512_srli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), N == 2 ? 3 : 2);
-    return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(N == 2 ? _mm_castpd_ps(_mm_load_sd((const double *)p)) : _mm_loadu_ps(p)));
+    float values[4] = {};
+    memcpy(values, p, N * sizeof *p);
+    return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(values)));
 }
 template <int N>
 inline F spread(const bf16 *p) {

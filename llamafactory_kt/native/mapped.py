@@ -38,7 +38,10 @@ class MappedFile:
     def __init__(self, path: Path, address: int, nbytes: int):
         self._path, self._address = path, address
         self._state = _state(path)
-        self._guarded = kernels().kt_guard_mapped(address, nbytes) == 0
+        guarded = kernels().kt_guard_mapped(address, nbytes) == 0
+        self._release = (
+            kernels().kt_release_mapped if guarded else None
+        )  # when Python ends, modules have no names any more
 
     def problem(self) -> str | None:
         """What has happened to the file that makes the weights wrong; to be asked after they have been used, before an answer is given."""
@@ -53,9 +56,9 @@ class MappedFile:
 
     def close(self) -> None:
         """Before the mapping goes."""
-        if self._guarded:
-            kernels().kt_release_mapped(self._address)
-            self._guarded = False
+        if self._release is not None:
+            self._release(self._address)
+            self._release = None
 
     __del__ = close
 

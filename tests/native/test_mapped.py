@@ -89,3 +89,20 @@ def test_a_model_whose_file_is_cut_short_gives_no_answer(tmp_path):
     imports = "\n    import os\n    from pathlib import Path"
     done = python((imports + code).format(path=str(tmp_path / "model")), Path(__file__).parents[1])
     assert "model.safetensors was cut short while its weights were in use" in done.stdout, done.stdout + done.stderr
+
+
+def test_nothing_is_said_when_python_ends(tmp_path):
+    """A cycle is taken apart after the modules' names are gone."""
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(8192))
+    code = f"""
+    import mmap, pathlib
+    import llamafactory_kt.native.mapped as mapped
+    path = pathlib.Path({str(file)!r})
+    file = path.open("rb")
+    memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.kept = [*mapped.watch([path]), mapped]
+    assert len(mapped.kept) > 1
+    """
+    done = python(code)
+    assert (done.returncode, "TypeError" in done.stderr) == (0, False), done.stderr

@@ -15,6 +15,8 @@ from .ground.paging import spread_over
 from .model.memory import nbytes_by_device
 from .model.state import kt_state
 from .native.library import library
+from .native.packed import GROUP
+from .native.quantized_tensor import QuantizedTensor
 
 TITLE = "KTransformers experts"
 
@@ -49,6 +51,9 @@ def load_rows(model: nn.Module) -> Rows:
                 weights += f", and larger than the {gib(free)} that are free: tokens wait for the disk"
         packed = any(w.engine.holds_packed for w in wrappers)
         rows.append(("Weights", f"{state.stored} as the checkpoint has them, {weights}" if packed else weights))
+    if quantized := [p for p in model.parameters() if isinstance(p, QuantizedTensor)]:
+        kind = quantized[0].packed.packing.kind
+        rows.append(("Linear layers", f"{len(quantized)} as {kind}, with a scale for each {GROUP} weights"))
     workers = engine.describe_workers(state.plan, state.options)
     rows.append(("Threads", f"{workers}{'; ' if workers else ''}torch {torch.get_num_threads()}"))
     if state.reason:

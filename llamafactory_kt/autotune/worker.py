@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from ..adapters import ExpertLora, ExpertsShape
 from ..adapters.keys import PROJECTIONS
+from ..checkpoint.expert_weights import ExpertBiases, ExpertWeights
 from ..checkpoint.formula import ExpertFormula
-from ..checkpoint.reader import ExpertBiases, ExpertWeights
 from ..engines.base import Engine, EngineOptions, EngineSpec
 from ..engines.plan import Plan
 from ..engines.registry import get_engine

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
-from typing import NamedTuple
 
 import torch
 
-from ..adapters import ExpertLora, ExpertsShape
+from ..adapters import ExpertLora
 from ..adapters.fused_layout import FusedLayout
 from ..adapters.keys import PROJECTIONS
-from ..ground.paging import drop_pages, in_huge_pages, prefetch_pages
+from ..ground.paging import drop_pages, prefetch_pages
 from ..native.packed import PackedExpert, PackedWeight, Packing
 from .discovery import ExpertsModule
+from .expert_weights import ExpertBiases, ExpertWeights
 from .formats import WHOLE, Shape
 from .stored import StoredTensor, opened
 from .stored_weight import StoredWeight
@@ -24,49 +24,6 @@ from .stored_weight import StoredWeight
 Piece = tuple[str, int | None]
 """of a layer's experts: (projection, expert), (projection, None) for all experts together, or (one of the module's ``weights`` or
 ``biases``, None)"""
-
-
-class ExpertWeights(NamedTuple):
-    """One expert's weights: gate and up [I, H], down [H, I], on the CPU. Without a gate, gate is [0, H]."""
-
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
-
-
-class ExpertBiases(NamedTuple):
-    """A layer's biases: gate and up [E, I], down [E, H], float32 on the CPU. Without a gate, gate is [E, 0]."""
-
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
-
-
-@dataclass
-class LayerWeights:
-    """One layer's expert weights: gate and up [E, I, H], down [E, H, I], on the CPU."""
-
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
-
-    @classmethod
-    def stacked(
-        cls, experts: Iterable[ExpertWeights], shape: ExpertsShape, dtype: torch.dtype, padded: tuple[int, int]
-    ) -> LayerWeights:
-        """Copy the experts into stacked tensors.
-
-        Args:
-            padded: hidden and intermediate size of the result; the padding is zeros.
-        """
-        hidden, intermediate = padded
-        make = torch.empty if padded == (shape.hidden_size, shape.intermediate_size) else torch.zeros
-        sizes = (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
-        stacks = [in_huge_pages(make(shape.num_experts, *size, dtype=dtype, device="cpu")) for size in sizes]
-        for number, expert in enumerate(experts):
-            for stack, matrix in zip(stacks, expert, strict=True):
-                stack[number, : matrix.shape[0], : matrix.shape[1]].copy_(matrix)
-        return cls(*stacks)
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
@@ -11,15 +13,17 @@ from ..model.experts_module import KTExperts
 from ..native.packed import Packing, quantize
 from ..native.quantized_tensor import QuantizedTensor
 
+_LAYER = re.compile(r"\.\d+\.")
 SMALL = 2**16
 """weights; layers with fewer are read in no time, and are often such that precision matters: gates of shared experts, for one"""
 
 
 def quantizable(model: nn.Module) -> set[nn.Module]:
     """The linear layers of the language model and its output layer: not those of vision and audio towers, the routers, and small ones."""
-    names = [name for name, module in model.named_modules() if isinstance(module, KTExperts)]
-    routed = {module.num_experts for module in model.modules() if isinstance(module, KTExperts)}
-    text = model.get_submodule(names[0].partition(".layers.")[0]) if names else model
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, KTExperts)}
+    routed = {module.num_experts for module in experts.values()}
+    layers = _LAYER.split(next(iter(experts)))[0]  # model.language_model.layers, transformer.blocks
+    text = model.get_submodule(layers.rpartition(".")[0])
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return {
         module

@@ -16,8 +16,8 @@ from typing import ClassVar, Protocol
 import torch
 
 from ..adapters import ExpertLora, ExpertsShape
+from ..checkpoint.expert_weights import ExpertBiases, ExpertWeights
 from ..checkpoint.formula import PLAIN, ExpertFormula
-from ..checkpoint.reader import ExpertBiases, ExpertWeights
 from ..native.packed import PackedExpert
 from .bounds import Bounds
 from .plan import Plan, PlanRequest

@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from ..adapters import ExpertLora
+from ..checkpoint.expert_weights import ExpertWeights
 from ..checkpoint.formula import ExpertFormula
-from ..checkpoint.reader import ExpertWeights
 from .base import Engine, Undo
 
 

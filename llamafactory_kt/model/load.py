@@ -16,9 +16,9 @@ from ..adapters import AdapterSet, open_adapters
 from ..autotune.choose import choose
 from ..autotune.plan import candidates, left_out
 from ..checkpoint.discovery import ExpertsModule, formulas
+from ..checkpoint.expert_weights import ExpertWeights
 from ..checkpoint.formats import check_file
 from ..checkpoint.opening import MoEModel
-from ..checkpoint.reader import ExpertWeights
 from ..engines.base import Engine, EngineOptions, EngineSpec
 from ..engines.registry import canonical_name, get_engine
 from ..ground.errors import KTConfigError

@@ -142,7 +142,7 @@ def _pack_layer(source: Path, layer: int, root: Path, method: Method, pools: int
     """Runs in the worker: kt-kernel writes ``root/_layer_{layer}/_numa_*/*.kt``."""
     import torch
 
-    from ..checkpoint.reader import LayerWeights
+    from ..checkpoint.expert_weights import LayerWeights
     from ..engines.ktkernel.pack import write_packed
 
     layout = _layout(source)

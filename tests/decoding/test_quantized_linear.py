@@ -14,6 +14,8 @@ from torch import nn
 from llamafactory_kt import KTConfigError, KTModelError, apply_adapter, optimize_for_inference, switch_adapter
 from llamafactory_kt.decoding import quantized_linear
 from llamafactory_kt.decoding.native_linear import NativeLinear
+from llamafactory_kt.load_report import load_rows
+from llamafactory_kt.model.experts_module import KTExperts
 from llamafactory_kt.native.quantized_tensor import QuantizedTensor
 
 pytestmark = [needs_native, pytest.mark.usefixtures("worker_threads")]
@@ -51,6 +53,7 @@ def test_a_model_with_lora_against_float32(architecture, dense, tmp_path):
     model, _ = apply_adapter(load(path, backend="native", adapter=str(adapter), dense=dense), str(adapter))
     optimize_for_inference(model)
     weights = quantized(model)
+    assert ("Linear layers", f"{len(weights)} as {dense}, with a scale for each 32 weights") in load_rows(model)
     assert {"o_proj", "lm_head"} <= {name.rpartition(".")[2] for name in weights}
     assert not any(name.endswith((".mlp.gate", "block_sparse_moe.gate")) for name in weights), "routers"
     plain = decoded(path, weights, tmp_path / "decoded")
@@ -84,6 +87,33 @@ def test_another_adapter_and_what_python_reads(tmp_path):
     torch.testing.assert_close(nn.functional.linear(x, weight), x @ weight.packed.dequantize(torch.bfloat16).T)
     with pytest.raises(RuntimeError, match=r"cannot be changed in place\. Load with kt_dense: same"):
         weight.data.mul_(2)
+
+
+@pytest.mark.parametrize("container", ["model.layers", "model.language_model.layers", "transformer.blocks", "h"])
+def test_the_language_models_layers_are_found_whatever_they_are_called(container):
+    """Not those of a vision tower beside it."""
+    experts = nn.Module.__new__(KTExperts)
+    nn.Module.__init__(experts)
+    experts.num_experts = 5
+    model = nn.Module()
+    attention, router, patches = nn.Linear(32, 32), nn.Linear(96, 5), nn.Linear(64, 64)
+    for name, module in (
+        (f"{container}.0.attn", attention),
+        (f"{container}.0.gate", router),
+        (f"{container}.0.experts", experts),
+    ):
+        add(model, name, module)
+    add(model, "model.visual.patches" if container.startswith("model.lang") else "visual.patches", patches)
+    found = quantized_linear.quantizable(model)
+    assert attention in found and router not in found and (patches in found) == (container == "h")
+
+
+def add(model: nn.Module, name: str, module: nn.Module) -> None:
+    for part in name.split(".")[:-1]:
+        if part not in model._modules:
+            model.add_module(part, nn.Module())
+        model = model._modules[part]
+    model.add_module(name.rpartition(".")[2], module)
 
 
 def test_tied_embeddings_stay_as_they_are(tmp_path):

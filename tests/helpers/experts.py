@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from llamafactory_kt.adapters import ExpertLora, ExpertsShape
-from llamafactory_kt.checkpoint.reader import ExpertWeights, LayerWeights
+from llamafactory_kt.checkpoint.expert_weights import ExpertWeights, LayerWeights
 from llamafactory_kt.engines.base import Engine, EngineOptions, EngineSpec
 from llamafactory_kt.engines.registry import get_engine
 

@@ -24,8 +24,8 @@ from llamafactory_kt.adapters import ExpertsShape, open_adapters
 from llamafactory_kt.adapters.keys import PROJECTIONS
 from llamafactory_kt.autotune import worker
 from llamafactory_kt.checkpoint.discovery import find_experts
+from llamafactory_kt.checkpoint.expert_weights import ExpertBiases, ExpertWeights
 from llamafactory_kt.checkpoint.formula import ExpertFormula
-from llamafactory_kt.checkpoint.reader import ExpertBiases, ExpertWeights
 from llamafactory_kt.engines import base, registry
 from llamafactory_kt.engines.plan import Plan
 from llamafactory_kt.engines.reference import ReferenceEngine

@@ -469,6 +469,22 @@ void check_experts(int64_t tokens, int64_t top, int64_t experts, int64_t hidden,
     free_down_to(0);
 }
 
+/* A code that is NaN gives NaN, with few tokens and with many, and no other row. */
+void check_nan() {
+    for (int64_t tokens = 1; tokens < 40; tokens += 32) {
+        kt_packing packing = {128, 1, KT_F32, {}};
+        kt_linear l = {2, 128, 0, KT_E4M3, &packing, drawn_weight(KT_E4M3, 2, 128, 0, 0, false, &packing)};
+        const_cast<uint8_t *>(static_cast<const uint8_t *>(l.weight.weight))[77] = tokens == 1 ? 0x7f : 0xff;
+        const void *x = drawn(KT_F32, tokens * 128);
+        float *out = reinterpret_cast<float *>(allocate(tokens * 2 * 4));
+        kt_linear_forward(&l, x, KT_F32, tokens, out, allocate(kt_linear_scratch(&l, tokens, 1)), 1);
+        cases++;
+        for (int64_t t = 0; t < tokens; t++)
+            if (out[2 * t] == out[2 * t] || out[2 * t + 1] != out[2 * t + 1]) failures++, printf("%s: NaN of e4m3, %d tokens: %g, %g\n", instructions, int(tokens), out[2 * t], out[2 * t + 1]);
+        free_down_to(0);
+    }
+}
+
 void check_refusal() {
     kt_experts e = {};
     e.experts = 3;
@@ -719,6 +735,7 @@ void check_all() {
         for (int formula = 1; formula < 9; formula++) check_experts(6, 3, 5, 40, 38, 4, dtype, (dtype + formula) % 3, formula);
     }
     check_steps();
+    check_nan();
     check_refusal();
 }
 

@@ -13,7 +13,7 @@ from helpers.interpreters import python
 from helpers.references import rel
 
 from llamafactory_kt.adapters import ExpertsShape
-from llamafactory_kt.checkpoint.reader import LayerWeights
+from llamafactory_kt.checkpoint.expert_weights import LayerWeights
 from llamafactory_kt.native import calls
 from llamafactory_kt.native import library as library_module
 from llamafactory_kt.native.head_products import HeadProducts

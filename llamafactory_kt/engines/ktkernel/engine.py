@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from ...adapters import ExpertsShape
-from ...checkpoint.reader import LayerWeights
+from ...checkpoint.expert_weights import LayerWeights
 from ..base import DEFAULT_OPTIONS, Engine, EngineOptions, EngineSpec, LayerMemory, ReadExperts, Stream
 from ..plan import Plan, PlanRequest
 from .cpuinfer import fix_pool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...adapters import ExpertLora
-from ...checkpoint.reader import LayerWeights
+from ...checkpoint.expert_weights import LayerWeights
 from ...ground.errors import KTModelError
 from ..base import Undo
 from .engine import KTEngine

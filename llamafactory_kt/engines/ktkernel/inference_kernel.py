@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoint.reader import LayerWeights
+from ...checkpoint.expert_weights import LayerWeights
 from .cpuinfer import worker_pool
 from .kernel import KernelKind, KernelObject
 from .methods import Method

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ...checkpoint.reader import LayerWeights
+from ...checkpoint.expert_weights import LayerWeights
 from ...ground.machine import usable_cores
 from ...ground.process import require_own_process
 from .cpuinfer import worker_pool

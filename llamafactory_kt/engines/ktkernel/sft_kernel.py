@@ -10,7 +10,7 @@ import torch
 
 from ...adapters import ExpertLora
 from ...adapters.keys import PROJECTIONS
-from ...checkpoint.reader import LayerWeights
+from ...checkpoint.expert_weights import LayerWeights
 from .cpuinfer import fixed_pool, worker_pool
 from .free_0_7_2 import building, drop, free_dropped
 from .kernel import KernelKind, KernelObject

@@ -69,7 +69,7 @@ class Int4Engine(IntegerEngine):
 
     name = "INT4"
     bits = 4
-    bounds = Bounds(relative=0.25, strength=0.1)  # 0.12 of a layer's norm
+    bounds = Bounds(relative=0.25, strength=0.1)  # 0.14 of a layer's norm
 
 
 __all__ = ["Int4Engine", "Int8Engine"]

@@ -107,9 +107,11 @@ template <int SHIFT>
 inline F signed_byte(Codes codes) { /* lane i: a byte of the word i */
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(codes, 24 - SHIFT), 24));
 }
-inline F load_e4m3(const uint8_t *p) { /* times 2^-8: its bits within those of a half number, whose exponent is wider by one bit */
-    const __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p));
-    return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(int16_t(0xbfff))));
+inline F load_e4m3(const uint8_t *p) { /* times 2^-8: its bits within those of a half number, whose exponent is wider by one bit. NaN stays NaN */
+    const __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p)), ones = _mm_set1_epi16(127);
+    const __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(words, ones), ones);
+    const __m128i halves = _mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(int16_t(0xbfff)));
+    return _mm256_cvtph_ps(_mm_or_si128(halves, _mm_slli_epi16(nan, 10)));
 }
 template <int N>
 inline F spread(const float *p) { /* each of N values in L / N lanes */

@@ -116,9 +116,11 @@ template <int SHIFT>
 inline F signed_byte(Codes codes) { /* lane i: a byte of the word i */
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(codes, 24 - SHIFT), 24));
 }
-inline F load_e4m3(const uint8_t *p) { /* times 2^-8: its bits within those of a half number, whose exponent is wider by one bit */
-    const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
-    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(int16_t(0xbfff))));
+inline F load_e4m3(const uint8_t *p) { /* times 2^-8: its bits within those of a half number, whose exponent is wider by one bit. NaN stays NaN */
+    const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)), ones = _mm256_set1_epi16(127);
+    const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(words, ones), ones);
+    const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(int16_t(0xbfff)));
+    return _mm512_cvtph_ps(_mm256_or_si256(halves, _mm256_slli_epi16(nan, 10)));
 }
 inline float float_of(float v) { return v; }
 inline float float_of(bf16 v) {

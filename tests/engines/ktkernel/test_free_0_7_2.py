@@ -14,7 +14,7 @@ from helpers.marks import needs_kernel
 from helpers.references import rel
 
 from llamafactory_kt.adapters import ExpertsShape
-from llamafactory_kt.checkpoint.reader import LayerWeights
+from llamafactory_kt.checkpoint.expert_weights import LayerWeights
 from llamafactory_kt.engines.ktkernel import free_0_7_2
 from llamafactory_kt.engines.ktkernel.free_0_7_2 import UnknownLayoutError, packed_buffers
 from llamafactory_kt.engines.ktkernel.kernel import KernelKind

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.console import Console
+
+from .quality import CHUNKS, CONTEXT, measured, quality_option, sorted_words
 
 if TYPE_CHECKING:
     from ..tools.bench.configs import BenchConfig
@@ -17,9 +20,7 @@ if TYPE_CHECKING:
     from ..tools.bench.memory import CheckpointBytes
 
 PROMPT = "Explain in a few sentences what a mixture-of-experts language model is."
-_YAML = (".yaml", ".yml", ".json")
 _CONFIG: dict[str, Any] = {"rich_help_panel": "Configuration"}
-_QUALITY: dict[str, Any] = {"rich_help_panel": "Quality"}
 _ENDPOINT: dict[str, Any] = {"rich_help_panel": "Endpoint"}
 
 
@@ -52,16 +53,9 @@ def bench(
         True, help="Also time attention, linear layers and experts, once for each prompt.", **_CONFIG
     ),
     loads: int = typer.Option(1, min=1, help="How often each is loaded, in turn.", **_CONFIG),
-    quality: bool = typer.Option(
-        False,
-        "--quality",
-        help="In place of speed: how far the next-token distributions are from float32's, on a text; without one, on the package's own.",
-        **_QUALITY,
-    ),
-    context: int = typer.Option(
-        512, min=4, help="Tokens of a chunk of the text; those of its second half count.", **_QUALITY
-    ),
-    chunks: int = typer.Option(8, min=1, help="The most chunks.", **_QUALITY),
+    quality: bool = quality_option("In place of speed: how far the next-token distributions are from float32's"),
+    context: int = CONTEXT,
+    chunks: int = CHUNKS,
     endpoint: str = typer.Option(
         None, metavar="URL", help="OpenAI-compatible server, for example http://127.0.0.1:8000.", **_ENDPOINT
     ),
@@ -93,9 +87,12 @@ def bench(
         _report(asdict(latency), json_file, lambda: _show_latency(latency))
         return
     if quality:
-        _quality(words, against or [], context, chunks, json_file)
+        from ..tools.bench.quality.table import show as show_quality
+
+        config, text, keys = sorted_words(words)
+        found = measured(config, text, keys, against or [], context, chunks)
+        _report(found.to_dict(), json_file, lambda: show_quality(found, Console()))
         return
-    from rich.console import Console
     from tqdm import tqdm
 
     from ..tools.bench.memory import warm_page_cache
@@ -109,35 +106,6 @@ def bench(
         report = measure(
             configs, lengths, new_tokens, rounds, parts=parts, loads=loads, checkpoint=checkpoint, tick=bar.update
         )
-    _report(report.to_dict(), json_file, lambda: show(report, Console()))
-
-
-def _quality(words: list[str], against: list[str], context: int, chunks: int, json_file: Path | None) -> None:
-    from rich.console import Console
-    from tqdm import tqdm
-
-    from ..integration.chat_config import read_yaml
-    from ..tools.bench.configs import bench_configs
-    from ..tools.bench.quality import Text, measure_quality
-    from ..tools.bench.quality.table import show
-
-    keys = [word for word in words if "=" in word and not Path(word).is_file()]
-    # the text may stand before the configuration, right after --quality
-    files = sorted((word for word in words if word not in keys), key=lambda word: not word.endswith(_YAML))
-    if len(files) not in (1, 2):
-        raise typer.BadParameter(
-            f"--quality takes a configuration and at most one text, found {', '.join(files) or 'none'}"
-        )
-    config, *texts = files
-    text = Text.read(Path(texts[0]) if texts else None)
-    configs = bench_configs(read_yaml(config, keys), against, base=False)
-    with tqdm(total=(1 + len(configs)) * chunks, delay=1.0, desc="Measuring") as bar:
-
-        def tick(total: int) -> None:
-            bar.total = total  # the text may have fewer chunks
-            bar.update()
-
-        report = measure_quality(configs, text, context, chunks, tick)
     _report(report.to_dict(), json_file, lambda: show(report, Console()))
 
 

@@ -16,8 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..ground.errors import KTConfigError, name_some
+from .quality import CHUNKS, CONTEXT, measured, quality_option, sorted_words
 
 if TYPE_CHECKING:
+    from ..tools.bench.quality import QualityReport
     from ..tools.verify import DenseResult, LayerResult
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
@@ -58,28 +60,44 @@ def doctor(
 
 
 def verify(
-    config: Path = typer.Argument(..., help="YAML for llamafactory-cli chat."),
-    overrides: list[str] = _OVERRIDES,
+    words: list[str] = typer.Argument(
+        ...,
+        metavar="CONFIG [KEY=VALUE]... [TEXT]",
+        help="YAML for llamafactory-cli chat, and keys that replace its; with --quality also a text.",
+    ),
     layers: str = typer.Option(None, help="Layers to check, for example 1,3-5; default: all with routed experts."),
     prompt: str = typer.Option(PROMPT, help="The text whose hidden states are used.", show_default=False),
     as_json: bool = _JSON,
+    quality: bool = quality_option("Also say how far the next-token distributions are from float32's"),
+    context: int = CONTEXT,
+    chunks: int = CHUNKS,
 ) -> None:
     """Load the model as a chat would. Compare each layer's experts with float32 arithmetic from the files, and all else with the files and
     with what PEFT makes of the adapter."""
+    cost: QualityReport | None = None
+    config, text, keys = sorted_words(words) if quality else (words[0], None, words[1:])
     with contextlib.redirect_stdout(sys.stderr):  # LLaMA-Factory logs to stdout
-        results, dense, skipped, merged = _verify(config, overrides or [], layers, prompt)
+        if quality:  # before the model is loaded here: its processes load it, too
+            cost = measured(config, text, keys, [], context, chunks)
+        results, dense, skipped, merged = _verify(Path(config), keys, layers, prompt)
     failed = [result for result in results if result.problem]
     worst = max(results, key=lambda result: (bool(result.problem), max(result.prompt.total, result.worst.total)))
     if as_json:
         others = {"modules": len(dense.modules), "base_weights": dense.base, "problems": dense.problems}
         passed, each = not failed and not dense.problems, [_to_dict(result) for result in results]
         content = {"passed": passed, "worst_layer": worst.layer, "layers": each, "others": others}
+        if cost is not None:
+            content["quality"] = cost.to_dict()
         typer.echo(json.dumps(content, ensure_ascii=False, indent=2))
     else:
         _show(results, failed, worst, skipped)
         _show_dense(dense)
         if merged:
             typer.echo("The adapter is merged into the weights: compared as a whole, without its separate effect.")
+        if cost is not None:
+            from ..tools.bench.quality.table import show as show_quality
+
+            show_quality(cost, Console())
     if failed or dense.problems:
         raise typer.Exit(1)
 

@@ -23,8 +23,12 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...checkpoint.discovery import ExpertsModule, find_experts
+from ...decoding.latent_attention import up_projections
 from ...model.experts_module import KTExperts
 from ...model.state import has_kt_experts, plain_model
+from ...native import calls
+from ...native.fused_linear import FusedLinear
+from ...native.head_products import HeadProducts
 from ...native.library import STEPS
 from ...tracing import chain
 from .results import ATTENTION, EXPERTS, LINEAR, OUTPUT, PARTS
@@ -124,6 +128,10 @@ def _wrapped(model: Any, around: Around) -> Iterator[None]:
         return outermost(call, around(ATTENTION, call, _attention_operations))
 
     with ExitStack() as stack:
+        for owner, name, part, operations in _BETWEEN:  # where no module is called
+            own_call = getattr(owner, name)
+            setattr(owner, name, outermost(own_call, around(part, own_call, operations)))
+            stack.callback(setattr, owner, name, own_call)
         for module, part, operations in _modules(model):
             own = vars(module).get("forward")  # of accelerate's hooks, for one
             module.forward = outermost(module.forward, around(part, module.forward, operations))
@@ -133,6 +141,14 @@ def _wrapped(model: Any, around: Around) -> Iterator[None]:
         ALL_ATTENTION_FUNCTIONS.get_interface = attention  # type: ignore[method-assign]
         stack.callback(delattr, ALL_ATTENTION_FUNCTIONS, "get_interface")
         yield
+
+
+_BETWEEN: list[tuple[Any, str, str, Callable[..., float]]] = [
+    (FusedLinear, "__call__", LINEAR, lambda product, x: 2.0 * x.numel() * product.call.rows),
+    (HeadProducts, "__call__", LINEAR, lambda product, x: 2.0 * x.numel() * (product.call.cols if product.call.transposed else product.call.rows)),
+    (calls, "attention", ATTENTION, lambda q, k, v, scale, window, *_, **__: _pairs_operations(q, k, v, window, True)),
+]  # fmt: skip
+"""the kernels' calls that latent attention makes by itself"""
 
 
 def _put_back(module: nn.Module, forward: Call | None) -> None:
@@ -146,14 +162,14 @@ def _modules(model: Any) -> Iterator[tuple[nn.Module, str, Callable[..., float]]
     """(module, part, its operations); those inside of others are left out."""
     plain = plain_model(model)
     experts = {} if has_kt_experts(model) else {plain.get_submodule(info.name): info for info in find_experts(plain)}
-    head = plain.get_output_embeddings()
+    head, uncalled = plain.get_output_embeddings(), up_projections(plain)
 
     def below(module: nn.Module) -> Iterator[tuple[nn.Module, str, Callable[..., float]]]:
         info = module.info if isinstance(module, KTExperts) else experts.get(module)
         linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
         if info is not None:
             yield module, EXPERTS, functools.partial(_experts_operations, info)
-        elif isinstance(linear, nn.Linear):
+        elif isinstance(linear, nn.Linear) and linear not in uncalled:
             yield module, OUTPUT if head in (module, linear) else LINEAR, functools.partial(_linear_operations, linear)
         else:
             for child in module.children():
@@ -181,12 +197,15 @@ def _attention_operations(
     """query [B, heads, T, d], key [B, kv_heads, S, d], value [B, kv_heads, S, dv]; the queries are the last positions"""
     if query.device.type != "cpu":
         return 0.0
-    batch, heads, queries, size = query.shape
-    keys = key.shape[2]
     causal = options.get("is_causal")
-    if causal if causal is not None else getattr(module, "is_causal", True):
-        seen = torch.arange(keys - queries + 1, keys + 1)
-        pairs = int(seen.clamp(max=options.get("sliding_window") or keys).sum())
-    else:
-        pairs = queries * keys
-    return 2.0 * batch * heads * pairs * (size + value.shape[-1])
+    causal = causal if causal is not None else getattr(module, "is_causal", True)
+    return _pairs_operations(query, key, value, options.get("sliding_window"), causal)
+
+
+def _pairs_operations(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, causal: bool) -> float:
+    batch, heads, queries, size = q.shape
+    keys = k.shape[2]
+    pairs = queries * keys
+    if causal:
+        pairs = int(torch.arange(keys - queries + 1, keys + 1).clamp(max=window or keys).sum())
+    return 2.0 * batch * heads * pairs * (size + v.shape[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -97,6 +98,34 @@ def test_layers_that_compute_a_token_as_a_program(tmp_path, ticks):
     with parts_of(model) as times:
         logits(model)
     assert times.seconds == {"attention": LAYERS, "linear": LAYERS * 4, "experts": LAYERS, "output": 1}
+
+
+@pytest.mark.skipif(isinstance(library(), str), reason="the native kernels are not here")
+def test_timing_changes_nothing_about_latent_attention(tmp_path, ticks):
+    """Its cache stays small, what it multiplies without a module is linear, and its tokens stay programs."""
+    model = load(make_model(tmp_path / "model", "deepseek_v2"), "native")
+    optimize_for_inference(model)
+
+    def ask(ids, cache, measured):
+        with torch.inference_mode(), measured(model) as found:
+            return model(ids, past_key_values=cache).past_key_values, found
+
+    token = ONE_ROW[:, :1]
+    for ids, products in ((ONE_ROW, 1), (token, 2)):  # the keys and values of all heads; the queries and sums of each
+        cache = ask(ONE_ROW, None, operations_of)[0] if ids is token else None
+        cache, times = ask(ids, cache, parts_of)
+        assert {layer.keys.shape[1] for layer in cache.layers} == {1}
+        assert times.calls == {
+            "attention": LAYERS,
+            "linear": LAYERS * (6 + products),
+            "experts": LAYERS - 1,
+            "output": 1,
+        }
+        _, operations = ask(ids, cache, operations_of)
+        assert operations["attention"] > 0 and operations["linear"] > 0
+    for _ in range(5):
+        ask(token, cache, contextlib.nullcontext)
+    assert ask(token, cache, parts_of)[1].calls == {"output": 1}
 
 
 @pytest.mark.parametrize("queries", [1, 38])

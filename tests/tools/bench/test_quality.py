@@ -31,6 +31,14 @@ from llamafactory_kt.tools.bench.quality.worker import Cut
 CONTEXT = 33
 
 
+def printed(*words):
+    """What a command prints as JSON."""
+    command = [sys.executable, "-m", "llamafactory_kt", *map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
 @torch.no_grad()
 def by_hand(model, adapter, chunks):
     """Logits [N, vocabulary] that predict each chunk's last tokens, from stock transformers, and these tokens."""
@@ -49,23 +57,17 @@ def test_a_real_run(tmp_path):
     }  # fmt: skip
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(keys))
     (tmp_path / "text.txt").write_text(Text.read().content[:900], encoding="utf-8")
-    words = ["--quality", tmp_path / "text.txt", tmp_path / "c.yaml", "kt_merge_adapter=false", "--against", "base"]
-    command = [
-        sys.executable,
-        "-m",
-        "llamafactory_kt",
-        "bench",
-        *words,
+    words = [
+        "--quality",
+        tmp_path / "text.txt",
+        tmp_path / "c.yaml",
+        "kt_merge_adapter=false",
         "--context",
         CONTEXT,
         "--chunks",
         3,
-        "--json",
-        "-",
     ]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
+    found = printed("bench", *words, "--against", "base", "--json", "-")
     ids = AutoTokenizer.from_pretrained(model)(Text.read().content[:900], add_special_tokens=False).input_ids
     assert found["tokens"] == len(ids) > 4 * CONTEXT and found["chunks"] == 3 and found["predicted"] == 3 * 16
     own, base = found["rows"]
@@ -80,6 +82,9 @@ def test_a_real_run(tmp_path):
     assert base["mean_kld"] == pytest.approx(float(kl), rel=0.05)
     assert 0 < own["mean_kld"] < kl / 50, "bfloat16's rounding, and the adapter"
     assert base["same_top"] < own["same_top"] and own["perplexity_ratio"] == pytest.approx(1, abs=0.02)
+
+    verified = printed("verify", *words, "--json")
+    assert verified["passed"] and verified["quality"]["rows"] == [own]
 
 
 def test_figures_are_those_of_torch():

@@ -110,19 +110,14 @@ def test_timing_changes_nothing_about_latent_attention(tmp_path, ticks):
         with torch.inference_mode(), measured(model) as found:
             return model(ids, past_key_values=cache).past_key_values, found
 
+    cache, operations = ask(ONE_ROW, None, operations_of)
+    assert operations["attention"] > 0 and operations["linear"] > 0
     token = ONE_ROW[:, :1]
-    for ids, products in ((ONE_ROW, 1), (token, 2)):  # the keys and values of all heads; the queries and sums of each
-        cache = ask(ONE_ROW, None, operations_of)[0] if ids is token else None
+    for ids, products in ((ONE_ROW, 1), (token, 2)):  # keys and values of all heads; or their queries and sums
         cache, times = ask(ids, cache, parts_of)
         assert {layer.keys.shape[1] for layer in cache.layers} == {1}
-        assert times.calls == {
-            "attention": LAYERS,
-            "linear": LAYERS * (6 + products),
-            "experts": LAYERS - 1,
-            "output": 1,
-        }
-        _, operations = ask(ids, cache, operations_of)
-        assert operations["attention"] > 0 and operations["linear"] > 0
+        wanted = {"attention": LAYERS, "linear": LAYERS * (6 + products), "experts": LAYERS - 1, "output": 1}
+        assert times.calls == wanted
     for _ in range(5):
         ask(token, cache, contextlib.nullcontext)
     assert ask(token, cache, parts_of)[1].calls == {"output": 1}

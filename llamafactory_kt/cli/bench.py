@@ -42,7 +42,7 @@ def bench(
     ),
     against: list[str] = typer.Option(
         None,
-        help="Also measure stock transformers with the adapter merged (stock), or this configuration with another value (KEY=VALUE). Repeatable.",
+        help="Also measure stock transformers with the adapter merged (stock), or this configuration with other values (KEY=VALUE, several in quotes). Repeatable.",
         **_CONFIG,
     ),
     base: bool = typer.Option(True, help="Also measure it without its adapter.", **_CONFIG),

@@ -39,7 +39,7 @@ def bench_configs(config: Mapping[str, Any], against: Sequence[str] = (), *, bas
     """The configuration, the same without its adapter if it has one, and one more for each word of ``against``.
 
     Args:
-        against: ``base``, ``stock``, or ``key=value``.
+        against: ``base``, ``stock``, or ``key=value``s with spaces between them.
         base: whether to measure the base model too.
 
     Raises:
@@ -52,8 +52,8 @@ def bench_configs(config: Mapping[str, Any], against: Sequence[str] = (), *, bas
             found.append(BenchConfig(word, _without_adapter(config)))
         elif word == STOCK:
             found.append(BenchConfig(word, dict(config), stock=True))
-        elif "=" in word:
-            found.append(BenchConfig(word, overridden(config, [word])))
+        elif word and all("=" in part for part in word.split()):
+            found.append(BenchConfig(word, overridden(config, word.split())))
         else:
             raise KTConfigError(f"--against: unknown word {word!r}, expected base, stock or key=value.")
     return found

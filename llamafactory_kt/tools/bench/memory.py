@@ -75,7 +75,7 @@ def check_fit(configs: Sequence[BenchConfig], weights: CheckpointBytes, gpu_memo
     shared = 0
     for config in configs:
         need = _need(config, weights, gpu_memory)
-        if config.config.get("kt_load") == "mmap" and not config.stock:  # all of these map the same files
+        if _maps(config):  # all of these map the same files
             need, shared = max(0, need - shared), max(need, shared)
         needs[config.name] = need
     beside = BANDWIDTH_BUFFER + weights.layer + PROCESS_OVERHEAD * (len(configs) + 1)
@@ -87,6 +87,13 @@ def check_fit(configs: Sequence[BenchConfig], weights: CheckpointBytes, gpu_memo
             "--against), let them share mapped weights (kt_load=mmap), or take a smaller model."
         )
     return needs
+
+
+def _maps(config: BenchConfig) -> bool:
+    if config.stock or config.config.get("kt_load") != "mmap":
+        return False
+    engine = find_engine(config.config.get("kt_backend", AUTO))
+    return engine is None or engine.maps_weights
 
 
 def _need(config: BenchConfig, weights: CheckpointBytes, gpu_memory: int) -> int:

@@ -20,5 +20,7 @@ def test_bench_configs():
     assert [row.name for row in bench_configs({"model_name_or_path": "m"})] == ["as configured"], (
         "no adapter to leave out"
     )
+    both = bench_configs(CONFIG, ["kt_backend=INT4 kt_dense=int4"])[-1].config
+    assert (both["kt_backend"], both["kt_dense"]) == ("INT4", "int4")
     with pytest.raises(KTConfigError, match="unknown word 'fast', expected base, stock or key=value"):
         bench_configs(CONFIG, ["fast"])

@@ -158,8 +158,9 @@ def _exchange(model: Any, state: KTState, adapters: AdapterSet, scope: str) -> t
 
     def exchange() -> tuple[nn.Module, LoadReport]:
         with changing_layers(
-            base, prepared=state.optimized, copy=not state.options.mapped, bits=state.options.dense_bits
-        ):
+            base, prepared=state.optimized, copy=not state.options.mapped, bits=state.options.dense_bits,
+            cached=state.cached_dense,
+        ):  # fmt: skip
             wrapped, undo = exchange_peft_layers(base, parts, state.own_weights)
             try:
                 _exchange_experts(state, adapters)

@@ -41,19 +41,24 @@ def load_rows(model: nn.Module) -> Rows:
     rows.append(("Engine", f"{engine.name} on {build}" if build else engine.name))
     if isinstance(problem := library(), str):
         rows.append(("Native kernels", f"none: {problem}"))
-    if engine.maps_weights:
+    packed_files = state.options.packed_files
+    if engine.maps_packed_files if packed_files else engine.maps_weights:
         nodes = ", ".join(map(str, spread_over()))
         weights = f"copied into huge pages{f', which take turns over the NUMA nodes {nodes}' if nodes else ''}"
         if state.options.mapped:
             mapped, free = experts_bytes + torch_bytes.get("cpu", 0), available_memory()
-            weights = "mapped from the checkpoint's files"
+            weights = "mapped from its files" if packed_files else "mapped from the checkpoint's files"
             if mapped > free:
                 weights += f", and larger than the {gib(free)} that are free: tokens wait for the disk"
         packed = any(w.engine.holds_packed for w in wrappers)
-        rows.append(("Weights", f"{state.stored} as the checkpoint has them, {weights}" if packed else weights))
+        source = f"{state.stored} as the checkpoint has them, " if packed else ""
+        if packed_files:
+            source = f"quantized before, in {packed_files}, "
+        rows.append(("Weights", source + weights))
     if quantized := [p for p in model.parameters() if isinstance(p, QuantizedTensor)]:
         kind = quantized[0].packed.packing.kind
-        rows.append(("Linear layers", f"{len(quantized)} as {kind}, with a scale for each {GROUP} weights"))
+        cached = f", {state.cached_dense.used} of them quantized before" if state.cached_dense else ""
+        rows.append(("Linear layers", f"{len(quantized)} as {kind}, with a scale for each {GROUP} weights{cached}"))
     workers = engine.describe_workers(state.plan, state.options)
     rows.append(("Threads", f"{workers}{'; ' if workers else ''}torch {torch.get_num_threads()}"))
     if state.reason:

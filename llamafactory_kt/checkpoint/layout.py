@@ -68,6 +68,8 @@ class CheckpointLayout:
         weights = _grouped(self.format, files)
         names = CheckpointNames(model)
         others = self._locate(names, weights)
+        self.renamed = {t.name: w.parts[WHOLE] for w, t in others if w.parts.keys() == {WHOLE} and not t.operations}
+        """the model's parameters beside the experts that transformers reads as they are stored, by their names in the model"""
         for layer in self._layers.values():
             self._check_complete(layer)
         self._check_quantized(model, names, others)

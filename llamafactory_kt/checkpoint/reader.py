@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,7 +17,7 @@ from ..native.packed import PackedExpert, PackedWeight, Packing
 from .discovery import ExpertsModule
 from .expert_weights import ExpertBiases, ExpertWeights
 from .formats import WHOLE, Shape
-from .stored import StoredTensor, opened
+from .stored import StoredTensor, fingerprint, opened
 from .stored_weight import StoredWeight
 
 Piece = tuple[str, int | None]
@@ -141,14 +140,8 @@ class LayerTensors:
         return sum(prod(weight.shape[:-2]) * self.packing.nbytes(*weight.rows) for weight in self.weights())
 
     def fingerprint(self) -> str:
-        """A hash that tells these weights from others without reading them all: of names, shapes, dtypes, and each tensor's
-        first row."""
-        digest, get = hashlib.sha256(), opened()
-        for tensor in sorted(self.tensors(), key=lambda tensor: tensor.name):
-            row = get(tensor).reshape(-1)[: tensor.shape[-1] if tensor.shape else 1]
-            digest.update(f"{tensor.name} {tensor.shape} {tensor.dtype}".encode())
-            digest.update(row.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """What tells these weights from others, see :func:`~.stored.fingerprint`."""
+        return fingerprint(self.tensors())
 
     def by_name(self, experts: Sequence[int]) -> dict[str, torch.Tensor]:
         """Read some experts' weights in float32, as transformers' rules expect them; fused ones with these experts alone, also those that

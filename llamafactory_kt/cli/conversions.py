@@ -55,18 +55,29 @@ def merge(
 def quantize(
     model: Path = _MODEL,
     output: Path = typer.Option(..., help="Directory for kt_weight_path; complete layers in it are kept."),
-    method: str = typer.Option("int8", help="int8 or int4."),
+    method: str = typer.Option(
+        "int8",
+        help="int8 or int4: for kt_backend INT8 and INT4; amxint8 or amxint4: kt-kernel's, for AMXINT8 and AMXINT4.",
+    ),
+    dense: str = typer.Option(
+        None,
+        help="With int8 and int4, also the linear layers around the experts, for this kt_dense: same (none of them), int8 or int4. "
+        "Default: the method's.",
+    ),
     threadpool_count: int = typer.Option(
         None,
         min=1,
-        help="NUMA sub-pools, the kt_threadpool_count of later chats; default: one per NUMA node.",
+        help="With amxint8 and amxint4, NUMA sub-pools, the kt_threadpool_count of later chats; default: one per NUMA node.",
     ),
-    threads: int = typer.Option(None, min=1, help="Worker threads; default: the physical cores."),
+    threads: int = typer.Option(None, min=1, help="Threads that quantize; default: the physical cores."),
 ) -> None:
-    """Pack the routed experts with kt-kernel, layer by layer, for kt_weight_path; continues an interrupted run."""
+    """Quantize a model once, layer by layer, into files that chats load (kt_weight_path); continues an interrupted run."""
     from ..ground.machine import gib
     from ..tools.quantize import quantize_model
 
-    report = quantize_model(model, output, method, pools=threadpool_count, threads=threads)
+    report = quantize_model(model, output, method, dense=dense, pools=threadpool_count, threads=threads)
     kept = f", {report.kept} were there already" if report.kept else ""
-    typer.echo(f"{report.output}: {report.layers} layers packed as {report.method}{kept}; {gib(report.nbytes)} in all.")
+    around = f"; {report.dense} weights around the experts" if report.dense else ""
+    typer.echo(
+        f"{report.output}: {report.layers} layers packed as {report.method}{kept}{around}; {gib(report.nbytes)} in all."
+    )

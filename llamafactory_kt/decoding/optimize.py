@@ -33,7 +33,7 @@ def optimize_for_inference(model: nn.Module) -> None:
         if not state.optimized:
             use_native_attention(base)
             grow_caches(base)
-        prepare_layers(base, copy=not state.options.mapped, bits=state.options.dense_bits)
+        prepare_layers(base, copy=not state.options.mapped, bits=state.options.dense_bits, cached=state.cached_dense)
         state.optimized = True
 
     state.lock.alone(optimize)

@@ -11,29 +11,33 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..ground.paging import are_of_a_file, drop_pages, empty_in_huge_pages, give_back_memory
+from ..native.cached_dense import CachedDense
 from ..native.fused_linear import fits
 from ..native.library import library
 from ..native.openmp import release_team
 from ..tracing.layers import trace_layers
 from .fused_norm import fuse_norms
-from .latent_attention import keep_latents, up_projections
+from .latent_attention import keep_latents
 from .lora_linear import take_over
 from .native_linear import NativeLinear, forget_fused
 from .patch_embedding import cut_patches_by_convolutions, cut_patches_by_products
-from .quantized_linear import quantizable, quantize_weight
+from .quantized_linear import experts_of, quantizable, quantize_weight
 
 
-def prepare_layers(model: nn.Module, *, copy: bool, bits: int | None = None) -> None:
+def prepare_layers(
+    model: nn.Module, *, copy: bool, bits: int | None = None, cached: CachedDense | None = None
+) -> None:  # fmt: skip
     """Prepare the linear layers: those on the CPU, of any dtype that the native kernels read, and PEFT's LoRA, also on a GPU in
     bfloat16. Vision towers, of any dtype, cut patches by a product.
 
     Args:
         model: without PEFT's wrapper around it.
         copy: put weights that lie in mapped files into huge pages. Those that two modules share stay.
-        bits: 4 or 8: quantize the language model's weights, routers, small ones and the up-projections of latent attention left out.
+        bits: 4 or 8: quantize the language model's weights that :func:`quantizable` finds.
+        cached: has some of them.
     """
     keep_latents(model)
-    quantized = quantizable(model) - up_projections(model) if bits else set()
+    quantized = quantizable(model, experts_of(model)) if bits else set()
     cut_patches_by_products(model)
     native = not isinstance(library(), str)
     shared = _shared(model)
@@ -47,7 +51,7 @@ def prepare_layers(model: nn.Module, *, copy: bool, bits: int | None = None) -> 
         if native and isinstance(module, nn.Linear) and id(module) not in inside_lora and _is_plain(module):
             forget_fused(module)
             if bits and module in quantized:
-                quantize_weight(module, bits)
+                quantize_weight(module, bits, copy=copy, cached=cached)
             elif copy and module.weight.data_ptr() not in shared:
                 _copy_weight(module)
             module.__class__ = NativeLinear  # PEFT and hooks hold the object
@@ -62,19 +66,21 @@ def prepare_layers(model: nn.Module, *, copy: bool, bits: int | None = None) -> 
 
 
 @contextlib.contextmanager
-def changing_layers(model: nn.Module, *, prepared: bool, copy: bool, bits: int | None = None) -> Iterator[None]:
+def changing_layers(
+    model: nn.Module, *, prepared: bool, copy: bool, bits: int | None = None, cached: CachedDense | None = None
+) -> Iterator[None]:  # fmt: skip
     """Around a change of a model's layers by PEFT.
 
     Args:
         prepared: whether the model's layers are, so that new ones become so, too.
-        copy, bits: as in :func:`prepare_layers`.
+        copy, bits, cached: as in :func:`prepare_layers`.
     """
     try:
         cut_patches_by_convolutions(model)
         yield
     finally:
         if prepared:
-            prepare_layers(model, copy=copy, bits=bits)
+            prepare_layers(model, copy=copy, bits=bits, cached=cached)
 
 
 def _is_plain(layer: nn.Linear) -> bool:

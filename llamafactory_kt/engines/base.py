@@ -120,6 +120,8 @@ class Engine(ABC):
     """can read ``kt_weight_path``"""
     needs_packed_files: ClassVar[bool] = False
     """cannot run without ``kt_weight_path``"""
+    maps_packed_files: ClassVar[bool] = False
+    """can leave the weights of ``kt_weight_path`` in its mapped files"""
     maps_weights: ClassVar[bool] = False
     """can read weights in the checkpoint's mapped files, row by row"""
     takes_packed: ClassVar[bool] = False

@@ -16,6 +16,8 @@ from .tensor_files import DTYPES
 
 _ENTRY = 200
 """bytes reserved in the header for one tensor's dtype, shape and byte range"""
+_ALIGNMENT = 64
+"""bytes: the first tensor begins with a line of the CPU's caches where the file is mapped"""
 
 
 def write_safetensors(
@@ -31,7 +33,7 @@ def write_safetensors(
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     room = len(json.dumps(header)) + sum(len(json.dumps(name)) + _ENTRY for name in names)
-    room += -room % 8
+    room += -(8 + room) % _ALIGNMENT
     offset = 0
     with path.open("wb") as file:
         file.seek(8 + room)

@@ -25,18 +25,18 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     and AMXINT backends quantize.
 
     Args:
-        backend: ``native`` (this package's kernels), ``INT8`` or ``INT4`` (the same on integers, quantized while loading), ``AMXBF16``, ``AMXINT8``, ``AMXINT4`` or ``AVX2BF16`` (kt-kernel), ``oneDNN`` (torch's
+        backend: ``native`` (this package's kernels), ``INT8`` or ``INT4`` (the same on integers, quantized while loading or before), ``AMXBF16``, ``AMXINT8``, ``AMXINT4`` or ``AVX2BF16`` (kt-kernel), ``oneDNN`` (torch's
             own kernels), ``torch`` (float32 arithmetic, slow), or ``auto``: whichever of ``native`` and ``AMXBF16`` (with
             ``merge_adapter``, ``AVX2BF16``) is measured to be faster. ``oneDNN`` takes part where ``native`` does not run.
         num_threads: worker threads of kt-kernel; None measures what is fastest.
         threadpool_count: NUMA sub-pools the workers are divided into; None for what :func:`~llamafactory_kt.engines.ktkernel.sub_pools.sub_pools` says.
-        weight_path: directory of packed weights that ``llamafactory-kt quantize`` made; ``AMXINT8`` needs it, ``AMXINT4``
-            packs the checkpoint's weights while loading without it.
+        weight_path: directory that ``llamafactory-kt quantize`` made. ``AMXINT8`` needs it; ``AMXINT4``, ``INT8`` and ``INT4`` pack the
+            checkpoint's weights while loading without it. With ``INT8`` and ``INT4``, ``dense`` takes what it has of the others, too.
         idle_workers: whether kt-kernel's workers run in the idle scheduling class, beside torch's threads on all cores; None
             measures what is faster. Only where torch computes on the CPU too.
         recalibrate: measure engines and threads again, although this machine's times are known.
         load: ``mmap`` leaves weights in the checkpoint's mapped files, ``copy`` copies them into huge pages, ``auto`` copies where memory is
-            free. Only ``native`` reads mapped weights.
+            free. Only ``native`` reads mapped weights, and ``INT8`` and ``INT4`` those of ``weight_path``.
         dense: ``int8`` or ``int4``: :func:`~llamafactory_kt.optimize_for_inference` quantizes the linear layers around the experts, too, with a
             scale for each 32 weights; ``same`` keeps the checkpoint's dtype. On the CPU, with the native kernels.
         max_chunk: tokens per call of kt-kernel; longer inputs are split.

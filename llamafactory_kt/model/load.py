@@ -20,6 +20,7 @@ from ..checkpoint.expert_weights import ExpertWeights
 from ..checkpoint.formats import check_file
 from ..checkpoint.opening import MoEModel
 from ..engines.base import Engine, EngineOptions, EngineSpec
+from ..engines.native.integer_files import open_dense
 from ..engines.registry import canonical_name, get_engine
 from ..ground.errors import KTConfigError
 from ..ground.internals import untested
@@ -28,9 +29,10 @@ from ..ground.paging import give_back_memory
 from ..ground.process import require_own_process
 from ..ground.progress import with_progress
 from ..ground.safetensors_files import open_mapped
+from ..native.cached_dense import CachedDense
 from ..native.mapped import MappedFile, watch
 from ..native.openmp import release_team
-from ..native.packed import PackedExpert
+from ..native.packed import PackedExpert, Packing
 from ..peft_side.swap import require_peft_layers
 from ..settings.rules import experts_problems
 from .config import KTExpertsConfig
@@ -103,7 +105,12 @@ class ExpertsLoad:
         options = places[engine.name].options
         if config.load == "mmap" and not options.mapped:
             merged = self._merged is not None
-            problem = cannot_map(engine, stored_for(engine, layout, merged=merged), merged=merged)
+            problem = cannot_map(
+                engine,
+                stored_for(engine, layout, merged=merged),
+                merged=merged,
+                packed_files=options.packed_files is not None,
+            )
             logger.warning("kt_load: mmap: the experts' weights are copied, because %s.", problem)
         for file in opened.files:
             open_mapped(file)  # as transformers will: it may be larger than memory
@@ -111,6 +118,9 @@ class ExpertsLoad:
             logger.warning(
                 "The experts are stored as %s; %s computes them in bfloat16.", ", ".join(layout.dtypes()), engine.name
             )
+        self._dense = None
+        if options.packed_files is not None and options.dense_bits:
+            self._dense = open_dense(options.packed_files, Packing(f"int{options.dense_bits}"), layout.renamed.values())
         self._plan, self._options = engine.start(self._plan, options)
 
     @property
@@ -135,6 +145,7 @@ class ExpertsLoad:
             options=self._options, stored=", ".join(sorted(self._opened.layout.dtypes())), on_gpu=self._on_gpu, requested=self._adapters, merged=self._merged,
         )  # fmt: skip
         set_kt_state(model, state)
+        self._state = state
 
     def _make_engine(self, module: ExpertsModule, options: EngineOptions) -> Engine:
         layout, merged = self._opened.layout, self._merged
@@ -190,8 +201,13 @@ class ExpertsLoad:
             for experts in with_progress(self._wrappers, sizes):
                 experts.engine.load()
                 give_back_memory()
+        if self._dense is not None:
+            blocks, renamed = self._dense.read(), self._opened.layout.renamed
+            own = {name: blocks[tensor.name] for name, tensor in renamed.items() if tensor.name in blocks}
+            self._state.cached_dense = CachedDense(self._opened.model, own)
         if self._options.mapped:
-            self._files += watch(self._opened.files)
+            packed = self._options.packed_files
+            self._files += watch([*self._opened.files, *(packed.rglob("*.safetensors") if packed is not None else ())])
         if self._check is not None:
             model: Any = self._opened.model
             self._check.compare(self._wrappers[0].engine, model.dtype)

@@ -140,7 +140,7 @@ def _place(
     copied, mapped = (options, 1.0), (replace(options, mapped=True), 1.0)
     stored = stored_for(engine, layout, merged=merged)
     choices = {"copy": [copied], "mmap": [mapped], "auto": [(options, _FREE), mapped]}[config.load]
-    if cannot_map(engine, stored, merged=merged):
+    if cannot_map(engine, stored, merged=merged, packed_files=options.packed_files is not None):
         choices = [copied]
     for choice, share in choices:
         need = memory_need(
@@ -152,7 +152,9 @@ def _place(
     could = mapped not in choices and any(
         not (
             e.problem()
-            or cannot_map(e, stored_for(e, layout, merged=config.merge_adapter), merged=config.merge_adapter)
+            or cannot_map(
+                e, stored_for(e, layout, merged=config.merge_adapter), merged=config.merge_adapter, packed_files=False
+            )
         )
         for e in engines()
     )
@@ -163,10 +165,12 @@ def _place(
     )
 
 
-def cannot_map(engine: type[Engine], stored: Stored, *, merged: bool) -> str:
-    """Why the experts' weights cannot stay in the mapped files; empty if they can."""
-    if not engine.maps_weights:
+def cannot_map(engine: type[Engine], stored: Stored, *, merged: bool, packed_files: bool) -> str:
+    """Why the experts' weights cannot stay in the mapped files, those of ``kt_weight_path`` where there are any; empty if they can."""
+    if not (engine.maps_packed_files if packed_files else engine.maps_weights):
         return f"{engine.name} keeps them in a layout of its own"
+    if packed_files:
+        return ""
     if merged:
         return "the adapter is merged into them"
     return "" if stored.can_be_mapped else "they are stored in another layout or dtype than they are multiplied in"

@@ -11,6 +11,7 @@ from ..adapters import AdapterSet, ExpertsShape
 from ..engines.base import Engine, EngineOptions
 from ..engines.plan import Plan
 from ..ground.errors import KTModelError
+from ..native.cached_dense import CachedDense
 from .lock import ModelLock
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class KTState:
     """what became of the tensors of what is in place; None without any"""
     own_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     """the model's own parameters and buffers, of those that the adapters in place have changed"""
+    cached_dense: CachedDense | None = None
+    """integers of the weights around the experts that ``kt_weight_path`` has"""
     optimized: bool = False
     """the layers around the experts are optimized for inference"""
     show_stats: bool = False

@@ -180,7 +180,7 @@ def _check_kernel(args: Any, method: SGLangMethod) -> None:
     if method.lora_reads_kt_files and not (weights and any(weights.glob("_layer_*/_numa_0/*.kt"))):
         raise KTConfigError(
             f"kt_weight_path: {args.kt_weight_path} has no _layer_N/_numa_N/*.kt files. With expert LoRA, kt-kernel's "
-            f"{method.name} kernel reads only those; safetensors files serve without it. llamafactory-kt quantize --method int8 "
+            f"{method.name} kernel reads only those; safetensors files serve without it. llamafactory-kt quantize --method amxint8 "
             "writes them."
         )
 

@@ -25,7 +25,7 @@ class KTArguments(KTServingArguments):
     use_kt: bool = key(False, "Whether to compute the routed experts on the CPU with KTransformers' kt-kernel.")
     kt_backend: str = key(
         "auto",
-        "Engine for the experts: native (this package's kernels), INT8 or INT4 (the same on integers, quantized while loading), AMXBF16, AMXINT8, AMXINT4 or AVX2BF16 (kt-kernel), oneDNN (torch's own "
+        "Engine for the experts: native (this package's kernels), INT8 or INT4 (the same on integers, quantized while loading or before), AMXBF16, AMXINT8, AMXINT4 or AVX2BF16 (kt-kernel), oneDNN (torch's own "
         "kernels), torch (float32, slow), or auto: the fastest of those that keep all bits. Any letter case; a suffix _SFT is accepted.",
     )
     kt_load: str = key(
@@ -57,8 +57,8 @@ class KTArguments(KTServingArguments):
     )
     kt_weight_path: str | None = key(
         None,
-        "Directory of packed expert weights (.kt files), for AMXINT8 and AMXINT4. With SGLang: directory of the experts' "
-        "weights in kt_method's format.",
+        "Directory of weights that llamafactory-kt quantize has written, for INT8, INT4, AMXINT8 and AMXINT4. With SGLang: directory of the "
+        "experts' weights in kt_method's format.",
     )
     kt_max_chunk: int = key(512, "Tokens per call of kt-kernel; longer prompts are split.")
     kt_lora_scope: str = key(

@@ -45,17 +45,17 @@ def experts_problems(
             f"{prefix}num_threads: {num_threads} is fewer than {prefix}threadpool_count: {pools}; give each pool one."
         )
     if weight_path and not (engine is not None and engine.reads_packed_files):
-        reading = " and ".join(each.name for each in engines() if each.reads_packed_files)
+        reading = ", ".join(each.name for each in engines() if each.reads_packed_files)
         problems.append(
             f"{prefix}weight_path is for {prefix}backend: {reading}; with {backend} the experts are read from the checkpoint. "
             f"Remove it, or set {prefix}backend."
         )
     if engine is not None and engine.needs_packed_files and not weight_path:
         packing = [each.name for each in engines() if each.reads_packed_files and not each.needs_packed_files]
-        also = f" {' and '.join(packing)} also packs while loading." if packing else ""
+        also = f" {', '.join(packing)} can do without." if packing else ""
         problems.append(
-            f"{prefix}backend: {engine.name} needs {prefix}weight_path; llamafactory-kt quantize --model MODEL --output DIR makes "
-            f"it.{also}"
+            f"{prefix}backend: {engine.name} needs {prefix}weight_path; llamafactory-kt quantize --model MODEL --output DIR --method "
+            f"{engine.name.lower()} makes it.{also}"
         )
     if merge_adapter and weight_path:
         problems.append(

@@ -31,8 +31,8 @@ METHODS = {
     method.name: method
     for method in (
         SGLangMethod("BF16", "AMXBF16_SFT", backend="AMXBF16"),
-        SGLangMethod("AMXINT8", "AMXINT8_SFT", _QUANTIZE.format("int8"), "AMXINT8", lora_reads_kt_files=True),
-        SGLangMethod("AMXINT4", "AMXINT4_SFT", _QUANTIZE.format("int4"), "AMXINT4"),
+        SGLangMethod("AMXINT8", "AMXINT8_SFT", _QUANTIZE.format("amxint8"), "AMXINT8", lora_reads_kt_files=True),
+        SGLangMethod("AMXINT4", "AMXINT4_SFT", _QUANTIZE.format("amxint4"), "AMXINT4"),
         SGLangMethod("FP8", "AMXFP8_SFT"),
         SGLangMethod("FP8_PERCHANNEL"),
         SGLangMethod("RAWINT4", "RAWINT4_SFT"),

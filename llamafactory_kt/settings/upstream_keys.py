@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from ..engines.ktkernel import PACKING
+from ..engines.ktkernel.packed_files import holds_kt_files
+from ..engines.native.integer_files import holds_integers
+from ..engines.native.integers import INTEGERS
 from ..engines.registry import AUTO, canonical_name
 from ..ground.errors import KTConfigError
-from .keys import KTArguments
+from .keys import KTArguments, expanded
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +54,10 @@ FORMATS = {
 
 BACKENDS = {"FP8": FORMATS["fp8"], "AMXFP8": FORMATS["fp8"]}
 """values of ``kt_backend`` that the forks spell in another way"""
-OF_PACKED_FILES = {name.upper(): FORMATS[name] for name in PACKING}
-"""the same where ``kt_weight_path`` names kt-kernel's files; without it, ``INT8`` and ``INT4`` are this package's own engines"""
+OF_KT_FILES = {name.upper(): FORMATS[name] for name in PACKING}
+"""the same where ``kt_weight_path`` holds kt-kernel's files; ``INT8`` and ``INT4`` are this package's own engines"""
+OF_INTEGERS = {**FORMATS, **{engine.name.lower(): engine.name for engine in INTEGERS}}
+""":data:`FORMATS` where it holds this package's"""
 
 _FORMAT, _CHECKPOINT = "kt_expert_weight_format", "kt_expert_checkpoint_path"
 KEYS = frozenset({*SAME, *IDLE, *ONLY, _FORMAT, _CHECKPOINT})
@@ -153,20 +159,24 @@ def translate(args: Any, nested: dict[str, Any]) -> tuple[dict[str, tuple[str, A
     if idle := sorted(theirs.keys() & IDLE):
         logger.warning("%s: keys of KTransformers' training and engine, which do nothing in a chat.", ", ".join(idle))
     files = ours.get("kt_weight_path", ("", args.kt_weight_path))[1]
-    spellings = {**BACKENDS, **(OF_PACKED_FILES if files else {})}
+    root = expanded(files) if isinstance(files, str) else None
+    own = root is not None and holds_integers(root)
+    spellings = {**BACKENDS, **(OF_KT_FILES if root is not None and not own and holds_kt_files(root) else {})}
     args.kt_backend = spellings.get(str(args.kt_backend).upper(), args.kt_backend)
     if "kt_backend" in ours:
         source, value = ours["kt_backend"]
         ours["kt_backend"] = source, spellings.get(str(value).upper(), value)
     if _FORMAT in theirs:
         backend = ours.get("kt_backend", ("", args.kt_backend))[1]
-        problems += _apply_format(theirs[_FORMAT], backend, ours)
+        problems += _apply_format(theirs[_FORMAT], backend, ours, OF_INTEGERS if own else FORMATS)
     return ours, problems
 
 
-def _apply_format(value: Any, backend: Any, ours: dict[str, tuple[str, Any]]) -> list[str]:
+def _apply_format(
+    value: Any, backend: Any, ours: dict[str, tuple[str, Any]], formats: Mapping[str, str]
+) -> list[str]:  # fmt: skip
     """Choose the engine that computes with such weights."""
-    wanted = FORMATS.get(str(value).lower())
+    wanted = formats.get(str(value).lower())
     if wanted is None:
         return [
             f"{_FORMAT}: {value} cannot be computed here, expected one of {', '.join(FORMATS)}. For four bits, write kt_backend: "
@@ -180,6 +190,6 @@ def _apply_format(value: Any, backend: Any, ours: dict[str, tuple[str, Any]]) ->
         return []
     if wanted != AUTO and chosen == AUTO:
         ours["kt_backend"] = (_FORMAT, wanted)
-    elif wanted != chosen and (wanted != AUTO or chosen in FORMATS.values()):
+    elif wanted != chosen and (wanted != AUTO or chosen in formats.values()):
         return [f"{_FORMAT}: {value} means kt_backend: {wanted}, but kt_backend is {chosen}; keep one."]
     return []

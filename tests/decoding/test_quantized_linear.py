@@ -104,7 +104,7 @@ def test_the_language_models_layers_are_found_whatever_they_are_called(container
     ):
         add(model, name, module)
     add(model, "model.visual.patches" if container.startswith("model.lang") else "visual.patches", patches)
-    found = quantized_linear.quantizable(model)
+    found = quantized_linear.quantizable(model, quantized_linear.experts_of(model))
     assert attention in found and router not in found and (patches in found) == (container == "h")
 
 

@@ -94,11 +94,11 @@ def test_quantize(model, tmp_path, most, worker_threads):
     """kt-kernel itself says nothing, and writes files that are too short."""
     from llamafactory_kt.tools.quantize import quantize_model
 
-    quantize_model(model, tmp_path / "whole")
+    quantize_model(model, tmp_path / "whole", "amxint8")
     sizes = sorted({file.stat().st_size for file in (tmp_path / "whole").rglob("*.kt")})
     most(sizes[-1] - 1)
     with pytest.raises(KTOutputError, match=r"_layer_1 could not be written \(\d+ of \d+ files are incomplete, first "):
-        quantize_model(model, tmp_path / "out")
+        quantize_model(model, tmp_path / "out", "amxint8")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -107,14 +107,14 @@ def test_quantize(model, tmp_path, most, worker_threads):
 def test_quantize_packs_layers_again_that_an_earlier_version_recorded_as_complete(model, tmp_path, worker_threads):
     from llamafactory_kt.tools.quantize import quantize_model
 
-    quantize_model(model, tmp_path / "out")
+    quantize_model(model, tmp_path / "out", "amxint8")
     file = next((tmp_path / "out" / "_layer_1").rglob("*quant_.kt"))
     whole, record = file.read_bytes(), tmp_path / "out" / "_layer_1" / "layer.json"
     file.write_bytes(whole[:100])
     content = json.loads(record.read_text())
     content["files"][str(file.relative_to(record.parent))]["size"] = 100
     record.write_text(json.dumps(content))
-    report = quantize_model(model, tmp_path / "out")
+    report = quantize_model(model, tmp_path / "out", "amxint8")
     assert (report.layers, report.kept) == (1, 1) and file.read_bytes() == whole
 
 

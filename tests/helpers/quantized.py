@@ -1,4 +1,4 @@
-"""A model with an adapter, and its experts packed by ``llamafactory-kt quantize``."""
+"""A model with an adapter, and its experts packed by kt-kernel (``llamafactory-kt quantize``)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def quantized_model(root: Path) -> tuple[Path, Path, Path]:
     model = make_model(root / "model", "deepseek_v2")
     adapter = make_adapter(root / "adapter", model, rank=4)
     for method in ("int8", "int4"):
-        report = quantize_model(model, root / method, method)
+        report = quantize_model(model, root / method, f"amx{method}")
         assert (report.layers, report.kept) == (2, 0)
     return root, model, adapter

@@ -238,7 +238,7 @@ def test_doctor_and_quantize_say_so_too(models, tmp_path, monkeypatch):
     assert "each down(silu(min(gate x, 7), alpha 1.702)" in found["model"].text
     assert "AMXBF16 cannot compute the experts of this model" in found["experts"].text
     with pytest.raises(KTModelError, match="kt-kernel cannot use packed experts of"):
-        quantize_model(path, tmp_path / "packed", "int4")
+        quantize_model(path, tmp_path / "packed", "amxint4")
     assert not (tmp_path / "packed").exists()
 
 

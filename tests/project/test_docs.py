@@ -13,11 +13,11 @@ import pytest
 import typer.main
 import yaml
 from helpers.machines import pretend_any_machine
-from helpers.marks import KERNEL_PROBLEM
 from helpers.places import ROOT
 
 import llamafactory_kt
 from llamafactory_kt.cli import app
+from llamafactory_kt.engines.native import NativeEngine
 
 PAGES = [ROOT / "README.md", ROOT / "README_zh.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ENGLISH = [page for page in PAGES if not page.stem.endswith("_zh") and page.stem != "CONTRIBUTING"]
@@ -117,7 +117,8 @@ def reader(tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "examples", directory / "examples")
     for name, target in (("my_adapter", "adapter"), ("my_model", "model"), ("DeepSeek-V2-Lite-Chat", "model"), ("Qwen3-VL-30B-A3B-Instruct", "model"), ("Kllama_deepseekV2", "adapter")):  # fmt: skip
         (directory / name).symlink_to(ROOT / "examples" / "demo" / target)
-    (directory / "dsv2-lite-int8").mkdir()
+    for name in ("int4", "amxint8"):
+        (directory / f"dsv2-lite-{name}").mkdir()
     keys = {"model_name_or_path": "examples/demo/model", "template": "deepseek", "use_kt": True, "kt_backend": "torch"}
     (directory / "chat.yaml").write_text(yaml.safe_dump(keys))
     return directory
@@ -197,8 +198,8 @@ def test_python(page, reader, monkeypatch, capsys):
 
         config = llamafactory_kt.KTExpertsConfig(backend="torch", router_stats=True)
         names["model"] = AutoModelForCausalLM.from_pretrained("my_model", quantization_config=config)
-    if page.stem == "quantize" and KERNEL_PROBLEM:
-        pytest.skip(KERNEL_PROBLEM)
+    if page.stem == "quantize" and (problem := NativeEngine.problem()):
+        pytest.skip(problem)
     text = "\n".join(blocks(page, "python"))
     shutil.rmtree("merged", ignore_errors=True)
     exec(compile(localised(text, reader), page.name, "exec"), names)

@@ -21,7 +21,7 @@ from llamafactory_kt import KTAdapterError, KTConfigError, KTError, KTModelError
         ({"kt_method": "AMXINT9"}, "kt_method: unknown value 'AMXINT9'"),
         ({"kt_weight_path": "/tmp"}, "but not in which format: add kt_method"),
         ({"kt_weight_path": "/nowhere", "kt_method": "AMXINT8"}, "kt_weight_path: /nowhere does not exist"),
-        ({"kt_method": "AMXINT4"}, "AMXINT4 needs kt_weight_path, .* llamafactory-kt quantize --method int4 writes it"),
+        ({"kt_method": "AMXINT4"}, "AMXINT4 needs kt_weight_path, .* llamafactory-kt quantize --method amxint4 writes it"),
         ({"kt_num_threads": 4, "kt_cpuinfer": 5}, "kt_num_threads is 4, but kt_cpuinfer 5"),
         ({"kt_num_gpu_experts": 1, "kt_gpu_experts_ratio": 0.1}, "say the same in two ways"),
         ({"kt_gpu_experts_ratio": 2}, "kt_gpu_experts_ratio must be a number of at least 0 and at most 1, found 2"),

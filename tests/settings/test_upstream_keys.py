@@ -112,12 +112,21 @@ def test_formats_of_the_experts(parse, given, wanted):
 
 
 def test_int8_with_packed_weights(parse, tmp_path):
+    """Whose they are decides the engine."""
+    (tmp_path / "_layer_0").mkdir()
     keys = {"kt_weight_path": str(tmp_path), "kt_non_expert_weight_path": str(tmp_path / "cache")}
     for backend in ("auto", "INT8"):
         assert (
             parse({**keys, "kt_config": {"kt_expert_weight_format": "int8", "kt_backend": backend}}).kt_backend
             == "AMXINT8"
         )
+    assert parse({**keys, "kt_backend": "int8"}).kt_backend == "AMXINT8"
+    (tmp_path / "layer_0").mkdir()
+    (tmp_path / "layer_0" / "layer.json").touch()
+    for given in ({"kt_backend": "int8"}, {"kt_config": {"kt_expert_weight_format": "int8"}}):
+        assert parse({**keys, **given}).kt_backend == "INT8"
+    assert parse({**keys, "kt_backend": "AMXInt8"}).kt_backend == "AMXINT8"
+    assert parse({"kt_weight_path": str(tmp_path / "layer_0"), "kt_backend": "INT8"}).kt_backend == "INT8", "neither"
 
 
 @pytest.mark.parametrize(

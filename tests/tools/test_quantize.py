@@ -1,4 +1,4 @@
-"""``llamafactory-kt quantize``, which writes packed weights."""
+"""``llamafactory-kt quantize`` with kt-kernel's methods. ``engines/test_integer_files.py`` has those of this package."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def test_an_interrupted_run_is_continued_to_the_same_bytes(files, tmp_path):
     root, path, _ = files
     output = tmp_path / "int8"
     killed = (
-        "import os, sys\nfrom llamafactory_kt.tools import quantize\nwrite = quantize.write_record\n"
-        "def once(directory, record):\n    if output_exists(): os.kill(os.getpid(), 9)\n    write(directory, record)\n"
+        "import os, sys\nfrom llamafactory_kt.tools.quantize import parts, quantize_model\nwrite = parts.write_record\n"
+        "def once(*given):\n    if output_exists(): os.kill(os.getpid(), 9)\n    write(*given)\n"
         "def output_exists(): return os.path.isdir(sys.argv[2] + '/_layer_1')\n"
-        "quantize.write_record = once\n"
-        "if __name__ == '__main__': quantize.quantize_model(sys.argv[1], sys.argv[2], 'int8')\n"
+        "parts.write_record = once\n"
+        "if __name__ == '__main__': quantize_model(sys.argv[1], sys.argv[2], 'amxint8')\n"
     )
     (tmp_path / "killed.py").write_text(killed)
     result = subprocess.run([sys.executable, tmp_path / "killed.py", path, output], capture_output=True, text=True)
     assert result.returncode == -9, result.stderr
     assert (output / "_layer_1" / "layer.json").is_file() and not (output / "_layer_2").exists()
-    report = quantize_model(path, output, "int8")
+    report = quantize_model(path, output, "amxint8")
     assert (report.layers, report.kept) == (1, 1)
     found, wanted = ({f.relative_to(r): f.read_bytes() for f in r.rglob("*.kt")} for r in (output, root / "int8"))
     assert found == wanted and len(found) == 2 * 6 * 6
@@ -53,27 +53,36 @@ def packed(files, tmp_path):
 
 def test_another_model_into_the_same_directory(packed, tmp_path):
     other = make_model(tmp_path / "other", "deepseek_v2", seed=5)
-    with pytest.raises(KTModelError, match=r"_layer_1 holds another model's or another method's weights \(AMXINT8"):
-        quantize_model(other, packed, "int8")
+    with pytest.raises(
+        KTModelError, match=r"_layer_1 holds another model's or another method's weights \(method AMXINT8"
+    ):
+        quantize_model(other, packed, "AMXINT8")
 
 
 def test_what_is_asked_for_wrongly(files, tmp_path, monkeypatch):
-    with pytest.raises(KTConfigError, match="unknown value 'int3', expected int8 or int4"):
+    with pytest.raises(KTConfigError, match="unknown value 'int3', expected one of int8, int4, amxint8, amxint4"):
         quantize_model(files[1], tmp_path / "o", "int3")
     with pytest.raises(KTPathError, match="is not a directory with safetensors files"):
         quantize_model(tmp_path, tmp_path / "o")
-    with pytest.raises(KTConfigError, match="AMXINT8 needs weight_path"):
+    with pytest.raises(
+        KTConfigError, match=r"--dense is for --method int8 and int4; kt-kernel's files \(amxint8\) have"
+    ):
+        quantize_model(files[1], tmp_path / "o", "amxint8", dense="same")
+    with pytest.raises(
+        KTConfigError,
+        match=r"AMXINT8 needs weight_path; .* --method amxint8 makes it\. AMXINT4, INT8, INT4 can do without",
+    ):
         load(files[1], backend="AMXINT8")
-    with pytest.raises(KTConfigError, match="weight_path is for backend: AMXINT8 and AMXINT4"):
+    with pytest.raises(KTConfigError, match="weight_path is for backend: AMXINT8, AMXINT4, INT8, INT4; with AMXBF16"):
         load(files[1], backend="AMXBF16", weight_path=str(files[0] / "int8"))
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 1000})())
     with pytest.raises(KTModelError, match=r"needs .* and 1\.0 KiB are free there"):
-        quantize_model(files[1], tmp_path / "o")
+        quantize_model(files[1], tmp_path / "o", "amxint8")
     assert not (tmp_path / "o").exists()
 
 
 def test_command(files, tmp_path):
-    words = ["--model", files[1], "--output", tmp_path / "o", "--method", "int4"]
+    words = ["--model", files[1], "--output", tmp_path / "o", "--method", "AMXInt4"]
     result = subprocess.run(
         [sys.executable, "-m", "llamafactory_kt", "quantize", *words], capture_output=True, text=True
     )

@@ -8,21 +8,17 @@ record; of those, only the files' sizes are checked.
 from __future__ import annotations
 
 import errno
-import json
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...adapters import ExpertsShape
-from ...ground.errors import KTModelError, KTPathError, name_some
-from ...ground.file_hash import file_sha256
+from ...ground.errors import KTPathError
+from ..weight_files import RECORD, Files, check_checksums, check_record, check_sizes, read_record, wrong_files
 from .methods import Method
 
 logger = logging.getLogger(__name__)
-
-RECORD = "layer.json"
 
 
 @dataclass(frozen=True)
@@ -39,6 +35,11 @@ class LayerRecord:
     """of the checkpoint's weights, see ``LayerTensors.fingerprint``"""
 
 
+def holds_kt_files(root: Path) -> bool:
+    """Whether a directory has such files."""
+    return any(root.glob("_layer_*"))
+
+
 def layer_directory(root: Path, layer: int) -> Path:
     return root / f"_layer_{layer}"
 
@@ -52,35 +53,6 @@ def check_written(directory: Path, record: LayerRecord, method: Method) -> None:
     expected = expected_files(record, method)
     if wrong := wrong_files(directory, expected):
         raise OSError(errno.EIO, f"{len(wrong)} of {len(expected)} files are incomplete, first {wrong[0]}")
-
-
-def write_record(directory: Path, record: LayerRecord) -> None:
-    """Describe a layer's directory, whose ``.kt`` files are complete."""
-    files = {str(file.relative_to(directory)): _facts(file) for file in sorted(directory.glob("_numa_*/*.kt"))}
-    (directory / RECORD).write_text(json.dumps({**asdict(record), "files": files}, indent=1), encoding="utf-8")
-
-
-def _facts(file: Path) -> dict[str, Any]:
-    return {"size": file.stat().st_size, "sha256": file_sha256(file)}
-
-
-def read_record(directory: Path) -> tuple[LayerRecord, dict[str, dict[str, Any]]] | None:
-    """A layer's record and its files' sizes and checksums; None where there is none.
-
-    Raises:
-        KTModelError: It is damaged.
-    """
-    path = directory / RECORD
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        files = content.pop("files")
-        if not all(isinstance(facts["size"], int) and isinstance(facts["sha256"], str) for facts in files.values()):
-            raise ValueError("files must have size and sha256")
-        return LayerRecord(**content), files
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KTModelError(f"{path} is damaged ({error}); remove {directory} and quantize again.") from error
 
 
 class PackedLayer:
@@ -102,39 +74,19 @@ class PackedLayer:
         if not any(self._directory.glob("_numa_*/*.kt")):
             raise KTPathError(
                 f"kt_weight_path: {root} holds no .kt files of layer {layer}. llamafactory-kt quantize --model MODEL --output "
-                f"{root} --method {method.short.lower()} makes them."
+                f"{root} --method {method.name.lower()} makes them."
             )
-        found = read_record(self._directory)
+        found = read_record(self._directory, LayerRecord)
         if found is None:
-            self._files = expected_files(record, method)
+            self._files: Files = expected_files(record, method)
             logger.warning(
                 "%s has no %s, so only the sizes of its files are checked, not whether they belong to this model.",
                 self._directory, RECORD,
             )  # fmt: skip
         else:
-            self._compare(found[0], record)
+            check_record(self._directory, found[0], record)
             self._files = found[1]
-        if wrong := wrong_files(self._directory, {**self._files, **expected_files(record, method)}):
-            raise KTModelError(
-                f"{self._directory}: {len(wrong)} of {len(self._files)} files are missing, truncated or of another size, first "
-                f"{name_some(wrong, 2)}. Remove the layer's directory and quantize again."
-            )
-
-    def _compare(self, found: LayerRecord, wanted: LayerRecord) -> None:
-        differs = [
-            f"{name} {value}, wanted {getattr(wanted, name)}"
-            for name, value in asdict(found).items()
-            if name != "fingerprint" and value != getattr(wanted, name)
-        ]
-        if differs:
-            raise KTModelError(
-                f"{self._directory} was made with {'; '.join(differs)}. Quantize the model for this use."
-            )
-        if found.fingerprint != wanted.fingerprint:
-            raise KTModelError(
-                f"{self._directory} was made from other weights than the checkpoint's, although the sizes are the same: "
-                "another model, or another version of it. Quantize this one."
-            )
+        check_sizes(self._directory, {**self._files, **expected_files(record, method)})
 
     def check_files(self) -> None:
         """Compare the files with their checksums, as far as there are any.
@@ -142,12 +94,7 @@ class PackedLayer:
         Raises:
             KTModelError: One has changed.
         """
-        for name, facts in self._files.items():
-            if "sha256" in facts and file_sha256(self._directory / name) != facts["sha256"]:
-                raise KTModelError(
-                    f"{self._directory / name} has changed since it was made (its SHA-256 differs). Remove {self._directory} and "
-                    "quantize again."
-                )
+        check_checksums(self._directory, self._files)
 
 
 def expected_files(record: LayerRecord, method: Method) -> dict[str, dict[str, Any]]:
@@ -165,28 +112,6 @@ def expected_files(record: LayerRecord, method: Method) -> dict[str, dict[str, A
     return files
 
 
-def wrong_files(directory: Path, expected: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Those that are missing or of another size."""
-    return [name for name, facts in expected.items() if _size(directory / name) != facts["size"]]
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.is_file() else -1
-
-
 def record_for(shape: ExpertsShape, method: Method, pools: int, fingerprint: str) -> LayerRecord:
     """The record a layer of this shape must have."""
     return LayerRecord(method.name, pools, shape.num_experts, shape.hidden_size, shape.intermediate_size, fingerprint)
-
-
-def missing_layers(root: Path, records: dict[int, LayerRecord], method: Method) -> Iterable[int]:
-    """The layers that a directory does not hold yet as they must be; files may be incomplete."""
-    for layer, record in records.items():
-        directory = layer_directory(root, layer)
-        found = read_record(directory)
-        if (
-            found is None
-            or found[0] != record
-            or wrong_files(directory, {**found[1], **expected_files(record, method)})
-        ):
-            yield layer

@@ -9,9 +9,7 @@ import torch
 
 from ...ground.paging import empty_in_huge_pages
 from ...native.packed import Matrix, PackedWeight
-
-_ALIGNMENT = 64
-"""bytes, of a line of the CPU's caches"""
+from ...native.packed_block import aligned
 
 
 class Experts(Protocol):
@@ -34,7 +32,7 @@ def copied(experts: Iterable[Experts], count: int) -> Iterator[Experts]:
     block: torch.Tensor | None = None
     for number, expert in enumerate(experts):
         matrices = expert.gate, expert.up, expert.down
-        sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for matrix in matrices for tensor in _tensors(matrix)]
+        sizes = [aligned(tensor.nbytes) for matrix in matrices for tensor in _tensors(matrix)]
         if block is None:
             block = empty_in_huge_pages((count, sum(sizes)), torch.uint8)
         places = iter(block[number].split(sizes))

@@ -1,26 +1,39 @@
-"""The native engine on integers: weights are quantized while they are read. LoRA is added as to any others, in full precision."""
+"""The native engine on integers: weights are quantized while they are read, or were before (``kt_weight_path``). LoRA is added as to any
+others, in full precision."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
 
 from ...adapters import ExpertsShape
+from ...checkpoint.expert_weights import ExpertWeights
 from ...ground.errors import KTModelError
-from ...ground.paging import empty_in_huge_pages
-from ...native.packed import PackedExpert, Packing, quantize
-from ..base import EngineOptions, LayerMemory
+from ...ground.paging import drop_pages, empty_in_huge_pages, prefetch_pages
+from ...native.packed import PackedExpert, Packing
+from ...native.packed_block import quantize_into
+from ..base import DEFAULT_OPTIONS, EngineOptions, EngineSpec, LayerMemory, ReadExperts
 from ..bounds import Bounds
+from .copying import Experts, copied
 from .engine import NativeEngine
+from .integer_files import EXPERTS, ExpertsRecord, experts_in, layer_size, open_experts
 
 
 class IntegerEngine(NativeEngine):
     """Symmetric integers with a bfloat16 scale for each 32 values of a row."""
 
     maps_weights = takes_packed = False
+    reads_packed_files = maps_packed_files = True
     bits: ClassVar[int]
+
+    def __init__(self, spec: EngineSpec, read_experts: ReadExperts, options: EngineOptions = DEFAULT_OPTIONS):
+        super().__init__(spec, read_experts, options)
+        self._file = None
+        if options.packed_files is not None:
+            record = ExpertsRecord.of(self.name, spec.shape, spec.fingerprint())
+            self._file = open_experts(options.packed_files, spec.layer, spec.shape, self.packing(), record)
 
     @classmethod
     def auto(cls, merged: bool) -> bool:
@@ -28,32 +41,56 @@ class IntegerEngine(NativeEngine):
 
     @classmethod
     def memory(cls, shape: ExpertsShape, rank: int, itemsize: float, options: EngineOptions) -> LayerMemory:
-        sizes = (shape.projection(projection) for projection in shape.projections)
-        weights = shape.num_experts * sum(cls._packing().nbytes(*size) for size in sizes)
-        read = int(shape.num_weights // shape.num_experts * itemsize)
-        return LayerMemory(weights, super().memory(shape, rank, itemsize, options).lora, read)
+        count, nbytes = layer_size(shape, cls.packing())
+        lora = super().memory(shape, rank, itemsize, options).lora
+        if options.packed_files is None:
+            return LayerMemory(count * nbytes, lora, int(shape.num_weights // count * itemsize))
+        return LayerMemory(0, lora, 0) if options.mapped else LayerMemory(count * nbytes, lora, nbytes)
 
     @classmethod
-    def _packing(cls) -> Packing:
+    def packing(cls) -> Packing:
         return Packing(f"int{cls.bits}")
 
-    def read_weights(self) -> Sequence[PackedExpert]:
+    def read_weights(self) -> Sequence[Experts]:
         """Expert after expert in one block, as a token reads them."""
-        shape, packing = self.spec.shape, self._packing()
-        sizes = [packing.sizes(*shape.projection(name)) for name in ("gate", "up", "down")]
-        codes_of, scales_of = zip(*sizes, strict=True)
-        codes = empty_in_huge_pages((shape.num_experts, sum(codes_of)), torch.uint8)
-        scales = empty_in_huge_pages((shape.num_experts, sum(scales_of)), packing.scale_dtype)
-        found = []
-        for number, expert in enumerate(self.read_experts(None)):
-            places = zip(expert, codes[number].split(codes_of), scales[number].split(scales_of), strict=True)
+        shape = self.spec.shape
+        if self._file is None:
+            block = empty_in_huge_pages(layer_size(shape, self.packing()), torch.uint8)
+            return list(self.quantized(self.read_experts(None), block, shape, self.spec.layer))
+        block = self._file.read()[EXPERTS]
+        prefetch_pages(block)
+        if self.options.mapped:
+            return list(experts_in(block, shape, self.packing()))
+        return list(copied(experts_in(_dropped(block), shape, self.packing()), shape.num_experts))
+
+    @classmethod
+    def quantized(
+        cls, experts: Iterable[ExpertWeights], block: torch.Tensor, shape: ExpertsShape, layer: int
+    ) -> Iterator[PackedExpert]:
+        """Quantize experts into a block (:func:`layer_size`), one at a time.
+
+        Raises:
+            KTModelError: A weight is not finite.
+        """
+        for number, (expert, own) in enumerate(zip(experts, block, strict=True)):
             try:
-                found.append(PackedExpert(*(quantize(matrix, self.bits, *to) for matrix, *to in places)))
+                yield PackedExpert(*quantize_into(own, cls.packing(), expert))
             except ValueError as error:
                 raise KTModelError(
-                    f"Expert {number} of layer {self.spec.layer} has {error}. Download or copy the checkpoint again."
+                    f"Expert {number} of layer {layer} has {error}. Download or copy the checkpoint again."
                 ) from error
-        return found
+
+    @property
+    def nbytes(self) -> int:
+        count, nbytes = layer_size(self.spec.shape, self.packing())
+        return count * nbytes + sum(bias.nbytes for bias in self._biases or ())
+
+
+def _dropped(block: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A mapped block's rows; the pages of each are dropped when the next one is asked for."""
+    for row in block:
+        yield row
+        drop_pages(row)
 
 
 class Int8Engine(IntegerEngine):
@@ -72,4 +109,7 @@ class Int4Engine(IntegerEngine):
     bounds = Bounds(relative=0.25, strength=0.1)  # 0.14 of a layer's norm
 
 
-__all__ = ["Int4Engine", "Int8Engine"]
+INTEGERS: tuple[type[IntegerEngine], ...] = (Int8Engine, Int4Engine)
+"""the engines whose weights ``llamafactory-kt quantize --method int8`` and ``int4`` writes"""
+
+__all__ = ["INTEGERS", "Int4Engine", "Int8Engine", "IntegerEngine"]

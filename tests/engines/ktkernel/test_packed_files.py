@@ -12,7 +12,8 @@ from helpers.quantized import quantized_model
 from helpers.references import merged_float32, per_token
 
 from llamafactory_kt import KTModelError, KTPathError, apply_adapter, switch_adapter
-from llamafactory_kt.engines.ktkernel.packed_files import read_record
+from llamafactory_kt.engines.ktkernel.packed_files import LayerRecord
+from llamafactory_kt.engines.weight_files import read_record
 from llamafactory_kt.model.state import kt_state
 
 pytestmark = [needs_kernel, pytest.mark.usefixtures("worker_threads")]
@@ -63,7 +64,7 @@ def packed(files, tmp_path):
 
 
 def first_file(packed):
-    return packed / "_layer_1" / sorted(read_record(packed / "_layer_1")[1])[0]
+    return packed / "_layer_1" / sorted(read_record(packed / "_layer_1", LayerRecord)[1])[0]
 
 
 def truncate(packed):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..ground.errors import KTModelError
@@ -41,6 +42,13 @@ def _unchanged(files: Sequence[MappedFile]) -> Iterator[None]:
             raise KTModelError(problem)
 
 
+@contextlib.contextmanager
+def traced_layer(lock: ModelLock, files: Sequence[MappedFile]) -> Iterator[None]:
+    """Around the experts of one layer, where a graph of :mod:`.operator` computes them outside of ``forward`` as :func:`guard` leaves it."""
+    with lock.generation(), _unchanged(files):
+        yield
+
+
 def guard(
     model: nn.Module, observe: bool = False, debugger: Debugger | None = None, files: Sequence[MappedFile] = ()
 ) -> ModelLock:
@@ -50,7 +58,10 @@ def guard(
         files: in which weights lie; also those that are added later.
         observe: note for the layers' :class:`RouterCounts` what each call computes.
         debugger: follows each call of ``forward``.
+
+    A call that ``torch.compile`` or ``torch.export`` traces is left alone, unless somebody observes it: a graph holds no locks.
     """
+    seen = observe or debugger is not None
     lock, reference = ModelLock(), weakref.ref(model)  # no cycle: a dropped model gives its memory back at once
     observers: dict[str, list[Observer]] = {"generate": [_own_team], "forward": []}
     if observe:
@@ -65,6 +76,8 @@ def guard(
 
         @functools.wraps(stock)
         def call(_: Any, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() and not seen:  # whoever looks at calls breaks the graph here
+                return stock(reference(), *args, **kwargs)
             with lock.generation(), contextlib.ExitStack() as notes:
                 if observers:
                     by_name = {**signature.bind_partial(None, *args).arguments, **kwargs} if args else kwargs

@@ -21,7 +21,7 @@ from helpers.streams import LateStream, LateWorkers
 
 from llamafactory_kt.adapters import ExpertsShape
 from llamafactory_kt.engines.ktkernel import stream as kt_stream
-from llamafactory_kt.model.gpu_transfer import HostTransfer
+from llamafactory_kt.model.on_gpu.transfer import HostTransfer
 
 KERNELS = [pytest.param("AVX2BF16", marks=needs_base_kernel), pytest.param("AMXBF16", marks=needs_kernel)]
 

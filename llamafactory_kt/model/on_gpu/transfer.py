@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from ..engines.base import Engine, Stream
+from ...engines.base import Engine, Stream
 
 Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """one layer's tokens on the GPU: hidden [T, H], index [T, K], weights [T, K], as :meth:`Engine.forward` takes them"""

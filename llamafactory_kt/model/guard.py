@@ -15,6 +15,7 @@ from torch import nn
 
 from ..ground.errors import KTModelError
 from ..native.mapped import MappedFile
+from ..native.on_host import raise_failure
 from ..native.openmp import release_team
 from . import router_counts
 from .debug import Debugger
@@ -31,6 +32,13 @@ def _own_team(_: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         release_team()
+
+
+@contextlib.contextmanager
+def _no_failure(_: dict[str, Any]) -> Iterator[None]:
+    """What a GPU's stream computed without Python has succeeded. The answer has been read, so the stream is done."""
+    yield
+    raise_failure()
 
 
 @contextlib.contextmanager
@@ -63,7 +71,7 @@ def guard(
     """
     seen = observe or debugger is not None
     lock, reference = ModelLock(), weakref.ref(model)  # no cycle: a dropped model gives its memory back at once
-    observers: dict[str, list[Observer]] = {"generate": [_own_team], "forward": []}
+    observers: dict[str, list[Observer]] = {"generate": [_own_team, _no_failure], "forward": []}
     if observe:
         observers["generate"].append(lambda kwargs: router_counts.generation(reference(), kwargs))
         observers["forward"].append(router_counts.call)

@@ -94,6 +94,10 @@ class Stream(Protocol):
     cuda_stream: int
     device: torch.device
 
+    @property
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured."""
+
 
 class Engine(ABC):
     """One layer's experts. Weights and LoRA are plain tensors outside any module: ``model.to()`` never moves them.
@@ -247,6 +251,15 @@ class Engine(ABC):
         return False
 
     @property
+    def captures(self) -> bool:
+        """Whether a CUDA graph can hold the calls of :meth:`on_stream`: it makes them again, with the LoRA that is in place then."""
+        return False
+
+    def stream_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that :meth:`on_stream` computes tokens of a dtype in."""
+        return torch.bfloat16
+
+    @property
     def stream_hidden_size(self) -> int:
         """Columns of ``x`` and ``out`` of :meth:`on_stream`: the hidden size, padded with zeros."""
         return self.spec.shape.hidden_size
@@ -255,10 +268,11 @@ class Engine(ABC):
         self, stream: Stream, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor
     ) -> AbstractContextManager[None]:
         """Compute once the stream has come this far. What the block queues runs meanwhile; at its end the stream waits for
-        ``out``. All tensors lie on the CPU, and must stay there until the stream has passed the end.
+        ``out``. All tensors lie on the CPU, and must stay there until the stream has passed the end; for a stream that captures, as long
+        as the graph may run.
 
         Args:
-            x: [T, :attr:`stream_hidden_size`] bfloat16; ``out`` is like it.
+            x: [T, :attr:`stream_hidden_size`] of :meth:`stream_dtype`; ``out`` is like it.
             index: [T, K] int64.
             scores: [T, K] float32.
         """

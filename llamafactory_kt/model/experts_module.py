@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NoReturn
 
 import torch
@@ -13,9 +16,10 @@ from ..engines.base import Engine
 from ..ground.process import register_thread
 from ..native.recording import active
 from .debug import Debugger
-from .gpu_transfer import CudaStream, HostTransfer
+from .on_gpu.shared_overlap import SharedExpertsOverlap
+from .on_gpu.transfer import CudaStream, HostTransfer
+from .operator import experts, register
 from .router_counts import RouterCounts
-from .shared_overlap import SharedExpertsOverlap
 
 
 class KTExperts(nn.Module):
@@ -48,6 +52,9 @@ class KTExperts(nn.Module):
         self.num_experts = info.shape.num_experts
         self.hidden_dim = info.shape.hidden_size
         self.intermediate_dim = info.shape.intermediate_size
+        self.around_traced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+        """what a graph needs around this layer, which nobody else holds (:func:`.guard.traced_layer`)"""
+        self._number = register(self)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -55,23 +62,35 @@ class KTExperts(nn.Module):
         """hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H], on the input's device and dtype."""
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             raise RuntimeError("KT experts are for inference; run the model under torch.no_grad().")
+        if torch.compiler.is_compiling():
+            traced: torch.Tensor = experts(hidden_states, top_k_index, top_k_weights, self._number)
+            return traced
+        return self.compute(hidden_states, top_k_index, top_k_weights)
+
+    def compute_traced(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """:meth:`forward`, when a traced graph runs (:mod:`.operator`)."""
+        with self.around_traced():
+            return self.compute(hidden, index, weights)
+
+    def compute(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What :meth:`forward` computes, where nobody traces it."""
         register_thread()
-        given = hidden_states, top_k_index, top_k_weights
+        given = hidden, index, weights
         seen = self.router_counts.add if self.router_counts is not None else None
-        on_cpu = hidden_states.device.type == "cpu"
+        on_cpu = hidden.device.type == "cpu"
         if seen is not None and (on_cpu or self.debugger is not None):
-            seen(top_k_index.cpu(), top_k_weights.cpu())
+            seen(index.cpu(), weights.cpu())
             if active.recorder is not None:
-                active.recorder.note("seen", seen, (top_k_index, top_k_weights), None)
+                active.recorder.note("seen", seen, (index, weights), None)
         if self.debugger is not None:
             debugged: torch.Tensor = self.debugger.forward(self.layer_idx, self.engine, *given)
             return debugged
         if on_cpu:
             return self.engine.forward(*given)
-        stream = torch.cuda.current_stream(hidden_states.device)
+        stream = torch.cuda.current_stream(hidden.device)
         if (transfer := self.transfers.get(stream)) is None:
             transfer = self.transfers.setdefault(stream, HostTransfer(CudaStream(stream)))
-        meanwhile = functools.partial(self.overlap.queue, hidden_states) if self.overlap is not None else None
+        meanwhile = functools.partial(self.overlap.queue, hidden) if self.overlap is not None else None
         return transfer.forward(self.engine, given, meanwhile, seen)
 
     def __deepcopy__(self, memo: dict[int, object]) -> NoReturn:

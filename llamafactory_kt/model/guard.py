@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..ground.errors import KTModelError
 from ..native.mapped import MappedFile
+from ..native.on_host import raise_failure
 from ..native.openmp import release_team
 from . import router_counts
 from .debug import Debugger
@@ -33,12 +35,26 @@ def _own_team(_: dict[str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _no_failure(_: dict[str, Any]) -> Iterator[None]:
+    """What a GPU's stream computed without Python has succeeded. The answer has been read, so the stream is done."""
+    yield
+    raise_failure()
+
+
+@contextlib.contextmanager
 def _unchanged(files: Sequence[MappedFile]) -> Iterator[None]:
     """No answer comes of weights that somebody has changed meanwhile."""
     yield
     for file in files:
         if problem := file.problem():
             raise KTModelError(problem)
+
+
+@contextlib.contextmanager
+def traced_layer(lock: ModelLock, files: Sequence[MappedFile]) -> Iterator[None]:
+    """Around the experts of one layer, where a graph of :mod:`.operator` computes them outside of ``forward`` as :func:`guard` leaves it."""
+    with lock.generation(), _unchanged(files):
+        yield
 
 
 def guard(
@@ -50,9 +66,12 @@ def guard(
         files: in which weights lie; also those that are added later.
         observe: note for the layers' :class:`RouterCounts` what each call computes.
         debugger: follows each call of ``forward``.
+
+    A call that ``torch.compile`` or ``torch.export`` traces is left alone, unless somebody observes it: a graph holds no locks.
     """
+    seen = observe or debugger is not None
     lock, reference = ModelLock(), weakref.ref(model)  # no cycle: a dropped model gives its memory back at once
-    observers: dict[str, list[Observer]] = {"generate": [_own_team], "forward": []}
+    observers: dict[str, list[Observer]] = {"generate": [_own_team, _no_failure], "forward": []}
     if observe:
         observers["generate"].append(lambda kwargs: router_counts.generation(reference(), kwargs))
         observers["forward"].append(router_counts.call)
@@ -65,6 +84,8 @@ def guard(
 
         @functools.wraps(stock)
         def call(_: Any, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() and not seen:  # whoever looks at calls breaks the graph here
+                return stock(reference(), *args, **kwargs)
             with lock.generation(), contextlib.ExitStack() as notes:
                 if observers:
                     by_name = {**signature.bind_partial(None, *args).arguments, **kwargs} if args else kwargs

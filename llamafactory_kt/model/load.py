@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -38,10 +39,10 @@ from ..settings.rules import experts_problems
 from .config import KTExpertsConfig
 from .debug import Debugger
 from .experts_module import KTExperts, PresortedExperts
-from .gpu_transfer import HostTransfer
-from .guard import guard
+from .guard import guard, traced_layer
 from .memory import cannot_map, placements, read_around, stored_for, without_decoding
-from .shared_overlap import SHARED_EXPERTS, SharedExpertsOverlap
+from .on_gpu.shared_overlap import SHARED_EXPERTS, SharedExpertsOverlap
+from .on_gpu.transfer import HostTransfer
 from .state import KTState, set_kt_state
 from .untested import UntestedCheck
 
@@ -140,8 +141,12 @@ class ExpertsLoad:
             self._replace(module, engine, debugger, transfers)
             for module, engine in zip(self._opened.experts, made, strict=True)
         ]
+        lock = guard(model, config.router_stats, debugger, self._files)
+        for experts in self._wrappers:
+            last = experts is self._wrappers[-1]
+            experts.around_traced = functools.partial(traced_layer, lock, self._files if last else ())
         state = KTState(
-            wrappers=self._wrappers, lock=guard(model, config.router_stats, debugger, self._files), plan=self._plan, reason=self._reason,
+            wrappers=self._wrappers, lock=lock, plan=self._plan, reason=self._reason,
             options=self._options, stored=", ".join(sorted(self._opened.layout.dtypes())), on_gpu=self._on_gpu, requested=self._adapters, merged=self._merged,
         )  # fmt: skip
         set_kt_state(model, state)

@@ -12,11 +12,19 @@ from helpers.fp8 import make_fp8
 from helpers.marks import ENGINES, needs_kernel
 from helpers.models import make_model
 from helpers.references import merged_float32, per_token, rel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StaticCache
 
-from llamafactory_kt import KTExpertsConfig, apply_adapter, get_router_stats, optimize_for_inference, switch_adapter
+from llamafactory_kt import (
+    KTExpertsConfig,
+    apply_adapter,
+    get_router_stats,
+    load_moe_lora_from_adapter,
+    optimize_for_inference,
+    switch_adapter,
+)
 from llamafactory_kt.adapters import open_adapters
 from llamafactory_kt.decoding.lora_linear import InferenceLora
+from llamafactory_kt.model.experts_module import KTExperts
 from llamafactory_kt.model.state import kt_state
 from llamafactory_kt.tools.bench.memory import ModelBytes
 from llamafactory_kt.tools.bench.stock import merge_into
@@ -77,8 +85,8 @@ def test_four_bits_are_rounded_as_without_a_gpu(files):
 @pytest.mark.parametrize("backend", ENGINES)
 @pytest.mark.parametrize("router_stats", [False, True], ids=["", "router_stats"])
 def test_a_layer_waits_once_at_most(files, backend, router_stats):
-    """The result is the CPU engine's own. torch sees no wait, and CUDA one, for what crosses; none where kt-kernel's
-    stream waits."""
+    """The result is the CPU engine's own. torch sees no wait, and CUDA one, for what crosses; none where the stream
+    waits."""
     experts = kt_state(load(files[0], backend=backend, router_stats=router_stats)).wrappers[0]
     hidden = torch.randn(7, experts.hidden_dim, device="cuda", dtype=torch.bfloat16)
     index = torch.rand(7, experts.num_experts, device="cuda").topk(experts.info.num_experts_per_tok).indices
@@ -95,7 +103,7 @@ def test_a_layer_waits_once_at_most(files, backend, router_stats):
             torch.cuda.set_sync_debug_mode("default")
         assert torch.equal(out.cpu(), wanted)
     waits = [event.name for event in profile.events() if "Synchronize" in event.name]
-    queued = backend == "AMXBF16" and not router_stats
+    queued = experts.engine.streams and not router_stats
     assert waits.count("cudaEventSynchronize") == (0 if queued else 1) and waits.count("cudaStreamSynchronize") == 0
     # the profiler waits for the device when it ends
     assert waits.count("cudaDeviceSynchronize") <= 1
@@ -117,9 +125,9 @@ def test_shared_experts_are_queued_before_the_wait(tmp_path):
     assert order.count("wait") == len(kt_state(model).wrappers)
 
 
-def test_a_cuda_graph_is_declined_and_a_static_cache_is_not(files):
-    model = load(files[0])
-    experts = kt_state(model).wrappers[0]
+@pytest.mark.parametrize("keys", [{"backend": "torch"}, {"backend": "native", "router_stats": True}], ids=str)
+def test_a_cuda_graph_that_needs_a_thread_is_declined(files, keys):
+    experts = kt_state(load(files[0], **keys)).wrappers[0]
     hidden = torch.randn(1, experts.hidden_dim, device="cuda", dtype=torch.bfloat16)
     index = torch.zeros(1, experts.info.num_experts_per_tok, device="cuda", dtype=torch.long)
     with (
@@ -128,8 +136,57 @@ def test_a_cuda_graph_is_declined_and_a_static_cache_is_not(files):
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         experts(hidden, index, torch.ones(index.shape, device="cuda"))
+
+
+def test_a_static_cache_answers_as_a_growing_one(files):
+    model = load(files[0])
     given = {"input_ids": IDS.cuda(), "max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(**given), model.generate(**given, cache_implementation="static"))
+
+
+@torch.no_grad()
+def test_a_cuda_graph_holds_a_layers_experts(files):
+    """A MoE block with router and shared experts, captured once: replayed with other tokens, and with another LoRA of another rank."""
+    path, one, two = files
+    model = load(path, backend="native", lora_rank=5)
+    block = next(part for part in model.modules() if isinstance(getattr(part, "experts", None), KTExperts))
+    hidden = torch.zeros(1, 1, model.config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    block(hidden)  # what is made on first use
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = block(hidden)
+    out = out[0] if isinstance(out, tuple) else out
+    effects = []
+    for number, adapter in enumerate((None, one, two)):
+        if adapter is not None:
+            load_moe_lora_from_adapter(model, adapter)
+        for seed in (2 * number, 2 * number + 1):
+            hidden.copy_(torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed)))
+            graph.replay()
+            wanted = block(hidden)
+            wanted = wanted[0] if isinstance(wanted, tuple) else wanted
+            torch.cuda.synchronize()
+            assert torch.equal(out, wanted)
+        effects.append(out.clone())
+    assert rel(effects[1], effects[2]) > 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["eager", "cudagraphs"])
+def test_a_compiled_model_on_a_static_cache(files, backend):
+    """A token's way through the whole model in one graph, which CUDA holds in the second case; the experts are one operator of it."""
+    torch._dynamo.reset()
+    path, one, _ = files
+    model = apply_adapter(load(path, backend="native", adapter=str(one)), one)[0].get_base_model()
+    compiled, ids = torch.compile(model, fullgraph=True, backend=backend), IDS.cuda()
+    plain, static = (StaticCache(config=model.config, max_cache_len=64) for _ in range(2))
+    model(input_ids=ids[:, :20], past_key_values=plain)
+    model(input_ids=ids[:, :20], past_key_values=static)
+    for place in range(20, 30):
+        given = {"input_ids": ids[:, place : place + 1], "position_ids": torch.tensor([[place]], device="cuda")}
+        found = compiled(**given, past_key_values=static).logits
+        assert per_token(found.float(), model(**given, past_key_values=plain).logits.float()) < 0.05
+    torch._dynamo.reset()
 
 
 def test_chats_at_once(files):

@@ -20,8 +20,8 @@ from helpers.references import rel
 from helpers.streams import LateStream, LateWorkers
 
 from llamafactory_kt.adapters import ExpertsShape
-from llamafactory_kt.engines.ktkernel import stream as kt_stream
-from llamafactory_kt.model.gpu_transfer import HostTransfer
+from llamafactory_kt.engines import streams
+from llamafactory_kt.model.on_gpu.transfer import HostTransfer
 
 KERNELS = [pytest.param("AVX2BF16", marks=needs_base_kernel), pytest.param("AMXBF16", marks=needs_kernel)]
 
@@ -33,10 +33,15 @@ def compute(hidden, index, weights):
 class Sum:
     """An engine that the stream can wait for, or one that only a thread can wait for."""
 
+    name = "sum"
+    captures = False
     stream_hidden_size = 8
 
     def __init__(self, streams):
         self.streams = streams
+
+    def stream_dtype(self, dtype):
+        return torch.bfloat16
 
     def forward(self, hidden, index, weights):
         return compute(hidden, index, weights)
@@ -173,11 +178,14 @@ def test_an_error_meanwhile_does_not_keep_the_stream_from_waiting():
     assert torch.equal(out, compute(*tokens(5, seed=1)))
 
 
-def test_a_cuda_graph_is_declined():
-    stream = LateStream()
+def test_a_cuda_graph_that_needs_a_thread_is_declined():
+    stream, engine = LateStream(), Sum(streams=True)
     stream.capturing = True
-    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
-        HostTransfer(stream).forward(Sum(streams=True), tokens(5))
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph with kt_backend: sum"):
+        HostTransfer(stream).forward(engine, tokens(5))
+    engine.captures = True
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph with kt_router_stats"):
+        HostTransfer(stream).forward(engine, tokens(5), seen=print)
     assert not stream.log and not stream.allocated
 
 
@@ -186,7 +194,7 @@ def no_gpu_is_waited_for(monkeypatch):
     """kt-kernel's engines wait for every device that a task was submitted for; here there is none."""
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    monkeypatch.setattr(kt_stream, "_devices", set())  # what other tests have submitted for is no affair of this one's
+    monkeypatch.setattr(streams, "_devices", set())  # what other tests have submitted for is no affair of this one's
     return waited
 
 

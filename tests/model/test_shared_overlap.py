@@ -10,8 +10,8 @@ from helpers.streams import LateStream
 
 from llamafactory_kt import get_router_stats
 from llamafactory_kt.model.experts_module import KTExperts
-from llamafactory_kt.model.gpu_transfer import HostTransfer
-from llamafactory_kt.model.shared_overlap import SHARED_EXPERTS, SharedExpertsOverlap
+from llamafactory_kt.model.on_gpu.shared_overlap import SHARED_EXPERTS, SharedExpertsOverlap
+from llamafactory_kt.model.on_gpu.transfer import HostTransfer
 from llamafactory_kt.model.state import kt_state
 
 IDS = torch.arange(2, 40)[None]

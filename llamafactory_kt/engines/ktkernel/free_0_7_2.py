@@ -30,8 +30,8 @@ from ...ground.file_hash import file_sha256
 from ...ground.internals import Internal
 from ...ground.machine import gib
 from ...ground.paging import give_back_memory
+from ..streams import wait_for_streams
 from .methods import Method, PackedShape
-from .stream import wait_for_streams
 
 logger = logging.getLogger(__name__)
 

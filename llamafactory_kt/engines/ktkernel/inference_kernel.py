@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from ...checkpoint.expert_weights import LayerWeights
+from ..streams import wait_for_streams
 from .cpuinfer import worker_pool
 from .kernel import KernelKind, KernelObject
 from .methods import Method
 from .runtime import kernel_lock, quiet_stdout
-from .stream import Task, wait_for_streams
+from .stream import Task
 
 
 class InferenceKernel(KernelObject):

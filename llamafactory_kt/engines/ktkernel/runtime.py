@@ -18,7 +18,7 @@ from typing import Any
 from ...ground.internals import SWITCH, Internal
 from ...ground.machine import missing_cpu_flags
 from ...ground.process import is_forked, join_threads
-from .stream import wait_for_streams
+from ..streams import wait_for_streams
 
 INTERNAL = Internal("kt-kernel", "kt-kernel", ">=0.7.2,<0.8")
 kernel_lock = threading.Lock()

@@ -10,11 +10,11 @@ from ...adapters import ExpertLora
 from ...adapters.expert_lora import mantissa
 from ..base import Engine, Undo
 from ..bounds import Bounds
+from ..streams import wait_for_streams
 from .engine import KTEngine
 from .methods import Method
 from .runtime import kernel_problem
 from .sft_kernel import SftKernel
-from .stream import wait_for_streams
 
 logger = logging.getLogger(__name__)
 

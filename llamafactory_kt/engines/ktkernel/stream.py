@@ -9,28 +9,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ..base import Stream
+from ..streams import note_device
 
 Task = tuple[int, int]
 """addresses of one of kt-kernel's functions and of its arguments (``ForwardBindings`` in its ext_bindings.cpp); may be submitted again"""
 
-_devices: set[torch.device] = set()
-
 
 def submit(infer: Any, stream: Stream, task: Task) -> None:
     """Queue a task. What it reads and writes must stay in place until the stream has passed the next :func:`join`."""
-    _devices.add(stream.device)
+    note_device(stream.device)
     infer.submit_with_cuda_stream(stream.cuda_stream, task)
 
 
 def join(infer: Any, stream: Stream) -> None:
     """Let the stream wait for the tasks submitted on it."""
     infer.sync_with_cuda_stream(stream.cuda_stream)
-
-
-def wait_for_streams() -> None:
-    """Wait for every task that was ever submitted, before what it reads is changed or freed."""
-    for device in list(_devices):
-        torch.cuda.synchronize(device)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import math
+import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import cache, cached_property
 
 import torch
 
 from ...adapters import ExpertLora, ExpertsShape
 from ...adapters.keys import PROJECTIONS
 from ...checkpoint.formula import ACTIVATIONS, ExpertFormula
+from ...ground.machine import usable_cores
 from ...native.library import DTYPES, ExpertsCall, Weight, byref, kernels, library
+from ...native.on_host import HostCall, HostCalls, cuda_runtime
 from ...native.packed import Matrix, PackedWeight, call_of
 from ...native.recording import active
 from ...native.scratch import scratch
-from ..base import Engine, EngineOptions, LayerMemory, Undo
+from ..base import Engine, EngineOptions, LayerMemory, Stream, Undo
+from ..streams import note_device, wait_for_streams
 from .copying import Experts, copied
 from .lora import FusedLora, lora_size
 
@@ -92,6 +98,7 @@ class NativeEngine(Engine):
         return lambda: self._put(before)
 
     def _put(self, lora: FusedLora | None) -> None:
+        wait_for_streams()
         for projection, array in self._arrays.items():
             a, b = lora.factors[projection] if lora else (None, None)
             for expert, weight in enumerate(array):
@@ -123,6 +130,30 @@ class NativeEngine(Engine):
             active.recorder.note("experts", self, (x, index, scores), out)
 
     @property
+    def streams(self) -> bool:
+        return cuda_runtime() is not None
+
+    captures = streams
+
+    def stream_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype if dtype in DTYPES else super().stream_dtype(dtype)
+
+    @cached_property
+    def _calls(self) -> HostCalls:
+        weakref.finalize(self, wait_for_streams)  # before anything that the engine holds is freed
+        return HostCalls()
+
+    def on_stream(
+        self, stream: Stream, x: torch.Tensor, index: torch.Tensor, scores: torch.Tensor, out: torch.Tensor
+    ) -> AbstractContextManager[None]:
+        note_device(stream.device)
+        call = HostCall(
+            ctypes.pointer(self.call), x.data_ptr(), index.data_ptr(), scores.data_ptr(), out.data_ptr(), *index.shape, CHUNK,
+            DTYPES[x.dtype], min(torch.get_num_threads(), _most_threads()),
+        )  # fmt: skip
+        return self._calls.queue(stream, call)
+
+    @property
     def holds_packed(self) -> bool:
         return self.takes_packed and isinstance(self._weights[0].down, PackedWeight)
 
@@ -134,6 +165,12 @@ class NativeEngine(Engine):
     @property
     def lora_nbytes(self) -> int:
         return self._lora.nbytes if self._lora else 0
+
+
+@cache
+def _most_threads() -> int:
+    """Beside a GPU: one core is left for the thread that queues its work, or waits for it."""
+    return max(1, usable_cores() - 1)
 
 
 def _weights(matrices: Sequence[Matrix], biases: Sequence[torch.Tensor] | None) -> ctypes.Array[Weight]:

@@ -4,6 +4,7 @@
  * pointers must stay valid during a call; nothing is kept.
  */
 #pragma once
+#include <pthread.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -151,6 +152,32 @@ int64_t kt_attention_scratch(const kt_attention *attention, int threads); /* not
  * scores [tokens, top]. Returns 0, or -1 for an index that is no expert. */
 int kt_experts_forward(const kt_experts *experts, const void *x, int32_t x_dtype, int64_t tokens, const int64_t *index,
                        const float *scores, int64_t top, void *out, void *scratch, int threads);
+
+/* A call of kt_experts_forward that a GPU's stream makes, maybe again and again. It and all that it points to stay in place until the stream has
+ * finished it for good. */
+typedef struct kt_host_call {
+    const kt_experts *experts;
+    const void *x;
+    const int64_t *index;
+    const float *scores;
+    void *out;
+    int64_t tokens, top, chunk; /* at most so many tokens at a time, which bounds the scratch memory */
+    int32_t x_dtype, threads;
+    int32_t state;              /* 0 before it is started, 3 when it is finished */
+    struct kt_host_call *next;  /* of the library's own */
+} kt_host_call;
+
+/* What a stream calls (cudaHostFn_t), with a kt_host_call: hand it to the thread that computes; and wait until it is computed. Neither calls
+ * CUDA, or Python. Where an index is no expert, the results of the call are NaN. */
+void kt_start_on_host(void *call);
+void kt_finish_on_host(void *call);
+
+/* Whether such a call has failed since this was asked last: 0, the number of experts of the layer where an index is none of them, or -1
+ * where memory was short. */
+int64_t kt_failed_on_host(void);
+
+/* pthread_create, which is another symbol in new C libraries than in old ones. Without it, the thread of the stream computes. */
+void kt_set_thread(int (*create)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *));
 
 /* out[t] = W x[t] + B (A x[t]) + bias, for x [tokens, cols] and out [tokens, rows] of x_dtype. */
 void kt_linear_forward(const kt_linear *linear, const void *x, int32_t x_dtype, int64_t tokens, void *out, void *scratch,

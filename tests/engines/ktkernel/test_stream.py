@@ -11,7 +11,8 @@ from helpers.marks import needs_base_kernel, needs_kernel
 from helpers.streams import LateStream, LateWorkers
 
 from llamafactory_kt.adapters import ExpertsShape
-from llamafactory_kt.engines.ktkernel import sft_engine, stream
+from llamafactory_kt.engines import streams
+from llamafactory_kt.engines.ktkernel import sft_engine
 
 SHAPE = ExpertsShape(5, 40, 24)
 KERNELS = [pytest.param("AVX2BF16", marks=needs_base_kernel), pytest.param("AMXBF16", marks=needs_kernel)]
@@ -35,7 +36,7 @@ def test_lora_is_exchanged_when_nothing_computes_with_it(monkeypatch):
 def test_a_kernel_is_freed_when_nothing_computes_with_it(monkeypatch, kind):
     waited, late = [], LateStream()
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    monkeypatch.setattr(stream, "_devices", set())  # what other tests have submitted for is no affair of this one's
+    monkeypatch.setattr(streams, "_devices", set())  # what other tests have submitted for is no affair of this one's
     engine = make_engine(kind, SHAPE, layer(SHAPE))
     monkeypatch.setattr(type(engine.kernel), "infer", LateWorkers(engine.kernel.infer, late))
     hidden, index, weights = batch(SHAPE, 3)

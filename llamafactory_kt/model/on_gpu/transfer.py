@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,7 +11,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from ..engines.base import Engine, Stream
+from ...engines.base import Engine, Stream
+from ...native.on_host import relaxed_capture
 
 Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """one layer's tokens on the GPU: hidden [T, H], index [T, K], weights [T, K], as :meth:`Engine.forward` takes them"""
@@ -25,13 +27,13 @@ class DeviceStream(Stream, Protocol):
 
     @property
     def capturing(self) -> bool:
-        """Whether a CUDA graph is being captured, which cannot hold work of the CPU."""
+        """Whether a CUDA graph is being captured."""
 
     def current(self) -> AbstractContextManager[object]:
         """Make its GPU the current one: events and tasks are the current GPU's, copies the tensor's."""
 
     def pinned(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """A page-locked buffer, which copies that nobody waits for need."""
+        """A page-locked buffer, which copies that nobody waits for need; also while a graph is being captured."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         """Queue a copy; nothing is waited for. Returns the target."""
@@ -59,7 +61,8 @@ class CudaStream:
         return torch.cuda.device(self.device)
 
     def pinned(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(count, dtype=dtype, device="cpu", pin_memory=True)
+        with relaxed_capture() if self.capturing else contextlib.nullcontext():
+            return torch.empty(count, dtype=dtype, device="cpu", pin_memory=True)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         return target.copy_(source, non_blocking=True)
@@ -77,12 +80,18 @@ class HostTransfer:
     Tokens, choices and weights cross in one go, and the sum crosses back; the stream keeps the layers' uses of the buffers
     apart. Either the stream waits for the experts, and Python queues the following layers meanwhile, or this thread waits once a
     layer, for what crosses to the CPU.
+
+    CUDA graphs that are captured on the stream have buffers of their own, which stay as long as this object. Graphs of one model share
+    them: replay one after the other.
     """
 
     def __init__(self, stream: DeviceStream):
         self._stream = stream
         self._lock = threading.Lock()
         self._buffers: dict[str, torch.Tensor] = {}
+        self._captured: dict[str, torch.Tensor] = {}
+        self._kept: list[torch.Tensor] = []
+        """all that graphs know"""
 
     def forward(
         self, engine: Engine, given: Given, meanwhile: Meanwhile | None = None, seen: Seen | None = None
@@ -93,12 +102,14 @@ class HostTransfer:
             seen: who needs the values on the CPU; then this thread waits for them.
 
         Raises:
-            RuntimeError: A CUDA graph is being captured.
+            RuntimeError: A CUDA graph is being captured, which cannot hold this.
         """
         with self._stream.current(), self._lock:
-            if self._stream.capturing:
+            if self._stream.capturing and (seen is not None or not engine.captures):
+                what = "kt_router_stats" if seen is not None else f"kt_backend: {engine.name}"
                 raise RuntimeError(
-                    "KT experts are computed on the CPU and cannot be captured in a CUDA graph; generate without torch.compile."
+                    f"KT experts cannot be captured in a CUDA graph with {what}: a thread must wait for each layer. Leave that out, or "
+                    "generate without CUDA graphs."
                 )
             if engine.streams and seen is None:
                 return self._queue(engine, given, meanwhile)
@@ -107,7 +118,7 @@ class HostTransfer:
     def _queue(self, engine: Engine, given: Given, meanwhile: Meanwhile | None) -> torch.Tensor:
         """Nothing is waited for: the stream waits for the experts."""
         hidden, index, weights = given
-        x = hidden.to(torch.bfloat16)
+        x = hidden.to(engine.stream_dtype(hidden.dtype))
         if padding := engine.stream_hidden_size - hidden.shape[1]:
             x = F.pad(x, (0, padding))
         x = x.contiguous()
@@ -140,10 +151,14 @@ class HostTransfer:
 
     def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """A buffer of ``like``'s shape and dtype. It grows, and is never given away while the stream may use it."""
-        buffer = self._buffers.get(name)
+        buffers = self._captured if self._stream.capturing else self._buffers
+        buffer = buffers.get(name)
         if buffer is None or buffer.numel() < like.numel() or buffer.dtype != like.dtype:
-            self._stream.record()
-            self._stream.synchronize()
+            if not self._stream.capturing:
+                self._stream.record()
+                self._stream.synchronize()
             with torch.inference_mode(False):  # a tensor made in that mode can only be written in it
-                buffer = self._buffers[name] = self._stream.pinned(like.numel(), like.dtype)
+                buffer = buffers[name] = self._stream.pinned(like.numel(), like.dtype)
+            if self._stream.capturing:
+                self._kept.append(buffer)
         return buffer[: like.numel()].view(like.shape)

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from helpers.architectures import tiny_model
+from helpers.chats import chat_model
 from helpers.loading import ONE_ROW, load
 from helpers.marks import needs_native
 from helpers.models import ARCHITECTURES, make_model
@@ -20,7 +21,7 @@ from llamafactory_kt.decoding import attention
 from llamafactory_kt.decoding.quantized_cache import INT8, Int8Layer, Int8SlidingLayer
 from llamafactory_kt.load_report import load_rows
 from llamafactory_kt.model import growing_cache
-from llamafactory_kt.model.growing_cache import GrowingLayer, GrowingSlidingLayer, let_grow
+from llamafactory_kt.model.growing_cache import GrowingLayer, GrowingSlidingLayer, let_grow, through_cache
 from llamafactory_kt.native.coded_rows import STORED, CodedRows, decode, encode
 from llamafactory_kt.tracing.chain import Chain
 
@@ -213,3 +214,21 @@ def test_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMAFACTORY_KT_WITHOUT", growing_cache.INTERNAL.name)
     with pytest.raises(KTConfigError, match=r"cache: int8 needs a version of transformers .* Set kt_cache: same"):
         load(path, cache="int8")
+
+
+def test_a_chat(tmp_path):
+    """Through LLaMA-Factory."""
+    chat = chat_model(
+        make_model(tmp_path / "model", "qwen3_moe"), kt_backend="native", kt_cache="INT8", max_new_tokens=6
+    )
+    (answer,) = chat.chat([{"role": "user", "content": "Hello"}])
+    assert 0 < answer.response_length <= 6
+    assert "8 bits, with a scale for each head of a token" in dict(load_rows(chat.engine.model)).values()
+
+
+def test_quality_is_measured_through_the_cache(tmp_path):
+    """Not as a call without a cache, which encodes nothing."""
+    model = made(tmp_path, "qwen3_moe", cache="int8")
+    with torch.inference_mode():
+        found, floats = (model(ONE_ROW, **keys).logits for keys in (through_cache(model), {"use_cache": False}))
+    assert 1e-4 < per_token(found, floats) < NOISE

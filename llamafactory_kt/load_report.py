@@ -59,6 +59,11 @@ def load_rows(model: nn.Module) -> Rows:
         kind = quantized[0].packed.packing.kind
         cached = f", {state.cached_dense.used} of them quantized before" if state.cached_dense else ""
         rows.append(("Linear layers", f"{len(quantized)} as {kind}, with a scale for each {GROUP} weights{cached}"))
+    if bits := state.options.cache_bits:
+        kept = f"{bits} bits, with a scale for each head of a token"
+        if any(getattr(module, "caches_latents", False) for module in model.modules()):
+            kept = "latents, which stay as they are"
+        rows.append(("Keys and values", kept))
     workers = engine.describe_workers(state.plan, state.options)
     rows.append(("Threads", f"{workers}{'; ' if workers else ''}torch {torch.get_num_threads()}"))
     if state.reason:

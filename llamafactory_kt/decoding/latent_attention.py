@@ -34,6 +34,7 @@ from ..native.quantized_tensor import QuantizedTensor
 from . import attention
 from .latent_contract import LatentContract, has_query, read_contract, rotated
 from .lora_linear import InferenceLora
+from .quantized_cache import Int8Layer
 
 INTERNAL = Internal("latent-attention", "transformers", TESTED["transformers"])
 _BYTES = 64 * 2**20
@@ -43,6 +44,7 @@ _BYTES = 64 * 2**20
 class LatentAttention(nn.Module):
     """Stands in as the class of an attention module, together with the module's own, which computes whatever has another cache."""
 
+    caches_latents = True
     _kt_contract: LatentContract
     config: Any
     layer_idx: int
@@ -79,7 +81,7 @@ class LatentAttention(nn.Module):
             size = self._kt_contract.latent + self._kt_contract.rotated
             return bool(layer.keys.shape[1] == 1 and layer.keys.shape[-1] == size and not layer.values.shape[-1])
         kind = type(layer) if layer is not None else cache.layer_class_to_replicate
-        plain = kind in (DynamicLayer, GrowingLayer) and not getattr(cache, "offloading", False)
+        plain = kind in (DynamicLayer, GrowingLayer, Int8Layer) and not getattr(cache, "offloading", False)
         return plain and not torch.is_grad_enabled() and self._up_projection(x) is not None
 
     def _projected(self, x: torch.Tensor, positions: Any) -> tuple[torch.Tensor, torch.Tensor]:

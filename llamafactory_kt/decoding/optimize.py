@@ -6,10 +6,11 @@ import warnings
 
 from torch import nn
 
-from ..model.growing_cache import grow_caches
+from ..model.growing_cache import GROWING, grow_caches
 from ..model.state import kt_state, plain_model
 from .attention import use_native_attention
 from .prepare import prepare_layers
+from .quantized_cache import INT8
 
 
 def optimize_for_inference(model: nn.Module) -> None:
@@ -32,7 +33,7 @@ def optimize_for_inference(model: nn.Module) -> None:
     def optimize() -> None:
         if not state.optimized:
             use_native_attention(base)
-            grow_caches(base)
+            grow_caches(base, INT8 if state.options.cache_bits else GROWING)
         prepare_layers(base, copy=not state.options.mapped, bits=state.options.dense_bits, cached=state.cached_dense)
         state.optimized = True
 

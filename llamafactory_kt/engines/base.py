@@ -39,6 +39,8 @@ class EngineOptions:
     """leave weights in the checkpoint's mapped files, where the engine can read them there"""
     dense_bits: int | None = None
     """of the weights of the linear layers around the experts; None for the checkpoint's own"""
+    cache_bits: int | None = None
+    """of the keys and values in the cache; None for the model's dtype"""
 
 
 DEFAULT_OPTIONS = EngineOptions()
@@ -46,6 +48,8 @@ LOADS = ("auto", "mmap", "copy")
 """how weights get into memory; ``auto``: copied where memory is free, else mapped"""
 DENSE = {"same": None, "int8": 8, "int4": 4}
 """what the linear layers around the experts are kept as: bits of a weight; None for the checkpoint's own"""
+CACHES = {"same": None, "int8": 8}
+"""what the cache keeps keys and values as: bits of a value; None for the model's dtype"""
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ def experts_config(model_args: Any) -> KTExpertsConfig:
         recalibrate=model_args.kt_recalibrate,
         load=model_args.kt_load,
         dense=model_args.kt_dense,
+        cache=model_args.kt_cache,
         max_chunk=model_args.kt_max_chunk,
         adapter=[str(path) for path in adapter_directories(model_args)],
         moe_lora=str(moe_lora) if moe_lora else None,

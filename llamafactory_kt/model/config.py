@@ -9,7 +9,7 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..engines.base import DENSE, EngineOptions
+from ..engines.base import CACHES, DENSE, EngineOptions
 from ..engines.ktkernel.sub_pools import sub_pools
 from ..engines.plan import PlanRequest
 
@@ -39,6 +39,8 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
             free. Only ``native`` reads mapped weights, and ``INT8`` and ``INT4`` those of ``weight_path``.
         dense: ``int8`` or ``int4``: :func:`~llamafactory_kt.optimize_for_inference` quantizes the linear layers around the experts, too, with a
             scale for each 32 weights; ``same`` keeps the checkpoint's dtype. On the CPU, with the native kernels.
+        cache: ``int8``: after :func:`~llamafactory_kt.optimize_for_inference`, keys and values of past tokens are kept in 8 bits, with a scale for each
+            head's row; ``same`` keeps the model's dtype. On the CPU, with the native kernels. Latents (multi-head latent attention) stay.
         max_chunk: tokens per call of kt-kernel; longer inputs are split.
         adapter: directory of the LoRA adapter to come, or several. They are checked against the model before weights
             are read, and the kernels get room for their ranks. They are not applied: that is ``apply_adapter``'s part.
@@ -66,6 +68,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     recalibrate: bool = False
     load: str = "auto"
     dense: str = "same"
+    cache: str = "same"
     max_chunk: int = DEFAULT_MAX_CHUNK
     adapter: str | list[str] | None = None
     moe_lora: str | None = None
@@ -87,7 +90,14 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def options(self) -> EngineOptions:
         """What an engine is built with."""
         files = Path(self.weight_path) if self.weight_path else None
-        return EngineOptions(self.pools, self.max_chunk, files, verbose=self.debug, dense_bits=DENSE.get(self.dense))
+        return EngineOptions(
+            self.pools,
+            self.max_chunk,
+            files,
+            verbose=self.debug,
+            dense_bits=DENSE.get(self.dense),
+            cache_bits=CACHES.get(self.cache),
+        )
 
     def plan_request(self, on_gpu: bool) -> PlanRequest:
         """What a plan must fit."""

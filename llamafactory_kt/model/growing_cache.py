@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..ground.internals import TESTED, Internal
 from ..native.recording import active
+from .state import has_kt_experts, kt_state
 
 INTERNAL = Internal("growing-cache", "transformers", TESTED["transformers"])
 _LEAST = 256
@@ -58,6 +59,9 @@ def _alike(kept: torch.Tensor, new: torch.Tensor) -> bool:
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's cache. Stands in as the class of a ``DynamicLayer``, at any time."""
 
+    def begin(self) -> None:
+        """Called when the layer gets this class."""
+
     def rooms(self) -> tuple[Room, Room]:
         """Of keys and values."""
         found: tuple[Room, Room] | None = vars(self).get("_kt_rooms")
@@ -82,7 +86,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def takes(self, key_states: torch.Tensor, value_states: torch.Tensor, keys: int | None) -> bool:
         """Whether :meth:`extend` takes these as they are, and returns so many keys; None for any number."""
         if not self.is_initialized or self.keys.dim() != 4:
-            return keys is None or keys == key_states.shape[-2]
+            return key_states.is_floating_point() and keys in (None, key_states.shape[-2])
         return (
             (keys is None or keys == self.keys.shape[-2] + key_states.shape[-2])
             and _alike(self.keys, key_states)
@@ -117,29 +121,42 @@ class GrowingSlidingLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: ign
         self.activate_past_recording()
 
 
-_GROWING = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingSlidingLayer}
+Classes = dict[type[DynamicLayer], type[GrowingLayer]]
+GROWING: Classes = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingSlidingLayer}
 
 
-def let_grow(cache: Any) -> None:
-    """Let a cache grow in place, whatever it holds already. Other kinds of caches and layers are left."""
+def let_grow(cache: Any, classes: Classes = GROWING) -> None:
+    """Let a cache grow in place, whatever it holds already. Other kinds of caches and layers are left.
+
+    Args:
+        classes: of layers, for those of transformers.
+    """
     if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
         return
     if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = GrowingLayer
+        cache.layer_class_to_replicate = classes[DynamicLayer]
     for layer in cache.layers:
-        if (growing := _GROWING.get(type(layer))) is not None and not getattr(layer, "record_past", False):
+        if (growing := classes.get(type(layer))) is not None and not getattr(layer, "record_past", False):
             layer.__class__ = growing
+            layer.begin()
 
 
-def grow_caches(model: nn.Module) -> None:
+def grow_caches(model: nn.Module, classes: Classes = GROWING) -> None:
     """Let the caches grow with which a model is called, or a model inside of it: PEFT calls ``forward``, which has no hooks."""
+
+    def before_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is not None and "_kt_grows" not in vars(cache):
+            let_grow(cache, classes)
+            vars(cache)["_kt_grows"] = True
+
     for module in model.modules() if INTERNAL.usable else ():
         if isinstance(module, PreTrainedModel):
-            module.register_forward_pre_hook(_before_call, with_kwargs=True)
+            module.register_forward_pre_hook(before_call, with_kwargs=True)
 
 
-def _before_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
-    if cache is not None and "_kt_grows" not in vars(cache):
-        let_grow(cache)
-        vars(cache)["_kt_grows"] = True
+def through_cache(model: Any) -> dict[str, Any]:
+    """Arguments of a call that computes as a chat does: attention sees what the cache keeps of keys and values, not themselves."""
+    if not (has_kt_experts(model) and kt_state(model).options.cache_bits):
+        return {"use_cache": False}
+    return {"use_cache": True, "past_key_values": DynamicCache(config=model.config)}

@@ -36,6 +36,7 @@ from ..native.openmp import release_team
 from ..native.packed import PackedExpert, Packing
 from ..peft_side.swap import require_peft_layers
 from ..settings.rules import experts_problems
+from . import growing_cache
 from .config import KTExpertsConfig
 from .debug import Debugger
 from .experts_module import KTExperts, PresortedExperts
@@ -67,6 +68,12 @@ class ExpertsLoad:
         if on_gpu and config.options.dense_bits:
             raise KTConfigError(
                 f"dense: {config.dense} is for models without a GPU: there the linear layers are on it. Set kt_dense: same."
+            )
+        if on_gpu and config.options.cache_bits:
+            raise KTConfigError(f"cache: {config.cache} is for models without a GPU. Set kt_cache: same.")
+        if config.options.cache_bits and not growing_cache.INTERNAL.usable:
+            raise KTConfigError(
+                f"cache: {config.cache} needs a version of transformers whose cache is known. Set kt_cache: same."
             )
         self._config, self._on_gpu = config, on_gpu
         for directory in {Path(file).parent for file in files}:
@@ -222,7 +229,7 @@ class ExpertsLoad:
 def _check_config(config: KTExpertsConfig) -> None:
     problems = experts_problems(
         canonical_name(config.backend), weight_path=config.weight_path, merge_adapter=config.merge_adapter,
-        num_threads=config.num_threads, pools=config.pools, load=config.load, dense=config.dense,
+        num_threads=config.num_threads, pools=config.pools, load=config.load, dense=config.dense, cache=config.cache,
     )  # fmt: skip
     if problems:
         raise KTConfigError(" ".join(problems))

@@ -26,7 +26,7 @@ SOURCES, LIBRARY, NOT_BUILT = HERE / "src", HERE / "libkt_native.so", HERE / "no
 FROM_PYPI = "ziglang>=0.15"
 """a compiler for machines that have none"""
 _AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"]
-_AVX512_BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vbmi"]
+_AVX512_BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vnni"]
 _FLAGS = {
     "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "avx512.cpp": _AVX512,

@@ -6,6 +6,7 @@ from ctypes import c_int64
 
 import torch
 
+from .coded_rows import CodedRows, decoded
 from .library import DTYPES, AttentionCall, LinearCall, Weight, byref, in_panels, kernels
 from .recording import active
 from .scratch import scratch
@@ -45,7 +46,7 @@ def attention(
 
     Args:
         q: [batch, heads, queries, key_dim]; k: [batch, kv_heads, keys, key_dim]; v: [batch, kv_heads, keys, value_dim]; of one dtype, the
-            last dimension contiguous.
+            last dimension contiguous. Where keys and values are :class:`CodedRows`, their codes are read.
         window: positions that a query sees, its own included; 0 for all.
         sinks: [heads] logits that take part in each softmax, float32.
         mask: [batch, keys], bool: keys that are seen at all.
@@ -55,10 +56,12 @@ def attention(
     """
     batch, heads, queries, key_dim = q.shape
     kv_heads, keys, value_dim = v.shape[1:]
+    coded = isinstance(k, CodedRows) and isinstance(v, CodedRows)
+    k, v = (k.rows, v.rows) if coded else (decoded(k), decoded(v))  # type: ignore[attr-defined]
     out = torch.empty(batch, queries, heads, value_dim, dtype=q.dtype)
     strides = (_Strides(*tensor.stride()[:3]) for tensor in (q, k, v))
     call = AttentionCall(
-        batch, heads, kv_heads, queries, keys, key_dim, value_dim, DTYPES[q.dtype], scale, window,
+        batch, heads, kv_heads, queries, keys, key_dim, value_dim, DTYPES[q.dtype], coded, scale, window,
         q.data_ptr(), k.data_ptr(), v.data_ptr(), *strides, _address(sinks), _address(mask), out.data_ptr(),
     )  # fmt: skip
     kernels().kt_attention_forward(byref(call), scratch(kernels().kt_attention_scratch(byref(call), threads)), threads)

@@ -106,7 +106,7 @@ class AttentionCall(Structure):
 
     _fields_ = (
         ("batch", c_int64), ("heads", c_int64), ("kv_heads", c_int64), ("queries", c_int64), ("keys", c_int64), ("key_dim", c_int64),
-        ("value_dim", c_int64), ("dtype", c_int32), ("scale", c_float), ("window", c_int64), ("q", c_void_p), ("k", c_void_p),
+        ("value_dim", c_int64), ("dtype", c_int32), ("coded", c_int32), ("scale", c_float), ("window", c_int64), ("q", c_void_p), ("k", c_void_p),
         ("v", c_void_p), ("q_strides", c_int64 * 3), ("k_strides", c_int64 * 3), ("v_strides", c_int64 * 3), ("sinks", c_void_p),
         ("mask", c_void_p), ("out", c_void_p),
     )  # fmt: skip
@@ -123,7 +123,7 @@ class Step(Structure):
 
 STEPS = {name: number for number, name in enumerate((
     "copy", "add", "mul", "div", "rsub", "silu", "sigmoid", "gelu", "gelu_tanh", "exp", "clamp", "neg", "square", "rsqrt", "sqrt", "not",
-    "fill_where", "sum", "softmax", "topk", "gather", "scatter", "fill", "complex_mul", "memcpy", "linear", "experts", "attention", "norm", "heads",
+    "fill_where", "sum", "softmax", "topk", "gather", "scatter", "fill", "complex_mul", "memcpy", "linear", "experts", "attention", "norm", "heads", "encode",
 ))}  # fmt: skip
 """``kt_op``, by name"""
 

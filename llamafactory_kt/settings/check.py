@@ -74,7 +74,8 @@ def _check_values(args: Any) -> list[str]:
         args.kt_backend = canonical_name(args.kt_backend)
     except KTConfigError as error:
         problems.append(str(error))
-    args.kt_load, args.kt_dense = str(args.kt_load).lower(), str(args.kt_dense).lower()
+    for name in ("kt_load", "kt_dense", "kt_cache"):
+        setattr(args, name, str(getattr(args, name)).lower())
     threads = args.kt_num_threads
     if threads is None or str(threads).lower() == "auto":
         args.kt_num_threads = None
@@ -103,6 +104,7 @@ def _check_combinations(args: Any) -> list[str]:
             pools=pools if isinstance(pools, int) else None,
             load=args.kt_load,
             dense=args.kt_dense,
+            cache=args.kt_cache,
             prefix="kt_",
         )
     if (backend := infer_backend(args)) not in ("huggingface", "sglang"):

@@ -13,7 +13,7 @@ from .values import key
 SCOPES = ("all", "attention")
 
 CHAT_ONLY_KEYS = (
-    "kt_load", "kt_dense", "kt_max_chunk", "kt_merge_adapter", "kt_idle_workers", "kt_recalibrate", "kt_router_stats", "kt_debug_dir",
+    "kt_load", "kt_dense", "kt_cache", "kt_max_chunk", "kt_merge_adapter", "kt_idle_workers", "kt_recalibrate", "kt_router_stats", "kt_debug_dir",
 )  # fmt: skip
 """keys about experts in this process, which do nothing with ``infer_backend: sglang``"""
 
@@ -37,6 +37,11 @@ class KTArguments(KTServingArguments):
         "same",
         "What the linear layers around the experts (attention, dense layers, shared experts, output layer) are kept as, without a GPU: same as in "
         "the checkpoint, int8 or int4 (quantized while loading, with a scale for each 32 weights; LoRA stays in full precision).",
+    )
+    kt_cache: str = key(
+        "same",
+        "What keys and values of past tokens are kept as, without a GPU: same as the model computes in, or int8 (half the memory, less to read for "
+        "each token of long conversations).",
     )
     kt_num_threads: str | None = key(None, "CPU threads of kt-kernel. Default: the fastest number measured.")
     kt_idle_workers: bool | None = key(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..engines.base import DENSE, LOADS
+from ..engines.base import CACHES, DENSE, LOADS
 from ..engines.native import NativeEngine
 from ..engines.registry import engines, find_engine
 from ..ground.internals import switch_problem
@@ -18,6 +18,7 @@ def experts_problems(
     pools: int | None,
     load: str = LOADS[0],
     dense: str = "same",
+    cache: str = "same",
     prefix: str = "",
 ) -> list[str]:
     """What is wrong with these values and the environment, one sentence each.
@@ -30,16 +31,15 @@ def experts_problems(
     problems, engine = [], find_engine(backend)
     if problem := switch_problem():
         problems.append(problem)
-    if load not in LOADS:
-        problems.append(
-            f"{prefix}load: unknown value {load!r}, expected one of {', '.join(LOADS)}{suggestion(load, LOADS)}"
-        )
-    if dense not in DENSE:
-        problems.append(
-            f"{prefix}dense: unknown value {dense!r}, expected one of {', '.join(DENSE)}{suggestion(dense, DENSE)}"
-        )
-    elif DENSE[dense] and (problem := NativeEngine.problem()):
-        problems.append(f"{prefix}dense: {dense} needs the native kernels, and {problem}. Set {prefix}dense: same.")
+    for name, value, known in (("load", load, LOADS), ("dense", dense, DENSE), ("cache", cache, CACHES)):
+        if value not in known:
+            problems.append(
+                f"{prefix}{name}: unknown value {value!r}, expected one of {', '.join(known)}{suggestion(value, known)}"
+            )
+        elif isinstance(known, dict) and known[value] and (problem := NativeEngine.problem()):
+            problems.append(
+                f"{prefix}{name}: {value} needs the native kernels, and {problem}. Set {prefix}{name}: same."
+            )
     if pools is not None and num_threads is not None and num_threads < pools:
         problems.append(
             f"{prefix}num_threads: {num_threads} is fewer than {prefix}threadpool_count: {pools}; give each pool one."

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from ..native import coded_rows
+from ..native.coded_rows import STORED
 from ..native.fused_linear import FusedLinear, fits
 from ..native.library import DTYPES, MOST_LINEARS, STEPS, AttentionCall, LinearsCall, Step
 from .operators import OPERATORS
@@ -17,6 +19,8 @@ from .program import CacheUse, Observation, Program
 from .recorder import Operation
 from .strides import collapsed
 
+_MOVED = {**DTYPES, STORED: DTYPES[torch.float32]}
+"""as what the cache's rows are copied: words bit by bit"""
 _DTYPES = {**DTYPES, torch.bool: 3, torch.int64: 4, torch.complex64: 5}
 
 
@@ -222,6 +226,10 @@ class Lowering:
         self._end_part()
         self._parts.append(Observation(function, moved))
 
+    def _encode(self, _: None, states: torch.Tensor, rows: torch.Tensor) -> None:
+        step = self.step("encode", out=self.places.address(rows), a=self.places.address(states))
+        coded_rows.point(step, states, rows)
+
     def _append(
         self,
         layer: Any,
@@ -236,7 +244,7 @@ class Lowering:
             step = self.step("copy", a=self.places.address(new))
             step.sizes[:] = new.shape
             for which, tensor in enumerate((every, new)):
-                step.dtypes[which], step.strides[which][:] = DTYPES[tensor.dtype], tensor.stride()
+                step.dtypes[which], step.strides[which][:] = _MOVED[tensor.dtype], tensor.stride()
             writes.append(step)
         number = next((n for n, own in enumerate(self._cache_layers) if own is layer), None)
         if number is None or any(use.layer == number for use in self._caches):
@@ -255,14 +263,15 @@ class Lowering:
             or k.shape != use.found[0].shape
             or v.shape[:3] != use.values.shape[:3]
             or v.shape[3] > use.values.shape[3]
+            or k.dtype != v.dtype
             or q.stride(-1) != 1
         ):
             raise CannotLower("attention to something else than the cache")
         scale, window, sinks = settings
         batch, heads, queries, width = q.shape
         call = AttentionCall(
-            batch=batch, heads=heads, kv_heads=k.shape[1], queries=queries, keys=k.shape[2], key_dim=width, value_dim=v.shape[3],
-            dtype=_DTYPES[q.dtype], scale=scale, window=window, q=self.places.address(q), out=self.places.address(out),
+            batch=batch, heads=heads, kv_heads=k.shape[1], queries=queries, keys=k.shape[2], key_dim=width, value_dim=out.shape[3],
+            dtype=_DTYPES[q.dtype], coded=k.dtype == STORED, scale=scale, window=window, q=self.places.address(q), out=self.places.address(out),
             sinks=sinks.data_ptr() if sinks is not None else None,
         )  # fmt: skip
         call.q_strides[:] = q.stride()[:3]

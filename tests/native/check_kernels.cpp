@@ -501,9 +501,29 @@ struct Sizes {
     bool sinks, mask;
 };
 
-void check_attention(const Sizes &s, int dtype) {
+/* Rows of codes as KT_STEP_ENCODE makes them; `array`, `heads` times `held` rows apart by `between`, becomes what they stand for. */
+void *encoded(int dtype, int64_t heads, int64_t held, int64_t between, int64_t width, const void *array, double *values) {
+    const int64_t words = (width + 3) / 4 + 1;
+    int32_t *rows = reinterpret_cast<int32_t *>(allocate(((heads - 1) * between + held) * words * 4));
+    kt_step step = {KT_STEP_ENCODE, {0, dtype, 0}, {1, heads, held, width}, {{0, between * words, words, 1}, {0, between * width, width, 1}, {}}, rows, array, nullptr, nullptr, 0, 0, 0, nullptr};
+    kt_run(&step, 1, nullptr, 3, nullptr);
+    for (int64_t h = 0; h < heads; h++)
+        for (int64_t r = 0; r < held; r++) {
+            const int32_t *row = rows + (h * between + r) * words;
+            float scale;
+            memcpy(&scale, row + words - 1, 4);
+            for (int64_t d = 0; d < width; d++) {
+                const int64_t at = (h * between + r) * width + d;
+                values[at] = double(reinterpret_cast<const int8_t *>(row)[d]) * scale;
+                if (!(fabs(values[at] - value(array, dtype, at)) <= 0.501 * scale)) failures++, printf("%s: a code is wrong\n", instructions);
+            }
+        }
+    return rows;
+}
+
+void check_attention(const Sizes &s, int dtype, bool coded) {
     char name[200];
-    snprintf(name, sizeof name, "attention: batch %d, %d heads of %d, %d queries, %d keys, %d and %d wide, window %d%s%s, %s", int(s.batch),
+    snprintf(name, sizeof name, "attention%s: batch %d, %d heads of %d, %d queries, %d keys, %d and %d wide, window %d%s%s, %s", coded ? " to codes" : "", int(s.batch),
              int(s.heads), int(s.kv_heads), int(s.queries), int(s.keys), int(s.key_dim), int(s.value_dim), int(s.window),
              s.sinks ? ", sinks" : "", s.mask ? ", mask" : "", NAMES[dtype]);
     kt_attention a = {};
@@ -524,6 +544,15 @@ void check_attention(const Sizes &s, int dtype) {
         for (int64_t i = 0; i < s.batch * s.keys; i++) mask[i] = i % s.keys >= s.keys - s.queries || below(3) > 0;
         a.mask = mask;
     }
+    const int64_t key_heads = s.batch * s.kv_heads, all_rows = key_heads * room - 3;
+    double *keys = doubles(all_rows * s.key_dim), *values = doubles(all_rows * s.value_dim);
+    for (int64_t i = 0; i < all_rows * s.key_dim; i++) keys[i] = value(a.k, dtype, i);
+    for (int64_t i = 0; i < all_rows * s.value_dim; i++) values[i] = value(a.v, dtype, i);
+    if (coded) {
+        a.coded = 1;
+        a.k = encoded(dtype, key_heads, s.keys, room, s.key_dim, a.k, keys), a.v = encoded(dtype, key_heads, s.keys, room, s.value_dim, a.v, values);
+        for (int i = 0; i < 3; i++) a.k_strides[i] = k_strides[i] / s.key_dim * ((s.key_dim + 3) / 4 + 1), a.v_strides[i] = v_strides[i] / s.value_dim * ((s.value_dim + 3) / 4 + 1);
+    }
     const int64_t rows = s.batch * s.queries * s.heads;
     double *wanted = doubles(rows * s.value_dim), *score = doubles(s.keys);
     for (int64_t r = 0; r < rows; r++) {
@@ -534,7 +563,7 @@ void check_attention(const Sizes &s, int dtype) {
             score[i] = s.mask && !a.mask[batch * s.keys + i] ? -INFINITY : 0;
             for (int64_t d = 0; d < s.key_dim; d++)
                 score[i] += a.scale * value(a.q, dtype, batch * q_strides[0] + head * q_strides[1] + query * q_strides[2] + d) *
-                            value(a.k, dtype, batch * k_strides[0] + kv * k_strides[1] + i * k_strides[2] + d);
+                            keys[batch * k_strides[0] + kv * k_strides[1] + i * k_strides[2] + d];
             most = fmax(most, score[i]);
         }
         if (s.sinks) total = exp(a.sinks[head] - most);
@@ -542,11 +571,11 @@ void check_attention(const Sizes &s, int dtype) {
         for (int64_t i = first; i <= last; i++)
             for (int64_t d = 0; d < s.value_dim; d++)
                 wanted[r * s.value_dim + d] +=
-                    score[i] / total * value(a.v, dtype, batch * v_strides[0] + kv * v_strides[1] + i * v_strides[2] + d);
+                    score[i] / total * values[batch * v_strides[0] + kv * v_strides[1] + i * v_strides[2] + d];
     }
     kt_step step = {};
     step.op = KT_STEP_ATTENTION, step.call = &a;
-    const double rounding = pairs() && dtype == KT_BF16 ? 6e-3 : 2e-6; /* the softmax's weights are rounded, too: few keys, no averaging */
+    const double rounding = pairs() && dtype == KT_BF16 ? 6e-3 : coded ? (dtype == KT_BF16 ? 4e-3 : dtype == KT_F16 ? 1e-3 : 4e-4) : 2e-6; /* the softmax's weights are rounded, too: few keys, no averaging */
     check(name, rows, s.value_dim, dtype, wanted, rounding, kt_run_scratch(&step, 1, MOST_THREADS), [&](void *out, void *scratch, int threads) {
         a.out = out;
         if (threads == 2)
@@ -720,7 +749,8 @@ void check_all() {
             {2, 8, 8, 3, 300, 96, 40, 0, true, true}, {1, 12, 3, 5, 777, 24, 7, 100, true, false}, {2, 16, 1, 1, 513, 72, 64, 0, false, true},
             {1, 4, 2, 4, 4, 16, 16, 0, false, false}, {3, 6, 2, 2, 40, 33, 17, 1, false, false},
         };
-        for (auto &s : attentions) check_attention(s, dtype);
+        for (auto &s : attentions)
+            for (int coded = 0; coded < 2; coded++) check_attention(s, dtype, coded);
     }
     constexpr int CODES[] = {KT_INT4, KT_INT8, KT_E4M3};
     constexpr int64_t FEW_AND_MANY[] = {1, 2, 3, 4, 7, 15, 16, 33, 70}, EVEN[] = {2, 30, 64, 98, 128, 256, 300, 650};

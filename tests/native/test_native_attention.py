@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llamafactory_kt.native import calls
+from llamafactory_kt.native.coded_rows import CodedRows, decode, encode
 from llamafactory_kt.native.library import AttentionCall, library
 
 LIBRARY = library()
@@ -64,6 +65,84 @@ def test_attention(instructions, sizes):
         assert (error <= BOUND[dtype] * size).all(), f"{dtype}: {(error / size).max():.1e} of a row"
         for threads in (1, 2):
             assert torch.equal(found, calls.attention(*given, threads=threads)), "the number of threads must not matter"
+
+
+BOUND_OF_CODES = {**BOUND, torch.float32: 1e-4}
+"""queries and the softmax's weights are shorts, each relative to the largest one of a row"""
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_attention_to_codes(instructions, sizes):
+    """Against float64 sums of what the codes stand for."""
+    batch, heads, kv_heads, queries, keys, key_dim, value_dim, window, sinks, mask = sizes
+    generator = torch.Generator().manual_seed(keys)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    logits = random(heads) if sinks else None
+    seen = random(batch, keys) > -0.5 if mask else None
+    for dtype in BOUND:
+        q = random(batch, queries, heads, key_dim).to(dtype).transpose(1, 2)
+        coded, plain = [], []
+        for width in (key_dim, value_dim):
+            rows = encode(random(batch, kv_heads, keys + 5, width).to(dtype))[:, :, 3 : keys + 3]
+            coded.append(CodedRows(rows, width, dtype))
+            plain.append(decode(rows, width, torch.float32))
+        rest = key_dim**-0.5, window, logits, seen
+        found = calls.attention(q, *coded, *rest, threads=3)
+        wanted = attention_by_sums(q, *plain, *rest)
+        size = attention_by_sums(q, plain[0], plain[1].abs(), *rest).norm(dim=-1)
+        error = (found.double() - wanted).norm(dim=-1)
+        assert (error <= BOUND_OF_CODES[dtype] * size).all(), f"{dtype}: {(error / size).max():.1e} of a row"
+        assert torch.equal(found, calls.attention(q, *coded, *rest, threads=1)), "the number of threads must not matter"
+
+
+def test_codes(instructions):
+    """Against torch's rounding; a row that is not finite is none of the others' concern."""
+    for width in (1, 6, 32, 77, 300):
+        states = (
+            torch.randn(2, 5, 70, 3 * width)[..., :width].transpose(1, 2) * torch.logspace(-6, 6, 70)[:, None, None]
+        )
+        states[0, 2] = 0
+        rows, states[1, 3, 1, 0] = None, torch.inf
+        rows = encode(states)
+        assert rows.shape == (2, 70, 5, -(-width // 4) + 1)
+        scales = states.abs().amax(-1, keepdim=True) / 127
+        found = decode(rows, width, torch.float32)
+        assert found[1, 3, 1].isnan().all() and found.isnan().sum() == width
+        assert not found[0, 2].any()
+        wanted = ((states / scales).round() * scales).nan_to_num(0)
+        assert (
+            (found.nan_to_num(0) - wanted).abs() <= 1e-5 * scales.nan_to_num(0, 0, 0)
+        ).double().mean() > 0.999  # but for ties
+        assert ((found - states).nan_to_num(0).abs() <= 0.5001 * scales).all()
+        for dtype in (torch.bfloat16, torch.float16):
+            narrow = torch.randn(1, 2, 3, width).to(dtype)
+            assert torch.equal(encode(narrow), encode(narrow.float()))
+
+
+@pytest.mark.parametrize("queries", [1, 60])
+def test_nan_among_codes_is_seen(instructions, queries):
+    q, k, v = (torch.randn(1, 2, queries, 64) for _ in range(3))
+    k[0, 1, queries // 2] = torch.nan
+    found = calls.attention(q, *(CodedRows(encode(t), 64, t.dtype) for t in (k, v)), 0.1, threads=1).isnan().any(-1)[0]
+    assert not found[:, 0].any() and found[queries // 2 :, 1].all() and not found[: queries // 2, 1].any()
+
+
+def test_other_operators_get_the_values():
+    states = torch.randn(2, 3, 9, 30).bfloat16()
+    rows = encode(states)
+    coded, plain = CodedRows(rows, 30, states.dtype), decode(rows, 30, states.dtype)
+    assert (coded.shape, coded.dtype, coded.stride()) == (plain.shape, plain.dtype, plain.stride())
+    assert torch.equal(coded.transpose(2, 3), plain.transpose(2, 3)) and torch.equal(coded[:, 1:] * 2, plain[:, 1:] * 2)
+    query = torch.randn(2, 3, 4, 30).bfloat16()
+    with torch.inference_mode():
+        both = [torch.nn.functional.scaled_dot_product_attention(query, k, k) for k in (coded, plain)]
+        assert torch.equal(*both)
+    assert isinstance(coded.detach(), CodedRows)
+    mixed, wanted = (calls.attention(query, coded, values, 0.2, threads=1) for values in (plain, plain.clone()))
+    assert torch.equal(mixed, wanted)
 
 
 def grown(random, batch, kv_heads, keys, width, heads_first):

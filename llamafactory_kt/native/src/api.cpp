@@ -27,7 +27,7 @@ bool tiles([[maybe_unused]] unsigned leaf7_edx, [[maybe_unused]] unsigned xcr0) 
 #endif
 }
 
-/* avx512bf16 has VBMI, too: every CPU but the first with BF16 does. Bits as in Intel's manual (CPUID leaves 1 and 7), and whether the system saves the registers (XCR0). */
+/* avx512bf16 has VNNI and VBMI, too: every CPU with BF16 does, but the first has no VBMI. Bits as in Intel's manual (CPUID leaves 1 and 7), and whether the system saves the registers (XCR0). */
 Cpu detect() {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return {};
@@ -39,7 +39,7 @@ Cpu detect() {
     bool avx2 = ymm && fma && f16c && (b >> 5 & 1);
     bool avx512 = avx2 && zmm && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1); /* F, DQ, BW, VL */
     const unsigned features = d, more = c;
-    bool bf16 = avx512 && (more >> 1 & 1) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    bool bf16 = avx512 && (more >> 1 & 1) && (more >> 11 & 1) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
     return {avx2, avx512, bf16, bf16 && tiles(features, low)};
 }
 

@@ -10,17 +10,22 @@ namespace kernels_ {
 constexpr int64_t FEW_ROWS = LANES; /* of a key head; measured: a panel of lanes is not slower from here on */
 
 /* Call f(call) with the kernel that suits, its memory taken from scratch. */
+template <class T, class C, class Call>
+inline void with_kernel_of(const kt_attention &a, int threads, Scratch &scratch, Call f) {
+    if (a.heads / a.kv_heads * a.queries <= FEW_ROWS) {
+        FewQueries<T, C> call(a, threads, scratch);
+        f(call);
+    } else {
+        ManyQueries<T, C> call(a, threads, scratch);
+        f(call);
+    }
+}
+
 template <class Call>
 inline void with_kernel(const kt_attention &a, int threads, Scratch &scratch, Call f) {
     with_dtype(a.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        if (a.heads / a.kv_heads * a.queries <= FEW_ROWS) {
-            FewQueries<T> call(a, threads, scratch);
-            f(call);
-        } else {
-            ManyQueries<T> call(a, threads, scratch);
-            f(call);
-        }
+        a.coded ? with_kernel_of<T, code8>(a, threads, scratch, f) : with_kernel_of<T, T>(a, threads, scratch, f);
     });
 }
 

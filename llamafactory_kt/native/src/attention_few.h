@@ -17,7 +17,7 @@ struct Ahead {
     const int64_t lines, jump;
     int64_t left;
     Ahead(const T *rows, int64_t stride, int64_t n)
-        : next(reinterpret_cast<const char *>(rows)), lines((n * int64_t(sizeof(T)) + 63) / 64), jump(stride * int64_t(sizeof(T)) - lines * 64),
+        : next(reinterpret_cast<const char *>(rows)), lines((bytes_of_row<T>(n) + 63) / 64), jump(stride * int64_t(sizeof(T)) - lines * 64),
           left(lines) {}
     void line() {
         _mm_prefetch(next, _MM_HINT_T1);
@@ -26,18 +26,21 @@ struct Ahead {
     }
 };
 
-template <class T>
+template <class T, class C>
 struct FewQueries {
-    static constexpr int64_t PART = 256;          /* keys */
+    static constexpr bool CODED = __is_same(C, code8); /* queries and weights are shorts then, each row with a scale */
+    static constexpr int64_t PART = 256;          /* keys; whose sums of shorts and codes stay within 32 bits */
     static constexpr int MOST = ROWS_AT_ONCE;     /* rows whose sums stay in registers */
-    static constexpr int64_t WORDS = PART / PER_WORD<T>;
-    const Shape<T> shape;
+    static constexpr int64_t WORDS = PART / PER_WORD<C>;
+    static_assert(PART * MOST_SHORT * MOST_CODE < 1ll << 31);
+    const Shape<T, C> shape;
     const kt_attention &a;
     const int64_t begin; /* the first key that a query sees */
-    Parts<T> joined;
+    Parts<Shape<T, C>> joined;
     struct Memory {
-        X<T> *queries;            /* [MOST][width] */
+        X<C> *queries;            /* [MOST][width] */
         float *scores, *weights;  /* [MOST][PART], [MOST][WORDS] */
+        float *key_scales, *value_scales, *query_scales, *weight_scales; /* of codes: [PART], [PART], [MOST], [MOST] */
     };
     int64_t width; /* key_dim and zeros */
     char *memory;
@@ -45,7 +48,7 @@ struct FewQueries {
 
     FewQueries(const kt_attention &attention, int threads, Scratch &scratch)
         : shape(attention), a(attention), begin(shape.first(0)), joined(shape, parts_of(a.keys - begin), parts_of(a.keys), scratch) {
-        width = whole(a.key_dim, L * PER_WORD<T>);
+        width = whole(a.key_dim, L * PER_WORD<C>);
         Scratch own(nullptr);
         lay(own);
         bytes = own.used(), memory = scratch.take<char>(bytes * threads);
@@ -55,15 +58,16 @@ struct FewQueries {
 
     Memory lay(Scratch &s) const {
         Memory m;
-        m.queries = s.take<X<T>>(MOST * width), m.scores = s.take<float>(MOST * PART);
-        m.weights = pairs<T> ? s.take<float>(MOST * WORDS) : m.scores;
+        m.queries = s.take<X<C>>(MOST * width), m.scores = s.take<float>(MOST * PART);
+        m.weights = pairs<C> ? s.take<float>(MOST * WORDS) : m.scores;
+        if (CODED) m.key_scales = s.take<float>(PART), m.value_scales = s.take<float>(PART), m.query_scales = s.take<float>(MOST), m.weight_scales = s.take<float>(MOST);
         return m;
     }
 
     void compute(const Team &team) {
         Scratch own(memory + team.thread * bytes);
         const Memory m = lay(own);
-        memset(m.queries, 0, MOST * width * sizeof(X<T>));
+        memset(m.queries, 0, MOST * width * sizeof(X<C>));
         const Range mine(shape.key_heads * joined.parts, 1, team);
         for (int64_t n = mine.first; n < mine.last; n++) {
             const int64_t head = n / joined.parts, part = n % joined.parts;
@@ -76,27 +80,33 @@ struct FewQueries {
     template <int N>
     void rows(const Memory &m, int64_t head, int64_t part, int64_t row, int64_t next) {
         const int64_t last = shape.last(row + N - 1), from = begin + part * PART, keys = last - from < PART ? last - from : PART;
-        for (int n = 0; n < N; n++) convert(shape.query(head, row + n), m.queries + n * width, a.key_dim);
+        for (int n = 0; n < N; n++)
+            if constexpr (CODED) m.query_scales[n] = to_whole(shape.query(head, row + n), m.queries + n * width, a.key_dim, most_short(a.key_dim));
+            else convert(shape.query(head, row + n), m.queries + n * width, a.key_dim);
         for (int64_t k = 0; k < keys; k += L) {
-            const T *own = shape.key(head, from + k), *values = shape.value(head, from + k);
+            const C *own = shape.key(head, from + k), *values = shape.value(head, from + k);
             const int64_t count = keys - k < L ? keys - k : L;
             if constexpr (N == 1) scores<1, true>(own, values, count, m.queries, m.scores + k);
             else if constexpr (N == 2) scores<2, true>(own, values, count, m.queries, m.scores + k);
             else scores<4, true>(own, values, count, m.queries, m.scores + k);
             if constexpr (N > 4) scores<4, false>(own, values, count, m.queries + 4 * width, m.scores + 4 * PART + k);
         }
-        for (int n = 0; n < N; n++) softmax(m.scores + n * PART, m.weights + n * WORDS, from, keys, head, part, row + n);
-        Ahead<T> ahead(shape.key(next / joined.parts, begin + next % joined.parts * PART), a.k_strides[2], a.key_dim);
+        if constexpr (CODED) {
+            scales_of(shape.key(head, from), shape.key_stride, a.key_dim, keys, m.key_scales);
+            scales_of(shape.value(head, from), shape.value_stride, a.value_dim, keys, m.value_scales);
+        }
+        for (int n = 0; n < N; n++) softmax(m, n, from, keys, head, part, row + n);
+        Ahead<C> ahead(shape.key(next / joined.parts, begin + next % joined.parts * PART), shape.key_stride, a.key_dim);
         for (int64_t d = 0; d < a.value_dim; d += 2 * L)
-            columns<N>(ahead, shape.value(head, from) + d, keys, a.value_dim - d, m.weights, joined.weighted + joined.at(head, part, row) * a.value_dim + d);
+            columns<N>(ahead, shape.value(head, from) + d, keys, a.value_dim - d, m, joined.weighted + joined.at(head, part, row) * a.value_dim + d);
     }
 
     /* Scores of up to L keys and R rows: blocks of L sums. Meanwhile the values come, and the keys of the first part. */
     template <int R, bool AHEAD>
-    void scores(const T *keys, const T *values, int64_t count, const X<T> *queries, float *out) {
-        constexpr int step = L * PER_WORD<T>, K = L / R;
-        const int64_t stride = a.k_strides[2];
-        Ahead<T> keys_ahead(keys + 2 * L * stride, stride, a.key_dim), values_ahead(values, a.v_strides[2], a.value_dim);
+    void scores(const C *keys, const C *values, int64_t count, const X<C> *queries, float *out) {
+        constexpr int step = L * PER_WORD<C>, K = L / R;
+        const int64_t stride = shape.key_stride;
+        Ahead<C> keys_ahead(keys + 2 * L * stride, stride, a.key_dim), values_ahead(values, shape.value_stride, a.value_dim);
         for (int64_t k = 0; k < count; k += K, keys += K * stride, out += K) {
             const bool all_there = count - k >= K;
             F sums[L];
@@ -105,7 +115,7 @@ struct FewQueries {
             for (int64_t i = 0; i < a.key_dim; i += step) {
                 F rows[R];
 #pragma GCC unroll 4
-                for (int r = 0; r < R; r++) rows[r] = words_multiplied<T>(queries + r * width + i);
+                for (int r = 0; r < R; r++) rows[r] = words_multiplied<C>(queries + r * width + i);
                 const int64_t n = a.key_dim - i;
                 if (all_there && n >= step) {
 #pragma GCC unroll 16
@@ -113,25 +123,29 @@ struct FewQueries {
                         if (AHEAD) keys_ahead.line(), values_ahead.line();
                         const F own = words(keys + j * stride + i);
 #pragma GCC unroll 4
-                        for (int r = 0; r < R; r++) sums[r * K + j] = multiply_add<T>(own, rows[r], sums[r * K + j]);
+                        for (int r = 0; r < R; r++) sums[r * K + j] = multiply_add<C>(own, rows[r], sums[r * K + j]);
                     }
                 } else {
 #pragma GCC unroll 16
                     for (int j = 0; j < K; j++) {
                         const F own = k + j < count ? words(keys + j * stride + i, n) : zero();
 #pragma GCC unroll 4
-                        for (int r = 0; r < R; r++) sums[r * K + j] = multiply_add<T>(own, rows[r], sums[r * K + j]);
+                        for (int r = 0; r < R; r++) sums[r * K + j] = multiply_add<C>(own, rows[r], sums[r * K + j]);
                     }
                 }
             }
             alignas(64) float found[L];
-            store(found, sums_of(sums));
+            if constexpr (CODED) store(found, floats_of_whole(sums_of(sums, add_whole)));
+            else store(found, sums_of(sums, add));
             for (int r = 0; r < R; r++) memcpy(out + r * PART, found + r * K, K * sizeof(float));
         }
     }
 
     /* A row's weights: the exponentials of its scores relative to the largest, and zeros for keys that it does not see. */
-    void softmax(float *s, float *weights, int64_t from, int64_t keys, int64_t head, int64_t part, int64_t row) {
+    void softmax(const Memory &m, int64_t n, int64_t from, int64_t keys, int64_t head, int64_t part, int64_t row) {
+        float *s = m.scores + n * PART;
+        if constexpr (CODED)
+            for (int64_t i = 0; i < keys; i += L) store(s + i, mul(mul(load(s + i), load(m.key_scales + i)), all(m.query_scales[n])));
         const int64_t lower = shape.first(row) - from, upper = shape.last(row) - from;
         const uint8_t *mask = shape.mask(head);
         for (int64_t i = 0; i < lower && i < keys; i++) s[i] = -INFINITY;
@@ -142,48 +156,47 @@ struct FewQueries {
                 if (!mask[from + i]) s[i] = -INFINITY;
         F most = all(-INFINITY), sums = zero();
         for (int64_t i = 0; i < keys; i += L) most = max(load(s + i), most);
-        alignas(64) float each[L];
-        store(each, most);
-        float top = -INFINITY;
-        for (float one : each) top = one > top ? one : top;
-        top *= a.scale * LOG2_E;
+        float top = largest_of(most) * (a.scale * LOG2_E);
         if (!(top > LOWEST)) top = LOWEST;
         const F scale = all(a.scale * LOG2_E), minus = all(-top);
+        X<C> *weights = reinterpret_cast<X<C> *>(m.weights + n * WORDS);
         for (int64_t i = 0; i < keys; i += L) {
-            const F weight = power2<T>(fma(load(s + i), scale, minus));
-            store(reinterpret_cast<X<T> *>(weights) + i, weight), sums = add(sums, weight);
+            const F weight = power2<C>(fma(load(s + i), scale, minus));
+            sums = add(sums, weight);
+            if constexpr (CODED) store(s + i, mul(weight, load(m.value_scales + i)));
+            else store(weights + i, weight);
         }
+        if constexpr (CODED) m.weight_scales[n] = to_whole(s, weights, whole(keys, L), MOST_SHORT);
         joined.most[joined.at(head, part, row)] = top, joined.total[joined.at(head, part, row)] = sum(sums);
     }
 
     /* Sums of two vectors of columns, n of them there, over the keys. Meanwhile the next part's keys come. */
     template <int N>
-    void columns(Ahead<T> &ahead, const T *values, int64_t keys, int64_t n, const float *weights, float *out) {
+    void columns(Ahead<C> &ahead, const C *values, int64_t keys, int64_t n, const Memory &m, float *out) {
         F sums[N][2];
 #pragma GCC unroll 8
         for (int j = 0; j < N; j++) sums[j][0] = sums[j][1] = zero();
-        const int64_t stride = a.v_strides[2];
-        for (int64_t k = 0; k < keys; k += PER_WORD<T>, values += PER_WORD<T> * stride, weights++) {
+        const int64_t stride = shape.value_stride;
+        const float *weights = m.weights;
+        for (int64_t k = 0; k < keys; k += PER_WORD<C>, values += PER_WORD<C> * stride, weights++) {
             F own[2];
             ahead.line(), ahead.line();
-            if constexpr (pairs<T>) {
-#ifdef KT_BF16_PAIRS
+            if constexpr (pairs<C>) {
                 interleave(words(values, n), k + 1 < keys ? words(values + stride, n) : zero(), own);
-#endif
             } else {
                 own[0] = floats(values, n), own[1] = n > L ? floats(values + L, n - L) : zero();
             }
 #pragma GCC unroll 8
             for (int j = 0; j < N; j++) {
                 const F one = all(weights[j * WORDS]);
-                sums[j][0] = multiply_add<T>(one, own[0], sums[j][0]), sums[j][1] = multiply_add<T>(one, own[1], sums[j][1]);
+                sums[j][0] = multiply_add<C>(one, own[0], sums[j][0]), sums[j][1] = multiply_add<C>(one, own[1], sums[j][1]);
             }
         }
 #pragma GCC unroll 8
         for (int j = 0; j < N; j++, out += a.value_dim) {
-#ifdef KT_BF16_PAIRS
-            if constexpr (pairs<T>) in_order(sums[j]);
-#endif
+            if constexpr (CODED)
+                for (F &whole : sums[j]) whole = mul(floats_of_whole(whole), all(m.weight_scales[j]));
+            if constexpr (pairs<C>) in_order(sums[j]);
             store_some(out, sums[j][0], n);
             if (n > L) store_some(out + L, sums[j][1], n - L);
         }

@@ -11,17 +11,19 @@ namespace kt {
 namespace {
 namespace kernels_ {
 
-template <class T>
+template <class T, class C>
 struct ManyQueries {
+    static constexpr bool CODED = __is_same(C, code8); /* each block is decoded for all of a thread's rows */
     static constexpr int PW = PER_WORD<T>;
     static constexpr int64_t TAKE = 256, PART = 1024, ITEMS = 64; /* rows; keys; pieces of work that keep many threads busy */
-    const Shape<T> shape;
+    const Shape<T, C> shape;
     const kt_attention &a;
     const int64_t block, room, part; /* keys of a block, parts and keys of one: where rows are few, these are pieces of work too */
-    Parts<T> joined;
+    Parts<Shape<T, C>> joined;
     int64_t take, takes, value_width, key_panel, value_panel;
     struct Memory {
         float *keys, *values;           /* of a block: [block / L][words][L], [value_dim / L][words of keys][L] */
+        T *decoded_keys, *decoded_values; /* of codes: [block][key_dim], [block][value_dim] */
         float *queries, *sums;          /* of each panel: [words][LANES], [value_dim][LANES] */
         float *most, *total;            /* [TAKE], so that more threads never need less */
         float *scores, *weights;        /* of a panel and block: [block][LANES], [words of keys][LANES] */
@@ -50,6 +52,7 @@ struct ManyQueries {
     Memory lay(Scratch &s) const {
         Memory m;
         m.keys = s.take<float>(block / L * key_panel), m.values = s.take<float>(value_width / L * value_panel);
+        if (CODED) m.decoded_keys = s.take<T>(block * a.key_dim), m.decoded_values = s.take<T>(block * a.value_dim);
         m.queries = s.take<float>(TAKE / L * key_panel), m.sums = s.take<float>(TAKE * value_width);
         m.most = s.take<float>(TAKE), m.total = s.take<float>(TAKE);
         m.scores = s.take<float>(block * LANES), m.weights = pairs<T> ? s.take<float>(block / PW * LANES) : m.scores;
@@ -78,13 +81,24 @@ struct ManyQueries {
         const int64_t first = shape.first(row) / block * block;
         for (int64_t from = number * part > first ? number * part : first; from < end; from += block) {
             const int64_t keys = end - from < block ? end - from : block;
-            for (int64_t k = 0; k < keys; k += L)
-                pack_rows<T>([&](int i) { return shape.key(head, from + k + i); }, keys - k, a.key_dim, m.keys + k / L * key_panel, L);
-            pack_columns(shape.value(head, from), a.v_strides[2], keys, a.value_dim, m.values, value_panel);
+            const C *of_keys = shape.key(head, from), *of_values = shape.value(head, from);
+            if constexpr (CODED) {
+                decode_rows(of_keys, shape.key_stride, keys, a.key_dim, m.decoded_keys);
+                decode_rows(of_values, shape.value_stride, keys, a.value_dim, m.decoded_values);
+                pack(m, m.decoded_keys, a.key_dim, m.decoded_values, a.value_dim, keys);
+            } else {
+                pack(m, of_keys, shape.key_stride, of_values, shape.value_stride, keys);
+            }
             for (int64_t r = 0; r < count; r += LANES) panel(m, r, head, row + r, count - r < LANES ? count - r : LANES, from, keys);
         }
         for (int64_t r = 0; r < count; r += L) write(m, r, head, row + r, count - r, number);
         if (joined.parts) joined.done(head);
+    }
+
+    void pack(const Memory &m, const T *of_keys, int64_t key_stride, const T *of_values, int64_t value_stride, int64_t keys) {
+        for (int64_t k = 0; k < keys; k += L)
+            pack_rows<T>([&](int i) { return of_keys + (k + i) * key_stride; }, keys - k, a.key_dim, m.keys + k / L * key_panel, L);
+        pack_columns(of_values, value_stride, keys, a.value_dim, m.values, value_panel);
     }
 
     /* A panel of `count` rows and a block of keys: those that some row sees, in whole words. */

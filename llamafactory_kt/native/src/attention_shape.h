@@ -1,6 +1,6 @@
 /* What both kernels of attention share: which keys a query sees, exponentials, and how parts of the keys are joined. */
 #pragma once
-#include "panels.h"
+#include "cached.h"
 
 namespace kt {
 namespace {
@@ -23,13 +23,17 @@ inline F power2(F x) {
     return scale2(p, n);
 }
 
-template <class T>
+/* T: of queries and results, C: of keys and values. */
+template <class T, class C>
 struct Shape {
+    static constexpr int64_t UNIT = __is_same(C, code8) ? CODES_OF_WORD : 1; /* of the strides of keys and values */
     const kt_attention &a;
     const int64_t group, rows, key_heads; /* a key head's rows: its queries one after the other, each with the heads of the group */
+    const int64_t key_stride, value_stride;
 
     explicit Shape(const kt_attention &attention)
-        : a(attention), group(a.heads / a.kv_heads), rows(group * a.queries), key_heads(a.batch * a.kv_heads) {}
+        : a(attention), group(a.heads / a.kv_heads), rows(group * a.queries), key_heads(a.batch * a.kv_heads),
+          key_stride(UNIT * a.k_strides[2]), value_stride(UNIT * a.v_strides[2]) {}
 
     /* The keys [first, last) that a row sees. */
     int64_t first(int64_t row) const {
@@ -42,11 +46,11 @@ struct Shape {
         return static_cast<const T *>(a.q) + head / a.kv_heads * a.q_strides[0] +
                (head % a.kv_heads * group + row % group) * a.q_strides[1] + row / group * a.q_strides[2];
     }
-    const T *key(int64_t head, int64_t n) const {
-        return static_cast<const T *>(a.k) + head / a.kv_heads * a.k_strides[0] + head % a.kv_heads * a.k_strides[1] + n * a.k_strides[2];
+    const C *key(int64_t head, int64_t n) const {
+        return static_cast<const C *>(a.k) + UNIT * (head / a.kv_heads * a.k_strides[0] + head % a.kv_heads * a.k_strides[1]) + n * key_stride;
     }
-    const T *value(int64_t head, int64_t n) const {
-        return static_cast<const T *>(a.v) + head / a.kv_heads * a.v_strides[0] + head % a.kv_heads * a.v_strides[1] + n * a.v_strides[2];
+    const C *value(int64_t head, int64_t n) const {
+        return static_cast<const C *>(a.v) + UNIT * (head / a.kv_heads * a.v_strides[0] + head % a.kv_heads * a.v_strides[1]) + n * value_stride;
     }
     T *out(int64_t head, int64_t row) const {
         return static_cast<T *>(a.out) + ((head / a.kv_heads * a.queries + row / group) * a.heads + head % a.kv_heads * group + row % group) * a.value_dim;
@@ -57,16 +61,16 @@ struct Shape {
 
 /* The softmax's state of each row after each part of the keys: the largest score, the sum of exponentials relative to it, and the values
  * weighted with them; scores are logarithms to base 2. The thread that is the last to finish a key head joins its parts. */
-template <class T>
+template <class S>
 struct Parts {
-    const Shape<T> &shape;
+    const S &shape;
     const int64_t parts;               /* of the keys */
     int64_t items;                     /* pieces of work of a key head */
     float *most, *total, *weighted;    /* [key_heads, parts, rows], weighted: [.., value_dim] */
     int64_t *finished;                 /* [key_heads] */
 
     /* `room`: parts that there is memory for, so that more keys never need less. */
-    Parts(const Shape<T> &shape, int64_t parts, int64_t room, Scratch &scratch) : shape(shape), parts(parts), items(parts) {
+    Parts(const S &shape, int64_t parts, int64_t room, Scratch &scratch) : shape(shape), parts(parts), items(parts) {
         const int64_t rows = shape.key_heads * room * shape.rows;
         most = scratch.take<float>(rows), total = scratch.take<float>(rows), weighted = scratch.take<float>(rows * shape.a.value_dim);
         finished = scratch.take<int64_t>(shape.key_heads);

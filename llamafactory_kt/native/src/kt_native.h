@@ -95,7 +95,8 @@ typedef struct {
 /* Causal attention of one query to thousands to the keys of a cache. Query i of n stands at position keys - n + i. */
 typedef struct {
     int64_t batch, heads, kv_heads, queries, keys, key_dim, value_dim;
-    int32_t dtype;                               /* of q, k, v and out */
+    int32_t dtype;                               /* of q and out, and of k and v */
+    int32_t coded;                               /* or k and v are rows as KT_STEP_ENCODE makes them, and their strides are words of four bytes */
     float scale;                                 /* >= 0 */
     int64_t window;                              /* a query sees so many positions up to its own; 0: all */
     const void *q, *k, *v;                       /* [batch, heads, queries, key_dim], [batch, kv_heads, keys, key_dim or value_dim] */
@@ -111,7 +112,8 @@ enum kt_op {
     KT_STEP_COPY, KT_STEP_ADD /* a + alpha b */, KT_STEP_MUL, KT_STEP_DIV, KT_STEP_RSUB /* b - alpha a */, KT_STEP_SILU, KT_STEP_SIGMOID, KT_STEP_GELU, KT_STEP_GELU_TANH, KT_STEP_EXP,
     KT_STEP_CLAMP /* between alpha and beta */, KT_STEP_NEG, KT_STEP_SQUARE, KT_STEP_RSQRT, KT_STEP_SQRT, KT_STEP_NOT, KT_STEP_FILL_WHERE /* alpha where b, else a */,
     KT_STEP_SUM /* times alpha */, KT_STEP_SOFTMAX, KT_STEP_TOPK /* n, their indices int64 in b */, KT_STEP_GATHER /* n, at the indices b */, KT_STEP_SCATTER /* alpha, at n indices b of each row of out */,
-    KT_STEP_FILL /* out = alpha */, KT_STEP_COMPLEX_MUL, KT_STEP_MEMCPY /* n bytes */, KT_STEP_LINEAR, KT_STEP_EXPERTS, KT_STEP_ATTENTION, KT_STEP_NORM, KT_STEP_HEADS /* of n tokens; sizes[0]: experts of a token */
+    KT_STEP_FILL /* out = alpha */, KT_STEP_COMPLEX_MUL, KT_STEP_MEMCPY /* n bytes */, KT_STEP_LINEAR, KT_STEP_EXPERTS, KT_STEP_ATTENTION, KT_STEP_NORM, KT_STEP_HEADS, /* of n tokens; sizes[0]: experts of a token */
+    KT_STEP_ENCODE /* a cache's rows of eight bits: sizes[3] codes of a value each, zeros up to a whole word of four, and a float: what they are multiplied with; strides[0] are words, and a's rows contiguous */
 };
 
 typedef struct {

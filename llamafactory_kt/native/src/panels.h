@@ -1,6 +1,6 @@
 /* Products of panels: the lanes of a vector are rows, so what is done to each row (a softmax, a factor) needs no sums across lanes.
  *
- * A word is what a lane multiplies at once: one float, or a pair of bf16 where the CPU multiplies pairs. A panel has the words of L rows next to
+ * A word is what a lane multiplies at once: one float, a pair of bf16 where the CPU multiplies pairs, or a pair of shorts. A panel has the words of L rows next to
  * one another: [words][L].
  */
 #pragma once
@@ -10,6 +10,12 @@ namespace kt {
 namespace {
 namespace kernels_ {
 
+template <>
+struct Multiplied<code8> {
+    using type = int16_t;
+    static constexpr bool pairs = true;
+};
+
 template <class T>
 constexpr int PER_WORD = pairs<T> ? 2 : 1;
 
@@ -17,7 +23,7 @@ constexpr int ROWS_AT_ONCE = L / 2; /* rows of a panel that are multiplied at on
 constexpr int VECTORS = 2;
 constexpr int LANES = VECTORS * L;
 
-inline int64_t whole(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+constexpr int64_t whole(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 /* Floats of a panel that holds n values of each row. */
 template <class T>
@@ -27,6 +33,7 @@ constexpr int64_t panel_size(int64_t n) {
 
 template <class T>
 inline F multiply_add(F a, F b, F sums) {
+    if constexpr (__is_same(T, code8)) return dot_shorts(sums, a, b);
 #ifdef KT_BF16_PAIRS
     if constexpr (pairs<T>) return dot_pairs(sums, _mm512_castps_si512(a), _mm512_castps_si512(b));
 #endif
@@ -40,10 +47,12 @@ inline F words(const T *p) {
 #endif
     return load(p);
 }
+inline F words(const code8 *p) { return load_shorts(p); }
 
 template <class T>
 inline F words_multiplied(const X<T> *p) { /* of what is converted to the multiplied dtype already */
-    if constexpr (pairs<T>) return words<T>(p);
+    if constexpr (__is_same(T, code8)) return load_shorts(p);
+    else if constexpr (pairs<T>) return words<T>(p);
     else return load(p);
 }
 

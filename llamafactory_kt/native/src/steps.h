@@ -1,6 +1,7 @@
 /* The steps of a decoder layer for one token, one after the other: what lies between the products is small, and a call from Python for each of
  * it takes longer than computing it. All but the products runs on the calling thread. */
 #pragma once
+#include "cached.h"
 #include "norm.h"
 
 namespace kt {
@@ -199,6 +200,7 @@ int step(const kt_step &s, void *memory, int threads) {
         case KT_STEP_HEADS: heads(*static_cast<const kt_heads *>(s.call), s.a, s.dtypes[1], s.n, s.out, memory, threads); return 0;
         case KT_STEP_ATTENTION: attention(*static_cast<const kt_attention *>(s.call), memory, threads); return 0;
         case KT_STEP_SUM: case KT_STEP_SOFTMAX: case KT_STEP_TOPK: case KT_STEP_GATHER: case KT_STEP_SCATTER: row_wise(s, static_cast<float *>(memory)); return 0;
+        case KT_STEP_ENCODE: encode(s, threads); return 0;
         case KT_STEP_MEMCPY: memmove(s.out, s.a, size_t(s.n)); return 0;
         default: elementwise(s); return 0;
     }

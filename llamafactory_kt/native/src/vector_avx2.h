@@ -63,7 +63,8 @@ inline F where_less(F a, F b, F v, F w) { return _mm256_blendv_ps(w, v, _mm256_c
 inline F at_least(F v, F x, F bound) { /* v where x >= bound, elsewhere -inf */
     return _mm256_blendv_ps(all(-__builtin_inff()), v, _mm256_cmp_ps(x, bound, _CMP_GE_OQ));
 }
-inline F sums_of(F *each) { /* lane i: the sum of each[i] */
+template <class Add>
+inline F sums_of(F *each, Add add) { /* lane i: the sum of each[i] */
 #pragma GCC unroll 8
     for (int i = 0; i < L; i += 2) each[i] = add(_mm256_unpacklo_ps(each[i], each[i + 1]), _mm256_unpackhi_ps(each[i], each[i + 1]));
 #pragma GCC unroll 2
@@ -129,6 +130,33 @@ template <int N>
 inline F spread(const bf16 *p) {
     const float values[] = {float_of(p[0]), N == 1 ? 0 : float_of(p[N - 1])};
     return spread<N>(values);
+}
+
+/* Codes of a cache, multiplied as pairs of shorts; these, and their sums of 32 bits, stand in vectors of floats. */
+struct code8 {
+    int8_t code;
+};
+inline F load(const code8 *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
+inline F load_shorts(const code8 *p) { return _mm256_castsi256_ps(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p))); }
+inline F load_shorts(const int16_t *p) { return _mm256_castsi256_ps(_mm256_loadu_si256((const __m256i *)p)); }
+inline __m128i shorts_of(F v) { /* to nearest */
+    const __m256i whole = _mm256_cvtps_epi32(v);
+    return _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+}
+inline void store(code8 *p, F v) { _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(shorts_of(v), shorts_of(v))); }
+inline void store(int16_t *p, F v) { _mm_storeu_si128((__m128i *)p, shorts_of(v)); }
+inline F add_whole(F a, F b) { return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b))); }
+inline F dot_shorts(F sums, F a, F b) {
+    return add_whole(sums, _mm256_castsi256_ps(_mm256_madd_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b))));
+}
+inline F floats_of_whole(F v) { return _mm256_cvtepi32_ps(_mm256_castps_si256(v)); }
+inline void interleave(F a, F b, F *pairs) { /* of each four neighbors of a and b: the first half of the words, the second */
+    pairs[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+    pairs[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+inline void in_order(F *halves) { /* the floats of words that were interleaved */
+    const F low = _mm256_permute2f128_ps(halves[0], halves[1], 0x20), high = _mm256_permute2f128_ps(halves[0], halves[1], 0x31);
+    halves[0] = low, halves[1] = high;
 }
 
 /* out[r * ldo + n] = the sum of s[n][r]. */

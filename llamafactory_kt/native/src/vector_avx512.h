@@ -50,7 +50,8 @@ inline F where_less(F a, F b, F v, F w) { return _mm512_mask_mov_ps(w, _mm512_cm
 inline F at_least(F v, F x, F bound) { /* v where x >= bound, elsewhere -inf */
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), all(-__builtin_inff()), v);
 }
-inline F sums_of(F *each) { /* lane i: the sum of each[i] */
+template <class Add>
+inline F sums_of(F *each, Add add) { /* lane i: the sum of each[i] */
 #pragma GCC unroll 16
     for (int i = 0; i < L; i += 2) each[i] = add(_mm512_unpacklo_ps(each[i], each[i + 1]), _mm512_unpackhi_ps(each[i], each[i + 1]));
 #pragma GCC unroll 16
@@ -148,9 +149,25 @@ inline F spread(const bf16 *p) {
         _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_load_si512(N == 2 ? two : four), _mm512_castsi128_si512(_mm_cvtsi64_si128(int64_t(bits)))));
 }
 
-#ifdef KT_BF16_PAIRS
-inline F dot_pairs(F sums, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
-inline __m512i load_pairs(const bf16 *p) { return _mm512_loadu_si512(p); }
+/* Codes of a cache, multiplied as pairs of shorts; these, and their sums of 32 bits, stand in vectors of floats. */
+struct code8 {
+    int8_t code;
+};
+inline F load(const code8 *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
+inline F load_shorts(const code8 *p) { return _mm512_castsi512_ps(_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p))); }
+inline F load_shorts(const int16_t *p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
+inline void store(code8 *p, F v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v))); } /* to nearest */
+inline void store(int16_t *p, F v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v))); }
+inline F dot_shorts(F sums, F a, F b) {
+#ifdef __AVX512VNNI__
+    return _mm512_castsi512_ps(_mm512_dpwssd_epi32(_mm512_castps_si512(sums), _mm512_castps_si512(a), _mm512_castps_si512(b)));
+#else
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(sums), _mm512_madd_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b))));
+#endif
+}
+inline F add_whole(F a, F b) { return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
+inline F floats_of_whole(F v) { return _mm512_cvtepi32_ps(_mm512_castps_si512(v)); }
+
 inline void interleave(F a, F b, F *pairs) { /* of each four neighbors of a and b: the first half of the words, the second */
     pairs[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b)));
     pairs[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b)));
@@ -159,6 +176,10 @@ inline void in_order(F *halves) { /* the floats of words that were interleaved *
     const F low = _mm512_shuffle_f32x4(halves[0], halves[1], 0x44), high = _mm512_shuffle_f32x4(halves[0], halves[1], 0xee);
     halves[0] = _mm512_shuffle_f32x4(low, low, 0xd8), halves[1] = _mm512_shuffle_f32x4(high, high, 0xd8);
 }
+
+#ifdef KT_BF16_PAIRS
+inline F dot_pairs(F sums, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
+inline __m512i load_pairs(const bf16 *p) { return _mm512_loadu_si512(p); }
 inline F pair(F low, F high) { /* both rounded to bf16, lane by lane next to each other */
     alignas(64) static const uint16_t lanes[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};

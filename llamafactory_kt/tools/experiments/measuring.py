@@ -24,6 +24,7 @@ from ...ground.errors import KTDataError
 from ...ground.machine import gib
 from ...integration.chat import LoadedChat
 from ...integration.prompts import Prompt
+from ...model.growing_cache import through_cache
 from ..process_memory import peak_gpu_memory, resident_memory
 from .generating import Answer, answer_all
 from .plan import Variant
@@ -162,7 +163,8 @@ def log_probs(chat: LoadedChat, prompt: Prompt, answer: Sequence[int]) -> torch.
     tokens, count = torch.tensor([[*ids, *answer]], device=chat.model.device), len(answer)
     for name in (name for name in media if name.endswith("token_type_ids")):
         media[name] = pad(media[name], (0, count))  # with zeros: text
-    logits: torch.Tensor = chat.model(input_ids=tokens, logits_to_keep=count + 1, **media).logits[0, -count - 1 : -1]
+    keys = {"logits_to_keep": count + 1, **through_cache(chat.model), **media}
+    logits: torch.Tensor = chat.model(input_ids=tokens, **keys).logits[0, -count - 1 : -1]
     return logits.float().log_softmax(-1).cpu()
 
 

@@ -15,6 +15,7 @@ import torch
 from ....ground.atomic_output import writing
 from ....ground.errors import KTDataError, KTModelError, one_line
 from ....ground.machine import gib
+from ....model.growing_cache import through_cache
 from ..configs import BenchConfig
 from .results import TokenFigures, losses
 
@@ -138,7 +139,7 @@ def _tokenize(config: BenchConfig, name: str, text: str, cut: Cut, folder: Path)
 def _log_probs(model: Any, chunk: list[int], predicted: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probabilities [predicted, vocabulary] float32, the tokens that follow [predicted]) of a chunk's last tokens, on the CPU."""
     ids = torch.tensor([chunk])
-    logits = model(input_ids=ids.to(model.device), logits_to_keep=predicted + 1, use_cache=False).logits[0]
+    logits = model(input_ids=ids.to(model.device), logits_to_keep=predicted + 1, **through_cache(model)).logits[0]
     found = logits[-predicted - 1 : -1].float().log_softmax(-1).cpu()
     if found.isnan().any():
         raise KTModelError("its logits for the text hold NaN or Inf.")

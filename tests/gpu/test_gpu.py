@@ -189,6 +189,19 @@ def test_a_compiled_model_on_a_static_cache(files, backend):
     torch._dynamo.reset()
 
 
+def test_generate_compiles_into_a_cuda_graph(files):
+    """What transformers does for a static cache; the same answer, also after an exchange of the experts' LoRA."""
+    torch._dynamo.reset()
+    path, one, _ = files
+    plain, model = (load(path, backend="native", lora_rank=5, compile=compiled) for compiled in (False, True))
+    given = {"input_ids": IDS.cuda(), "max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
+    assert torch.equal(model.generate(**given), plain.generate(**given))
+    for each in (model, plain):
+        load_moe_lora_from_adapter(each, one)
+    assert torch.equal(model.generate(**given), plain.generate(**given))
+    torch._dynamo.reset()
+
+
 def test_chats_at_once(files):
     """Threads that share the buffers answer as they do alone, and router statistics count the same."""
     model = load(files[0], router_stats=True)

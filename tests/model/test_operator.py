@@ -12,6 +12,7 @@ from helpers.adapters import make_adapter
 from helpers.loading import load
 from helpers.models import make_model
 from helpers.references import merged_float32, per_token, rel
+from transformers import CompileConfig
 
 from llamafactory_kt import (
     KTModelError,
@@ -85,6 +86,23 @@ def test_a_compiled_model_against_float32(files, backend):
 
 def logits_of(model):
     return model(input_ids=IDS).logits.float()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_generate_compiles_a_token_where_it_is_asked_to(files, compiled):
+    """As on a GPU with a static cache: one graph of all layers, for all tokens, with the experts in it."""
+    model, graphs = load(files[0], "native", compile=compiled), []
+
+    def note(graph, _):
+        graphs.append([node.target for node in graph.graph.nodes].count(experts))
+        return graph.forward
+
+    given = {"input_ids": IDS[:1], "max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    wanted = model.generate(**given)
+    config = CompileConfig(fullgraph=True, backend=note, mode=None)
+    config._compile_all_devices = True
+    assert torch.equal(model.generate(**given, compile_config=config), wanted)
+    assert graphs == ([len(kt_state(model).wrappers)] if compiled else [])
 
 
 @torch.no_grad()

@@ -178,6 +178,7 @@ def test_a_compiled_model_on_a_static_cache(files, backend):
     torch._dynamo.reset()
     path, one, _ = files
     model = apply_adapter(load(path, backend="native", adapter=str(one)), one)[0].get_base_model()
+    optimize_for_inference(model)
     compiled, ids = torch.compile(model, fullgraph=True, backend=backend), IDS.cuda()
     plain, static = (StaticCache(config=model.config, max_cache_len=64) for _ in range(2))
     model(input_ids=ids[:, :20], past_key_values=plain)

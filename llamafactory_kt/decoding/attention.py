@@ -127,7 +127,13 @@ def _is_known(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwarg
     tensors = query, key, value
     plain = query.dtype in DTYPES and all(t.dtype == query.dtype and t.stride(-1) == 1 for t in tensors)
     no_grad = not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    return plain and no_grad and not kwargs.get("dropout") and not isinstance(library(), str)
+    return (
+        plain
+        and no_grad
+        and not torch.compiler.is_compiling()
+        and not kwargs.get("dropout")
+        and not isinstance(library(), str)
+    )
 
 
 @dataclass(frozen=True)

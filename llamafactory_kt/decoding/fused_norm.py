@@ -50,7 +50,11 @@ class FusedNorm(nn.Module):
         """[..., n], in the dtype of x."""
         formula, weight = self._kt_formula, self.weight
         known = x.dtype == weight.dtype == formula.dtype and x.device.type == weight.device.type == "cpu"
-        if not known or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        if (
+            not known
+            or torch.compiler.is_compiling()
+            or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        ):
             return super().forward(x)  # type: ignore[no-any-return, misc]
         call = NormCall(
             x.shape[-1], weight.data_ptr(), DTYPES[x.dtype], formula.eps, formula.offset, formula.round_first

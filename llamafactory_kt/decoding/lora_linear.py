@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,7 +33,7 @@ class InferenceLora(Linear):  # type: ignore[misc]
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x."""
         result: Tensor
-        if args or kwargs:  # a batch of several adapters, for one
+        if args or kwargs or (torch.compiler.is_compiling() and not x.is_cuda):  # a batch of several adapters, for one
             result = super().forward(x, *args, **kwargs)
             return result
         if self._disable_adapters:

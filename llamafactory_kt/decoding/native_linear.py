@@ -12,11 +12,12 @@ from ..native.fused_linear import Factors, FusedLinear, fits
 
 
 class NativeLinear(nn.Linear):
-    """Stands in as the class of an ``nn.Linear``. Whatever the kernels do not read (another device, gradients) PyTorch computes."""
+    """Stands in as the class of an ``nn.Linear``. Whatever the kernels do not read (another device, gradients) PyTorch computes, and what a
+    graph is made of."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out], in the dtype of the input."""
-        fused = fused_linear(self, self, input)
+        fused = fused_linear(self, self, input) if not torch.compiler.is_compiling() else None
         return fused(input) if fused is not None else super().forward(input)
 
 

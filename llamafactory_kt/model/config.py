@@ -50,6 +50,8 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
             packed. ``apply_adapter`` then merges the rest. ``AVX2BF16``, which computes no LoRA, always does that.
         resize_vocab: the embeddings will be resized before ``apply_adapter``, so ``adapter`` may have others than the checkpoint.
         router_stats: count what the routers choose; ``get_router_stats`` reads the counts.
+        compile: let ``generate`` compile a token's step, as transformers does on a GPU for ``cache_implementation="static"``, into a CUDA graph
+            that holds the experts. For ``native``, ``INT8`` and ``INT4``, without ``router_stats`` and ``debug``. Not yet run on a GPU.
         debug: let the kernel write to stdout, log where each step's time goes, and stop at NaN and Inf.
         debug_dir: with ``debug``, directory for a trace of the chosen experts and torch.profiler's of the first steps.
 
@@ -76,6 +78,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     merge_adapter: bool = False
     resize_vocab: bool = False
     router_stats: bool = False
+    compile: bool = False
     debug: bool = False
     debug_dir: str | None = None
     checkpoint: dict[str, Any] | None = None

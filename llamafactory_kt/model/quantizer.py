@@ -63,5 +63,10 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
     @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` compiles a token's step where transformers sees fit."""
+        return self.quantization_config.compile
+
+    @property
     def is_trainable(self) -> bool:
         return False

@@ -111,6 +111,8 @@ class TracedLayer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own forward."""
+        if torch.compiler.is_compiling():
+            return self._stock(self._layer(), *args, **kwargs)
         found = self._computed_before(args, kwargs)
         if found is not None:
             return found

@@ -12,12 +12,15 @@ from helpers.adapters import make_adapter
 from helpers.loading import load
 from helpers.models import make_model
 from helpers.references import merged_float32, per_token, rel
+from torch.utils import _python_dispatch
+from transformers import CompileConfig, StaticCache
 
 from llamafactory_kt import (
     KTModelError,
     apply_adapter,
     get_router_stats,
     load_moe_lora_from_adapter,
+    optimize_for_inference,
     switch_adapter,
 )
 from llamafactory_kt.model.on_gpu.shared_overlap import SharedExpertsOverlap
@@ -29,8 +32,13 @@ BACKENDS = ["eager", "aot_eager"]
 
 
 @pytest.fixture(autouse=True)
-def forget_graphs():
-    """Graphs of other tests do not count, nor stay."""
+def forget_graphs(monkeypatch):
+    """Graphs of other tests do not count, nor stay. Neither does a dispatch mode that torch, which notes that for all threads together,
+    still sees after two threads were in one: it would compile nothing, silently."""
+    for flag in [
+        name for name, value in vars(_python_dispatch).items() if name.startswith("_is_in_") and value is True
+    ]:
+        monkeypatch.setattr(_python_dispatch, flag, False)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -85,6 +93,40 @@ def test_a_compiled_model_against_float32(files, backend):
 
 def logits_of(model):
     return model(input_ids=IDS).logits.float()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["deepseek_v2", "qwen3_moe"])
+def test_a_model_set_up_for_inference_is_compiled(tmp_path, architecture):
+    """As in a chat: a prompt as it is, then tokens in one graph of PyTorch's operators on a static cache."""
+    path = make_model(tmp_path / "model", architecture)
+    adapter = make_adapter(tmp_path / "adapter", path, rank=5)
+    model = apply_adapter(load(path, "native", adapter=[str(adapter)]), adapter)[0].get_base_model()
+    optimize_for_inference(model)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    model(input_ids=IDS[:1, :18], past_key_values=cache)
+    compiled, wanted = torch.compile(model, fullgraph=True, backend="eager"), logits_of(merged_float32(path, adapter))
+    for place in (18, 19):
+        given = {"input_ids": IDS[:1, place : place + 1], "position_ids": torch.tensor([[place]])}
+        found = compiled(**given, past_key_values=cache).logits.float()
+        assert per_token(found, wanted[:1, place : place + 1]) < 0.1
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_generate_compiles_a_token_where_it_is_asked_to(files, compiled):
+    """As on a GPU with a static cache: one graph of all layers, for all tokens, with the experts in it."""
+    model, graphs = load(files[0], "native", compile=compiled), []
+
+    def note(graph, _):
+        graphs.append([node.target for node in graph.graph.nodes].count(experts))
+        return graph.forward
+
+    given = {"input_ids": IDS[:1], "max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    wanted = model.generate(**given)
+    config = CompileConfig(fullgraph=True, backend=note, mode=None)
+    config._compile_all_devices = True
+    assert torch.equal(model.generate(**given, compile_config=config), wanted)
+    assert graphs == ([len(kt_state(model).wrappers)] if compiled else [])
 
 
 @torch.no_grad()

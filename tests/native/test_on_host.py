@@ -12,6 +12,7 @@ import gc
 import os
 import shutil
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -45,17 +46,25 @@ class HostStream:
     def __init__(self, standin):
         self._standin, self.capturing = standin, False
         self._copied = []  # a GPU's memory is used again by its stream alone, when its turn comes
+        self._pinned = []
         self.cuda_stream = standin.standin_stream()
 
     def current(self):
         return contextlib.nullcontext()
 
     def pinned(self, count, dtype):
-        return torch.empty(count, dtype=dtype)
+        buffer = torch.empty(count, dtype=dtype)
+        self._pinned.append((buffer.untyped_storage().data_ptr(), weakref.ref(buffer), self.capturing))
+        return buffer
 
     def copy(self, target, source):
         assert target.is_contiguous() and source.is_contiguous() and target.dtype == source.dtype
-        self._copied.append((target, source))
+        for tensor in (target, source):
+            address = tensor.untyped_storage().data_ptr()
+            owner = next((captured for place, _, captured in reversed(self._pinned) if place == address), None)
+            if owner is None:
+                self._copied.append(tensor)
+            assert owner in (None, self.capturing), "a graph's buffer is nobody else's"
         self._standin.standin_copy(self.cuda_stream, target.data_ptr(), source.data_ptr(), source.nbytes)
         return target
 
@@ -75,6 +84,7 @@ class HostStream:
         self.capturing = False
 
     def replay(self):
+        assert all(buffer() is not None for _, buffer, captured in self._pinned if captured)
         self._standin.standin_replay(self.cuda_stream)
 
 
@@ -155,16 +165,15 @@ def test_a_graph_computes_with_what_is_in_place(stream, kind):
         assert torch.equal(between, layers[0].forward(*more))
         for out, engine in zip(found, layers, strict=True):
             assert torch.equal(out, engine.forward(*given))
-    del found
     larger = capture(more)
-    stream.replay()
+    stream.replay()  # and the first graph could be
     stream.synchronize()
     assert all(torch.equal(out, engine.forward(*more)) for out, engine in zip(larger, layers, strict=True))
 
 
 def test_what_runs_meanwhile_does_not_wait_for_the_experts(stream, standin):
     """In a graph: start, the shared experts' work, finish."""
-    engine, order = engines("native", 0)[0], []
+    engine, transfer, order = engines("native", 0)[0], HostTransfer(stream), []
     functions = "kt_start_on_host", "kt_finish_on_host"
     names = {ctypes.cast(getattr(on_host.kernels(), name), ctypes.c_void_p).value: name for name in functions}
 
@@ -175,7 +184,7 @@ def test_what_runs_meanwhile_does_not_wait_for_the_experts(stream, standin):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_host, "cuda_runtime", Log)
-        HostTransfer(stream).forward(engine, batch(SHAPE, 2), lambda: order.append("meanwhile"))
+        transfer.forward(engine, batch(SHAPE, 2), lambda: order.append("meanwhile"))
     stream.synchronize()
     assert order == ["kt_start_on_host", "meanwhile", "kt_finish_on_host"]
 
@@ -198,9 +207,9 @@ def test_a_wrong_index_is_raised_later_and_is_no_result(stream):
 def test_a_generation_ends_with_what_its_stream_has_failed_with(stream, tmp_path):
     """A graph is replayed without Python: nobody else would hear of it."""
     model = load(make_model(tmp_path / "model", "qwen3_moe"), "native")
-    engine = engines("native", 0)[0]
+    engine, transfer = engines("native", 0)[0], HostTransfer(stream)
     hidden, index, weights = batch(SHAPE, 1)
-    HostTransfer(stream).forward(engine, (hidden, index - 10, weights))
+    transfer.forward(engine, (hidden, index - 10, weights))
     stream.synchronize()
     given = {"input_ids": torch.arange(2, 9)[None], "max_new_tokens": 2, "do_sample": False}
     with pytest.raises(IndexError, match="none of the 6"):
@@ -225,7 +234,7 @@ def test_calls_are_kept_only_as_long_as_they_are_needed(stream):
 
 
 def test_an_engine_is_freed_when_no_stream_computes_with_it(stream, monkeypatch):
-    waited = []
+    waited, transfer = [], HostTransfer(stream)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: (waited.append(device), stream.synchronize()))
     engine = make_engine("native", SHAPE, layer(SHAPE))
     engine.set_lora(None)
@@ -233,7 +242,7 @@ def test_an_engine_is_freed_when_no_stream_computes_with_it(stream, monkeypatch)
     gc.collect()
     assert not waited, "no stream has called it"
     engine, given = make_engine("native", SHAPE, layer(SHAPE)), batch(SHAPE, 200)
-    HostTransfer(stream).forward(engine, given)
+    transfer.forward(engine, given)
     engine.set_lora(lora_for(SHAPE, 2, 1.0))
     assert waited == [stream.device]
     del engine

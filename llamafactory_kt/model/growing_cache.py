@@ -156,7 +156,7 @@ def grow_caches(model: nn.Module, classes: Classes = GROWING) -> None:
 
 
 def through_cache(model: Any) -> dict[str, Any]:
-    """Arguments of a call that computes as a chat does: attention sees what the cache keeps of keys and values, not themselves."""
+    """Arguments of a call in which attention sees what a chat's cache keeps of keys and values; none where that is all of them."""
     if not (has_kt_experts(model) and kt_state(model).options.cache_bits):
-        return {"use_cache": False}
+        return {}
     return {"use_cache": True, "past_key_values": DynamicCache(config=model.config)}

@@ -145,7 +145,8 @@ struct FewQueries {
     void softmax(const Memory &m, int64_t n, int64_t from, int64_t keys, int64_t head, int64_t part, int64_t row) {
         float *s = m.scores + n * PART;
         if constexpr (CODED)
-            for (int64_t i = 0; i < keys; i += L) store(s + i, mul(mul(load(s + i), load(m.key_scales + i)), all(m.query_scales[n])));
+            for (int64_t i = 0; i < keys; i += L) store(s + i, mul(load(s + i), load(m.key_scales + i)));
+        const float factor = (CODED ? m.query_scales[n] : 1) * a.scale * LOG2_E;
         const int64_t lower = shape.first(row) - from, upper = shape.last(row) - from;
         const uint8_t *mask = shape.mask(head);
         for (int64_t i = 0; i < lower && i < keys; i++) s[i] = -INFINITY;
@@ -156,17 +157,22 @@ struct FewQueries {
                 if (!mask[from + i]) s[i] = -INFINITY;
         F most = all(-INFINITY), sums = zero();
         for (int64_t i = 0; i < keys; i += L) most = max(load(s + i), most);
-        float top = largest_of(most) * (a.scale * LOG2_E);
+        float top = largest_of(most) * factor;
         if (!(top > LOWEST)) top = LOWEST;
-        const F scale = all(a.scale * LOG2_E), minus = all(-top);
+        const F scale = all(factor), minus = all(-top);
+        Whole found;
         X<C> *weights = reinterpret_cast<X<C> *>(m.weights + n * WORDS);
         for (int64_t i = 0; i < keys; i += L) {
             const F weight = power2<C>(fma(load(s + i), scale, minus));
             sums = add(sums, weight);
-            if constexpr (CODED) store(s + i, mul(weight, load(m.value_scales + i)));
-            else store(weights + i, weight);
+            if constexpr (CODED) {
+                const F own = mul(weight, load(m.value_scales + i));
+                store(s + i, own), found.see(own);
+            } else {
+                store(weights + i, weight);
+            }
         }
-        if constexpr (CODED) m.weight_scales[n] = to_whole(s, weights, whole(keys, L), MOST_SHORT);
+        if constexpr (CODED) found.write(s, weights, whole(keys, L), MOST_SHORT), m.weight_scales[n] = found.scale;
         joined.most[joined.at(head, part, row)] = top, joined.total[joined.at(head, part, row)] = sum(sums);
     }
 

@@ -30,7 +30,8 @@ inline float scale_of(const code8 *row, int64_t n) {
 
 /* The scales of `count` rows; zeros behind them, up to whole vectors. */
 inline void scales_of(const code8 *rows, int64_t stride, int64_t n, int64_t count, float *scales) {
-    for (int64_t i = 0; i < whole(count, L); i++) scales[i] = i < count ? scale_of(rows + i * stride, n) : 0;
+    for (int64_t i = 0; i < count; i++) scales[i] = scale_of(rows + i * stride, n);
+    for (int64_t i = count; i < whole(count, L); i++) scales[i] = 0;
 }
 
 inline float largest_of(F v) {
@@ -41,18 +42,30 @@ inline float largest_of(F v) {
     return largest;
 }
 
-/* Whole numbers for n values, the largest magnitude as `most`. Returns what they are multiplied with: NaN if a value is not finite. */
+/* Turns values into whole numbers, the largest magnitude into `most`. */
+struct Whole {
+    F magnitude = zero(), nothing = zero();
+    float scale; /* what the whole numbers are multiplied with: NaN if a value is not finite */
+
+    void see(F v) { magnitude = max(magnitude, max(v, sub(zero(), v))), nothing = fma(v, zero(), nothing); /* 0 * inf and 0 * NaN are NaN */ }
+
+    /* What has been seen, n values. */
+    template <class S, class D>
+    void write(const S *from, D *to, int64_t n, float most) {
+        const float largest = largest_of(magnitude);
+        const bool zeros = !(largest > 1e-30f);
+        const F inverse = all(zeros ? 0 : most / largest);
+        for (int64_t i = 0; i < n; i += L) store_some(to + i, mul(floats(from + i, n - i), inverse), n - i);
+        scale = (zeros ? 0 : largest / most) + sum(nothing);
+    }
+};
+
 template <class S, class D>
 inline float to_whole(const S *from, D *to, int64_t n, float most) {
-    F magnitude = zero(), total = zero();
-    for (int64_t i = 0; i < n; i += L) {
-        const F v = floats(from + i, n - i);
-        magnitude = max(magnitude, max(v, sub(zero(), v))), total = fma(v, zero(), total); /* 0 * inf and 0 * NaN are NaN */
-    }
-    const float largest = largest_of(magnitude);
-    const F inverse = all(largest > 1e-30f ? most / largest : 0);
-    for (int64_t i = 0; i < n; i += L) store_some(to + i, mul(floats(from + i, n - i), inverse), n - i);
-    return largest > 1e-30f ? largest / most + sum(total) : sum(total);
+    Whole found;
+    for (int64_t i = 0; i < n; i += L) found.see(floats(from + i, n - i));
+    found.write(from, to, n, most);
+    return found.scale;
 }
 
 template <class S>

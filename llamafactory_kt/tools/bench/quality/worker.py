@@ -139,7 +139,8 @@ def _tokenize(config: BenchConfig, name: str, text: str, cut: Cut, folder: Path)
 def _log_probs(model: Any, chunk: list[int], predicted: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probabilities [predicted, vocabulary] float32, the tokens that follow [predicted]) of a chunk's last tokens, on the CPU."""
     ids = torch.tensor([chunk])
-    logits = model(input_ids=ids.to(model.device), logits_to_keep=predicted + 1, **through_cache(model)).logits[0]
+    keys = {"logits_to_keep": predicted + 1, "use_cache": False, **through_cache(model)}
+    logits = model(input_ids=ids.to(model.device), **keys).logits[0]
     found = logits[-predicted - 1 : -1].float().log_softmax(-1).cpu()
     if found.isnan().any():
         raise KTModelError("its logits for the text hold NaN or Inf.")

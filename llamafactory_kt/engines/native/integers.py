@@ -16,7 +16,7 @@ from ...native.packed import PackedExpert, Packing
 from ...native.packed_block import quantize_into
 from ..base import DEFAULT_OPTIONS, EngineOptions, EngineSpec, LayerMemory, ReadExperts
 from ..bounds import Bounds
-from .copying import Experts, copied
+from .copying import Experts
 from .engine import NativeEngine
 from .integer_files import EXPERTS, ExpertsRecord, experts_in, layer_size, open_experts
 
@@ -45,7 +45,9 @@ class IntegerEngine(NativeEngine):
         lora = super().memory(shape, rank, itemsize, options).lora
         if options.packed_files is None:
             return LayerMemory(count * nbytes, lora, int(shape.num_weights // count * itemsize))
-        return LayerMemory(0, lora, 0) if options.mapped else LayerMemory(count * nbytes, lora, nbytes)
+        if options.mapped:
+            return LayerMemory(0, lora, 0)
+        return LayerMemory(count * nbytes, lora, min(count, _at_once(nbytes)) * nbytes)
 
     @classmethod
     def packing(cls) -> Packing:
@@ -59,9 +61,7 @@ class IntegerEngine(NativeEngine):
             return list(self.quantized(self.read_experts(None), block, shape, self.spec.layer))
         block = self._file.read()[EXPERTS]
         prefetch_pages(block)
-        if self.options.mapped:
-            return list(experts_in(block, shape, self.packing()))
-        return list(copied(experts_in(_dropped(block), shape, self.packing()), shape.num_experts))
+        return list(experts_in(block if self.options.mapped else _copied(block), shape, self.packing()))
 
     @classmethod
     def quantized(
@@ -86,11 +86,23 @@ class IntegerEngine(NativeEngine):
         return count * nbytes + sum(bias.nbytes for bias in self._biases or ())
 
 
-def _dropped(block: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A mapped block's rows; the pages of each are dropped when the next one is asked for."""
-    for row in block:
-        yield row
-        drop_pages(row)
+def _copied(block: torch.Tensor) -> torch.Tensor:
+    """A mapped layer's block in huge pages, where it lies as in the file; some experts at a time."""
+    count, nbytes = block.shape
+    own, some = empty_in_huge_pages((count, nbytes), torch.uint8), _at_once(nbytes)
+    for part, mapped in zip(own.split(some), block.split(some), strict=True):
+        part.copy_(mapped)
+        drop_pages(mapped)
+    return own
+
+
+def _at_once(nbytes: int) -> int:
+    """How many experts of this size are copied together: each copy starts threads and waits for the last."""
+    return max(1, _COPY // nbytes)
+
+
+_COPY = 64 * 2**20
+"""bytes"""
 
 
 class Int8Engine(IntegerEngine):

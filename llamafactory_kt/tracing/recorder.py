@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -84,13 +85,17 @@ class Recording(TorchDispatchMode):
             self._paused = before
 
 
+_one_at_a_time = threading.Lock()
+"""PyTorch notes for the whole process whether a dispatch mode is on: of two that end in turn, the second would put back the first"""
+
+
 @contextlib.contextmanager
 def record() -> Iterator[Recording]:
     """Record what this thread computes, in inference mode if it is: a state that was made in it can be changed in it alone."""
-    recording = Recording()
-    active.recorder = recording
-    try:
-        with torch.no_grad(), recording:
-            yield recording
-    finally:
-        active.recorder = None
+    with _one_at_a_time:
+        recording = active.recorder = Recording()
+        try:
+            with torch.no_grad(), recording:
+                yield recording
+        finally:
+            active.recorder = None

@@ -12,7 +12,6 @@ from helpers.adapters import make_adapter
 from helpers.loading import load
 from helpers.models import make_model
 from helpers.references import merged_float32, per_token, rel
-from torch.utils import _python_dispatch
 from transformers import CompileConfig, StaticCache
 
 from llamafactory_kt import (
@@ -32,13 +31,8 @@ BACKENDS = ["eager", "aot_eager"]
 
 
 @pytest.fixture(autouse=True)
-def forget_graphs(monkeypatch):
-    """Graphs of other tests do not count, nor stay. Neither does a dispatch mode that torch, which notes that for all threads together,
-    still sees after two threads were in one: it would compile nothing, silently."""
-    for flag in [
-        name for name, value in vars(_python_dispatch).items() if name.startswith("_is_in_") and value is True
-    ]:
-        monkeypatch.setattr(_python_dispatch, flag, False)
+def forget_graphs():
+    """Graphs of other tests do not count, nor stay."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

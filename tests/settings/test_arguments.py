@@ -86,7 +86,9 @@ def test_packed_weights_go_with_the_backends_that_read_them(tmp_path):
     assert parse({"use_kt": True, "kt_backend": "AMXINT4_SFT"}).kt_weight_path is None
     keys = {"use_kt": True, "kt_backend": "AMXInt8", "kt_weight_path": str(tmp_path)}
     assert parse(keys).kt_backend == "AMXINT8"
-    with pytest.raises(KTConfigError, match="kt_weight_path is for kt_backend: AMXINT8, AMXINT4, INT8, INT4; with AMXBF16"):
+    with pytest.raises(
+        KTConfigError, match="kt_weight_path is for kt_backend: AMXINT8, AMXINT4, INT8, INT4; with AMXBF16"
+    ):
         parse({**keys, "kt_backend": "AMXBF16"})
     with pytest.raises(KTConfigError, match="AMXINT8 needs kt_weight_path; llamafactory-kt quantize"):
         parse({"use_kt": True, "kt_backend": "AMXINT8"})

@@ -21,12 +21,14 @@ from helpers.references import rel
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.utils import _python_dispatch
 
 from llamafactory_kt import apply_adapter, get_router_stats, optimize_for_inference, reset_router_stats, switch_adapter
 from llamafactory_kt.tracing import layers
 from llamafactory_kt.tracing.call import MOST
 from llamafactory_kt.tracing.chain import Chain
 from llamafactory_kt.tracing.layers import TracedLayer
+from llamafactory_kt.tracing.recorder import record
 
 pytestmark = needs_native
 ROUNDING = 1e-5
@@ -586,3 +588,21 @@ def test_a_cache_of_another_size_says_so(qwen):
     conversation = Conversation(qwen, 0, batch=2)
     with pytest.raises(RuntimeError), torch.inference_mode():
         qwen(input_ids=torch.tensor([[5]]), past_key_values=conversation.cache)
+
+
+def test_recordings_of_two_threads_leave_no_mode_behind():
+    """torch.compile, which asks PyTorch whether any thread is in such a mode, would compile nothing."""
+    first, second = threading.Event(), threading.Event()
+
+    def other():
+        first.wait()
+        with record():
+            second.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with record():
+        first.set()
+        second.wait(0.2)
+    thread.join()
+    assert not _python_dispatch.is_in_torch_dispatch_mode()

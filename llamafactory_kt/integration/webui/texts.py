@@ -28,10 +28,13 @@ COMPONENTS: dict[str, dict[str, dict[str, str]]] = {
     },
     "kt_weight_path": {
         "en": {
-            "label": "Packed expert weights",
-            "info": "Directory of .kt files. Required for AMXINT8, optional for AMXINT4.",
+            "label": "Quantized weights",
+            "info": "Directory that llamafactory-kt quantize has made. Required for AMXINT8, optional for INT8, INT4 and AMXINT4.",
         },
-        "zh": {"label": "打包的专家权重", "info": "存放 .kt 文件的目录。AMXINT8 必填，AMXINT4 可选。"},
+        "zh": {
+            "label": "量化好的权重",
+            "info": "llamafactory-kt quantize 生成的目录。AMXINT8 必填，INT8、INT4、AMXINT4 可选。",
+        },
     },
     "kt_lora_scope": {
         "en": {"label": "LoRA scope", "info": "attention: leaves out shared experts and dense layers."},

@@ -127,7 +127,7 @@ def test_chat_verify_and_doctor(files, backend):
 def test_quantized_from_fp8(files, tmp_path):
     """The packed files hold the dequantized weights and fit this checkpoint only."""
     fp8, plain, _ = files
-    quantize_model(fp8, tmp_path / "int8")
+    quantize_model(fp8, tmp_path / "int8", "amxint8")
     model = load(fp8, backend="AMXINT8", weight_path=str(tmp_path / "int8"))
     assert per_token(answer(model), answer(merged_float32(plain, None))) < 0.1
     with pytest.raises(KTModelError, match="made from other weights"):

@@ -31,8 +31,8 @@ def test_kernel_missing_or_made_for_another_cpu(demo, monkeypatch, tmp_path):
         chat_model(demo / "model", kt_backend="AMXBF16")
     with pytest.raises(KTKernelError, match="pip install 'kt-kernel"):
         load(demo / "model", "AMXBF16")
-    with pytest.raises(KTKernelError, match="cannot pack int8 weights here: kt-kernel is not installed"):
-        quantize_model(demo / "model", tmp_path / "packed", "int8")
+    with pytest.raises(KTKernelError, match="AMXINT8 cannot pack weights here: kt-kernel is not installed"):
+        quantize_model(demo / "model", tmp_path / "packed", "amxint8")
     assert not (tmp_path / "packed").exists()
     state = kt_state(load(demo / "model"))
     assert state.engine.name == "native"

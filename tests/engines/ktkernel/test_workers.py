@@ -35,7 +35,7 @@ model, adapter, out, keys = *sys.argv[1:4], json.loads(sys.argv[4])
 os.sched_setaffinity(0, keys.pop("cpus"))
 if keys["backend"] == "AMXINT8":
     keys["weight_path"] = out + "/int8"
-    quantize_model(model, keys["weight_path"], "int8", threads=2)
+    quantize_model(model, keys["weight_path"], "amxint8", threads=2)
 loaded, _ = apply_adapter(load(model, adapter=adapter, **keys), adapter)
 whole = answer(loaded)
 if kt_state(loaded).merged is None:

@@ -83,9 +83,6 @@ def test_a_real_run(tmp_path):
     assert 0 < own["mean_kld"] < kl / 50, "bfloat16's rounding, and the adapter"
     assert base["same_top"] < own["same_top"] and own["perplexity_ratio"] == pytest.approx(1, abs=0.02)
 
-    verified = printed("verify", *words, "--json")
-    assert verified["passed"] and verified["quality"]["rows"] == [own]
-
 
 def test_figures_are_those_of_torch():
     generator = torch.Generator().manual_seed(0)

@@ -22,6 +22,13 @@ def run(*words: object, **options: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, **options)
 
 
+def printed(*words: object) -> dict:
+    """What a command prints as JSON."""
+    result = run("-m", "llamafactory_kt", *words)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
 @pytest.fixture(scope="module")
 def chat() -> Path:
     """Its configuration, in the cache, where it is made once."""
@@ -51,11 +58,11 @@ def test_precision_costs_what_it_should(chat):
         "kt_backend=INT8",
         "--against",
         "kt_backend=INT4",
+        "--against",
+        "kt_backend=INT4 kt_dense=int4",
     ]
-    result = run("-m", "llamafactory_kt", "bench", chat, *rows, "--json", "-")
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    native, int8, int4 = found["rows"]
+    found = printed("bench", chat, *rows, "--json", "-")
+    native, int8, int4, everywhere = found["rows"]
     assert 20 < found["perplexity"] < 50, "a language model, on a text that it has not seen"
     assert 0 < native["mean_kld"] < 0.005 and int8["mean_kld"] < 0.01, "little more than bfloat16's rounding"
     assert native["mean_kld"] < int8["mean_kld"] + 0.001
@@ -63,3 +70,7 @@ def test_precision_costs_what_it_should(chat):
     assert native["same_top"] > 0.93 and int8["same_top"] > 0.93 and 0.7 < int4["same_top"] < int8["same_top"]
     assert abs(native["perplexity_ratio"] - 1) < 0.02 and abs(int8["perplexity_ratio"] - 1) < 0.02
     assert 1 < int4["perplexity_ratio"] < 1.2
+    assert int4["mean_kld"] < everywhere["mean_kld"] < 0.4 and everywhere["perplexity_ratio"] < 1.5
+
+    verified = printed("verify", chat, "kt_backend=INT8", "--quality", "--chunks", 2, "--json")
+    assert verified["passed"] and verified["quality"]["rows"][0]["mean_kld"] == pytest.approx(int8["mean_kld"])

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
-from pathlib import Path
 
 import pytest
 from helpers.chats import EXPECTED, answers, config

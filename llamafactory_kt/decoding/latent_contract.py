@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from ..ground.internals import CACHE_ARGUMENTS
+
 _QUERY = {"q_proj"}, {"q_a_proj", "q_a_layernorm", "q_b_proj"}
 _OTHERS = {"kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"}
-_CACHES = "past_key_values", "cache"
-"""what transformers calls the cache, before and from 5.24 on"""
 _ROTARIES = "complex", "halves", "pairs", "pairs of the first half", "none"
 
 
@@ -128,7 +128,7 @@ def _agreeing(
     """The contracts whose results are those of the module's own forward."""
     signature = inspect.signature(inspect.unwrap(type(module).forward)).parameters
     names = [name for name, own in signature.items() if own.kind is not own.VAR_KEYWORD][1:]
-    cache = next((name for name in _CACHES if name in names), None)
+    cache = next((name for name in CACHE_ARGUMENTS if name in names), None)
     if (
         cache is None
         or names[0] != "hidden_states"

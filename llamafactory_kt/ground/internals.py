@@ -8,14 +8,18 @@ cannot do without, it goes on with others too: they are :func:`untested`, and a 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
 TESTED = {"transformers": ">=5.6,<5.25", "peft": ">=0.18.1,<0.22", "torch": ">=2.9,<2.16"}
 """library -> versions that ``make test MATRIX=...`` has shown right; docs/versions.md has the results"""
+CACHE_ARGUMENTS = "past_key_values", "cache"
+"""what transformers' models and ``generate`` call the cache of keys and values; the second from 5.24 on"""
 SWITCH = "LLAMAFACTORY_KT_WITHOUT"
 NAMES = frozenset(
     {
@@ -63,6 +67,11 @@ def untested() -> list[str]:
         for library, versions in TESTED.items()
         if _installed(library, "") and not _installed(library, versions)
     ]
+
+
+def cache_of(kwargs: Mapping[str, Any]) -> Any:
+    """The cache that a model of transformers, or ``generate``, is called with; None without one."""
+    return next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
 
 
 def _switched_off() -> set[str]:

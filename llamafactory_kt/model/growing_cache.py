@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..ground.internals import TESTED, Internal
+from ..ground.internals import TESTED, Internal, cache_of
 from ..native.recording import active
 from .state import has_kt_experts, kt_state
 
@@ -145,7 +145,7 @@ def grow_caches(model: nn.Module, classes: Classes = GROWING) -> None:
     """Let the caches grow with which a model is called, or a model inside of it: PEFT calls ``forward``, which has no hooks."""
 
     def before_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if cache is not None and "_kt_grows" not in vars(cache):
             let_grow(cache, classes)
             vars(cache)["_kt_grows"] = True

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..ground.internals import cache_of
+
 PROMPT, ANSWER = 0, 1
 
 _local = threading.local()
-_CACHE = ("past_key_values", "cache")
-"""what ``generate`` calls keys and values; the second from transformers 5.24 on"""
 
 KEPT_ROWS = 1024
 """rows that are kept before they are added up, which is cheaper than adding up each token"""
@@ -118,7 +118,7 @@ def call(kwargs: dict[str, Any]) -> Iterator[None]:
 def phase(kwargs: dict[str, Any]) -> int:
     """What ``model.forward(**kwargs)`` computes: one new token on a cache that is not empty is an answer's, all else a prompt's."""
     tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    cache = next((kwargs[name] for name in _CACHE if kwargs.get(name) is not None), None)
+    cache = cache_of(kwargs)
     one = isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 and tokens.shape[1] == 1
     return ANSWER if one and cache is not None and cache.get_seq_length() else PROMPT
 

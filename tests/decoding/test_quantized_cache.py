@@ -218,6 +218,7 @@ def test_refused(tmp_path, monkeypatch):
 
 def test_a_chat(tmp_path):
     """Through LLaMA-Factory."""
+    pytest.importorskip("llamafactory")
     chat = chat_model(
         make_model(tmp_path / "model", "qwen3_moe"), kt_backend="native", kt_cache="INT8", max_new_tokens=6
     )

@@ -115,13 +115,6 @@ def attend(
     )
 
 
-def view(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
-) -> View | None:  # fmt: skip
-    """What a mask lets the queries see; None where the kernels do not know it, or do not read such tensors."""
-    return _view(module, query, key, mask, kwargs) if _is_known(query, key, value, kwargs) else None
-
-
 def _is_known(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether the kernels read such tensors."""
     tensors = query, key, value
@@ -146,9 +139,12 @@ class View:
     """[B, keys], bool: those that are seen at all; None for all"""
 
 
-def _view(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
-) -> View | None:
+def view(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
+) -> View | None:  # fmt: skip
+    """What a mask lets the queries see; None where the kernels do not know it, or do not read such tensors."""
+    if not _is_known(query, key, value, kwargs):
+        return None
     queries, keys = query.shape[2], key.shape[2]
     if mask is None:
         causal = kwargs.get("is_causal")
@@ -161,7 +157,7 @@ def _view(
     window = kwargs.get("sliding_window") or 0
     known: dict[int, View | None] = vars(mask).setdefault("_kt_views", {})  # all layers get the same mask
     if window not in known:
-        known[window] = next((view for w in {0, window} if (view := _as_view(mask, w, len(query))) is not None), None)
+        known[window] = next((v for w in {0, window} if (v := _as_view(mask, w, len(query))) is not None), None)
     return known[window]
 
 

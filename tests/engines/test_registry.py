@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 from helpers.chats import EXPECTED, answers, config
@@ -55,24 +56,45 @@ def example(tmp_path) -> dict[str, str]:
 
 
 def test_another_distribution_brings_an_engine(tmp_path, demo, example):
-    """``kt_backend: example`` chats with the adapter, verify finds every layer right, doctor names it."""
+    """``kt_backend: example`` chats with the adapter, verify finds every layer right, bench and doctor name it."""
     yaml = config(tmp_path, demo, adapter_name_or_path=str(demo / "adapter"), kt_backend="Example", kt_num_threads=None)
 
+    def start(*words: str | Path) -> subprocess.Popen:
+        return subprocess.Popen(words, env=example, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")  # fmt: skip
+
     command = sys.executable, "-m", "llamafactory_kt"
-    found = {}
-    for name, words in {  # each of them is mostly imports
-        "chat": (CLI, "chat", yaml),
-        "verify": (*command, "verify", yaml, "--json"),
-        "doctor": (*command, "doctor", yaml, "--json"),
-    }.items():
-        said = "Tell me a joke.\nexit\n" if name == "chat" else None
-        found[name] = subprocess.run(words, env=example, input=said, capture_output=True, encoding="utf-8", timeout=240)
-        assert found[name].returncode == 0, f"{name}: {found[name].stderr}"
-    results = {name: process.stdout for name, process in found.items()}
-    assert answers(found["chat"]) == [EXPECTED["Tell me a joke."]["adapter"]]
+    results = {}
+    for pair in (
+        {"chat": start(CLI, "chat", yaml), "verify": start(*command, "verify", yaml, "--json")},
+        {
+            "doctor": start(*command, "doctor", yaml, "--json"),
+            "bench": start(
+                *command,
+                "bench",
+                yaml,
+                "--rounds",
+                "1",
+                "--new-tokens",
+                "2",
+                "--no-base",
+                "--prompt-tokens",
+                "8",
+                "--json",
+                "-",
+            ),
+        },
+    ):  # two at a time, as most of each is imports
+        for name, process in pair.items():
+            said = process.communicate("Tell me a joke.\nexit\n" if name == "chat" else None, timeout=240)
+            assert process.returncode == 0, f"{name}: {said}"
+            results[name] = said[0]
+    chat = subprocess.CompletedProcess([], 0, results["chat"])
+    assert answers(chat) == [EXPECTED["Tell me a joke."]["adapter"]]
     assert "Engine          │ example " in results["chat"] and "consumed 200 of 200" in results["chat"]
     verified = json.loads(results["verify"])
     assert verified["passed"] and {layer["engine"] for layer in verified["layers"]} == {"example"}
+    [row] = json.loads(results["bench"])["rows"]
+    assert row["loaded"]["engine"].startswith("example with ")
     texts = {finding["subject"]: finding["text"] for finding in json.loads(results["doctor"])["findings"]}
     assert "example" in texts["engines"] and "example with " in texts["experts"]
 

@@ -128,7 +128,7 @@ def _wrapped(model: Any, around: Around) -> Iterator[None]:
         return outermost(call, around(ATTENTION, call, _attention_operations))
 
     with ExitStack() as stack:
-        for owner, name, part, operations in _BETWEEN:  # where no module is called
+        for owner, name, part, operations in _KERNEL_CALLS:  # where no module is called
             own_call = getattr(owner, name)
             setattr(owner, name, outermost(own_call, around(part, own_call, operations)))
             stack.callback(setattr, owner, name, own_call)
@@ -143,7 +143,7 @@ def _wrapped(model: Any, around: Around) -> Iterator[None]:
         yield
 
 
-_BETWEEN: list[tuple[Any, str, str, Callable[..., float]]] = [
+_KERNEL_CALLS: list[tuple[Any, str, str, Callable[..., float]]] = [
     (FusedLinear, "__call__", LINEAR, lambda product, x: 2.0 * x.numel() * product.call.rows),
     (HeadProducts, "__call__", LINEAR, lambda product, x: 2.0 * x.numel() * (product.call.cols if product.call.transposed else product.call.rows)),
     (calls, "attention", ATTENTION, lambda q, k, v, scale, window, *_, **__: _pairs_operations(q, k, v, window, True)),

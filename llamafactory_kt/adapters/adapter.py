@@ -19,6 +19,12 @@ _LARGEST = 1e12
 """of a value: A, B, the rank, a scaling and a hidden state multiplied stay far below the largest float32, 3e38"""
 
 
+def file_versions(directory: Path, *more: Path) -> tuple[tuple[str, int, int], ...]:
+    """(path, bytes, time of the last change) of the files of a directory, and of more files."""
+    files = {file.resolve() for file in (*directory.iterdir(), *more) if file.is_file()}
+    return tuple((str(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in sorted(files))
+
+
 def _computable(tensor: torch.Tensor) -> bool:
     least, most = tensor.aminmax() if tensor.numel() else (tensor.new_zeros(()),) * 2  # NaN, if it holds one
     return bool(least >= -_LARGEST) and bool(most <= _LARGEST)
@@ -38,6 +44,8 @@ class Adapter(ABC):
         self.directory = directory
         self.settings = settings
         self.store = store
+        self.files = file_versions(directory, store.path)
+        """path, bytes and time of the last change of each file, when it was opened"""
         self._finite: set[str] = set()
         """tensors found without NaN and Inf, so that none is checked twice"""
         self._check_headers()

@@ -23,7 +23,7 @@ from ..ground.tensor_files import (
     has_store,
     open_store,
 )
-from .adapter import Adapter
+from .adapter import Adapter, file_versions
 from .config import LoraSettings
 from .expert_lora import ExpertLora, ExpertsShape
 from .keys import PROJECTIONS, belongs_to_experts
@@ -49,6 +49,7 @@ class StackedAdapter(Adapter):
         others = open_store(directory) if rest and has_store(directory) else None
         super().__init__(directory, settings, CombinedStore(others, experts) if others else experts)
         self.format, self._scaling, self._experts = name, scaling, experts
+        self.files = file_versions(directory, self.store.path, experts.path)
         self._names: dict[int, dict[tuple[str, str], str]] = {}
         for tensor in experts.infos:
             match = _NAME.match(tensor)

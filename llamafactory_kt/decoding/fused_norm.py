@@ -46,16 +46,18 @@ class FusedNorm(nn.Module):
     _kt_formula: NormFormula
     weight: nn.Parameter
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., n], in the dtype of x."""
+    def forward(self, x: torch.Tensor, *more: Any, **by_name: Any) -> torch.Tensor:
+        """[..., n], in the dtype of x. With a gate, or what else its class may take, as that class computes it."""
         formula, weight = self._kt_formula, self.weight
         known = x.dtype == weight.dtype == formula.dtype and x.device.type == weight.device.type == "cpu"
         if (
             not known
+            or more
+            or by_name
             or torch.compiler.is_compiling()
             or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         ):
-            return super().forward(x)  # type: ignore[no-any-return, misc]
+            return super().forward(x, *more, **by_name)  # type: ignore[no-any-return, misc]
         call = NormCall(
             x.shape[-1], weight.data_ptr(), DTYPES[x.dtype], formula.eps, formula.offset, formula.round_first
         )

@@ -24,7 +24,7 @@ SWITCH = "LLAMAFACTORY_KT_WITHOUT"
 NAMES = frozenset(
     {
         "auto-classes", "experts-contract", "kt-kernel", "kt-kernel-memory", "openmp", "peft-layers",
-        "growing-cache", "latent-attention", "cuda-runtime", "peft-lora", "quantized-checkpoints", "tracing", "torch-archive", "transformers-names",
+        "growing-cache", "latent-attention", "prompt-cache", "cuda-runtime", "peft-lora", "quantized-checkpoints", "tracing", "torch-archive", "transformers-names",
     }
 )  # fmt: skip
 """of every :class:`Internal`"""

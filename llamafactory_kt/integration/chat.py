@@ -12,6 +12,7 @@ from ..adapters import AdapterSet
 from ..ground.errors import KTConfigError, KTModelError, one_line
 from . import bootstrap
 from .chat_config import open_configured, parse, parse_from, read_yaml
+from .hf_engine import TEXT
 from .known_versions import PARAMETERS
 from .media import add_token_types
 from .patching import expect
@@ -157,7 +158,7 @@ class LoadedChat:
         kwargs, _ = self.engine._process_args(*parts, messages, **asked, **prompt.media)
         # also for stock models: what a comparison shows is not what LLaMA-Factory leaves out
         add_token_types(kwargs, self.model, self.engine.processor)
-        text = {"inputs", "attention_mask", "generation_config", "stopping_criteria"}
+        text = TEXT | {"stopping_criteria", "custom_generate"}
         media = {name: value for name, value in kwargs.items() if name not in text} if prompt.media else {}
         return Encoded(kwargs["inputs"][0].tolist(), kwargs["generation_config"], media)
 

@@ -22,6 +22,10 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         self.stop_strings: tuple[str, ...] = ()
         """the answer is cut before the first of them"""
         self.prompt_tokens = 0
+        self.cached_tokens = 0
+        """of the prompt, those whose keys and values were kept from earlier"""
+        self.read_tokens = 0
+        """of the prompt, those that have been read, the kept ones among them"""
         self.tokens = 0
         """generated so far, including the end-of-sequence token"""
         self.finish_reason = "length"
@@ -37,6 +41,13 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         """Start the clock; called right before ``generate``."""
         self.prompt_tokens, self._tokenizer, self._eos = prompt_tokens, tokenizer, frozenset(eos)
         self._started = time.perf_counter()
+
+    def read(self, tokens: int) -> bool:
+        """Note that so many tokens of the prompt have been read; whether to go on."""
+        self.read_tokens = tokens
+        if self.stopped:
+            self.finish_reason = "stop"
+        return not self.stopped
 
     def stop(self) -> None:
         """End the answer after the current token. Any thread may call it, even before the answer has begun."""
@@ -59,7 +70,7 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         """Set the number of tokens generated so far, and note the time."""
         self._last = time.perf_counter()
         self._first = self._first or self._last
-        self.tokens = tokens
+        self.tokens, self.read_tokens = tokens, self.prompt_tokens
 
     def _at_stop_string(self, row: torch.Tensor) -> bool:
         if not self.stop_strings:
@@ -80,8 +91,9 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         return (self.tokens - 1) / (self._last - self._first) if self.tokens > 1 else 0.0
 
     def __str__(self) -> str:
+        kept = f" ({self.cached_tokens} kept from earlier)" if self.cached_tokens else ""
         return (
-            f"prompt {self.prompt_tokens} tokens, first token after {self.seconds_to_first_token:.2f} s, "
+            f"prompt {self.prompt_tokens} tokens{kept}, first token after {self.seconds_to_first_token:.2f} s, "
             f"answer {self.tokens} tokens at {self.tokens_per_second:.1f} tokens/s"
         )
 

@@ -8,6 +8,7 @@ Uses ``text_queue`` and ``stop_signal`` of transformers 5.6's ``TextIteratorStre
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable
 from threading import Thread
 from types import ModuleType
@@ -17,6 +18,9 @@ from ..model.state import has_kt_experts
 from .known_versions import PARAMETERS
 from .patching import expect, replace
 from .videos import check_plugins
+
+TEXT = {"inputs", "attention_mask", "generation_config"}
+"""what ``generate`` gets for a prompt that is text alone"""
 
 
 def patch(module: ModuleType) -> None:
@@ -32,6 +36,7 @@ def patch(module: ModuleType) -> None:
         given = _by_name(args, kwargs)
         if not has_kt_experts(given["model"]):
             return stock_process(**given)
+        from ..decoding.generate import can_reuse, generate
         from .media import add_token_types, read_media, videos_in_files
         from .videos import with_videos
 
@@ -44,6 +49,8 @@ def patch(module: ModuleType) -> None:
         add_token_types(gen_kwargs, given["model"], given["processor"])
         eos = gen_kwargs["generation_config"].eos_token_id
         generation.begin(given["tokenizer"], length, [eos] if isinstance(eos, int) else list(eos or ()))
+        if gen_kwargs.keys() <= TEXT and can_reuse(given["model"], gen_kwargs["generation_config"]):
+            gen_kwargs["custom_generate"] = functools.partial(generate, reading=generation)
         gen_kwargs["stopping_criteria"] = [generation]
         return gen_kwargs, length
 
@@ -121,6 +128,8 @@ def _start(model: Any, tokenizer: Any, gen_kwargs: dict[str, Any], generation: A
         set_seed(seed)
     skip = getattr(gen_kwargs["generation_config"], "skip_special_tokens", True)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=skip)
+    if (custom := gen_kwargs.get("custom_generate")) is not None:  # to which transformers does not pass it
+        gen_kwargs["custom_generate"] = functools.partial(custom, streamer=streamer)
     cut = StopText(generation.stop_strings)
 
     def generate() -> None:

@@ -37,6 +37,8 @@ class RouterCounts:
 
     def add(self, index: torch.Tensor, weights: torch.Tensor) -> None:
         """Count one call: index [T, K] int64 and weights [T, K], on the CPU. Padding is left out."""
+        if getattr(_local, "uncounted", False):
+            return
         phase, mask = getattr(_local, "call", (PROMPT, None))
         if mask is not None and len(mask) == len(index):
             index, weights = index[mask], weights[mask]
@@ -70,6 +72,16 @@ class RouterCounts:
         with self._lock:
             self._add_up()
             return self._tokens.copy(), self._counts.copy(), self._weights.copy()
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Calls of the model, in this thread, that are about the model and no conversation's."""
+    _local.uncounted = True
+    try:
+        yield
+    finally:
+        _local.uncounted = False
 
 
 @contextlib.contextmanager

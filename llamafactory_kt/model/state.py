@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from ..engines.base import Engine, EngineOptions
 from ..engines.plan import Plan
 from ..ground.errors import KTModelError
 from ..native.cached_dense import CachedDense
+from ..prompt_cache.pool import PromptPool
 from .lock import ModelLock
 
 if TYPE_CHECKING:
@@ -81,6 +83,10 @@ class KTState:
     """integers of the weights around the experts that ``kt_weight_path`` has"""
     optimized: bool = False
     """the layers around the experts are optimized for inference"""
+    prompts: PromptPool | None = None
+    """prompts and answers whose keys and values are kept; None where none are"""
+    continues: str | None = None
+    """how tokens go on with a cache (:mod:`..decoding.continuing`); None where nobody has asked"""
     show_stats: bool = False
     """a terminal chat prints figures after each answer"""
 
@@ -88,6 +94,16 @@ class KTState:
     def engine(self) -> type[Engine]:
         """What computes the experts."""
         return type(self.wrappers[0].engine)
+
+    @property
+    def weights_key(self) -> Hashable:
+        """Equal for the same adapters, applied in the same way."""
+        left_out = self.report.left_out if self.report is not None else 0
+        return (
+            *(adapter.files for adapter in self.adapters.adapters),
+            left_out,
+            *(a.files for a in self.expert_adapters.adapters),
+        )
 
     @property
     def shapes(self) -> dict[int, ExpertsShape]:

@@ -13,7 +13,7 @@ from .values import key
 SCOPES = ("all", "attention")
 
 CHAT_ONLY_KEYS = (
-    "kt_load", "kt_dense", "kt_cache", "kt_max_chunk", "kt_merge_adapter", "kt_idle_workers", "kt_recalibrate", "kt_router_stats", "kt_debug_dir",
+    "kt_load", "kt_dense", "kt_cache", "kt_prompt_cache", "kt_prompt_cache_gib", "kt_max_chunk", "kt_merge_adapter", "kt_idle_workers", "kt_recalibrate", "kt_router_stats", "kt_debug_dir",
 )  # fmt: skip
 """keys about experts in this process, which do nothing with ``infer_backend: sglang``"""
 
@@ -42,6 +42,13 @@ class KTArguments(KTServingArguments):
         "same",
         "What keys and values of past tokens are kept as, without a GPU: same as the model computes in, or int8 (half the memory, less to read for "
         "each token of long conversations).",
+    )
+    kt_prompt_cache: bool = key(
+        True,
+        "Whether to keep keys and values of prompts and answers, so that a prompt that begins like an earlier one computes only what is new.",
+    )
+    kt_prompt_cache_gib: float | None = key(
+        None, "The most memory for kt_prompt_cache, in GiB. Default: a quarter of what is free after the load."
     )
     kt_num_threads: str | None = key(None, "CPU threads of kt-kernel. Default: the fastest number measured.")
     kt_idle_workers: bool | None = key(

@@ -211,6 +211,7 @@ def _prepare(model_args: Any, init_kwargs: dict[str, Any], checkpoint: dict[str,
 def _apply(model: Any, model_args: Any) -> Any:
     """Apply the adapters, optimize, and log the load table; returns the model, wrapped by PEFT if it applies a part."""
     from ...apply import apply_adapter
+    from ...decoding.generate import keep_prompts
     from ...decoding.optimize import optimize_for_inference
     from ...decoding.process import configure_process
     from ...load_report import debug_structure
@@ -225,6 +226,7 @@ def _apply(model: Any, model_args: Any) -> Any:
         logger.info("Loaded adapter(s): %s", ",".join(model_args.adapter_name_or_path or [model_args.kt_moe_lora_path]))
     optimize_for_inference(model)
     state.show_stats = model_args.kt_stats
+    keep_prompts(state, model_args.kt_prompt_cache, model_args.kt_prompt_cache_gib)
     log_load_table(model)
     if model_args.kt_debug:
         logger.info("%s", "\n" + debug_structure(model))

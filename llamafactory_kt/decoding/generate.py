@@ -1,0 +1,169 @@
+"""The loop of ``generate`` for a model whose earlier prompts and answers are kept (:mod:`..prompt_cache`).
+
+A prompt is read in chunks: memory stays flat with its length, and somebody can watch, and stop. transformers does the rest, as always.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..ground.internals import CACHE_ARGUMENTS, TESTED, Internal
+from ..ground.machine import available_memory
+from ..model.state import KTState, kt_state
+from ..prompt_cache import layers
+from ..prompt_cache.pool import Kept, PromptPool
+from .continuing import NEVER, ONE_BY_ONE, TOGETHER, way_to_continue
+
+INTERNAL = Internal("prompt-cache", "transformers", TESTED["transformers"])
+CHUNK = 512
+"""tokens of a prompt that are read at once"""
+REWRITTEN = 16
+"""tokens at a prompt's end that the next one may not have, such as the opening of a thought"""
+MARKS = 4
+"""of a sequence, the newest"""
+COST_OF_ONE = 16
+"""tokens that are read together in the time of one alone, or fewer"""
+
+
+class Reading(Protocol):
+    """Whoever watches a prompt being read."""
+
+    cached_tokens: int
+    """of the prompt, those that were kept from earlier"""
+
+    def read(self, tokens: int) -> bool:
+        """Called when so many tokens of the prompt are there; whether to go on."""
+
+
+def keep_prompts(state: KTState, wanted: bool = True, gib: float | None = None) -> None:
+    """Keep keys and values of a model's prompts and answers from now on, or no longer.
+
+    Args:
+        gib: the most that they may take; by default a quarter of the memory that is free now.
+    """
+    nbytes = available_memory() // 4 if gib is None else int(gib * 2**30)
+    state.prompts = PromptPool(nbytes) if wanted and INTERNAL.usable else None
+
+
+def can_reuse(model: Any, config: Any) -> bool:
+    """Whether ``generate`` with this GenerationConfig may begin with what is kept: it chooses token by token, and makes the cache itself."""
+    usual = (config.num_beams or 1) == 1 and not config.cache_implementation and config.use_cache is not False
+    return usual and kt_state(model).prompts is not None
+
+
+def generate(model: Any, input_ids: torch.Tensor, reading: Reading, **arguments: Any) -> torch.Tensor:
+    """For ``generate(custom_generate=...)`` of transformers, in place of its own ``_sample``.
+
+    Args:
+        input_ids: int64 [B, T]: a prompt of text, once for each answer to it.
+
+    Returns:
+        int64 [B, T + new tokens]; [B, T] if reading was stopped.
+    """
+    with torch.inference_mode(False), torch.no_grad():  # what is kept is changed by generations of either mode
+        name = next((name for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
+        if name is None:  # the model makes a cache of its own
+            return _sample(model, input_ids, arguments)
+        return _Generation(model, input_ids, reading, arguments, name).run()
+
+
+def _sample(model: Any, input_ids: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    found: torch.Tensor = model._sample(input_ids, **arguments)
+    return found
+
+
+class _Generation:
+    """One call of ``generate``.
+
+    Args:
+        name: the argument that is the cache.
+    """
+
+    def __init__(self, model: Any, input_ids: torch.Tensor, reading: Reading, arguments: dict[str, Any], name: str):
+        self._model, self._reading, self._arguments, self._name = model, reading, arguments, name
+        self._input_ids, self._ids = input_ids, input_ids[0].cpu().numpy()
+        self._whole = len(self._ids) - (len(input_ids) > 1)
+        """tokens of the prompt of which some are left for ``_sample``; several answers get all but the last from here"""
+        state = kt_state(model)
+        assert state.prompts is not None
+        self._pool, key = state.prompts, state.weights_key
+        fresh = Kept(key, self._ids[:0], arguments[name])
+        known = layers.are_known(fresh.cache)
+        asked = self._pool.sequences or len(self._ids) > CHUNK or len(input_ids) > 1 or layers.forgets(fresh.cache)
+        self._way = (way_to_continue(model, input_ids[:1]) if asked else TOGETHER) if known else NEVER
+        # two tokens at least are left to read: a call with one is a token of an answer, for whoever counts
+        kept = None if self._way == NEVER else self._pool.take(self._ids, key, len(self._ids) - 2)
+        if kept is None or (
+            self._way == ONE_BY_ONE and COST_OF_ONE * (len(self._ids) - len(kept.ids)) > len(self._ids)
+        ):
+            kept = fresh
+        self._kept = kept
+        reading.cached_tokens = len(kept.ids)
+
+    def run(self) -> torch.Tensor:
+        found = self._input_ids
+        if self._way == NEVER:
+            return _sample(self._model, found, self._arguments)
+        try:
+            if self._read():
+                cache = self._kept.cache
+                if len(found) > 1:
+                    cache = layers.copied(cache, self._whole, {})
+                    cache.batch_repeat_interleave(len(found))
+                found = _sample(self._model, found, {**self._arguments, self._name: cache})
+            return found
+        finally:
+            self._keep(getattr(found, "sequences", found)[0].cpu().numpy())
+
+    def _read(self) -> bool:
+        """Read the prompt but for the last part, which ``_sample`` reads; whether to go on."""
+        done = len(self._kept.ids)
+        for end in self._stops(done):
+            if not self._reading.read(done):
+                return False
+            self._forward(done, end)
+            done = end
+            if end == self._mark():
+                self._kept.marks[end] = layers.states_of(self._kept.cache)
+        return self._reading.read(done)
+
+    def _stops(self, done: int) -> list[int]:
+        """The ends of the parts that are read here."""
+        last = len(self._ids) - 1
+        if self._way == ONE_BY_ONE:
+            return list(range(done + 1, last + 1)) if done else [last]
+        ends = {self._mark(), *range(done + CHUNK, self._mark() or self._whole, CHUNK)}
+        if self._whole < len(self._ids):
+            ends.add(self._whole)
+        return sorted(end for end in ends if end > done)
+
+    def _mark(self) -> int:
+        """The number of tokens after which the states of layers that cannot be cut are copied; 0 for nowhere."""
+        if not layers.forgets(self._kept.cache):
+            return 0
+        return len(self._ids) - 1 if self._way == ONE_BY_ONE else max(0, self._whole - REWRITTEN)
+
+    def _forward(self, start: int, end: int) -> None:
+        given = {**self._arguments, self._name: self._kept.cache}
+        for name in ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"):
+            given.pop(name, None)
+        for name in ("attention_mask", "position_ids"):
+            if given.get(name) is not None:
+                given[name] = given[name][..., :1, :end] if given[name].dim() > 2 else given[name][:1, :end]
+        inputs = self._model.prepare_inputs_for_generation(
+            self._input_ids[:1, :end], next_sequence_length=end - start, is_first_iteration=start == 0, **given
+        )
+        self._model(**inputs, return_dict=True)
+
+    def _keep(self, ids: np.ndarray) -> None:
+        """Keep what the cache holds, of the prompt and its first answer."""
+        kept = self._kept
+        held = layers.length(kept.cache)
+        if not held or (held > len(ids) and layers.fixed(kept.cache)):
+            return
+        held = min(held, len(ids))
+        layers.cut(kept.cache, held, {})
+        self._pool.keep(Kept(kept.key, ids[:held], kept.cache, dict(list(kept.marks.items())[-MARKS:])))

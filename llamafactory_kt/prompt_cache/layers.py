@@ -1,0 +1,118 @@
+"""transformers' caches cut, copied and put back.
+
+Attention over all tokens can be cut anywhere. A sliding window forgets, and linear attention keeps sums instead of tokens: they go back
+only to where their *state* was copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import copy
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+
+State = dict[str, Any]
+"""a layer's attributes, the tensors copied"""
+States = dict[int, State]
+"""of the layers that cannot be cut, by number"""
+_FORGETTING = DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+KNOWN = {
+    *(
+        "DynamicLayer",
+        "GrowingLayer",
+        "Int8Layer",
+        "DynamicSlidingWindowLayer",
+        "GrowingSlidingLayer",
+        "Int8SlidingLayer",
+    ),
+    *("LinearAttentionLayer", "DummyLayer"),
+}
+"""classes; the last holds nothing"""
+_ROOMS = "_kt_rooms"
+"""the memory in which a layer of :mod:`..model.growing_cache` grows; a copy gets its own"""
+
+
+def are_known(cache: Any) -> bool:
+    """Whether all of a cache's layers, also those to come, are of kinds that are cut and copied here. Others keep more of the past."""
+    to_come = cache.layer_class_to_replicate
+    return {type(layer).__name__ for layer in cache.layers} | ({to_come.__name__} if to_come else set()) <= KNOWN
+
+
+def length(cache: Any) -> int | None:
+    """Tokens in all of a cache's layers; None if they differ, as after an error in the middle."""
+    found = {int(layer.get_seq_length()) for layer in cache.layers if isinstance(layer, DynamicLayer)}
+    return found.pop() if len(found) == 1 else None
+
+
+def forgets(cache: Any) -> bool:
+    """Whether some layers cannot be cut, or cannot once they hold more."""
+    return any(isinstance(layer, _FORGETTING) for layer in cache.layers)
+
+
+def _can_be_cut(layer: Any) -> bool:
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return bool(layer.keys.shape[-2] == layer.cumulative_length)  # nothing is forgotten yet
+    return not isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def fixed(cache: Any) -> list[int]:
+    """The numbers of the layers that cannot be cut."""
+    return [number for number, layer in enumerate(cache.layers) if not _can_be_cut(layer)]
+
+
+def states_of(cache: Any) -> States:
+    """The states, now, of all layers that cannot be cut, or may not once they hold more."""
+    return {number: _state(layer) for number, layer in enumerate(cache.layers) if isinstance(layer, _FORGETTING)}
+
+
+def cut(cache: Any, tokens: int, states: States) -> None:
+    """Forget all but the first tokens, in place.
+
+    Args:
+        states: of the layers that cannot be cut, after so many tokens.
+    """
+    for number, layer in enumerate(cache.layers):
+        _restrict(layer, tokens, states.get(number), own=True)
+
+
+def copied(cache: Any, tokens: int, states: States) -> Any:
+    """The first tokens of a cache, as a new one."""
+    new = copy(cache)
+    new.layers = [copy(layer) for layer in cache.layers]
+    for number, layer in enumerate(new.layers):
+        _restrict(layer, tokens, states.get(number), own=False)
+    return new
+
+
+def _restrict(layer: Any, tokens: int, state: State | None, own: bool) -> None:
+    if not own:
+        vars(layer).pop(_ROOMS, None)
+    if state is not None and not _can_be_cut(layer):
+        vars(layer).update(_copies(state))
+    elif isinstance(layer, DynamicLayer):
+        with torch.inference_mode(False):
+            kept = layer.keys[..., :tokens, :], layer.values[..., :tokens, :]
+            layer.keys, layer.values = kept if own else map(torch.clone, kept)
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = tokens
+    elif not own:
+        vars(layer).update(_state(layer))
+
+
+def _state(layer: Any) -> State:
+    return _copies({name: value for name, value in vars(layer).items() if name != _ROOMS})
+
+
+def _copies(state: State) -> State:
+    with torch.inference_mode(False):
+        return tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, state)  # type: ignore[no-any-return]
+
+
+def nbytes(cache: Any, states: Iterable[States] = ()) -> int:
+    """Bytes of a cache's tokens, and of states. Room to grow is not counted: nothing is in it yet."""
+    kept = [value for layer in cache.layers for name, value in vars(layer).items() if name != _ROOMS]
+    kept += [value for each in states for state in each.values() for value in state.values()]
+    return sum(tensor.nbytes for tensor in tree_leaves(kept) if isinstance(tensor, torch.Tensor))

@@ -64,6 +64,10 @@ def load_rows(model: nn.Module) -> Rows:
         if any(getattr(module, "caches_latents", False) for module in model.modules()):
             kept = "latents, which stay as they are"
         rows.append(("Keys and values", kept))
+    if state.prompts is not None:
+        rows.append(
+            ("Earlier prompts", f"kept for the next ones, up to {gib(state.prompts.most_nbytes)} of keys and values")
+        )
     workers = engine.describe_workers(state.plan, state.options)
     rows.append(("Threads", f"{workers}{'; ' if workers else ''}torch {torch.get_num_threads()}"))
     if state.reason:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..ground.errors import KTAdapterError, name_some
+from ..ground.file_hash import file_versions
 from ..ground.tensor_files import TensorStore
 from .config import LoraSettings
 from .expert_lora import ExpertLora, ExpertsShape
@@ -17,12 +18,6 @@ from .keys import is_placeholder, split_module
 _FLOATS = {"BF16", "F16", "F32", "F64"}
 _LARGEST = 1e12
 """of a value: A, B, the rank, a scaling and a hidden state multiplied stay far below the largest float32, 3e38"""
-
-
-def file_versions(directory: Path, *more: Path) -> tuple[tuple[str, int, int], ...]:
-    """(path, bytes, time of the last change) of the files of a directory, and of more files."""
-    files = {file.resolve() for file in (*directory.iterdir(), *more) if file.is_file()}
-    return tuple((str(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in sorted(files))
 
 
 def _computable(tensor: torch.Tensor) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..ground.errors import KTAdapterError, name_some
+from ..ground.file_hash import file_versions
 from ..ground.tensor_files import (
     CombinedStore,
     NestedPickledStore,
@@ -23,7 +24,7 @@ from ..ground.tensor_files import (
     has_store,
     open_store,
 )
-from .adapter import Adapter, file_versions
+from .adapter import Adapter
 from .config import LoraSettings
 from .expert_lora import ExpertLora, ExpertsShape
 from .keys import PROJECTIONS, belongs_to_experts

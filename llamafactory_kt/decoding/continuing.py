@@ -24,13 +24,14 @@ _NEAR = 1 / 3
 """of the distance at which logits are that know nothing of the tokens before: rounding is far below, a lost layer above"""
 
 
-def way_to_continue(model: Any, ids: torch.Tensor) -> str:
+def way_to_continue(model: Any, ids: torch.Tensor, name: str) -> str:
     """How tokens go on with what earlier ones have left in a cache, whatever was computed in between.
 
     Asked once for a class, with the first tokens of a prompt.
 
     Args:
         ids: int64 [1, T]. With fewer than eight tokens the answer is never, and is not remembered; and with layers of unknown kinds.
+        name: the argument that is the cache.
     """
     state = kt_state(model)
     if state.continues is None and layers.are_known(_cache(model)) and ids.shape[1] >= 2 * _PART:
@@ -40,7 +41,7 @@ def way_to_continue(model: Any, ids: torch.Tensor) -> str:
         state.continues = known.recall(_read) if known is not None else None
         if state.continues is None:
             with uncounted():
-                state.continues = _ask(model, ids[:, : 2 * _PART])
+                state.continues = _ask(model, ids[:, : 2 * _PART], name)
             if known is not None:
                 known.keep(state.continues)
     return state.continues or NEVER
@@ -52,15 +53,20 @@ def _read(way: str) -> str:
     return way
 
 
-def _ask(model: Any, ids: torch.Tensor) -> str:
+def _ask(model: Any, ids: torch.Tensor, name: str) -> str:
+    def logits(cache: Any, part: torch.Tensor) -> torch.Tensor:
+        """float32 [T, V]"""
+        found: torch.Tensor = model(input_ids=part, use_cache=True, **{name: cache}).logits
+        return found[0].float()
+
     before, after = ids.split(_PART, 1)
-    whole, alone = _logits(model, _cache(model), ids), _logits(model, _cache(model), after)
+    whole, alone = logits(_cache(model), ids), logits(_cache(model), after)
     for way, parts in ((TOGETHER, [after]), (ONE_BY_ONE, after.split(1, 1))):
         cache = _cache(model)
-        _logits(model, cache, before)
-        _logits(model, _cache(model), after)  # another conversation comes between
+        logits(cache, before)
+        logits(_cache(model), after)  # another conversation comes between
         try:
-            found = torch.cat([_logits(model, cache, part) for part in parts])
+            found = torch.cat([logits(cache, part) for part in parts])
         except Exception:  # of a model's code that does not expect this
             continue
         if (found - whole[_PART:]).norm() < _NEAR * (alone - whole[_PART:]).norm():
@@ -70,9 +76,3 @@ def _ask(model: Any, ids: torch.Tensor) -> str:
 
 def _cache(model: Any) -> Any:
     return DynamicCache(config=model.config.get_text_config(decoder=True))
-
-
-def _logits(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
-    """float32 [T, V]"""
-    found: torch.Tensor = model(input_ids=ids, use_cache=True, past_key_values=cache).logits
-    return found[0].float()

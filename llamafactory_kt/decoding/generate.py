@@ -5,17 +5,27 @@ A prompt is read in chunks: memory stays flat with its length, and somebody can 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from importlib import metadata
+from itertools import count
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from ..ground.file_hash import file_versions
 from ..ground.internals import CACHE_ARGUMENTS, TESTED, Internal
 from ..ground.machine import available_memory
+from ..model.experts_module import before_layers
+from ..model.growing_cache import GROWING, let_grow_once
 from ..model.state import KTState, kt_state
 from ..prompt_cache import layers
+from ..prompt_cache.files import PromptFiles
 from ..prompt_cache.pool import Kept, PromptPool
 from .continuing import NEVER, ONE_BY_ONE, TOGETHER, way_to_continue
+from .quantized_cache import INT8
 
 INTERNAL = Internal("prompt-cache", "transformers", TESTED["transformers"])
 CHUNK = 512
@@ -29,23 +39,25 @@ COST_OF_ONE = 16
 
 
 class Reading(Protocol):
-    """Whoever watches a prompt being read."""
+    """Whoever watches a prompt being read, in the thread that reads it."""
 
     cached_tokens: int
     """of the prompt, those that were kept from earlier"""
 
     def read(self, tokens: int) -> bool:
-        """Called when so many tokens of the prompt are there; whether to go on."""
+        """Called when so many tokens of the prompt are there, and before the layers of a part, each of which counts for its share;
+        returns whether to go on."""
 
 
-def keep_prompts(state: KTState, wanted: bool = True, gib: float | None = None) -> None:
+def keep_prompts(state: KTState, wanted: bool = True, gib: float | None = None, directory: Path | None = None) -> None:
     """Keep keys and values of a model's prompts and answers from now on, or no longer.
 
     Args:
         gib: the most that they may take; by default a quarter of the memory that is free now.
+        directory: for the beginnings that conversations share.
     """
     nbytes = available_memory() // 4 if gib is None else int(gib * 2**30)
-    state.prompts = PromptPool(nbytes) if wanted and INTERNAL.usable else None
+    state.prompts = PromptPool(nbytes, directory) if wanted and INTERNAL.usable else None
 
 
 def can_reuse(model: Any, config: Any) -> bool:
@@ -54,11 +66,12 @@ def can_reuse(model: Any, config: Any) -> bool:
     return usual and kt_state(model).prompts is not None
 
 
-def generate(model: Any, input_ids: torch.Tensor, reading: Reading, **arguments: Any) -> torch.Tensor:
+def generate(model: Any, input_ids: torch.Tensor, reading: Reading, head: int = 0, **arguments: Any) -> torch.Tensor:
     """For ``generate(custom_generate=...)`` of transformers, in place of its own ``_sample``.
 
     Args:
         input_ids: int64 [B, T]: a prompt of text, once for each answer to it.
+        head: tokens with which other conversations begin, too.
 
     Returns:
         int64 [B, T + new tokens]; [B, T] if reading was stopped.
@@ -67,12 +80,28 @@ def generate(model: Any, input_ids: torch.Tensor, reading: Reading, **arguments:
         name = next((name for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
         if name is None:  # the model makes a cache of its own
             return _sample(model, input_ids, arguments)
-        return _Generation(model, input_ids, reading, arguments, name).run()
+        return _Generation(model, input_ids, reading, arguments, name, head).run()
 
 
 def _sample(model: Any, input_ids: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
     found: torch.Tensor = model._sample(input_ids, **arguments)
     return found
+
+
+def facts(model: Any, state: KTState) -> list[Any]:
+    """All that keys and values depend on besides the tokens; JSON values."""
+    source, options = Path(model.config._name_or_path).expanduser(), state.options
+    directories = [path for path in (source, options.packed_files) if path is not None and path.is_dir()]
+    return [
+        [metadata.version(name) for name in ("llamafactory-kt-experts", "transformers", "torch")],
+        [str(source), getattr(model.config, "_commit_hash", None), *map(file_versions, directories)],
+        [type(model).__name__, str(model.dtype), state.engine.name, options.dense_bits, options.cache_bits],
+        state.weights_key,
+    ]
+
+
+class _Stopped(Exception):
+    """Nobody wants the answer any more."""
 
 
 class _Generation:
@@ -82,57 +111,77 @@ class _Generation:
         name: the argument that is the cache.
     """
 
-    def __init__(self, model: Any, input_ids: torch.Tensor, reading: Reading, arguments: dict[str, Any], name: str):
+    def __init__(
+        self, model: Any, input_ids: torch.Tensor, reading: Reading, arguments: dict[str, Any], name: str, head: int
+    ):
         self._model, self._reading, self._arguments, self._name = model, reading, arguments, name
         self._input_ids, self._ids = input_ids, input_ids[0].cpu().numpy()
         self._whole = len(self._ids) - (len(input_ids) > 1)
         """tokens of the prompt of which some are left for ``_sample``; several answers get all but the last from here"""
         state = kt_state(model)
         assert state.prompts is not None
-        self._pool, key = state.prompts, state.weights_key
+        self._pool, key, self._layers = state.prompts, state.weights_key, len(state.wrappers)
         fresh = Kept(key, self._ids[:0], arguments[name])
         known = layers.are_known(fresh.cache)
         asked = self._pool.sequences or len(self._ids) > CHUNK or len(input_ids) > 1 or layers.forgets(fresh.cache)
-        self._way = (way_to_continue(model, input_ids[:1]) if asked else TOGETHER) if known else NEVER
+        self._way = (way_to_continue(model, input_ids[:1], name) if asked else TOGETHER) if known else NEVER
         # two tokens at least are left to read: a call with one is a token of an answer, for whoever counts
         kept = None if self._way == NEVER else self._pool.take(self._ids, key, len(self._ids) - 2)
         if kept is None or (
             self._way == ONE_BY_ONE and COST_OF_ONE * (len(self._ids) - len(kept.ids)) > len(self._ids)
         ):
             kept = fresh
-        self._kept = kept
-        reading.cached_tokens = len(kept.ids)
+        self._files, self._head = None, head
+        if self._pool.directory is not None and head and self._way == TOGETHER:
+            self._files = PromptFiles(self._pool.directory, facts(model, state), self._pool.most_nbytes)
+            if len(kept.ids) < head < len(self._ids) - 1:
+                let_grow_once(fresh.cache, INT8 if state.options.cache_bits else GROWING)
+                if self._files.read(self._ids[:head], fresh.cache):
+                    kept = Kept(key, self._ids[:head], fresh.cache)
+        self._kept, self._done = kept, len(kept.ids)
+        reading.cached_tokens = self._done
 
     def run(self) -> torch.Tensor:
         found = self._input_ids
         if self._way == NEVER:
             return _sample(self._model, found, self._arguments)
         try:
-            if self._read():
-                cache = self._kept.cache
-                if len(found) > 1:
-                    cache = layers.copied(cache, self._whole, {})
-                    cache.batch_repeat_interleave(len(found))
+            for end in self._ends():
+                with self._watched(end):
+                    self._forward(end)
+                self._done = end
+                if end == self._mark():
+                    self._kept.marks[end] = layers.states_of(self._kept.cache)
+            cache = self._kept.cache
+            if len(found) > 1:
+                cache = layers.copied(cache, self._whole, {})
+                cache.batch_repeat_interleave(len(found))
+            with self._watched(len(self._ids)):
                 found = _sample(self._model, found, {**self._arguments, self._name: cache})
-            return found
+        except _Stopped:
+            pass
         finally:
             self._keep(getattr(found, "sequences", found)[0].cpu().numpy())
+        return found
 
-    def _read(self) -> bool:
-        """Read the prompt but for the last part, which ``_sample`` reads; whether to go on."""
-        done = len(self._kept.ids)
-        for end in self._stops(done):
-            if not self._reading.read(done):
-                return False
-            self._forward(done, end)
-            done = end
-            if end == self._mark():
-                self._kept.marks[end] = layers.states_of(self._kept.cache)
-        return self._reading.read(done)
+    @contextlib.contextmanager
+    def _watched(self, end: int) -> Iterator[None]:
+        """While the next part of the prompt is read, up to ``end``: tell how far it is before each layer, and stop if that is wished."""
+        number, start = count(), self._done
 
-    def _stops(self, done: int) -> list[int]:
-        """The ends of the parts that are read here."""
-        last = len(self._ids) - 1
+        def look() -> None:
+            if (layer := next(number)) >= self._layers:  # of an answer's tokens
+                return
+            goes_on = self._reading.read(start + (end - start) * layer // self._layers)
+            if not goes_on and (layer == 0 or not layers.forgets(self._kept.cache)):
+                raise _Stopped
+
+        with before_layers(look):
+            yield
+
+    def _ends(self) -> list[int]:
+        """The ends of the parts that are read before ``_sample`` reads the last."""
+        done, last = self._done, len(self._ids) - 1
         if self._way == ONE_BY_ONE:
             return list(range(done + 1, last + 1)) if done else [last]
         ends = {self._mark(), *range(done + CHUNK, self._mark() or self._whole, CHUNK)}
@@ -146,7 +195,8 @@ class _Generation:
             return 0
         return len(self._ids) - 1 if self._way == ONE_BY_ONE else max(0, self._whole - REWRITTEN)
 
-    def _forward(self, start: int, end: int) -> None:
+    def _forward(self, end: int) -> None:
+        start = self._done
         given = {**self._arguments, self._name: self._kept.cache}
         for name in ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"):
             given.pop(name, None)
@@ -162,8 +212,13 @@ class _Generation:
         """Keep what the cache holds, of the prompt and its first answer."""
         kept = self._kept
         held = layers.length(kept.cache)
-        if not held or (held > len(ids) and layers.fixed(kept.cache)):
+        cut = held is None or held > len(
+            ids
+        )  # something broke off in the middle of the layers, or of what nobody has seen
+        held = min(self._done, len(ids)) if cut else held
+        if not held or (cut and layers.fixed(kept.cache)):
             return
-        held = min(held, len(ids))
         layers.cut(kept.cache, held, {})
+        if self._files is not None and held >= self._head:
+            self._files.write(ids[: self._head], kept.cache)
         self._pool.keep(Kept(kept.key, ids[:held], kept.cache, dict(list(kept.marks.items())[-MARKS:])))

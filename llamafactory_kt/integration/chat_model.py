@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -111,18 +112,53 @@ def _answer(chat_model: Any, messages: list[dict[str, str]], query: str, show_st
     generation, response = Generation(), ""
     question = {"role": "user", "content": query}
     print("Assistant: ", end="", flush=True)
+    progress = _Progress(generation) if sys.stdout.isatty() else None
     with _stopped_by_interrupt(generation):
         for text in chat_model.stream_chat([*messages, question], kt_generation=generation):
+            if progress is not None:
+                progress.end()
             print(text, end="", flush=True)
             response += text
             if generation.interrupted:
                 break
     interrupted = generation.interrupted
+    if progress is not None:
+        progress.end()
     print(" [stopped]" if interrupted else "")
     if response or not interrupted:
         messages += [question, {"role": "assistant", "content": response}]
     if show_stats:
         print(f"[{generation}]")
+
+
+class _Progress:
+    """How much of a prompt has been read, on the line of its answer. Short prompts show nothing."""
+
+    def __init__(self, generation: Any):
+        self._shown, self._ended, self._last = "", False, time.monotonic()
+        generation.watch = self._show
+
+    def _show(self, generation: Any) -> None:
+        now = time.monotonic()
+        if now - self._last >= _SECONDS and not self._ended:
+            text = f"reading the prompt {generation.read_tokens} of {generation.prompt_tokens}"
+            self._write(text)
+            self._last = now
+
+    def _write(self, text: str) -> None:
+        back = "\b" * len(self._shown)
+        print(back + text.ljust(len(self._shown)) + "\b" * max(0, len(self._shown) - len(text)), end="", flush=True)
+        self._shown = text
+
+    def end(self) -> None:
+        """Take it away."""
+        if not self._ended:
+            self._ended = True
+            self._write("")
+
+
+_SECONDS = 0.5
+"""between two notes about a prompt that is being read"""
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -28,6 +28,8 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         """of the prompt, those that have been read, the kept ones among them"""
         self.tokens = 0
         """generated so far, including the end-of-sequence token"""
+        self.watch: Callable[[Generation], None] | None = None
+        """called in the thread that generates, while it reads the prompt"""
         self.finish_reason = "length"
         """``stop`` if the model, a stop string or :meth:`stop` ended the answer"""
         self.interrupted = False
@@ -45,6 +47,8 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
     def read(self, tokens: int) -> bool:
         """Note that so many tokens of the prompt have been read; whether to go on."""
         self.read_tokens = tokens
+        if self.watch is not None:
+            self.watch(self)
         if self.stopped:
             self.finish_reason = "stop"
         return not self.stopped

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable
+from itertools import takewhile
 from threading import Thread
 from types import ModuleType
 from typing import Any
@@ -50,7 +51,8 @@ def patch(module: ModuleType) -> None:
         eos = gen_kwargs["generation_config"].eos_token_id
         generation.begin(given["tokenizer"], length, [eos] if isinstance(eos, int) else list(eos or ()))
         if gen_kwargs.keys() <= TEXT and can_reuse(given["model"], gen_kwargs["generation_config"]):
-            gen_kwargs["custom_generate"] = functools.partial(generate, reading=generation)
+            head = _shared(given, gen_kwargs["inputs"][0].tolist())
+            gen_kwargs["custom_generate"] = functools.partial(generate, reading=generation, head=head)
         gen_kwargs["stopping_criteria"] = [generation]
         return gen_kwargs, length
 
@@ -105,6 +107,21 @@ def patch(module: ModuleType) -> None:
 
 def _by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(PARAMETERS, args, strict=False)) | kwargs
+
+
+def _shared(given: dict[str, Any], ids: list[int]) -> int:
+    """How many tokens of a prompt come before the first message: the system prompt and the tools. 0 where nobody wants to know."""
+    from ..model.state import kt_state
+
+    prompts = kt_state(given["model"]).prompts
+    if prompts is None or prompts.directory is None:
+        return 0
+    answer = {"role": "assistant", "content": ""}
+    questions = ([{"role": "user", "content": text}, answer] for text in ("a", "1"))
+    what = given["tokenizer"], given.get("system"), given.get("tools")
+    tokens = (given["template"].encode_oneturn(what[0], question, *what[1:])[0] for question in questions)
+    alike = takewhile(lambda same: len({*same}) == 1, zip(ids, *tokens, strict=False))
+    return sum(1 for _ in alike)
 
 
 def _generation(given: dict[str, Any]) -> Any:

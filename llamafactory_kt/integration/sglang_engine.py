@@ -124,6 +124,7 @@ class KTSGLangEngine:
             async for chunk in chunks:
                 meta = chunk["meta_info"]
                 generation.prompt_tokens = meta["prompt_tokens"]
+                generation.cached_tokens = meta.get("cached_tokens", 0)
                 generation.count(meta["completion_tokens"])
                 generation.finish_reason = _finish_reason(meta)
                 yield chunk["text"][shown:]

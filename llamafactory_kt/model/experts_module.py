@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import NoReturn
 
@@ -20,6 +21,18 @@ from .on_gpu.shared_overlap import SharedExpertsOverlap
 from .on_gpu.transfer import CudaStream, HostTransfer
 from .operator import experts, register
 from .router_counts import RouterCounts
+
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def before_layers(look: Callable[[], None]) -> Iterator[None]:
+    """Call something before the experts of each layer that this thread computes. What it raises ends the call of the model."""
+    _thread.look = look
+    try:
+        yield
+    finally:
+        _thread.look = None
 
 
 class KTExperts(nn.Module):
@@ -75,6 +88,8 @@ class KTExperts(nn.Module):
     def compute(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """What :meth:`forward` computes, where nobody traces it."""
         register_thread()
+        if (look := getattr(_thread, "look", None)) is not None:
+            look()
         given = hidden, index, weights
         seen = self.router_counts.add if self.router_counts is not None else None
         on_cpu = hidden.device.type == "cpu"

@@ -141,14 +141,19 @@ def let_grow(cache: Any, classes: Classes = GROWING) -> None:
             layer.begin()
 
 
+def let_grow_once(cache: Any, classes: Classes) -> None:
+    """:func:`let_grow`, unless that was done."""
+    if "_kt_grows" not in vars(cache):
+        let_grow(cache, classes)
+        vars(cache)["_kt_grows"] = True
+
+
 def grow_caches(model: nn.Module, classes: Classes = GROWING) -> None:
     """Let the caches grow with which a model is called, or a model inside of it: PEFT calls ``forward``, which has no hooks."""
 
     def before_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = cache_of(kwargs)
-        if cache is not None and "_kt_grows" not in vars(cache):
-            let_grow(cache, classes)
-            vars(cache)["_kt_grows"] = True
+        if (cache := cache_of(kwargs)) is not None:
+            let_grow_once(cache, classes)
 
     for module in model.modules() if INTERNAL.usable else ():
         if isinstance(module, PreTrainedModel):

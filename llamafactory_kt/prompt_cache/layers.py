@@ -6,7 +6,7 @@ only to where their *state* was copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -31,6 +31,8 @@ KNOWN = {
     *("LinearAttentionLayer", "DummyLayer"),
 }
 """classes; the last holds nothing"""
+_FORMS = "_kt_forms"
+"""what the rows of a cache in eight bits stand for (:mod:`..decoding.quantized_cache`)"""
 _ROOMS = "_kt_rooms"
 """the memory in which a layer of :mod:`..model.growing_cache` grows; a copy gets its own"""
 
@@ -109,6 +111,47 @@ def _state(layer: Any) -> State:
 def _copies(state: State) -> State:
     with torch.inference_mode(False):
         return tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, state)  # type: ignore[no-any-return]
+
+
+def parts(cache: Any, tokens: int) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """The first tokens of a cache that can be cut: tensors by name, and of each layer what is no tensor (JSON values)."""
+    tensors: dict[str, torch.Tensor] = {}
+    kinds = []
+    for number, layer in enumerate(cache.layers):
+        kind: dict[str, Any] = {"class": type(layer).__name__}
+        if isinstance(layer, DynamicLayer):
+            tensors |= {f"{number}.{name}": getattr(layer, name)[..., :tokens, :] for name in ("keys", "values")}
+            kind["forms"] = [[width, _name(dtype)] for width, dtype in getattr(layer, _FORMS, ())]
+        kinds.append(kind)
+    return tensors, kinds
+
+
+def fill(cache: Any, tokens: int, tensors: Mapping[str, torch.Tensor], kinds: Sequence[Mapping[str, Any]]) -> None:
+    """The opposite, into an empty cache with layers of the same classes.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if [type(layer).__name__ for layer in cache.layers] != [kind["class"] for kind in kinds]:
+        raise ValueError("its layers are of other classes")
+    for number, layer in enumerate(cache.layers):
+        if not isinstance(layer, DynamicLayer):
+            continue
+        with torch.inference_mode(False):
+            keys, values = (tensors[f"{number}.{name}"].clone() for name in ("keys", "values"))
+        if not keys.shape[-2] == values.shape[-2] == tokens:
+            raise ValueError(f"layer {number} has keys of {keys.shape[-2]} tokens")
+        forms = tuple((width, getattr(torch, dtype)) for width, dtype in kinds[number]["forms"])
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        if forms:
+            setattr(layer, _FORMS, forms)
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = tokens
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def nbytes(cache: Any, states: Iterable[States] = ()) -> int:

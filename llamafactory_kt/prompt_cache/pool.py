@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,10 +47,11 @@ class PromptPool:
 
     Args:
         nbytes: the most that all of it may take.
+        directory: where beginnings that conversations share are kept in files, which may take as much.
     """
 
-    def __init__(self, nbytes: int):
-        self.most_nbytes = nbytes
+    def __init__(self, nbytes: int, directory: Path | None = None):
+        self.most_nbytes, self.directory = nbytes, directory
         self._kept: list[Kept] = []
         """the least recently used first"""
         self._lock = threading.Lock()

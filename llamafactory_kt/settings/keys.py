@@ -13,7 +13,7 @@ from .values import key
 SCOPES = ("all", "attention")
 
 CHAT_ONLY_KEYS = (
-    "kt_load", "kt_dense", "kt_cache", "kt_prompt_cache", "kt_prompt_cache_gib", "kt_max_chunk", "kt_merge_adapter", "kt_idle_workers", "kt_recalibrate", "kt_router_stats", "kt_debug_dir",
+    "kt_load", "kt_dense", "kt_cache", "kt_prompt_cache", "kt_prompt_cache_gib", "kt_prompt_cache_dir", "kt_max_chunk", "kt_merge_adapter", "kt_idle_workers", "kt_recalibrate", "kt_router_stats", "kt_debug_dir",
 )  # fmt: skip
 """keys about experts in this process, which do nothing with ``infer_backend: sglang``"""
 
@@ -49,6 +49,10 @@ class KTArguments(KTServingArguments):
     )
     kt_prompt_cache_gib: float | None = key(
         None, "The most memory for kt_prompt_cache, in GiB. Default: a quarter of what is free after the load."
+    )
+    kt_prompt_cache_dir: str | None = key(
+        None,
+        "Directory in which long system prompts are kept, computed, for later starts; it may take as much as kt_prompt_cache_gib.",
     )
     kt_num_threads: str | None = key(None, "CPU threads of kt-kernel. Default: the fastest number measured.")
     kt_idle_workers: bool | None = key(

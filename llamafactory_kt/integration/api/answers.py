@@ -13,6 +13,8 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from fastapi import HTTPException
+from fastapi.encoders import jsonable_encoder
+from fastapi.responses import JSONResponse
 
 from ..generation import Generation
 from . import protocol
@@ -21,7 +23,7 @@ from .protocol import ChatRequest
 
 
 async def whole(request: ChatRequest, asked: dict[str, Any], chat_model: Any, generation: Generation) -> Any:
-    """A ``ChatCompletionResponse`` of LLaMA-Factory.
+    """A ``ChatCompletionResponse`` of LLaMA-Factory, and how many tokens of the prompt were kept from earlier.
 
     Args:
         asked: the conversation and how to answer it, as ``ChatModel.achat`` takes them.
@@ -42,7 +44,8 @@ async def whole(request: ChatRequest, asked: dict[str, Any], chat_model: Any, ge
     usage = stock.ChatCompletionResponseUsage(
         prompt_tokens=read, completion_tokens=written, total_tokens=read + written
     )
-    return stock.ChatCompletionResponse(id=_new_id(), model=request.model, choices=choices, usage=usage)
+    response = stock.ChatCompletionResponse(id=_new_id(), model=request.model, choices=choices, usage=usage)
+    return JSONResponse(jsonable_encoder(response) | {"usage": usage.model_dump() | _details(generation.cached_tokens)})
 
 
 def stream(request: ChatRequest, asked: dict[str, Any], chat_model: Any, generation: Generation) -> AsyncIterator[str]:
@@ -51,11 +54,11 @@ def stream(request: ChatRequest, asked: dict[str, Any], chat_model: Any, generat
     head = {"id": _new_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": request.model}
     counts = bool(request.stream_options and request.stream_options.include_usage)
 
-    def chunk(choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> str:
+    def chunk(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:
         return json.dumps({**head, "choices": choices, **({"usage": usage} if counts else {})}, ensure_ascii=False)
 
     async def events() -> AsyncIterator[str]:
-        read = written = 0
+        read = written = kept = 0
         try:
             for index in range(request.n):
                 one = Generation(generation)
@@ -63,14 +66,21 @@ def stream(request: ChatRequest, asked: dict[str, Any], chat_model: Any, generat
                     async for delta, reason in deltas:
                         yield chunk([{"index": index, "delta": delta, "finish_reason": reason}])
                 read, written = one.prompt_tokens, written + one.tokens
+                kept = kept if index else one.cached_tokens  # the answers after the first find all of the prompt
         except Exception as error:  # the status has been sent; the openai client raises this body
             yield json.dumps(of_exception(error), ensure_ascii=False)
             return
         if counts:
-            yield chunk([], {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written})
+            counted = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+            yield chunk([], counted | _details(kept))
         yield "[DONE]"
 
     return events()
+
+
+def _details(cached: int) -> dict[str, Any]:
+    """How many tokens of a prompt were kept from earlier ones."""
+    return {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
 async def _deltas(

@@ -216,6 +216,7 @@ def _apply(model: Any, model_args: Any) -> Any:
     from ...decoding.process import configure_process
     from ...load_report import debug_structure
     from ...model.state import kt_state
+    from ...settings.keys import expanded
 
     for line in configure_process(model):
         if model_args.kt_debug:
@@ -226,7 +227,8 @@ def _apply(model: Any, model_args: Any) -> Any:
         logger.info("Loaded adapter(s): %s", ",".join(model_args.adapter_name_or_path or [model_args.kt_moe_lora_path]))
     optimize_for_inference(model)
     state.show_stats = model_args.kt_stats
-    keep_prompts(state, model_args.kt_prompt_cache, model_args.kt_prompt_cache_gib)
+    directory = expanded(model_args.kt_prompt_cache_dir)
+    keep_prompts(state, model_args.kt_prompt_cache, model_args.kt_prompt_cache_gib, directory)
     log_load_table(model)
     if model_args.kt_debug:
         logger.info("%s", "\n" + debug_structure(model))

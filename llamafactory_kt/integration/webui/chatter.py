@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import ModuleType
 from typing import Any
 
@@ -100,15 +101,20 @@ def patch(module: ModuleType) -> None:
         try:
             for shown in stock_stream(_Asking(self, generation), chatbot, messages, lang, *rest, **more):
                 chatbot, messages = shown
-                yield shown
+                if not generation.tokens and generation.read_tokens < generation.prompt_tokens:
+                    text = say("reading", lang, read=generation.read_tokens, prompt=generation.prompt_tokens)
+                    yield [*chatbot[:-1], {"role": "assistant", "content": f"<small>{text}</small>"}], messages
+                else:
+                    yield shown
         except KTError as error:
             raise gradio.Error(html.escape(str(error)), duration=None) from error
         finally:
             generation.stop()
             _answers(self).discard(generation)
         if generation.tokens:  # a message of its own: the answer may end inside a code block
+            kept = say("kept", lang, cached=generation.cached_tokens) if generation.cached_tokens else ""
             figures = say(
-                "figures", lang, speed=generation.tokens_per_second, prompt=generation.prompt_tokens,
+                "figures", lang, speed=generation.tokens_per_second, prompt=generation.prompt_tokens, kept=kept,
                 first=generation.seconds_to_first_token, answer=generation.tokens,
             )  # fmt: skip
             yield [*chatbot, {"role": "assistant", "content": f"<small>{figures}</small>"}], messages
@@ -136,7 +142,8 @@ def _switch(model: Any, args: dict[str, Any]) -> None:
 
 
 class _Asking:
-    """The chatter for one answer: passes the Generation along with the question, and keeps its engine after Unload."""
+    """The chatter for one answer: passes the Generation along with the question, and keeps its engine after Unload. While no text comes,
+    the page gets none now and then, and can show something else."""
 
     def __init__(self, chatter: Any, generation: Any):
         self._chatter, self._generation, self.engine = chatter, generation, chatter.engine
@@ -146,7 +153,21 @@ class _Asking:
 
     def stream_chat(self, *args: Any, **kwargs: Any) -> Iterator[str]:
         texts: Iterator[str] = self._chatter.stream_chat(*args, kt_generation=self._generation, **kwargs)
-        return texts
+        with ThreadPoolExecutor(1) as reader:
+            try:
+                while True:
+                    coming = reader.submit(next, texts, None)
+                    while not wait([coming], _TICK).done:
+                        yield ""
+                    if (text := coming.result()) is None:
+                        return
+                    yield text
+            finally:
+                self._generation.stop()
+
+
+_TICK = 0.5
+"""seconds"""
 
 
 def _model(chatter: Any) -> Any:

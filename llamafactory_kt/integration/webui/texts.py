@@ -69,9 +69,14 @@ MESSAGES: dict[str, dict[str, str]] = {
         "en": "A model is being loaded. Unload it when that is done.",
         "zh": "模型正在加载，请等加载完成后再卸载。",
     },
+    "reading": {
+        "en": "Reading the prompt: {read} of {prompt} tokens",
+        "zh": "正在读取提示词：{read} / {prompt} 个 token",
+    },
+    "kept": {"en": " ({cached} kept from earlier)", "zh": "（其中 {cached} 个沿用之前的结果）"},
     "figures": {
-        "en": "{speed:.1f} tokens/s · prompt {prompt} tokens · first token after {first:.2f} s · answer {answer} tokens",
-        "zh": "{speed:.1f} token/s · 提示词 {prompt} 个 token · 首个 token 用时 {first:.2f} 秒 · 回答 {answer} 个 token",
+        "en": "{speed:.1f} tokens/s · prompt {prompt} tokens{kept} · first token after {first:.2f} s · answer {answer} tokens",
+        "zh": "{speed:.1f} token/s · 提示词 {prompt} 个 token{kept} · 首个 token 用时 {first:.2f} 秒 · 回答 {answer} 个 token",
     },
 }
 

@@ -119,6 +119,8 @@ def _check_combinations(args: Any) -> list[str]:
             "export_dir: a model with KT experts cannot be exported. llamafactory-kt merge --model M --adapter A --output DIR "
             "writes the checkpoint with the whole adapter merged."
         )
+    if args.kt_prompt_cache_dir and not args.kt_prompt_cache:
+        problems.append("kt_prompt_cache_dir needs kt_prompt_cache: true.")
     if args.kt_debug_dir and not args.kt_debug:
         problems.append("kt_debug_dir needs kt_debug: true.")
     if getattr(args, "use_unsloth", False):
@@ -143,6 +145,9 @@ def _check_paths(args: Any) -> list[str]:
             missing.append(f"adapter_name_or_path: {adapter} does not exist.")
     if isinstance(args.kt_weight_path, str) and not os.path.isdir(os.path.expanduser(args.kt_weight_path)):
         missing.append(f"kt_weight_path: {args.kt_weight_path} does not exist or is not a directory.")
+    directory = args.kt_prompt_cache_dir
+    if isinstance(directory, str) and os.path.exists(path := os.path.expanduser(directory)) and not os.path.isdir(path):
+        missing.append(f"kt_prompt_cache_dir: {directory} is not a directory.")
     if isinstance(args.kt_moe_lora_path, str) and not os.path.isfile(os.path.expanduser(args.kt_moe_lora_path)):
         missing.append(f"kt_moe_lora_path: {args.kt_moe_lora_path} does not exist or is not a file.")
     return missing

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 BANDWIDTH_BUFFER = 2**30
 """bytes that one measurement of the memory bandwidth reads: more than the caches hold"""
@@ -85,6 +85,19 @@ class Speeds:
     def token_reads(self) -> float:
         """Bytes per second while tokens were computed."""
         return (self.between.reads + self.after.reads) / 2
+
+
+QUESTION = 32
+"""new tokens of a second turn"""
+
+
+class SecondTurn(NamedTuple):
+    """The next question of a conversation, whose keys and values are kept."""
+
+    first_token: float
+    """time from the call of ``generate`` with the whole conversation"""
+    forward: float
+    """time of the model with the new tokens alone, on the same keys and values"""
 
 
 @dataclass(frozen=True)
@@ -180,6 +193,8 @@ class ConfigResult:
     """resident memory at the end, all configurations loaded"""
     proportional: int | None = None
     """the same, but pages that several processes share are divided among them; None where the system does not tell"""
+    turns: dict[int, list[SecondTurn]] = field(default_factory=dict)
+    """prompt tokens -> the next question after prompt and answer; empty where nothing of them is kept"""
 
     @property
     def added(self) -> int:

@@ -62,10 +62,12 @@ def bench(
             first = number % len(measured)
             for length in prompt_tokens:
                 for ask, result in measured[first:] + measured[:first]:
-                    (prefill, decode, idle), around = turn(ask, length, parts=False)
+                    (prefill, decode, idle, again), around = turn(ask, length, parts=False)
                     result.prefill.setdefault(length, []).append(prefill)
                     result.decode.setdefault(length, []).append(decode)
                     result.speeds.setdefault(length, []).append(around)
+                    if again is not None:
+                        result.turns.setdefault(length, []).append(again)
                     if idle is not None:
                         result.idle.append(idle)
         for length in prompt_tokens if parts else ():

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...ground.machine import gib
-from .results import OUTPUT, BenchReport, ConfigResult, Speeds, Spread
+from .results import OUTPUT, QUESTION, BenchReport, ConfigResult, SecondTurn, Speeds, Spread, ratio
 
 
 def show(report: BenchReport, console: Console) -> None:
@@ -76,6 +76,8 @@ def _figures(report: BenchReport) -> Table:
         line("  ms a token", *(Spread.of(row.decode[length]).show(1000) for row in rows))
         line("  of the memory's bandwidth", *(f"{report.bandwidth_share(row, length).show(100, 0)} %" for row in rows))
         line("  bandwidth before / after, GB/s", *(_moments(row.speeds[length]) for row in rows))
+        if any(row.turns for row in rows):
+            line(f"  turn 2, {QUESTION} tokens more", *(_again(row.turns.get(length)) for row in rows))
         line("  read a token", *(gib(report.token_bytes(row, length)) for row in rows))
         table.add_section()
     line("expert weights a token", *(gib(row.loaded.experts_per_token) for row in rows))
@@ -93,6 +95,13 @@ def _figures(report: BenchReport) -> Table:
         line("peak on GPU", *(gib(row.gpu_memory) for row in rows))
     line("cores busy while waiting", *(f"{median(row.idle):.3f}" if row.idle else "-" for row in rows))
     return table
+
+
+def _again(turns: list[SecondTurn] | None) -> str:
+    if not turns:
+        return "-"
+    over = ratio(*zip(*turns, strict=True))
+    return f"{Spread.of(turn.first_token for turn in turns).show(1000, 0)} ms, {over.show(digits=2)} of these alone"
 
 
 def _moments(around: list[Speeds]) -> str:

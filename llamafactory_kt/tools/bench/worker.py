@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from ...ground.errors import one_line
+from ...ground.internals import cache_of
 from ..process_memory import (
     peak_gpu_memory,
     peak_resident_memory,
@@ -37,11 +38,13 @@ def serve_config(pipe: Connection, config: BenchConfig, prompt_tokens: Sequence[
 
     Sends :class:`LoadStats`, or a string with the reason why loading failed. Then answers ``(prompt length, new tokens, whether to
     time the parts)``: after the prompt with True, and, when it is told to go on, with (prefill seconds, median seconds per token,
-    cores kept busy while waiting), or with a :class:`PartsResult`. Answers ``("end",)`` with (peak resident memory, peak GPU memory,
+    cores kept busy while waiting, the :class:`SecondTurn`), or with a :class:`PartsResult`. Answers ``("end",)`` with (peak resident memory, peak GPU memory,
     resident memory, proportional memory).
     """
     os.dup2(2, 1)  # LLaMA-Factory and kt-kernel write to stdout, which is for the report
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+    from .turns import second_turn
+
     try:
         model, stats, prepare = _load(config, prompt_tokens)
         for length in prompt_tokens:
@@ -67,7 +70,7 @@ def serve_config(pipe: Connection, config: BenchConfig, prompt_tokens: Sequence[
                 answer = _time_parts(model, length, new_tokens, prepare, pause)
             else:
                 found = _generate(model, length, new_tokens, prepare, lambda number: pause() if number == 1 else None)
-                answer = found.prompt, statistics.median(found.tokens), busy
+                answer = found.prompt, statistics.median(found.tokens), busy, second_turn(model, found.ids, found.cache)
             waiting = _settle()
             pipe.send(answer)
         pipe.send((peak_resident_memory(), peak_gpu_memory(), resident_memory(), proportional_memory()))
@@ -222,6 +225,8 @@ class _Generated(NamedTuple):
     """of each token after the first"""
     cache: Any
     """transformers' cache of keys and values"""
+    ids: Any
+    """int64 [1, T] of the prompt and the answer"""
 
 
 def _generate(
@@ -250,9 +255,9 @@ def _generate(
             max_new_tokens=new_tokens + 1, eos_token_id=vocabulary, pad_token_id=0,  # no token has this id: none ends it
             return_dict_in_generate=True,
         )  # fmt: skip
-        cache = answer.result().past_key_values
+        found = answer.result()
     prompt, *tokens = clock.seconds
-    return _Generated(prompt, tokens, cache)
+    return _Generated(prompt, tokens, cache_of(found), found.sequences)
 
 
 class _Clock:

@@ -62,6 +62,7 @@ def test_a_real_run(tmp_path, demo):
                 assert list(forward["parts"]) == ["attention", "linear", "experts", "output", "between"]
                 assert all(0 < seconds < forward["total"] for seconds in forward["parts"].values())
         assert 0 < one["proportional"] < one["resident"], "libraries, at least, are shared"
+    assert stock["turns"] == {} and set(configured["turns"]) == {"16", "40"} and configured["turns"]["40"][0][0] > 0
     # Keys of 48 and values of 32 numbers of four heads, or latents of 80 numbers, four layers; the last token is not in the cache.
     for row, heads in ((stock, 4), (configured, 4 if isinstance(library(), str) else 1)):
         assert row["loaded"]["cache"] == {"16": 80 * heads * 4 * 2 * 20, "40": 80 * heads * 4 * 2 * 44}

@@ -16,6 +16,7 @@ from llamafactory_kt.tools.bench.results import (
     ForwardParts,
     LoadStats,
     PartsResult,
+    SecondTurn,
     Speed,
     Speeds,
     Spread,
@@ -45,7 +46,7 @@ def made_up() -> BenchReport:
         [
             ConfigResult(
                 "as configured", LOADED, [2.0, 6.0], {128: SLOW}, {128: SLOW}, speeds, parts, [0.0, 0.9, 0.01], 6 * GIB, 7 * GIB,
-                5 * GIB, 3 * GIB,
+                5 * GIB, 3 * GIB, {128: [SecondTurn(0.6, 0.5), SecondTurn(0.4, 0.4), SecondTurn(0.5, 0.4)]},
             ),
             ConfigResult("stock", stock, [1.0, 2.0], {128: FAST}, {128: FAST}, speeds, parts, [0.4, 0.3], 6 * GIB),
         ],
@@ -98,7 +99,7 @@ def test_what_is_shown():
         "load time │ 1 │ 0.42 (0.33-0.50)", "200 (200-400) ms │ 100 (50-200) ms", "5.0 (2.5-5.0) │ 10.0 (5.0-20.0)",
         "added over weights │ 1.50 │ 1.00", "250.0 ms │ -", "0.50 GB/s │ 1.33 GB/s", "reads 50.0 (25.0-50.0) GB/s",
         "peak on GPU │ 7.0 GiB", "of the CPU's peak │ 50 (25-50) %", "of the memory's bandwidth │ 10 % │ 20 (20-40) %",
-        "before / after, GB/s │ 40.0 / 60.0 │", "read a token │ 953.7 MiB", "resident, all loaded │ 5.0 GiB",
+        "before / after, GB/s │ 40.0 / 60.0 │", "turn 2, 32 tokens more │ 500 (400-600) ms, 1.20 (1.00-1.25) of these alone │ - │", "read a token │ 953.7 MiB", "resident, all loaded │ 5.0 GiB",
         "(PSS) │ 3.0 GiB │ -", "multiplies with 400 (200-400) GFLOP/s",
         # each part's median, and the medians of what is left of each token
         "a token after 128 │ 200.0 ms │ 200.0 ms │ │ experts │ 120.0 ms, 30.00 a layer │", "output │ 30.0 ms │ 30.0 ms",

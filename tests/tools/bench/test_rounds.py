@@ -36,7 +36,7 @@ def asked(monkeypatch) -> list[str]:
                 return answers.pop()
             asked.append(f"{name[:2]} {words[0]}")
             number = sum("speed" != ask != "go on" for ask in asked)
-            answers.append(PartsResult(part, part, 1.0) if words[2] else (number, number, None))
+            answers.append(PartsResult(part, part, 1.0) if words[2] else (number, number, None, None))
             return True
 
         yield LOADED, ask

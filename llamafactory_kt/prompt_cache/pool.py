@@ -15,6 +15,8 @@ from .layers import States
 
 LEAST = 16
 """tokens that must be alike: fewer are not worth a copy"""
+MOST = 1024
+"""sequences: looking through them takes less than a token"""
 TAIL = 32
 """tokens that a conversation may lose in place, such as the end of an answer that its template writes otherwise. What is longer may be
 wanted again: the beginning is copied."""
@@ -91,7 +93,7 @@ class PromptPool:
             if kept.nbytes > self.most_nbytes:
                 return
             self._kept.append(kept)
-            while self.nbytes > self.most_nbytes:
+            while self.nbytes > self.most_nbytes or len(self._kept) > MOST:
                 del self._kept[0]
 
     @property

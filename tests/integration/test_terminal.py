@@ -17,7 +17,9 @@ from helpers.places import CLI
 from llamafactory_kt.integration.generation import Generation
 from llamafactory_kt.model.state import kt_state
 
-STATS = re.compile(r"\[prompt (\d+) tokens, first token after [\d.]+ s, answer (\d+) tokens at [\d.]+ tokens/s\]")
+STATS = re.compile(
+    r"\[prompt (\d+) tokens(?: \(\d+ kept from earlier\))?, first token after [\d.]+ s, answer (\d+) tokens at [\d.]+ tokens/s\]"
+)
 
 
 @pytest.fixture(scope="module")

@@ -219,6 +219,7 @@ class _Generation:
         if not held or (cut and layers.fixed(kept.cache)):
             return
         layers.cut(kept.cache, held, {})
+        layers.park(kept.cache)
         if self._files is not None and held >= self._head:
             self._files.write(ids[: self._head], kept.cache)
         self._pool.keep(Kept(kept.key, ids[:held], kept.cache, dict(list(kept.marks.items())[-MARKS:])))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 State = dict[str, Any]
@@ -110,7 +111,27 @@ def _state(layer: Any) -> State:
 
 def _copies(state: State) -> State:
     with torch.inference_mode(False):
-        return tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, state)  # type: ignore[no-any-return]
+        return tree_map_only(torch.Tensor, torch.clone, state)  # type: ignore[no-any-return]
+
+
+def park(cache: Any) -> None:
+    """Move what a cache of a GPU holds to the CPU, whose memory is larger."""
+    _move(cache, torch.device("cpu"))
+
+
+def unpark(cache: Any) -> None:
+    """Move it back to where each layer computes."""
+    _move(cache, None)
+
+
+def _move(cache: Any, to: torch.device | None) -> None:
+    for layer in cache.layers:
+        home = getattr(layer, "device", None)
+        if home is None or home.type == "cpu":
+            continue
+        vars(layer).pop(_ROOMS, None)
+        with torch.inference_mode(False):
+            vars(layer).update(tree_map_only(torch.Tensor, partial(torch.Tensor.to, device=to or home), vars(layer)))
 
 
 def parts(cache: Any, tokens: int) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:

@@ -75,10 +75,13 @@ class PromptPool:
             states = found.marks.get(tokens, {})
             marks = {mark: of for mark, of in found.marks.items() if mark <= tokens}
             if len(found.ids) - tokens <= TAIL:
-                layers.cut(found.cache, tokens, states)
-                return Kept(key, ids[:tokens], found.cache, marks)
-            self._kept.append(found)
-            return Kept(key, ids[:tokens], layers.copied(found.cache, tokens, states), marks)
+                cache = found.cache
+                layers.cut(cache, tokens, states)
+            else:
+                self._kept.append(found)
+                cache = layers.copied(found.cache, tokens, states)
+            layers.unpark(cache)
+            return Kept(key, ids[:tokens], cache, marks)
 
     def keep(self, kept: Kept) -> None:
         """Keep a sequence for later, in place of those that it begins with."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 
@@ -23,6 +24,7 @@ from llamafactory_kt import (
     switch_adapter,
 )
 from llamafactory_kt.adapters import open_adapters
+from llamafactory_kt.decoding.generate import generate, keep_prompts
 from llamafactory_kt.decoding.lora_linear import InferenceLora
 from llamafactory_kt.model.experts_module import KTExperts
 from llamafactory_kt.model.state import kt_state
@@ -296,3 +298,29 @@ def test_attention_makes_no_plans(files):
     torch.backends.cuda.enable_cudnn_sdp(True)
     load(files[0], backend="torch")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_earlier_prompts_lie_in_the_memory_of_the_cpu(files):
+    path, adapter, _ = files
+    model = apply_adapter(load(path, backend="torch", adapter=str(adapter)), adapter)[0]
+    optimize_for_inference(model)
+    state = kt_state(model)
+    keep_prompts(state, gib=1)
+
+    class Reading:
+        cached_tokens = 0
+
+        def read(self, tokens):
+            return True
+
+    def ask(ids, kept=True):
+        reading = Reading()
+        custom = {"custom_generate": functools.partial(generate, reading=reading)} if kept else {}
+        found = model.generate(inputs=ids, do_sample=False, max_new_tokens=4, pad_token_id=1, **custom)
+        return found, reading.cached_tokens
+
+    first, _ = ask(IDS.cuda())
+    assert {layer.keys.device.type for kept in state.prompts._kept for layer in kept.cache.layers} == {"cpu"}
+    turn = torch.cat((first, torch.arange(100, 120, device="cuda")[None]), 1)
+    found, cached = ask(turn)
+    assert cached == first.shape[1] - 1 and torch.equal(found, ask(turn, kept=False)[0])

@@ -30,6 +30,8 @@ from .quantized_cache import INT8
 INTERNAL = Internal("prompt-cache", "transformers", TESTED["transformers"])
 CHUNK = 512
 """tokens of a prompt that are read at once"""
+TOKEN_TYPES = "token_type_ids", "mm_token_type_ids"
+"""arguments of ``generate`` [B, T], 0 for text"""
 REWRITTEN = 16
 """tokens at a prompt's end that the next one may not have, such as the opening of a thought"""
 MARKS = 4
@@ -200,7 +202,7 @@ class _Generation:
         given = {**self._arguments, self._name: self._kept.cache}
         for name in ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"):
             given.pop(name, None)
-        for name in ("attention_mask", "position_ids"):
+        for name in ("attention_mask", "position_ids", *TOKEN_TYPES):
             if given.get(name) is not None:
                 given[name] = given[name][..., :1, :end] if given[name].dim() > 2 else given[name][:1, :end]
         inputs = self._model.prepare_inputs_for_generation(

@@ -50,7 +50,7 @@ def patch(module: ModuleType) -> None:
         add_token_types(gen_kwargs, given["model"], given["processor"])
         eos = gen_kwargs["generation_config"].eos_token_id
         generation.begin(given["tokenizer"], length, [eos] if isinstance(eos, int) else list(eos or ()))
-        if gen_kwargs.keys() <= TEXT and can_reuse(given["model"], gen_kwargs["generation_config"]):
+        if _is_text(gen_kwargs) and can_reuse(given["model"], gen_kwargs["generation_config"]):
             head = _shared(given, gen_kwargs["inputs"][0].tolist())
             gen_kwargs["custom_generate"] = functools.partial(generate, reading=generation, head=head)
         gen_kwargs["stopping_criteria"] = [generation]
@@ -107,6 +107,14 @@ def patch(module: ModuleType) -> None:
 
 def _by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(PARAMETERS, args, strict=False)) | kwargs
+
+
+def _is_text(gen_kwargs: dict[str, Any]) -> bool:
+    """Whether a prompt has nothing but text; some models are told so for each token."""
+    from ..decoding.generate import TOKEN_TYPES
+
+    types = {name: value for name, value in gen_kwargs.items() if name in TOKEN_TYPES}
+    return gen_kwargs.keys() <= TEXT | types.keys() and not any(bool(value.any()) for value in types.values())
 
 
 def _shared(given: dict[str, Any], ids: list[int]) -> int:

@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 FIGURES = {
-    "en": re.compile(r"[\d.]+ tokens/s · prompt (\d+) tokens(?: \(\d+ kept from earlier\))? · first token after [\d.]+ s · answer \d+ tokens"),
-    "zh": re.compile(r"[\d.]+ token/s · 提示词 (\d+) 个 token(?:（其中 \d+ 个沿用之前的结果）)? · 首个 token 用时 [\d.]+ 秒 · 回答 \d+ 个 token"),
+    "en": re.compile(
+        r"[\d.]+ tokens/s · prompt (\d+) tokens(?: \(\d+ kept from earlier\))? · first token after [\d.]+ s · answer \d+ tokens"
+    ),
+    "zh": re.compile(
+        r"[\d.]+ token/s · 提示词 (\d+) 个 token(?:（其中 \d+ 个沿用之前的结果）)? · 首个 token 用时 [\d.]+ 秒 · 回答 \d+ 个 token"
+    ),
 }
 SLOWLY = """
 import sys, time

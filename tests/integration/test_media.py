@@ -18,8 +18,11 @@ from helpers.image_text import ARCHITECTURES, make_image_text_model, picture, pr
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llamafactory_kt import KTDataError
+from llamafactory_kt.decoding.continuing import ONE_BY_ONE
 from llamafactory_kt.integration.chat_model import _converse as chat_in_terminal
+from llamafactory_kt.integration.generation import Generation
 from llamafactory_kt.integration.media import add_token_types
+from llamafactory_kt.model.state import kt_state
 
 PICTURES = [picture(), picture(64, 48, 1)]
 FRAMES = [[picture(96, 64, seed) for seed in range(2, 6)], [picture(64, 64, seed) for seed in range(6, 9)]]
@@ -237,3 +240,26 @@ def test_a_processor_that_cannot_tell(chat):
     text = {"inputs": grids["inputs"]}
     add_token_types(text, ours.engine.model, SimpleNamespace())
     assert list(text) == ["inputs"], "text alone needs none"
+
+
+def test_conversations_about_text_between_pictures(chat):
+    """What is kept of text is found again, however the last picture has moved the positions; of pictures nothing is kept."""
+    ours, _, _, architecture = chat
+    state, history = kt_state(ours.engine.model), messages(["word " * 30, "A sentence.", "And then?"])
+
+    def ask(conversation, **keys):
+        generation = Generation()
+        given = [dict(message) for message in conversation]
+        return "".join(ours.stream_chat(given, kt_generation=generation, max_new_tokens=6, **keys)), generation
+
+    kept, state.prompts = state.prompts, None
+    wanted, _ = ask(history)
+    state.prompts = kept
+    ask(history[:1])
+    for _ in range(2):
+        _, generation = ask(messages(["<image>What is it? " + "word " * 30]), images=[picture(96, 64)])
+        assert generation.cached_tokens == 0
+        found, generation = ask(history)
+        assert found == wanted
+    # linear attention, which goes on token by token, does so where little is new
+    assert generation.cached_tokens > 20 or (architecture == "qwen3_5_moe" and state.continues == ONE_BY_ONE)

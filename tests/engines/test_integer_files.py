@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.adapters import make_adapter
+from helpers.children import child
 from helpers.loading import answer, load
 from helpers.marks import needs_native
 from helpers.models import make_model
@@ -297,7 +296,7 @@ def test_files_in_use_that_are_written_to(model, cached, tmp_path):
 def test_a_killed_run_is_continued_to_the_same_bytes(model, cached, tmp_path, where):
     """While a layer's file is written, and after."""
     output = tmp_path / "int4"
-    (tmp_path / "killed.py").write_text(
+    killed = (
         "import os, sys\nfrom llamafactory_kt.tools.quantize import parts, quantize_model\n"
         "from llamafactory_kt.engines.native import integers as engine\n"
         "from llamafactory_kt.decoding import quantized_linear\nquantized_linear.SMALL = 256\n"
@@ -307,7 +306,7 @@ def test_a_killed_run_is_continued_to_the_same_bytes(model, cached, tmp_path, wh
         "setattr(module, name, once)\n"
         "quantize_model(sys.argv[1], sys.argv[2], 'int4')\n"
     )
-    result = subprocess.run([sys.executable, tmp_path / "killed.py", model, output], capture_output=True, text=True)
+    result = child(killed, model, output)
     assert result.returncode == -9, result.stderr
     assert (output / "layer_1" / "layer.json").is_file() and not (output / "layer_2").exists()
     report = quantize_model(model, output, "int4")

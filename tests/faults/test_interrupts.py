@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.adapters import make_adapter, make_dora
+from helpers.children import child
 from helpers.loading import load, logits
 from helpers.marks import needs_native
 from helpers.models import make_model
@@ -251,6 +251,6 @@ def test_interrupted_load(files, tmp_path):
             "def interrupted(*_, **__): os.kill(os.getpid(), signal.SIGINT); [0 for _ in range(10**6)]\n"
             f"owner.{method} = interrupted\nsys.argv = ['llamafactory-cli', 'chat', {str(config)!r}]\nmain()\n"
         )
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        run = child(code)
         assert run.returncode == -signal.SIGINT and "Traceback" not in run.stderr, run.stderr
         assert run.stderr.strip().endswith("Interrupted.")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from . import children
+from .children import child
 from .places import CLI, DEMO
 
 CONVERSATIONS = json.loads((DEMO / "conversations.json").read_text(encoding="utf-8"))
@@ -37,11 +39,15 @@ def config(directory: Path, demo: Path, **keys) -> Path:
 
 
 def chat(path: Path, lines: list[str], *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "LLAMAFACTORY_VERBOSITY": "INFO", "PYTHONIOENCODING": "utf-8", **environment}
+    environment = {"LLAMAFACTORY_VERBOSITY": "INFO", **environment}
+    return child(children.CLI, "chat", path, *arguments, stdin="\n".join(lines) + "\n", **environment)
+
+
+def chat_from_the_start(path: Path, lines: list[str]) -> subprocess.CompletedProcess:
+    """The same by the command itself, in an interpreter that has imported nothing."""
+    env = {**os.environ, "LLAMAFACTORY_VERBOSITY": "INFO", "PYTHONIOENCODING": "utf-8"}
     text = "\n".join(lines) + "\n"
-    return subprocess.run(
-        [CLI, "chat", path, *arguments], input=text, capture_output=True, encoding="utf-8", env=env, timeout=300
-    )
+    return subprocess.run([CLI, "chat", path], input=text, capture_output=True, encoding="utf-8", env=env, timeout=300)
 
 
 def answers(result: subprocess.CompletedProcess) -> list[str]:

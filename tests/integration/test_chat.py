@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
-from helpers.chats import EXPECTED, PROMPTS, answers, chat, config
+from helpers.chats import EXPECTED, PROMPTS, answers, chat, chat_from_the_start, config
+from helpers.children import child
 from helpers.marks import needs_kernel
 
 from llamafactory_kt.model.state import kt_state
@@ -16,7 +14,7 @@ from llamafactory_kt.model.state import kt_state
 def test_chat_with_adapter(tmp_path, demo):
     adapter = str(demo / "adapter")
     lines = [PROMPTS[0], "clear", PROMPTS[1], "clear", PROMPTS[2], "clear", PROMPTS[3], "exit"]
-    result = chat(config(tmp_path, demo, adapter_name_or_path=adapter), lines)
+    result = chat_from_the_start(config(tmp_path, demo, adapter_name_or_path=adapter), lines)
     assert result.returncode == 0, result.stderr
     assert answers(result) == [EXPECTED[prompt]["adapter"] for prompt in PROMPTS]
     assert result.stdout.count("History has been removed.") == 3
@@ -127,5 +125,5 @@ def test_errors_that_come_while_loading(tmp_path, demo):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("Error: ") and "adapter_config.json is missing" in result.stderr
     code = f"import yaml; from llamafactory.chat import ChatModel; ChatModel(yaml.safe_load(open({str(path)!r})))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    result = child(code)
     assert result.returncode == 1 and "Traceback" in result.stderr and "KTAdapterError" in result.stderr

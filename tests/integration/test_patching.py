@@ -10,7 +10,8 @@ import textwrap
 from importlib.metadata import version
 
 import pytest
-from helpers.interpreters import CHAT, python
+from helpers.children import child
+from helpers.interpreters import CHAT
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_changed_llamafactory(demo, module, change, named):
     code = textwrap.dedent(code) + textwrap.dedent(
         CHAT.format(model=str(demo / "model"), kt=True, more="kt_backend='torch'")
     )
-    result = python(code)
+    result = child(code)
     assert "KTHookError" in result.stdout, result.stdout + result.stderr
     for part in (
         named,
@@ -50,7 +51,7 @@ def test_changed_llamafactory(demo, module, change, named):
         "llamafactory-kt-experts",
     ):
         assert part in result.stdout
-    plain = python(code.replace("use_kt=True, kt_backend='torch'", "use_kt=False"))
+    plain = child(code.replace("use_kt=True, kt_backend='torch'", "use_kt=False"))
     assert plain.stdout.strip().endswith("loaded"), plain.stdout + plain.stderr
 
 
@@ -67,8 +68,8 @@ def test_changed_sglang_engine(demo):
     """
     chat = CHAT.format(model=str(demo / "model"), kt=True, more="kt_backend='torch', infer_backend='huggingface'")
     code = textwrap.dedent(code) + textwrap.dedent(chat)
-    assert python(code).stdout.strip().endswith("loaded")
-    result = python(code.replace("infer_backend='huggingface'", "infer_backend='sglang'"))
+    assert child(code).stdout.strip().endswith("loaded")
+    result = child(code.replace("infer_backend='huggingface'", "infer_backend='sglang'"))
     assert "KTHookError llamafactory.chat.sglang_engine.SGLangEngine cannot be hooked" in result.stdout, result.stderr
 
 
@@ -92,6 +93,6 @@ def test_changed_pages(tmp_path, demo):
     print([name.rpartition(".")[2] for name in bootstrap.failures])
     """
     chat = CHAT.format(model=str(demo / "model"), kt=True, more="kt_backend='torch'")
-    result = python(textwrap.dedent(code) + textwrap.dedent(chat))
+    result = child(textwrap.dedent(code) + textwrap.dedent(chat))
     assert "['chatter', 'infer']" in result.stdout, result.stdout + result.stderr
     assert "KTHookError WebChatModel.load_model cannot be hooked" in result.stdout

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import time
 
 import pytest
 import yaml
-from helpers.places import CLI
+from helpers.chats import chat
+from helpers.children import child
 from helpers.sglang import gone, notes
 
 from llamafactory_kt import KTConfigError, KTServerError
@@ -22,15 +20,7 @@ def test_chat_through_the_command_line(standin, demo, tmp_path):
     blank = tmp_path / "my adapter"
     blank.symlink_to(demo / "adapter")
     path, written = standin(adapter_name_or_path=str(blank), kt_stats=True)
-    env = {**os.environ, "LLAMAFACTORY_VERBOSITY": "INFO", "PYTHONIOENCODING": "utf-8"}
-    result = subprocess.run(
-        [CLI, "chat", path],
-        input="hello\nand then?\nexit\n",
-        capture_output=True,
-        encoding="utf-8",
-        env=env,
-        timeout=300,
-    )
+    result = chat(path, ["hello", "and then?", "exit"])
     assert result.returncode == 0, result.stderr
     first, second = (turn.removeprefix("Assistant: ").strip() for turn in result.stdout.split("\nUser: ")[1:3])
     assert first.startswith("lora=lora0 tokens=14 你好\n[prompt 14 tokens")
@@ -132,7 +122,5 @@ def test_without_use_kt_the_stock_engine_is_built(demo):
     sglang_engine.launch_server_cmd = lambda command: print("stock", command.split()[0]) or exit()
     sglang_engine.SGLangEngine(*args)
     """
-    result = subprocess.run(
-        [sys.executable, "-c", "\n".join(map(str.strip, code.splitlines()))], capture_output=True, text=True
-    )
+    result = child(code)
     assert "stock python3" in result.stdout, result.stderr

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers.adapters import edit_adapter, make_adapter
+from helpers.children import KT, child
 from safetensors.torch import load_file
 
 from llamafactory_kt import KTAdapterError, KTPathError
@@ -32,12 +31,11 @@ def test_cache_is_keyed_by_content(build, adapter, model, tmp_path, cache):
     assert load_file(entry(adapter) / "merged" / "adapter_model.safetensors"), "a damaged entry is made anew"
 
     shutil.rmtree(copy)
-    run = [sys.executable, "-m", "llamafactory_kt", "cache"]
-    listed = subprocess.run([*run, "list"], capture_output=True, text=True).stdout
+    listed = child(KT, "cache", "list").stdout
     assert "2 prepared adapter(s)" in listed and "(gone)" in listed
-    assert "Removed 1 " in subprocess.run([*run, "clean", "--gone"], capture_output=True, text=True).stdout
+    assert "Removed 1 " in child(KT, "cache", "clean", "--gone").stdout
     assert not second.exists() and first.exists()
-    assert "Removed 1 " in subprocess.run([*run, "clean"], capture_output=True, text=True).stdout
+    assert "Removed 1 " in child(KT, "cache", "clean").stdout
     assert [path.name for path in cache.iterdir()] == [".lock"]
 
 

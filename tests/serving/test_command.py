@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers.adapters import make_adapter
+from helpers.children import child
 from helpers.marks import needs_kernel
 from helpers.models import make_model
 from helpers.sglang import rest_only
@@ -52,9 +51,7 @@ def test_bug_3_base_weights_are_where_the_expert_lora_kernel_reads_them(build, a
     wrapper.load_weights(torch.arange(6))
     print("loaded")
     """
-    result = subprocess.run(
-        [sys.executable, "-c", "\n".join(map(str.strip, code.splitlines()))], capture_output=True, text=True
-    )
+    result = child(code)
     assert "loaded" in result.stdout, result.stderr
     for method in ("AMXINT8", "AMXINT4"):
         with pytest.raises(KTConfigError, match=f"kt_method: {method} needs kt_weight_path"):

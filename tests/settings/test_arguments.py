@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.children import CLI, child
 from helpers.machines import pretend_problem
 from helpers.places import ROOT
 from llamafactory.hparams import ModelArguments
@@ -155,8 +154,7 @@ def test_more_sub_pools_than_the_machine_has(demo, caplog):
 
 
 def test_help_shows_the_keys():
-    cli = Path(sysconfig.get_path("scripts")) / "llamafactory-cli"
-    text = subprocess.run([cli, "chat", "-h"], capture_output=True, text=True).stdout
+    text = child(CLI, "chat", "-h").stdout
     for name in KTArguments.__dataclass_fields__:
         assert f"--{name}" in text
 

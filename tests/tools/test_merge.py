@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from helpers.adapters import edit_adapter, make_adapter
 from helpers.architectures import tiny_model
+from helpers.children import KT, child
 from helpers.loading import answer
 from helpers.loading import load as load_with_engines
 from helpers.marks import needs_kernel
@@ -153,7 +152,7 @@ def test_nothing_is_left_of_a_merge_that_fails(tmp_path):
 
 def test_command_and_the_way_there_from_export(tmp_path, demo):
     words = ["merge", "--model", demo / "model", "--adapter", demo / "adapter", "--output", tmp_path / "merged"]
-    result = subprocess.run([sys.executable, "-m", "llamafactory_kt", *map(str, words)], capture_output=True, text=True)
+    result = child(KT, *words)
     assert result.returncode == 0 and "merged 200 of 200 adapter tensors" in result.stdout, result.stderr
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "deepseek_v2"
     from llamafactory.hparams import get_infer_args

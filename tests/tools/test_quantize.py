@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.children import KT, child
 from helpers.loading import load
 from helpers.marks import needs_kernel
 from helpers.models import make_model
@@ -83,11 +84,7 @@ def test_what_is_asked_for_wrongly(files, tmp_path, monkeypatch):
 
 def test_command(files, tmp_path):
     words = ["--model", files[1], "--output", tmp_path / "o", "--method", "AMXInt4"]
-    result = subprocess.run(
-        [sys.executable, "-m", "llamafactory_kt", "quantize", *words], capture_output=True, text=True
-    )
+    result = child(KT, "quantize", *words)
     assert result.returncode == 0 and "2 layers packed as AMXINT4" in result.stdout, result.stderr
-    result = subprocess.run(
-        [sys.executable, "-m", "llamafactory_kt", "quantize", *words], capture_output=True, text=True
-    )
+    result = child(KT, "quantize", *words)
     assert result.returncode == 0 and "0 layers packed as AMXINT4, 2 were there already" in result.stdout

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from helpers.adapters import make_adapter
+from helpers.children import child
 from helpers.marks import needs_base_kernel, needs_kernel
 from helpers.models import make_model
-from helpers.places import TESTS
 from helpers.references import merged_float32, per_token
 
 from llamafactory_kt.ground.machine import numa_nodes
@@ -66,10 +64,7 @@ def chat(files, out, backend, cpus, **keys):
     """Run a process with this affinity and compare its answers with the float32 model's. Returns its number of sub-
     pools, and the NUMA node and the CPUs of each worker."""
     model, adapter = files
-    run = subprocess.run(
-        [sys.executable, "-c", CHAT, model, adapter, out, json.dumps({"backend": backend, "cpus": sorted(cpus), **keys})],
-        cwd=TESTS, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    run = child(CHAT, model, adapter, out, json.dumps({"backend": backend, "cpus": sorted(cpus), **keys}))
     assert run.returncode == 0, run.stderr
     found = [logits.float() for logits in torch.load(out / "answers")]
     with torch.inference_mode():

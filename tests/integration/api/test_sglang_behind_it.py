@@ -6,11 +6,11 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 
 import openai
 import pytest
+from helpers.children import KT, child
 from helpers.places import CLI
 
 from llamafactory_kt.serving.server import free_port
@@ -27,7 +27,7 @@ def test_llamafactorys_own_api(standin):
         while socket.socket().connect_ex(("127.0.0.1", port)) and api.poll() is None:
             time.sleep(0.1)
         words = ["bench", "--endpoint", f"http://127.0.0.1:{port}", "--requests", "3", "--json", "-"]
-        result = subprocess.run([sys.executable, "-m", "llamafactory_kt", *words], capture_output=True, text=True)
+        result = child(KT, *words)
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         messages = [{"role": "user", "content": "hello"}]
         two = client.chat.completions.create(model="any", messages=messages, n=2)

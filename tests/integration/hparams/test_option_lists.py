@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sysconfig
-from pathlib import Path
 from types import ModuleType
 
 import pytest
-from helpers.interpreters import python
+from helpers.children import CLI, child
 from llamafactory.hparams import ModelArguments, parser
 from transformers import HfArgumentParser
 
@@ -35,14 +32,13 @@ def test_every_list_can_be_built(name):
 
 @pytest.mark.parametrize("command", ["train", "chat"])
 def test_help(command):
-    cli = Path(sysconfig.get_path("scripts")) / "llamafactory-cli"
-    result = subprocess.run([cli, command, "-h"], capture_output=True, text=True)
+    result = child(CLI, command, "-h")
     assert result.returncode == 0 and "--use_kt" in result.stdout, result.stderr[-2000:]
 
 
 def test_training_beside_the_forks():
     """Their TrainingArguments have kt_config, and get it; a chat still has ours."""
-    result = python(
+    result = child(
         FORKS
         + """
     import sys

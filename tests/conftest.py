@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -13,9 +14,16 @@ os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
 from helpers.places import DEMO
 from helpers.sglang import SGLANG_CONTRACT, configuration, interpreter
 
+gc.disable()  # while tests are collected: nearly all that is made then stays
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, a shell has it ignored
 
 collect_ignore = ["helpers/standin"]  # packages for a server's interpreter; importing them runs a server
+
+
+def pytest_collection_finish() -> None:
+    """Collections in tests need not look through libraries and test modules."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 LIBRARIES = ["torch", "torchvision", "torchaudio", "peft", "datasets", "omegaconf", "pydantic", "transformers.generation.utils", "transformers.models.auto.modeling_auto"]  # fmt: skip
 CLI, KT = "from llamafactory.cli import main; main()", "from llamafactory_kt.cli import main; main()"
@@ -23,7 +24,7 @@ CLI, KT = "from llamafactory.cli import main; main()", "from llamafactory_kt.cli
 
 
 def child(code: str, *arguments: str | Path, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
-    """What ``python -c code arguments`` does, in the root directory; it is ended after five minutes."""
+    """What ``python -c code arguments`` does, in the root directory; it is ended after nine minutes."""
     with tempfile.TemporaryDirectory() as directory:
         files = [Path(directory, name) for name in ("stdin", "stdout", "stderr")]
         files[0].write_text(stdin, "utf-8")
@@ -63,7 +64,7 @@ def _become(request: dict) -> None:
     """Standard streams, environment and arguments of the request."""
     import signal
 
-    signal.alarm(300)
+    signal.alarm(540)  # before pytest gives up
     os.environ.clear()
     os.environ.update(request["env"])
     for number, (path, flags) in enumerate(
@@ -83,4 +84,5 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # children may import helpers; it was this folder
     request = _next_request()
     _become(request)
-    exec(compile(request["code"], "<string>", "exec"), {"__name__": "__main__"})
+    sys.modules["__main__"] = ModuleType("__main__")  # without a file, as with -c: what it spawns looks there
+    exec(compile(request["code"], "<string>", "exec"), vars(sys.modules["__main__"]))

@@ -9,11 +9,11 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
-from .adapters import edit_adapter
 from .places import DATA
 
 STANDIN = Path(__file__).parent / "standin"
@@ -110,12 +110,16 @@ def gone(*pids: int) -> bool:
 
 def experts_only(directory: Path, adapter: Path) -> Path:
     """A copy of the adapter with its expert LoRA alone."""
-    shutil.copytree(adapter, directory)
-    return edit_adapter(directory, lambda tensors: {n: t for n, t in tensors.items() if ".mlp.experts." in n})
+    return _copy(directory, adapter, lambda name: ".mlp.experts." in name)
 
 
 def rest_only(directory: Path, adapter: Path) -> Path:
     """A copy without expert LoRA, and without LoRA on kv_b_proj, which SGLang takes only together with expert LoRA."""
+    return _copy(directory, adapter, lambda name: ".mlp.experts." not in name and ".kv_b_proj." not in name)
+
+
+def _copy(directory: Path, adapter: Path, keep: Callable[[str], bool]) -> Path:
+    from .adapters import edit_adapter  # imports PEFT, which pytest's first process, with conftest.py, does not need
+
     shutil.copytree(adapter, directory)
-    gone = (".mlp.experts.", ".kv_b_proj.")
-    return edit_adapter(directory, lambda tensors: {n: t for n, t in tensors.items() if not any(g in n for g in gone)})
+    return edit_adapter(directory, lambda tensors: {name: t for name, t in tensors.items() if keep(name)})

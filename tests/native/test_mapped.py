@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 import pytest
-from helpers.interpreters import python
+from helpers.children import child
 
 from llamafactory_kt.native.library import library
 
@@ -51,7 +50,7 @@ def test_a_file_that_changes(tmp_path):
         problem = file.problem()
         print(problem and problem.split(" was ")[1].split(" while ")[0], same)
     """
-    done = python((WEIGHTS + code).format(path=str(tmp_path / "weights"), changes=list(CHANGES)))
+    done = child((WEIGHTS + code).format(path=str(tmp_path / "weights"), changes=list(CHANGES)))
     assert done.stdout.splitlines() == list(CHANGES.values()), done.stdout + done.stderr
 
 
@@ -64,7 +63,7 @@ def test_other_bus_errors_end_the_process_as_before(tmp_path):
     os.truncate(path, 0)
     compute(weight)
     """
-    done = python((WEIGHTS + code).format(path=str(tmp_path / "weights")))
+    done = child((WEIGHTS + code).format(path=str(tmp_path / "weights")))
     assert done.returncode == -signal.SIGBUS and "Fatal Python error: Bus error" in done.stderr
 
 
@@ -87,7 +86,7 @@ def test_a_model_whose_file_is_cut_short_gives_no_answer(tmp_path):
             print(error)
     """
     imports = "\n    import os\n    from pathlib import Path"
-    done = python((imports + code).format(path=str(tmp_path / "model")), Path(__file__).parents[1])
+    done = child((imports + code).format(path=str(tmp_path / "model")))
     assert "model.safetensors was cut short while its weights were in use" in done.stdout, done.stdout + done.stderr
 
 
@@ -104,5 +103,5 @@ def test_nothing_is_said_when_python_ends(tmp_path):
     mapped.kept = [*mapped.watch([path]), mapped]
     assert len(mapped.kept) > 1
     """
-    done = python(code)
+    done = child(code)
     assert (done.returncode, "TypeError" in done.stderr) == (0, False), done.stderr

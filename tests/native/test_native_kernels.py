@@ -8,8 +8,8 @@ import os
 
 import pytest
 import torch
+from helpers.children import child
 from helpers.experts import batch, layer, lora_for, make_engine, reference
-from helpers.interpreters import python
 from helpers.references import rel
 
 from llamafactory_kt.adapters import ExpertsShape
@@ -152,7 +152,7 @@ def test_the_variable_chooses_an_instruction_set_or_none():
         found = library()
         print(found if isinstance(found, str) else found.kt_in_use().decode())
     """
-    said = {value: python(code, **{VARIABLE: value}).stdout.strip() for value in (SETS[-1], "none", "avx1024")}
+    said = {value: child(code, **{VARIABLE: value}).stdout.strip() for value in (SETS[-1], "none", "avx1024")}
     assert said[SETS[-1]] == SETS[-1]
     assert said["none"] == f"{VARIABLE} is none"
     assert said["avx1024"] == f"{VARIABLE} is 'avx1024'; unset it, or set one that this CPU has: {', '.join(SETS)}"
@@ -167,7 +167,7 @@ def test_a_forked_process_computes_too():
         os._exit(0 if torch.equal(compute(), wanted) else 1)
     print(os.waitstatus_to_exitcode(os.wait()[1]), torch.equal(compute(), wanted))
     """
-    done = python(LINEAR + code)
+    done = child(LINEAR + code)
     assert done.stdout.split() == ["0", "True"], done.stdout + done.stderr
 
 
@@ -181,7 +181,7 @@ def test_a_process_ends_while_a_thread_computes():
     started.wait(), time.sleep(0.2)
     print("ends")
     """
-    done = python(LINEAR + code)
+    done = child(LINEAR + code)
     assert (done.returncode, done.stdout.strip()) == (0, "ends"), done.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,9 @@ def imports(module: str) -> set[str]:
     return found
 
 
-IMPORTS = {module: imports(module) for module in MODULES}
+@cache
+def every_import() -> dict[str, set[str]]:
+    return {module: imports(module) for module in MODULES}
 
 
 def rooms(page: Path) -> dict[str, set[str]]:
@@ -61,7 +64,7 @@ def rooms(page: Path) -> dict[str, set[str]]:
 def used() -> dict[str, set[str]]:
     """room -> rooms that its modules import."""
     found: dict[str, set[str]] = {}
-    for module, targets in IMPORTS.items():
+    for module, targets in every_import().items():
         if (room := room_of(module)) not in TOP:
             others = {room_of(target) for target in targets if not target.startswith(":")} - {room, *TOP, ""}
             found.setdefault(room, set()).update(others)
@@ -90,7 +93,7 @@ def test_no_circles():
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, " -> ".join([*path[path.index(module) :], module])
         if module not in done:
-            for target in sorted(IMPORTS[module] & set(MODULES)):
+            for target in sorted(every_import()[module] & set(MODULES)):
                 visit(target, (*path, module))
             done.add(module)
 
@@ -99,7 +102,7 @@ def test_no_circles():
 
 
 def test_only_the_integration_knows_llama_factory():
-    knowing = {room_of(module) for module, targets in IMPORTS.items() if ":llamafactory" in targets}
+    knowing = {room_of(module) for module, targets in every_import().items() if ":llamafactory" in targets}
     assert knowing and knowing <= KNOWS_LLAMA_FACTORY
 
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from helpers.adapters import edit_adapter, make_adapter, write_config
+from helpers.children import KT, child
 from helpers.models import make_model, moe_layers
 from helpers.places import DATA
 from helpers.references import merged_float32, rel
@@ -273,7 +274,10 @@ def test_one_target_parameter_needs_a_model(tmp_path):
         convert_peft_to_kt_format(source, tmp_path / "o.pt")
 
 
-@pytest.mark.parametrize("command", [["-m", "llamafactory_kt", "convert"], ["-m", "llamafactory_kt.convert_moe_lora"]])
+@pytest.mark.parametrize(
+    "command",
+    [(KT, "convert"), ("import runpy; runpy.run_module('llamafactory_kt.convert_moe_lora', run_name='__main__')",)],
+)
 def test_command_line(tmp_path, adapter, command):
     output = tmp_path / "out" / "moe_lora.pt"
     words = [
@@ -284,10 +288,10 @@ def test_command_line(tmp_path, adapter, command):
         "--output",
         output,
     ]
-    result = subprocess.run([sys.executable, *command, *map(str, words), "--verbose"], capture_output=True, text=True)
+    result = child(*command, *words, "--verbose")
     assert result.returncode == 0 and "'status': 'success'" in result.stderr and output.is_file(), result.stderr
     (adapter / "adapter_model.safetensors").write_bytes(b"broken")
-    result = subprocess.run([sys.executable, *command, *map(str, words)], capture_output=True, text=True)
+    result = child(*command, *words)
     assert (
         result.returncode == 1
         and result.stderr.splitlines()[-1].startswith("Error: ")

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
+from helpers.children import KT, child
 
 from llamafactory_kt.native.library import library
-
-
-def run(*words: object, **env: str) -> subprocess.CompletedProcess:
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-m", "llamafactory_kt", "bench", *map(str, words)],
-        capture_output=True, text=True, env={**os.environ, "COLUMNS": "160", **env},
-    )  # fmt: skip
 
 
 def test_a_real_run(tmp_path, demo):
@@ -32,7 +22,7 @@ def test_a_real_run(tmp_path, demo):
         "--against", "stock", "--against", "kt_merge_adapter=true",
         "--no-base", "--prompt-tokens", "16,40", "--new-tokens", "3", "--rounds", "1",
     ]  # fmt: skip
-    result = run(path, "kt_router_stats=true", *words, "--json", "-")
+    result = child(KT, "bench", path, "kt_router_stats=true", *words, "--json", "-")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     configured, stock, merged = found["rows"]

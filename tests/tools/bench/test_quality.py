@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from helpers.adapters import make_adapter
+from helpers.children import KT, child
 from helpers.models import make_model
 from helpers.references import merged_float32
 from torch.nn import functional as F
@@ -33,8 +32,7 @@ CONTEXT = 33
 
 def printed(*words):
     """What a command prints as JSON."""
-    command = [sys.executable, "-m", "llamafactory_kt", *map(str, words)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = child(KT, *words)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

@@ -191,7 +191,7 @@ def test_work_is_done_as_the_caller_would():
 
 
 def test_the_lock_after_interrupts_in_generations():
-    """As many as come in a second; none leaves the lock held."""
+    """None leaves the lock held."""
     lock, armed, stop = ModelLock(), [], threading.Event()
 
     def handler(*_):
@@ -204,9 +204,9 @@ def test_the_lock_after_interrupts_in_generations():
             os.kill(os.getpid(), signal.SIGINT)
 
     before, thread = signal.signal(signal.SIGINT, handler), threading.Thread(target=interrupt)
-    ends, generations, interrupts = time.monotonic() + 0.6, 0, 0
+    generations, interrupts = 0, 0
     thread.start()
-    while time.monotonic() < ends:
+    while interrupts < 300:
         try:
             armed.append(True)
             while True:
@@ -217,7 +217,7 @@ def test_the_lock_after_interrupts_in_generations():
     stop.set()
     thread.join()
     signal.signal(signal.SIGINT, before)
-    assert generations > 10 and interrupts > 10
+    assert generations > 10
     assert lock.alone(lambda: "free") == "free"
 
 

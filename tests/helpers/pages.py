@@ -85,7 +85,7 @@ def serve(directory: Path, *arguments: str) -> Iterator[str]:
 
 def open_page(browser: Any, address: str) -> Any:
     page = browser.new_page(viewport={"width": 1280, "height": 1400})
-    page.set_default_timeout(40_000)  # a server that was just started still imports
+    page.set_default_timeout(120_000)  # a server that was just started still imports
     page.add_init_script(COUNT_QUESTIONS)
     page.goto(address)
     page.wait_for_function("document.querySelectorAll('[data-testid=block-info]')[0]?.innerText.match(/Language|语言/)")

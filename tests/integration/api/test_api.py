@@ -132,7 +132,7 @@ def test_one_worker(tmp_path, demo):
         next(iter(stream))
         with ThreadPoolExecutor(1) as waiting:
             whole = waiting.submit(ask, client, "two", max_tokens=50_000)
-            time.sleep(0.5)
+            time.sleep(2)  # the request is there
             ends(process, log)
             with pytest.raises(openai.InternalServerError, match="The server is shutting down"):
                 whole.result()

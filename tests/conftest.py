@@ -17,7 +17,14 @@ from helpers.sglang import SGLANG_CONTRACT, configuration, interpreter
 gc.disable()  # while tests are collected: nearly all that is made then stays
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, a shell has it ignored
 
+LONGEST = ("test_binary.py::test_sanitizers", "test_soak.py::test_thousands_of_turns", "test_bench.py::test_a_real_run", "test_quality.py::test_a_real_run")  # fmt: skip
+"""half a minute each, and more: they begin first, since at the end the other workers would wait for them"""
+
 collect_ignore = ["helpers/standin"]  # packages for a server's interpreter; importing them runs a server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(test in item.nodeid for test in LONGEST))
 
 
 def pytest_collection_finish() -> None:

@@ -7,10 +7,12 @@ on how a process begins (activation, an encoding, a library's environment variab
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,8 @@ from types import ModuleType
 LIBRARIES = ["torch", "torchvision", "torchaudio", "peft", "datasets", "omegaconf", "pydantic", "transformers.generation.utils", "transformers.models.auto.modeling_auto"]  # fmt: skip
 CLI, KT = "from llamafactory.cli import main; main()", "from llamafactory_kt.cli import main; main()"
 """the scripts ``llamafactory-cli`` and ``llamafactory-kt``"""
+ENVIRONMENT = dict(os.environ)
+"""no test's own: libraries read it while they are imported"""
 
 
 def child(code: str, *arguments: str | Path, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
@@ -43,7 +47,13 @@ def child(code: str, *arguments: str | Path, stdin: str = "", **environment: str
 @functools.cache
 def _parent() -> subprocess.Popen:
     process = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, cwd="/"
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        cwd="/",
+        env=ENVIRONMENT,
     )
     atexit.register(process.communicate)
     return process
@@ -62,8 +72,6 @@ def _next_request() -> dict:
 
 def _become(request: dict) -> None:
     """Standard streams, environment and arguments of the request."""
-    import signal
-
     signal.alarm(540)  # before pytest gives up
     os.environ.clear()
     os.environ.update(request["env"])
@@ -79,7 +87,8 @@ def _become(request: dict) -> None:
 
 if __name__ == "__main__":
     for name in LIBRARIES:
-        __import__(name)
+        with contextlib.suppress(ImportError):  # a child that needs it says so
+            __import__(name)
     gc.freeze()  # children need not look through all this, nor copy it
     sys.path[0] = str(Path(__file__).parents[1])  # children may import helpers; it was this folder
     request = _next_request()

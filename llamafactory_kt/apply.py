@@ -201,7 +201,7 @@ def _exchange_experts(state: KTState, adapters: AdapterSet) -> None:
     undo: list[Callable[[], None]] = []
     try:
         for wrapper in state.wrappers:
-            undo.append(wrapper.engine.set_lora(adapters.read_layer(wrapper.layer_idx, wrapper.info.shape)))
+            undo.append(wrapper.whole.set_lora(adapters.read_layer(wrapper.layer_idx, wrapper.info.shape)))
     except BaseException:
         for back in reversed(undo):
             back()

@@ -13,6 +13,7 @@ from torch import nn
 from .ground.machine import available_memory, gib
 from .ground.paging import spread_over
 from .model.memory import nbytes_by_device
+from .model.on_gpu.placement import by_device
 from .model.state import kt_state
 from .native.library import library
 from .native.packed import GROUP
@@ -76,7 +77,11 @@ def load_rows(model: nn.Module) -> Rows:
     lora = f"their LoRA {gib(lora_bytes)}, " if lora_bytes else ""
     parts = f"experts {gib(experts_bytes)}, {lora}other {gib(torch_bytes.get('cpu', 0))}"
     rows.append(("Memory on CPU", f"{gib(cpu)} ({parts})"))
-    rows.append(("Memory on GPU", gib(torch_bytes["cuda"]) if "cuda" in torch_bytes else "none"))
+    on_gpu = by_device(state.placement.layers) if state.placement is not None else {}
+    gpu = f" and experts {gib(sum(on_gpu.values()))}" if on_gpu else ""
+    rows.append(("Memory on GPU", f"{gib(torch_bytes['cuda'])}{gpu}" if "cuda" in torch_bytes else "none"))
+    if state.placement is not None:
+        rows.append(("Experts on GPU", state.placement.describe()))
     rows.append(("LoRA tensors", str(report) if report else "no adapter"))
     if report:
         merged = ", merged into the weights" if report.merged else ""

@@ -36,6 +36,11 @@ def candidates(
             raise KTKernelError(
                 f"kt_backend: {engine.name} cannot run here: {problem}. kt_backend: auto takes the fastest engine that can."
             )
+        if request.shared and not engine.shares:
+            able = ", ".join(each.name for each in engines() if each.shares)
+            raise KTKernelError(
+                f"kt_gpu_experts: {engine.name} cannot leave experts to the GPU; set kt_backend to one of {able}, or remove kt_gpu_experts."
+            )
         if problem := _cannot_compute(engine, formulas):
             raise KTKernelError(
                 f"kt_backend: {engine.name} cannot compute the experts of this model: {problem}. kt_backend: auto takes the fastest "
@@ -57,7 +62,7 @@ def _cannot_compute(engine: type[Engine], formulas: Sequence[ExpertFormula]) -> 
 
 
 def _considered(request: PlanRequest, merged: bool, formulas: Sequence[ExpertFormula]) -> list[type[Engine]]:
-    able = [engine for engine in engines() if not _cannot_compute(engine, formulas)]
+    able = [each for each in engines() if not _cannot_compute(each, formulas) and (each.shares or not request.shared)]
     wanted = [engine for engine in able if engine.auto(merged)]
     running = [engine for engine in wanted if engine.problem() is None]
     with_workers = [engine for engine in running if engine.has_workers]

@@ -21,6 +21,7 @@ from ..checkpoint.formula import PLAIN, ExpertFormula
 from ..native.packed import PackedExpert
 from .bounds import Bounds
 from .plan import Plan, PlanRequest
+from .product import Product
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,9 @@ class Engine(ABC):
     """can read weights in the checkpoint's mapped files, row by row"""
     takes_packed: ClassVar[bool] = False
     """loads what :attr:`EngineSpec.read_packed` reads, where it reads anything"""
+    shares: ClassVar[bool] = False
+    """leaves out the experts whose index is negative (:meth:`forward`), and hands out what it computes with (:meth:`product`), so that a
+    GPU can compute some"""
     notes_calls: ClassVar[bool] = False
     """notes each call of :meth:`forward` for whoever records (:mod:`..native.recording`), so that it can be made again"""
     fallback: ClassVar[bool] = False
@@ -237,12 +241,16 @@ class Engine(ABC):
 
         Args:
             hidden: [T, H], any floating dtype, CPU.
-            index: [T, K] int64, CPU.
+            index: [T, K] int64, CPU. Where the engine :attr:`shares`, ``~e`` leaves expert ``e`` out.
             weights: [T, K], any floating dtype, CPU.
 
         Returns:
             [T, H] in the dtype of ``hidden``.
         """
+
+    def product(self, projection: str, expert: int) -> Product:
+        """What one of the shape's projections of an expert is, LoRA included."""
+        raise NotImplementedError(f"{self.name} does not hand out its weights")
 
     @property
     def holds_packed(self) -> bool:

@@ -39,6 +39,8 @@ class PlanRequest:
     """workers that were asked for"""
     idle_workers: bool | None = None
     """whether workers run in the idle scheduling class; None allows both"""
+    shared: bool = False
+    """a GPU computes some of the experts"""
 
     @property
     def fixed_torch_threads(self) -> int | None:

@@ -9,13 +9,14 @@ from ..adapters import ExpertLora
 from ..checkpoint.expert_weights import ExpertWeights
 from ..checkpoint.formula import ExpertFormula
 from .base import Engine, Undo
+from .product import Product
 
 
 class ReferenceEngine(Engine):
     """Keeps the weights in the checkpoint's dtype and computes each expert that was hit in float32."""
 
     name = "torch"
-    fallback = True
+    fallback = shares = True
     multiplied = torch.float32
     """dtype of the products' factors"""
 
@@ -42,7 +43,7 @@ class ReferenceEngine(Engine):
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         scores, out = weights.float(), torch.zeros(hidden.shape, dtype=torch.float32)
-        for expert in index.unique().tolist():
+        for expert in index[index >= 0].unique().tolist():
             token, slot = torch.where(index == expert)
             rows = hidden[token].float()
             gate, up = self._linear("gate", expert, rows), self._linear("up", expert, rows)
@@ -59,6 +60,14 @@ class ReferenceEngine(Engine):
             a, b = self._lora.a[projection][expert].float(), self._lora.b[projection][expert].float()
             out += F.linear(F.linear(x, a) * self._lora.scaling[projection][expert].float(), b)
         return out
+
+    def product(self, projection: str, expert: int) -> Product:
+        bias = getattr(self._biases, projection)[expert] if self._biases is not None else None
+        a = b = None
+        if self._lora is not None:
+            a = self._lora.a[projection][expert]
+            b = self._lora.b[projection][expert].float() * self._lora.scaling[projection][expert].float()
+        return Product(getattr(self._weights[expert], projection), bias, a, b)
 
     @property
     def nbytes(self) -> int:

@@ -41,6 +41,9 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
             scale for each 32 weights; ``same`` keeps the checkpoint's dtype. On the CPU, with the native kernels.
         cache: ``int8``: after :func:`~llamafactory_kt.optimize_for_inference`, keys and values of past tokens are kept in 8 bits, with a scale for each
             head's row; ``same`` keeps the model's dtype. On the CPU, with the native kernels. Latents (multi-head latent attention) stay.
+        gpu_experts: with a GPU, how many of each layer's experts it computes, at the same time as the CPU the others: those that are used most
+            while generating. ``auto``: as many as there is memory for. For ``native``, ``INT8``, ``INT4``, ``oneDNN`` and ``torch``; without
+            ``compile``. Not yet run on a GPU.
         max_chunk: tokens per call of kt-kernel; longer inputs are split.
         adapter: directory of the LoRA adapter to come, or several. They are checked against the model before weights
             are read, and the kernels get room for their ranks. They are not applied: that is ``apply_adapter``'s part.
@@ -71,6 +74,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     load: str = "auto"
     dense: str = "same"
     cache: str = "same"
+    gpu_experts: int | str = 0
     max_chunk: int = DEFAULT_MAX_CHUNK
     adapter: str | list[str] | None = None
     moe_lora: str | None = None
@@ -104,4 +108,4 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def plan_request(self, on_gpu: bool) -> PlanRequest:
         """What a plan must fit."""
-        return PlanRequest(on_gpu, self.pools, self.num_threads, self.idle_workers)
+        return PlanRequest(on_gpu, self.pools, self.num_threads, self.idle_workers, shared=bool(self.gpu_experts))

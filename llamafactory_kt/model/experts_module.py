@@ -18,6 +18,7 @@ from ..ground.process import register_thread
 from ..native.recording import active
 from .debug import Debugger
 from .on_gpu.shared_overlap import SharedExpertsOverlap
+from .on_gpu.split_experts import SplitExperts
 from .on_gpu.transfer import CudaStream, HostTransfer
 from .operator import experts, register
 from .router_counts import RouterCounts
@@ -60,6 +61,8 @@ class KTExperts(nn.Module):
         self.debugger = debugger
         self.transfers = transfers if transfers is not None else {}
         self.overlap = overlap
+        self.split: SplitExperts | None = None
+        """where some of the experts are on a GPU"""
         self.router_counts = RouterCounts(info.shape.num_experts) if router_stats else None
         self.layer_idx = info.layer
         self.num_experts = info.shape.num_experts
@@ -68,6 +71,11 @@ class KTExperts(nn.Module):
         self.around_traced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
         """what a graph needs around this layer, which nobody else holds (:func:`.guard.traced_layer`)"""
         self._number = register(self)
+
+    @property
+    def whole(self) -> Engine | SplitExperts:
+        """What computes all experts and takes their LoRA."""
+        return self.split or self.engine
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -98,15 +106,15 @@ class KTExperts(nn.Module):
             if active.recorder is not None:
                 active.recorder.note("seen", seen, (index, weights), None)
         if self.debugger is not None:
-            debugged: torch.Tensor = self.debugger.forward(self.layer_idx, self.engine, *given)
+            debugged: torch.Tensor = self.debugger.forward(self.layer_idx, self.whole, *given)
             return debugged
         if on_cpu:
-            return self.engine.forward(*given)
+            return self.whole.forward(*given)
         stream = torch.cuda.current_stream(hidden.device)
         if (transfer := self.transfers.get(stream)) is None:
             transfer = self.transfers.setdefault(stream, HostTransfer(CudaStream(stream)))
         meanwhile = functools.partial(self.overlap.queue, hidden) if self.overlap is not None else None
-        return transfer.forward(self.engine, given, meanwhile, seen)
+        return transfer.forward(self.engine, given, meanwhile, seen, self.split)
 
     def __deepcopy__(self, memo: dict[int, object]) -> NoReturn:
         raise TypeError("KT experts cannot be copied: the kernel holds pointers to their memory. Load the model again.")

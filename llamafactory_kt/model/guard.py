@@ -20,6 +20,7 @@ from ..native.openmp import release_team
 from . import router_counts
 from .debug import Debugger
 from .lock import ModelLock
+from .on_gpu.placement import Placement
 
 Observer = Callable[[dict[str, Any]], contextlib.AbstractContextManager[Any]]
 """Given a call's arguments by name: what surrounds the call"""
@@ -58,7 +59,11 @@ def traced_layer(lock: ModelLock, files: Sequence[MappedFile]) -> Iterator[None]
 
 
 def guard(
-    model: nn.Module, observe: bool = False, debugger: Debugger | None = None, files: Sequence[MappedFile] = ()
+    model: nn.Module,
+    observe: bool = False,
+    debugger: Debugger | None = None,
+    files: Sequence[MappedFile] = (),
+    placement: Placement | None = None,
 ) -> ModelLock:
     """Let the model's ``generate`` and ``forward`` hold a lock of its own, also where PEFT wraps the model.
 
@@ -66,6 +71,7 @@ def guard(
         files: in which weights lie; also those that are added later.
         observe: note for the layers' :class:`RouterCounts` what each call computes.
         debugger: follows each call of ``forward``.
+        placement: may exchange experts before ``generate``.
 
     A call that ``torch.compile`` or ``torch.export`` traces is left alone, unless somebody observes it: a graph holds no locks.
     """
@@ -79,13 +85,15 @@ def guard(
     if debugger is not None:
         observers["forward"].append(debugger.step)
 
-    def through(stock: Callable[..., Any], observers: list[Observer]) -> MethodType:
+    def through(name: str, stock: Callable[..., Any], observers: list[Observer]) -> MethodType:
         signature = inspect.signature(stock)
 
         @functools.wraps(stock)
         def call(_: Any, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() and not seen:  # whoever looks at calls breaks the graph here
                 return stock(reference(), *args, **kwargs)
+            if placement is not None and name == "generate":
+                placement.exchange_if_due(lock)
             with lock.generation(), contextlib.ExitStack() as notes:
                 if observers:
                     by_name = {**signature.bind_partial(None, *args).arguments, **kwargs} if args else kwargs
@@ -97,7 +105,7 @@ def guard(
 
     for name in observers:
         if stock := getattr(type(model), name, None):
-            setattr(model, name, through(stock, observers[name]))
+            setattr(model, name, through(name, stock, observers[name]))
     vars(model)["load_adapter"] = _load_adapter
     return lock
 

@@ -19,10 +19,12 @@ from ..autotune.plan import candidates, left_out
 from ..checkpoint.discovery import ExpertsModule, formulas
 from ..checkpoint.expert_weights import ExpertWeights
 from ..checkpoint.formats import check_file
+from ..checkpoint.layout import CheckpointLayout
 from ..checkpoint.opening import MoEModel
 from ..engines.base import Engine, EngineOptions, EngineSpec
 from ..engines.native.integer_files import open_dense
 from ..engines.registry import canonical_name, get_engine
+from ..ground import devices
 from ..ground.errors import KTConfigError
 from ..ground.internals import untested
 from ..ground.machine import usable_cores
@@ -35,14 +37,16 @@ from ..native.mapped import MappedFile, watch
 from ..native.openmp import release_team
 from ..native.packed import PackedExpert, Packing
 from ..peft_side.swap import require_peft_layers
-from ..settings.rules import experts_problems
+from ..settings.rules import experts_problems, no_gpu
 from . import growing_cache
 from .config import KTExpertsConfig
 from .debug import Debugger
 from .experts_module import KTExperts, PresortedExperts
 from .guard import guard, traced_layer
 from .memory import cannot_map, placements, read_around, stored_for, without_decoding
+from .on_gpu.placement import GpuNeed, Placement, expert_itemsize
 from .on_gpu.shared_overlap import SHARED_EXPERTS, SharedExpertsOverlap
+from .on_gpu.split_experts import SplitExperts
 from .on_gpu.transfer import HostTransfer
 from .state import KTState, set_kt_state
 from .untested import UntestedCheck
@@ -75,6 +79,9 @@ class ExpertsLoad:
             raise KTConfigError(
                 f"cache: {config.cache} needs a version of transformers whose cache is known. Set kt_cache: same."
             )
+        self._gpus = [device for device in devices.gpus() if on_gpu or device.type == "cpu"]
+        if config.gpu_experts and not self._gpus:
+            raise KTConfigError(no_gpu(f"gpu_experts: {config.gpu_experts}"))
         self._config, self._on_gpu = config, on_gpu
         for directory in {Path(file).parent for file in files}:
             check_file(directory)
@@ -110,7 +117,8 @@ class ExpertsLoad:
         self._engine = engine = get_engine(self._plan.backend)
         self._merged = self._adapters if engine.merges(config.merge_adapter) else None
         self._check = UntestedCheck(opened, self._merged) if untested() else None
-        options = places[engine.name].options
+        options, need = places[engine.name].options, places[engine.name].need
+        self._on_each_gpu = self._count_on_gpu(engine, layout, need.others) if config.gpu_experts else 0
         if config.load == "mmap" and not options.mapped:
             merged = self._merged is not None
             problem = cannot_map(
@@ -131,6 +139,13 @@ class ExpertsLoad:
             self._dense = open_dense(options.packed_files, Packing(f"int{options.dense_bits}"), layout.renamed.values())
         self._plan, self._options = engine.start(self._plan, options)
 
+    def _count_on_gpu(self, engine: type[Engine], layout: CheckpointLayout, others: int) -> int:
+        model: Any = self._opened.model
+        itemsize = expert_itemsize(engine, stored_for(engine, layout, merged=self._merged is not None), model.dtype)
+        need = GpuNeed.of(model.config, self._opened.experts, self._apart, itemsize, others, model.dtype)
+        most = max(module.shape.num_experts for module in self._opened.experts)
+        return need.count(self._config.gpu_experts, most, self._gpus)
+
     @property
     def _apart(self) -> AdapterSet:
         """The adapters whose LoRA the engines compute."""
@@ -148,13 +163,15 @@ class ExpertsLoad:
             self._replace(module, engine, debugger, transfers)
             for module, engine in zip(self._opened.experts, made, strict=True)
         ]
-        lock = guard(model, config.router_stats, debugger, self._files)
+        placement = Placement() if config.gpu_experts else None
+        lock = guard(model, config.router_stats, debugger, self._files, placement)
         for experts in self._wrappers:
             last = experts is self._wrappers[-1]
             experts.around_traced = functools.partial(traced_layer, lock, self._files if last else ())
         state = KTState(
             wrappers=self._wrappers, lock=lock, plan=self._plan, reason=self._reason,
             options=self._options, stored=", ".join(sorted(self._opened.layout.dtypes())), on_gpu=self._on_gpu, requested=self._adapters, merged=self._merged,
+            placement=placement,
         )  # fmt: skip
         set_kt_state(model, state)
         self._state = state
@@ -213,6 +230,8 @@ class ExpertsLoad:
             for experts in with_progress(self._wrappers, sizes):
                 experts.engine.load()
                 give_back_memory()
+        if self._state.placement is not None and self._on_each_gpu:
+            self._place_on_gpus(self._state.placement)
         if self._dense is not None:
             blocks, renamed = self._dense.read(), self._opened.layout.renamed
             own = {name: blocks[tensor.name] for name, tensor in renamed.items() if tensor.name in blocks}
@@ -225,12 +244,28 @@ class ExpertsLoad:
             self._check.compare(self._wrappers[0].engine, model.dtype)
         release_team()
 
+    def _place_on_gpus(self, placement: Placement) -> None:
+        """Split the layers that are on a GPU, with room for the LoRA to come."""
+        model: Any = self._opened.model
+        for module, experts in zip(self._opened.experts, self._wrappers, strict=True):
+            block = model.get_submodule(module.name.rpartition(".")[0])
+            device = next((parameter.device for parameter in block.parameters()), model.device)
+            if device in self._gpus:
+                count = min(self._on_each_gpu, experts.num_experts)
+                experts.split = SplitExperts(experts.engine, count, device, model.dtype)
+                placement.layers.append(experts.split)
+
 
 def _check_config(config: KTExpertsConfig) -> None:
     problems = experts_problems(
         canonical_name(config.backend), weight_path=config.weight_path, merge_adapter=config.merge_adapter,
         num_threads=config.num_threads, pools=config.pools, load=config.load, dense=config.dense, cache=config.cache,
+        gpu_experts=config.gpu_experts,
     )  # fmt: skip
+    if config.gpu_experts and config.compile:
+        problems.append(
+            "compile: True cannot be combined with gpu_experts: a CUDA graph would keep its first LoRA. Remove one."
+        )
     if problems:
         raise KTConfigError(" ".join(problems))
 

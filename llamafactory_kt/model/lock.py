@@ -67,6 +67,29 @@ class ModelLock:
 
         return uninterrupted(locked)
 
+    def alone_if_idle(self, work: Callable[[], object]) -> bool:
+        """The same, if nobody generates or exchanges; otherwise nothing is done, or waited for. Returns whether it was done.
+
+        Raises:
+            KTKernelError: As :meth:`exchange`.
+        """
+        require_own_process()
+        if self._of_this_thread()._is_owned():
+            return False
+        release_team()  # another thread computes now
+
+        def locked() -> bool:
+            with contextlib.ExitStack() as held:
+                if not _took(self._turn, held) or not all(_took(lock, held) for lock in self._of_all_threads()):
+                    return False
+                try:
+                    work()
+                finally:
+                    release_team()
+            return True
+
+        return uninterrupted(locked)
+
     @contextlib.contextmanager
     def exchange(self) -> Iterator[None]:
         """Have the model alone; waits for generations that run. The calling thread may use the model itself.
@@ -101,3 +124,11 @@ class ModelLock:
 
     def _of_all_threads(self) -> list[Any]:
         return [lock for reference in list(self._every.values()) if (lock := reference()) is not None]
+
+
+def _took(lock: Any, held: contextlib.ExitStack) -> bool:
+    """Take a lock that is free, until the block ends."""
+    taken: bool = lock.acquire(blocking=False)
+    if taken:
+        held.callback(lock.release)
+    return taken

@@ -15,6 +15,7 @@ from ..ground.errors import KTModelError
 from ..native.cached_dense import CachedDense
 from ..prompt_cache.pool import PromptPool
 from .lock import ModelLock
+from .on_gpu.placement import Placement
 
 if TYPE_CHECKING:
     from .experts_module import KTExperts
@@ -71,6 +72,8 @@ class KTState:
     """the adapters that the load was given and has checked; they are yet to be applied"""
     merged: AdapterSet | None
     """those of them whose experts' part is in the weights for good; None where LoRA is exchangeable"""
+    placement: Placement | None = None
+    """which experts are on a GPU; None without ``kt_gpu_experts``"""
     adapters: AdapterSet = field(default_factory=AdapterSet)
     """the adapters in place, applied as a whole"""
     expert_adapters: AdapterSet = field(default_factory=AdapterSet)

@@ -33,6 +33,11 @@ def in_panels(b: torch.Tensor) -> torch.Tensor:
     return panels.transpose(-1, -2).contiguous()
 
 
+def from_panels(panels: torch.Tensor, rows: int) -> torch.Tensor:
+    """What :func:`in_panels` was given, in float32: [..., out / 16, r, 16] -> [..., rows, r]."""
+    return panels.transpose(-1, -2).flatten(-3, -2)[..., :rows, :]
+
+
 class Weight(Structure):
     """``kt_weight``."""
 
@@ -203,5 +208,5 @@ def _join_team(found: CDLL) -> None:
 
 __all__ = [
     "DTYPES", "MOST_LINEARS", "PANEL", "STEPS", "VARIABLE", "AttentionCall", "ExpertsCall", "HeadsCall", "LinearCall", "LinearsCall", "NormCall", "PackingCall", "QuantizationCall", "Step", "Weight", "byref",
-    "in_panels", "kernels", "library",
+    "from_panels", "in_panels", "kernels", "library",
 ]  # fmt: skip

@@ -83,6 +83,8 @@ def _check_values(args: Any) -> list[str]:
         problems.append(f"kt_num_threads must be a positive whole number or auto, found {threads!r}.")
     else:
         args.kt_num_threads = int(threads)
+    if (on_gpu := str(args.kt_gpu_experts).lower()) == AUTO or on_gpu.isdecimal():
+        args.kt_gpu_experts = on_gpu if on_gpu == AUTO else int(on_gpu)
     if not isinstance(args.kt_lora_scope, str) or args.kt_lora_scope.lower() not in SCOPES:
         problems.append(f"kt_lora_scope: unknown value {args.kt_lora_scope!r}, expected {' or '.join(SCOPES)}.")
     else:
@@ -105,12 +107,21 @@ def _check_combinations(args: Any) -> list[str]:
             load=args.kt_load,
             dense=args.kt_dense,
             cache=args.kt_cache,
+            gpu_experts=args.kt_gpu_experts or 0 if not serves(args) else 0,
             prefix="kt_",
         )
     if (backend := infer_backend(args)) not in ("huggingface", "sglang"):
         problems.append(
             f"infer_backend: {backend} does not work with use_kt; use infer_backend: huggingface, or sglang for many users."
         )
+    if serves(args) and args.kt_gpu_experts:
+        problems.append(
+            f"kt_gpu_experts: {args.kt_gpu_experts} is for infer_backend: huggingface; with SGLang, set kt_num_gpu_experts or "
+            "kt_gpu_experts_ratio."
+        )
+    for name in ("kt_num_gpu_experts", "kt_gpu_experts_ratio"):
+        if not serves(args) and (value := getattr(args, name)):
+            problems.append(f"{name}: {value} is for infer_backend: sglang; with huggingface, set kt_gpu_experts.")
     for name in ("quantization_bit", "mixture_of_depths"):
         if getattr(args, name, None) is not None:
             problems.append(f"{name}: {getattr(args, name)} cannot be combined with use_kt; remove it.")
@@ -161,7 +172,7 @@ def _check_machine(args: Any) -> list[Any]:
             args.kt_threadpool_count, nodes, nodes,
         )  # fmt: skip
         args.kt_threadpool_count = nodes
-    request = PlanRequest(pools=threadpool_count(args))
+    request = PlanRequest(pools=threadpool_count(args), shared=bool(args.kt_gpu_experts))
     try:
         candidates(args.kt_backend, request, merged=args.kt_merge_adapter)
     except (KTConfigError, KTKernelError) as error:

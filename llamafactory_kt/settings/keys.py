@@ -54,6 +54,11 @@ class KTArguments(KTServingArguments):
         None,
         "Directory in which long system prompts are kept, computed, for later starts; it may take as much as kt_prompt_cache_gib.",
     )
+    kt_gpu_experts: str | None = key(
+        None,
+        "With a GPU, how many of each layer's experts it computes while the CPU computes the others: a number, or auto for as many as there is "
+        "memory for. Those that are used most while chatting. Default: none.",
+    )
     kt_num_threads: str | None = key(None, "CPU threads of kt-kernel. Default: the fastest number measured.")
     kt_idle_workers: bool | None = key(
         None,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..engines.base import CACHES, DENSE, LOADS
 from ..engines.native import NativeEngine
-from ..engines.registry import engines, find_engine
+from ..engines.registry import AUTO, engines, find_engine
+from ..ground import devices
 from ..ground.internals import switch_problem
 from .values import suggestion
 
@@ -19,6 +20,7 @@ def experts_problems(
     load: str = LOADS[0],
     dense: str = "same",
     cache: str = "same",
+    gpu_experts: int | str = 0,
     prefix: str = "",
 ) -> list[str]:
     """What is wrong with these values and the environment, one sentence each.
@@ -40,6 +42,10 @@ def experts_problems(
             problems.append(
                 f"{prefix}{name}: {value} needs the native kernels, and {problem}. Set {prefix}{name}: same."
             )
+    if gpu_experts != AUTO and (isinstance(gpu_experts, bool) or not isinstance(gpu_experts, int) or gpu_experts < 0):
+        problems.append(f"{prefix}gpu_experts must be a whole number of at least 0 or auto, found {gpu_experts!r}.")
+    elif gpu_experts and not devices.gpus():
+        problems.append(no_gpu(f"{prefix}gpu_experts: {gpu_experts}"))
     if pools is not None and num_threads is not None and num_threads < pools:
         problems.append(
             f"{prefix}num_threads: {num_threads} is fewer than {prefix}threadpool_count: {pools}; give each pool one."
@@ -63,3 +69,15 @@ def experts_problems(
             f"checkpoint (llamafactory-kt merge) and quantize that, or remove {prefix}merge_adapter."
         )
     return problems
+
+
+def no_gpu(given: str) -> str:
+    """What to say where experts are to be on a GPU, and there is none.
+
+    Args:
+        given: the key and its value.
+    """
+    return (
+        f"{given} needs a GPU that PyTorch finds (torch.cuda.is_available()) and the model is loaded to; there is none. Remove it: the CPU "
+        "computes all experts."
+    )

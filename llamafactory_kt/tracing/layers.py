@@ -269,6 +269,6 @@ def _decoder_layers(model: nn.Module) -> Iterator[nn.ModuleList]:
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             experts = [part for part in module.modules() if isinstance(part, KTExperts)]
-            known = all(part.engine.notes_calls and not part.debugger for part in experts)
+            known = all(part.engine.notes_calls and not part.debugger and not part.split for part in experts)
             if experts and known and not any(part in experts for part in module):
                 yield module

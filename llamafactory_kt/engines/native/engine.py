@@ -21,6 +21,7 @@ from ...native.packed import Matrix, PackedWeight, call_of
 from ...native.recording import active
 from ...native.scratch import scratch
 from ..base import Engine, EngineOptions, LayerMemory, Stream, Undo
+from ..product import Product
 from ..streams import note_device, wait_for_streams
 from .copying import Experts, copied
 from .lora import FusedLora, lora_size
@@ -38,7 +39,7 @@ class NativeEngine(Engine):
     """
 
     name = "native"
-    maps_weights = takes_packed = notes_calls = True
+    maps_weights = takes_packed = notes_calls = shares = True
 
     _lora: FusedLora | None = None
 
@@ -128,6 +129,11 @@ class NativeEngine(Engine):
             raise IndexError(f"The router chose an expert that is none of the {self.spec.shape.num_experts}.")
         if active.recorder is not None:
             active.recorder.note("experts", self, (x, index, scores), out)
+
+    def product(self, projection: str, expert: int) -> Product:
+        weight, bias = getattr(self._weights[expert], projection), self._bias(projection)
+        lora = self._lora.of(projection, expert, weight.shape[0]) if self._lora else ()
+        return Product(weight, bias[expert] if bias is not None else None, *lora)
 
     @property
     def streams(self) -> bool:

@@ -6,7 +6,7 @@ import torch
 
 from ...adapters import ExpertLora, ExpertsShape
 from ...ground.paging import empty_in_huge_pages
-from ...native.library import PANEL, in_panels
+from ...native.library import PANEL, from_panels, in_panels
 
 
 def lora_size(shape: ExpertsShape, rank: int) -> int:
@@ -31,3 +31,8 @@ class FusedLora:
                 a, b = (empty_in_huge_pages(tuple(t.shape), torch.float32).copy_(t) for t in own)
                 self.factors[projection] = a, b
         self.nbytes = sum(tensor.nbytes for pair in self.factors.values() for tensor in pair)
+
+    def of(self, projection: str, expert: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, in] and B [rows, r] of one expert, float32; B with the scaling."""
+        a, b = self.factors[projection]
+        return a[expert], from_panels(b[expert], rows)

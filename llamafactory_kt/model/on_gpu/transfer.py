@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ...engines.base import Engine, Stream
 from ...native.on_host import relaxed_capture
+from .split_experts import SplitExperts, plain
 
 Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """one layer's tokens on the GPU: hidden [T, H], index [T, K], weights [T, K], as :meth:`Engine.forward` takes them"""
@@ -94,42 +95,69 @@ class HostTransfer:
         """all that graphs know"""
 
     def forward(
-        self, engine: Engine, given: Given, meanwhile: Meanwhile | None = None, seen: Seen | None = None
+        self,
+        engine: Engine,
+        given: Given,
+        meanwhile: Meanwhile | None = None,
+        seen: Seen | None = None,
+        split: SplitExperts | None = None,
     ) -> torch.Tensor:
         """The engine's sum [T, H], with arguments and result on the GPU.
 
         Args:
             seen: who needs the values on the CPU; then this thread waits for them.
+            split: whose experts on the GPU are computed at the same time, and added. This thread waits for what was chosen, and not for
+                an engine that the stream waits for.
 
         Raises:
             RuntimeError: A CUDA graph is being captured, which cannot hold this.
         """
         with self._stream.current(), self._lock:
-            if self._stream.capturing and (seen is not None or not engine.captures):
-                what = "kt_router_stats" if seen is not None else f"kt_backend: {engine.name}"
+            if self._stream.capturing and (seen is not None or split is not None or not engine.captures):
+                what = (
+                    "kt_gpu_experts"
+                    if split is not None
+                    else "kt_router_stats"
+                    if seen is not None
+                    else f"kt_backend: {engine.name}"
+                )
                 raise RuntimeError(
                     f"KT experts cannot be captured in a CUDA graph with {what}: a thread must wait for each layer. Leave that out, or "
                     "generate without CUDA graphs."
                 )
+            if split is not None:
+                given = given[0], split.mark(given[1]), given[2]
             if engine.streams and seen is None:
-                return self._queue(engine, given, meanwhile)
-            return self._wait(engine, given, meanwhile, seen)
+                out, here = self._queue(engine, given, meanwhile, split)
+            else:
+                out, here = self._wait(engine, given, meanwhile, seen, split)
+            return out if here is None else (out + here).to(out.dtype)
 
-    def _queue(self, engine: Engine, given: Given, meanwhile: Meanwhile | None) -> torch.Tensor:
-        """Nothing is waited for: the stream waits for the experts."""
+    def _queue(
+        self, engine: Engine, given: Given, meanwhile: Meanwhile | None, split: SplitExperts | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The stream waits for the experts on the CPU."""
         hidden, index, weights = given
         x = hidden.to(engine.stream_dtype(hidden.dtype))
         if padding := engine.stream_hidden_size - hidden.shape[1]:
             x = F.pad(x, (0, padding))
         x = x.contiguous()
         crossed = self._to_host((x, index.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous()))
-        result = self._buffer("result", x)
+        result, here = self._buffer("result", x), None
+        if split is not None:
+            self._stream.record()
         with engine.on_stream(self._stream, *crossed, result):
             if meanwhile is not None:
                 meanwhile()
-        return self._stream.copy(torch.empty_like(x), result)[:, : hidden.shape[1]].to(hidden.dtype)
+            if split is not None:
+                self._stream.synchronize()
+                here = split.compute(hidden, crossed[1], weights)
+        out = self._stream.copy(torch.empty_like(x), result)
+        return out[:, : hidden.shape[1]].to(hidden.dtype), here
 
-    def _wait(self, engine: Engine, given: Given, meanwhile: Meanwhile | None, seen: Seen | None) -> torch.Tensor:
+    def _wait(
+        self, engine: Engine, given: Given, meanwhile: Meanwhile | None, seen: Seen | None, split: SplitExperts | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This thread waits for the tokens, and computes the experts."""
         x, index, weights = self._to_host(given)
         self._stream.record()
@@ -137,10 +165,12 @@ class HostTransfer:
             meanwhile()
         self._stream.synchronize()
         if seen is not None:
-            seen(index.clone(), weights.clone())
+            seen(plain(index), weights.clone())
+        here = split.compute(given[0], index, given[2]) if split is not None else None
         computed = engine.forward(x, index, weights)
         result = self._buffer("result", computed).copy_(computed)
-        return self._stream.copy(torch.empty_like(given[0], memory_format=torch.contiguous_format), result)
+        out = self._stream.copy(torch.empty_like(given[0], memory_format=torch.contiguous_format), result)
+        return out, here
 
     def _to_host(self, given: Given) -> Given:
         hidden, index, weights = (

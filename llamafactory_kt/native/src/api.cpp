@@ -91,7 +91,7 @@ int64_t kt_linear_scratch(const kt_linear *linear, int64_t tokens, int threads) 
 int kt_experts_forward(const kt_experts *experts, const void *x, int32_t x_dtype, int64_t tokens, const int64_t *index,
                        const float *scores, int64_t top, void *out, void *scratch, int threads) {
     for (int64_t i = 0; i < tokens * top; i++)
-        if (index[i] < 0 || index[i] >= experts->experts) return -1;
+        if (index[i] < -experts->experts || index[i] >= experts->experts) return -1;
     return chosen()->experts(*experts, x, x_dtype, tokens, index, scores, top, out, scratch, threads);
 }
 

@@ -63,17 +63,21 @@ struct Experts {
         memory_of_thread = 2 * unpacked_size<T>(wider, rows), unpacked = scratch.take<Unpacked>(threads * memory_of_thread);
     }
 
-    /* Sort the rows by expert. */
+    /* Sort the rows by expert. Those of experts that are computed elsewhere are left out. */
     void group(const int64_t *index) {
         for (int64_t n = 0; n <= e.experts; n++) starts[n] = 0;
-        for (int64_t r = 0; r < rows; r++) starts[index[r] + 1]++;
+        for (int64_t r = 0; r < rows; r++)
+            if (index[r] >= 0) starts[index[r] + 1]++;
         for (int64_t n = 0, first = 0; n < e.experts; n++) {
             const int64_t own = starts[n + 1];
             starts[n] = first;
             if (own) groups[count++] = Group{n, first, own, many<T>(own) ? packed : -1}, cost += weight(own) * steps();
             first += own, packed += panels_of<T>(own);
         }
-        for (int64_t r = 0; r < rows; r++) order[starts[index[r]]++] = r;
+        int64_t own = 0;
+        for (int64_t r = 0; r < rows; r++)
+            if (index[r] >= 0) order[starts[index[r]]++] = r, own++;
+        rows = own;
     }
 
     /* gate's and up's rows are divided in panels, whose cost is reading them or, for many tokens, the products: of a tile's tokens, taken to be

@@ -151,7 +151,7 @@ int64_t kt_heads_scratch(const kt_heads *heads, int64_t tokens, int threads);
 int64_t kt_attention_scratch(const kt_attention *attention, int threads); /* not less for more keys or threads */
 
 /* out[t] = sum over k of scores[t, k] * expert[index[t, k]](x[t]), for x and out [tokens, hidden] of x_dtype, index [tokens, top],
- * scores [tokens, top]. Returns 0, or -1 for an index that is no expert. */
+ * scores [tokens, top]. An index ~e leaves expert e out: somebody else computes it. Returns 0, or -1 for an index that is no expert. */
 int kt_experts_forward(const kt_experts *experts, const void *x, int32_t x_dtype, int64_t tokens, const int64_t *index,
                        const float *scores, int64_t top, void *out, void *scratch, int threads);
 

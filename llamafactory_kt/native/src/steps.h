@@ -193,7 +193,7 @@ int step(const kt_step &s, void *memory, int threads) {
             const kt_experts &e = *static_cast<const kt_experts *>(s.call);
             const int64_t *index = static_cast<const int64_t *>(s.b), top = s.sizes[0];
             for (int64_t i = 0; i < s.n * top; i++)
-                if (index[i] < 0 || index[i] >= e.experts) return -1;
+                if (index[i] < -e.experts || index[i] >= e.experts) return -1;
             return experts(e, s.a, s.dtypes[1], s.n, index, static_cast<const float *>(s.c), top, s.out, memory, threads);
         }
         case KT_STEP_NORM: norm(*static_cast<const kt_norm *>(s.call), s.a, s.dtypes[1], s.n, s.out, threads); return 0;

@@ -102,10 +102,10 @@ def _verify(state: KTState, wrapper: Any, given: ExpertsInputs, reference: Refer
     hidden, index = torch.cat([given.hidden, alone.hidden]), torch.cat([given.index, alone.index])
     weights = torch.cat([given.weights.float(), alone.weights])
     with state.lock.exchange(), torch.inference_mode():
-        with_lora = wrapper.engine.forward(hidden, index, weights)
-        undo = wrapper.engine.set_lora(None)
+        with_lora = wrapper.whole.forward(hidden, index, weights)
+        undo = wrapper.whole.set_lora(None)
         try:
-            found = wrapper.engine.forward(hidden, index, weights), with_lora
+            found = wrapper.whole.forward(hidden, index, weights), with_lora
         finally:
             undo()
     with torch.inference_mode():

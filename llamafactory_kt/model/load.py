@@ -21,10 +21,10 @@ from ..checkpoint.expert_weights import ExpertWeights
 from ..checkpoint.formats import check_file
 from ..checkpoint.layout import CheckpointLayout
 from ..checkpoint.opening import MoEModel
+from ..engines import gpus
 from ..engines.base import Engine, EngineOptions, EngineSpec
 from ..engines.native.integer_files import open_dense
 from ..engines.registry import canonical_name, get_engine
-from ..ground import devices
 from ..ground.errors import KTConfigError
 from ..ground.internals import untested
 from ..ground.machine import usable_cores
@@ -79,7 +79,7 @@ class ExpertsLoad:
             raise KTConfigError(
                 f"cache: {config.cache} needs a version of transformers whose cache is known. Set kt_cache: same."
             )
-        self._gpus = [device for device in devices.gpus() if on_gpu or device.type == "cpu"]
+        self._gpus = [device for device in gpus.visible() if on_gpu or device.type == "cpu"]
         if config.gpu_experts and not self._gpus:
             raise KTConfigError(no_gpu(f"gpu_experts: {config.gpu_experts}"))
         self._config, self._on_gpu = config, on_gpu

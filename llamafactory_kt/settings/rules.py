@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ..engines import gpus
 from ..engines.base import CACHES, DENSE, LOADS
 from ..engines.native import NativeEngine
 from ..engines.registry import AUTO, engines, find_engine
-from ..ground import devices
 from ..ground.internals import switch_problem
 from .values import suggestion
 
@@ -44,7 +44,7 @@ def experts_problems(
             )
     if gpu_experts != AUTO and (isinstance(gpu_experts, bool) or not isinstance(gpu_experts, int) or gpu_experts < 0):
         problems.append(f"{prefix}gpu_experts must be a whole number of at least 0 or auto, found {gpu_experts!r}.")
-    elif gpu_experts and not devices.gpus():
+    elif gpu_experts and not gpus.visible():
         problems.append(no_gpu(f"{prefix}gpu_experts: {gpu_experts}"))
     if pools is not None and num_threads is not None and num_threads < pools:
         problems.append(

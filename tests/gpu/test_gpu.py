@@ -324,3 +324,64 @@ def test_earlier_prompts_lie_in_the_memory_of_the_cpu(files):
     turn = torch.cat((first, torch.arange(100, 120, device="cuda")[None]), 1)
     found, cached = ask(turn)
     assert cached == first.shape[1] - 1 and torch.equal(found, ask(turn, kept=False)[0])
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_experts_on_it(files, backend):
+    """Those with the lowest numbers and others, with two adapters and none; and as many as fit."""
+    path, one, two = files
+    plain = load(path, backend=backend, adapter=str(one))
+    model = load(path, backend=backend, adapter=str(one), gpu_experts=3, router_stats=True)
+    splits = kt_state(model).placement.layers
+    assert len(splits) == len(kt_state(model).wrappers) and {split.device.type for split in splits} == {"cuda"}
+    assert per_token(answer(model), answer(plain)) < 0.05
+    for split in splits:
+        split.place([5, 1, 4])
+    model, plain = (optimized(apply_adapter(each, one)[0]) for each in (model, plain))
+    for adapter in (one, two, None):
+        for each in (model, plain):
+            switch_adapter(each, adapter)
+        found, wanted = answer(model), answer(merged_float32(path, adapter))
+        assert per_token(found, answer(plain)) < 0.05 and per_token(found, wanted) < 0.1
+    given = {"input_ids": IDS.cuda(), "max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
+    for _ in range(5):
+        model.generate(**given)
+    assert kt_state(model).placement.counted >= 256
+    assert per_token(answer(model), answer(plain)) < 0.05
+    assert {entry.tokens for entry in get_router_stats(model).values()} == {splits[0].usage.tokens}
+    every = load(path, backend=backend, gpu_experts="auto")
+    assert [split.count for split in kt_state(every).placement.layers] == [6] * len(splits)
+    assert per_token(answer(every), answer(load(path, backend=backend))) < 0.05
+
+
+def optimized(model):
+    optimize_for_inference(model)
+    return model
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_experts_on_it_are_summed_in_float32(files, tokens):
+    """As the CPU sums them; of the factors, what the activation gives is rounded to bfloat16, too."""
+    experts = kt_state(load(files[0], backend="torch", gpu_experts=3)).wrappers[0]
+    hidden = torch.randn(tokens, experts.hidden_dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+    index = torch.tensor([[0, 2, 5], [1, 2, 0], [3, 4, 5]]).repeat(3, 1)[:tokens]
+    weights = torch.rand(tokens, 3, generator=torch.Generator().manual_seed(1))
+    wanted = experts.engine.forward(hidden.float(), index, weights)
+    split = experts.split
+    marked = split.mark(index.cuda()).cpu()
+    here = split.compute(hidden.cuda(), marked, weights.cuda())
+    rest = experts.engine.forward(hidden.float(), marked, weights)
+    assert here.dtype == torch.float32 and rel(here.cpu() + rest, wanted) < 0.004
+
+
+@torch.inference_mode()
+def test_experts_on_it_are_computed_meanwhile(files):
+    """The engine is started before Python waits for what was chosen."""
+    model = load(files[0], backend="native", gpu_experts=3)
+    answer(model)
+    with torch.profiler.profile() as profile:
+        model(input_ids=IDS[:, :1].cuda())
+    names = [event.name for event in sorted(profile.events(), key=lambda event: event.time_range.start)]
+    order = [name for name in names if name in ("cudaLaunchHostFunc", "cudaEventSynchronize")]
+    assert order == ["cudaLaunchHostFunc", "cudaEventSynchronize", "cudaLaunchHostFunc"] * len(kt_state(model).wrappers)

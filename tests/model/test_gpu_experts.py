@@ -33,10 +33,10 @@ from llamafactory_kt.adapters.keys import PROJECTIONS
 from llamafactory_kt.checkpoint.expert_weights import ExpertBiases, ExpertWeights
 from llamafactory_kt.checkpoint.formula import ExpertFormula
 from llamafactory_kt.checkpoint.layout import Stored
+from llamafactory_kt.engines import gpus
 from llamafactory_kt.engines.base import EngineSpec
 from llamafactory_kt.engines.reference import ReferenceEngine
 from llamafactory_kt.engines.registry import get_engine
-from llamafactory_kt.ground import devices
 from llamafactory_kt.load_report import load_rows
 from llamafactory_kt.model.on_gpu import placement
 from llamafactory_kt.model.on_gpu.placement import GpuNeed, expert_itemsize
@@ -57,8 +57,8 @@ IDS = torch.arange(2, 40)[None]
 
 @pytest.fixture
 def the_cpu_as_gpu(monkeypatch):
-    monkeypatch.setattr(devices, "gpus", lambda: [CPU])
-    monkeypatch.setattr(devices, "free_memory", lambda device: 2**40)
+    monkeypatch.setattr(gpus, "visible", lambda: [CPU])
+    monkeypatch.setattr(gpus, "free_memory", lambda device: 2**40)
 
 
 @pytest.fixture(scope="module")
@@ -436,10 +436,10 @@ def test_as_an_operator(files, the_cpu_as_gpu):
 
 
 def test_without_a_gpu(files, monkeypatch):
-    monkeypatch.setattr(devices, "gpus", list)
+    monkeypatch.setattr(gpus, "visible", list)
     with pytest.raises(KTConfigError, match=r"gpu_experts: 2 needs a GPU .*Remove it: the CPU computes all experts"):
         load(files[0], "torch", gpu_experts=2)
-    monkeypatch.setattr(devices, "gpus", lambda: [torch.device("cuda", 0)])  # which this model is not loaded to
+    monkeypatch.setattr(gpus, "visible", lambda: [torch.device("cuda", 0)])  # which this model is not loaded to
     with pytest.raises(KTConfigError, match=r"gpu_experts: auto needs a GPU .* the model is loaded to"):
         load(files[0], "torch", gpu_experts="auto")
 
@@ -474,7 +474,7 @@ def test_memory(files, the_cpu_as_gpu, monkeypatch, kt_log):
     apply_adapter(model, one)
     splits = kt_state(model).placement.layers
     assert sum(split.nbytes for split in splits) == 2 * each
-    monkeypatch.setattr(devices, "free_memory", lambda device: others + 4 * each)
+    monkeypatch.setattr(gpus, "free_memory", lambda device: others + 4 * each)
     assert len(kt_state(load(path, "torch", gpu_experts=4, adapter=str(one))).wrappers[0].split.experts) == 4
     with pytest.raises(
         KTMemoryError, match=r"kt_gpu_experts: 5 experts of each layer need .* kt_gpu_experts: auto would take 0"
@@ -483,7 +483,7 @@ def test_memory(files, the_cpu_as_gpu, monkeypatch, kt_log):
     model = load(path, "torch", gpu_experts="auto", adapter=str(one))
     assert kt_state(model).wrappers[0].split is None and "kt_gpu_experts: auto: no expert fits" in kt_log.text
     assert dict(load_rows(model))["Experts on GPU"] == "none"
-    monkeypatch.setattr(devices, "free_memory", lambda device: others + cache + placement.MARGIN + 3 * each)
+    monkeypatch.setattr(gpus, "free_memory", lambda device: others + cache + placement.MARGIN + 3 * each)
     assert len(kt_state(load(path, "torch", gpu_experts="auto", adapter=str(one))).wrappers[0].split.experts) == 3
 
 

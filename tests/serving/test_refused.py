@@ -92,6 +92,6 @@ def test_other_backends_stay_refused_and_serving_keys_do_nothing_there(kt_log, m
     keys = {"model_name_or_path": str(model), "template": "deepseek", "use_kt": True, "kt_backend": "torch"}
     with pytest.raises(KTConfigError, match="infer_backend: vllm does not work with use_kt"):
         get_infer_args({**keys, "infer_backend": "vllm"})
-    get_infer_args({**keys, "kt_cpuinfer": 4, "kt_config": {"kt_num_gpu_experts": 2}})
-    for name in ("kt_cpuinfer", "kt_num_gpu_experts"):
+    get_infer_args({**keys, "kt_cpuinfer": 4, "kt_config": {"kt_max_deferred_experts_per_token": 2}})
+    for name in ("kt_cpuinfer", "kt_max_deferred_experts_per_token"):
         assert f"{name} does nothing with infer_backend: huggingface" in kt_log.text

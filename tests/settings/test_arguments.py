@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers.children import CLI, child
 from helpers.machines import pretend_problem
@@ -12,9 +14,11 @@ from helpers.places import ROOT
 from llamafactory.hparams import ModelArguments
 from llamafactory.hparams.parser import _parse_infer_args
 
-from llamafactory_kt import KTConfigError, KTPathError
+from llamafactory_kt import KTConfigError, KTKernelError, KTPathError
+from llamafactory_kt.engines import gpus
 from llamafactory_kt.engines.registry import engines
 from llamafactory_kt.ground.machine import numa_nodes
+from llamafactory_kt.integration.chat_config import experts_config
 from llamafactory_kt.integration.hparams.parser import take_kt_config
 from llamafactory_kt.settings.check import check_for_inference
 from llamafactory_kt.settings.keys import KTArguments
@@ -45,6 +49,41 @@ def test_modelarguments_keeps_its_name_and_its_copy():
     copied = ModelArguments.copyfrom(args, model_name_or_path="other")
     assert (copied.kt_backend, copied.kt_num_threads, copied.model_name_or_path) == ("AMXBF16", 3, "other")
     assert ModelArguments.copyfrom(copied).to_dict()["kt_num_threads"] == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [("auto", "auto"), ("AUTO", "auto"), (8, 8), ("8", 8), (0, 0), (None, None)]
+)
+def test_experts_on_the_gpu(monkeypatch, given, found):
+    monkeypatch.setattr(gpus, "visible", lambda: [torch.device("cuda", 0)])
+    for keys in ({"kt_gpu_experts": given}, {"kt_config": {"kt_gpu_experts": given}}):
+        args = parse({"use_kt": True, **keys})
+        assert args.kt_gpu_experts == found and experts_config(args).gpu_experts == (found or 0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"kt_gpu_experts": 8}, "kt_gpu_experts: 8 needs a GPU that PyTorch finds"),
+        ({"kt_gpu_experts": -1}, "kt_gpu_experts must be a whole number of at least 0 or auto, found -1"),
+        ({"kt_gpu_experts": "some"}, "kt_gpu_experts must be a whole number of at least 0 or auto, found 'some'"),
+        ({"kt_num_gpu_experts": 8}, "kt_num_gpu_experts: 8 is for infer_backend: sglang; with huggingface, set kt_gpu_experts"),
+        ({"kt_gpu_experts_ratio": 0.5}, "kt_gpu_experts_ratio: 0.5 is for infer_backend: sglang"),
+        ({"kt_gpu_experts": 8, "infer_backend": "sglang"}, "kt_gpu_experts: 8 is for infer_backend: huggingface; with SGLang, set kt_num_gpu_experts"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_experts_on_no_gpu(monkeypatch, keys, message):
+    monkeypatch.setattr(gpus, "visible", list)
+    args = ModelArguments(model_name_or_path="m/m", use_kt=True, **keys)
+    with pytest.raises(KTConfigError, match=re.escape(message)):
+        checked(args)
+
+
+def test_an_engine_that_leaves_no_experts_to_a_gpu(monkeypatch):
+    monkeypatch.setattr(gpus, "visible", lambda: [torch.device("cuda", 0)])
+    with pytest.raises(KTKernelError, match="kt_gpu_experts: AMXBF16 cannot leave experts to the GPU"):
+        parse({"use_kt": True, "kt_gpu_experts": 8, "kt_backend": "AMXBF16"})
 
 
 def test_yaml_words_and_flags_alike(tmp_path, monkeypatch):

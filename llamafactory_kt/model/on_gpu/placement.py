@@ -12,8 +12,8 @@ import torch
 from ...adapters import AdapterSet
 from ...checkpoint.discovery import ExpertsModule
 from ...checkpoint.layout import Stored
+from ...engines import gpus
 from ...engines.base import Engine
-from ...ground import devices as machine
 from ...ground.errors import KTConfigError, KTMemoryError
 from ...ground.machine import gib
 from ..lock import ModelLock
@@ -86,7 +86,7 @@ class GpuNeed:
             KTConfigError: A layer does not have so many.
             KTMemoryError: There is too little memory for the model and so many experts.
         """
-        free = sum(map(machine.free_memory, devices))
+        free = sum(map(gpus.free_memory, devices))
         fitting = max(0, min(most, (free - self.others - self.cache - MARGIN * len(devices)) // self.each))
         if wanted == AUTO:
             if not fitting:

@@ -1,11 +1,11 @@
-"""The GPUs of this machine, as PyTorch sees them."""
+"""The GPUs that experts may be on, as PyTorch sees them."""
 
 from __future__ import annotations
 
 import torch
 
 
-def gpus() -> list[torch.device]:
+def visible() -> list[torch.device]:
     """Those that this process may use."""
     return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 

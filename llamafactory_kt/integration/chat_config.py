@@ -118,6 +118,7 @@ def experts_config(model_args: Any) -> KTExpertsConfig:
         dense=model_args.kt_dense,
         cache=model_args.kt_cache,
         gpu_experts=model_args.kt_gpu_experts or 0,
+        gpu_experts_path=model_args.kt_gpu_experts_path,
         max_chunk=model_args.kt_max_chunk,
         adapter=[str(path) for path in adapter_directories(model_args)],
         moe_lora=str(moe_lora) if moe_lora else None,

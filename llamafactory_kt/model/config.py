@@ -44,6 +44,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         gpu_experts: with a GPU, how many of each layer's experts it computes, at the same time as the CPU the others: those that are used most
             while generating. ``auto``: as many as there is memory for. For ``native``, ``INT8``, ``INT4``, ``oneDNN`` and ``torch``; without
             ``compile``. Not yet run on a GPU.
+        gpu_experts_path: ``stats.json`` of ``llamafactory-kt stats``, or its directory: what ``gpu_experts`` chooses by at first.
         max_chunk: tokens per call of kt-kernel; longer inputs are split.
         adapter: directory of the LoRA adapter to come, or several. They are checked against the model before weights
             are read, and the kernels get room for their ranks. They are not applied: that is ``apply_adapter``'s part.
@@ -75,6 +76,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     dense: str = "same"
     cache: str = "same"
     gpu_experts: int | str = 0
+    gpu_experts_path: str | None = None
     max_chunk: int = DEFAULT_MAX_CHUNK
     adapter: str | list[str] | None = None
     moe_lora: str | None = None

@@ -48,6 +48,7 @@ from .on_gpu.placement import GpuNeed, Placement, expert_itemsize
 from .on_gpu.shared_overlap import SHARED_EXPERTS, SharedExpertsOverlap
 from .on_gpu.split_experts import SplitExperts
 from .on_gpu.transfer import HostTransfer
+from .on_gpu.usage import read_usage
 from .state import KTState, set_kt_state
 from .untested import UntestedCheck
 
@@ -86,6 +87,8 @@ class ExpertsLoad:
         for directory in {Path(file).parent for file in files}:
             check_file(directory)
         self._opened = opened = MoEModel(model, files)
+        known = Path(config.gpu_experts_path).expanduser() if config.gpu_experts_path else None
+        self._usage = read_usage(known, opened.experts)
         computed = formulas(opened.experts)
         plans = candidates(config.backend, config.plan_request(on_gpu), merged=config.merge_adapter, formulas=computed)
         layout, experts = opened.layout, opened.experts
@@ -247,20 +250,20 @@ class ExpertsLoad:
     def _place_on_gpus(self, placement: Placement) -> None:
         """Split the layers that are on a GPU, with room for the LoRA to come."""
         model: Any = self._opened.model
-        for module, experts in zip(self._opened.experts, self._wrappers, strict=True):
+        for module, experts, usage in zip(self._opened.experts, self._wrappers, self._usage, strict=True):
             block = model.get_submodule(module.name.rpartition(".")[0])
             device = next((parameter.device for parameter in block.parameters()), model.device)
             if device in self._gpus:
                 count = min(self._on_each_gpu, experts.num_experts)
-                experts.split = SplitExperts(experts.engine, count, device, model.dtype)
-                placement.layers.append(experts.split)
+                experts.split = SplitExperts(experts.engine, count, device, model.dtype, usage)
+                placement.add(experts.split)
 
 
 def _check_config(config: KTExpertsConfig) -> None:
     problems = experts_problems(
         canonical_name(config.backend), weight_path=config.weight_path, merge_adapter=config.merge_adapter,
         num_threads=config.num_threads, pools=config.pools, load=config.load, dense=config.dense, cache=config.cache,
-        gpu_experts=config.gpu_experts,
+        gpu_experts=config.gpu_experts, gpu_experts_path=config.gpu_experts_path,
     )  # fmt: skip
     if config.gpu_experts and config.compile:
         problems.append(

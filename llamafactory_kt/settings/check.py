@@ -108,6 +108,7 @@ def _check_combinations(args: Any) -> list[str]:
             dense=args.kt_dense,
             cache=args.kt_cache,
             gpu_experts=args.kt_gpu_experts or 0 if not serves(args) else 0,
+            gpu_experts_path=args.kt_gpu_experts_path if not serves(args) else None,
             prefix="kt_",
         )
     if (backend := infer_backend(args)) not in ("huggingface", "sglang"):
@@ -159,6 +160,8 @@ def _check_paths(args: Any) -> list[str]:
     directory = args.kt_prompt_cache_dir
     if isinstance(directory, str) and os.path.exists(path := os.path.expanduser(directory)) and not os.path.isdir(path):
         missing.append(f"kt_prompt_cache_dir: {directory} is not a directory.")
+    if isinstance(args.kt_gpu_experts_path, str) and not os.path.exists(os.path.expanduser(args.kt_gpu_experts_path)):
+        missing.append(f"kt_gpu_experts_path: {args.kt_gpu_experts_path} does not exist.")
     if isinstance(args.kt_moe_lora_path, str) and not os.path.isfile(os.path.expanduser(args.kt_moe_lora_path)):
         missing.append(f"kt_moe_lora_path: {args.kt_moe_lora_path} does not exist or is not a file.")
     return missing

@@ -13,7 +13,7 @@ from .values import key
 SCOPES = ("all", "attention")
 
 CHAT_ONLY_KEYS = (
-    "kt_load", "kt_dense", "kt_cache", "kt_prompt_cache", "kt_prompt_cache_gib", "kt_prompt_cache_dir", "kt_max_chunk", "kt_merge_adapter", "kt_idle_workers", "kt_recalibrate", "kt_router_stats", "kt_debug_dir",
+    "kt_load", "kt_dense", "kt_cache", "kt_prompt_cache", "kt_prompt_cache_gib", "kt_prompt_cache_dir", "kt_gpu_experts_path", "kt_max_chunk", "kt_merge_adapter", "kt_idle_workers", "kt_recalibrate", "kt_router_stats", "kt_debug_dir",
 )  # fmt: skip
 """keys about experts in this process, which do nothing with ``infer_backend: sglang``"""
 
@@ -58,6 +58,11 @@ class KTArguments(KTServingArguments):
         None,
         "With a GPU, how many of each layer's experts it computes while the CPU computes the others: a number, or auto for as many as there is "
         "memory for. Those that are used most while chatting. Default: none.",
+    )
+    kt_gpu_experts_path: str | None = key(
+        None,
+        "With kt_gpu_experts: stats.json of llamafactory-kt stats, or its directory, for the choice of the first experts. Default: they are "
+        "chosen after some tokens.",
     )
     kt_num_threads: str | None = key(None, "CPU threads of kt-kernel. Default: the fastest number measured.")
     kt_idle_workers: bool | None = key(

@@ -21,6 +21,7 @@ def experts_problems(
     dense: str = "same",
     cache: str = "same",
     gpu_experts: int | str = 0,
+    gpu_experts_path: str | None = None,
     prefix: str = "",
 ) -> list[str]:
     """What is wrong with these values and the environment, one sentence each.
@@ -46,6 +47,8 @@ def experts_problems(
         problems.append(f"{prefix}gpu_experts must be a whole number of at least 0 or auto, found {gpu_experts!r}.")
     elif gpu_experts and not gpus.visible():
         problems.append(no_gpu(f"{prefix}gpu_experts: {gpu_experts}"))
+    if gpu_experts_path and not gpu_experts:
+        problems.append(f"{prefix}gpu_experts_path needs {prefix}gpu_experts: a number or auto.")
     if pools is not None and num_threads is not None and num_threads < pools:
         problems.append(
             f"{prefix}num_threads: {num_threads} is fewer than {prefix}threadpool_count: {pools}; give each pool one."

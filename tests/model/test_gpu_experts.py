@@ -4,8 +4,10 @@ the tests run everywhere; ``tests/gpu`` has a GPU's."""
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 
+import numpy as np
 import pytest
 import torch
 from helpers.adapters import make_adapter
@@ -20,8 +22,10 @@ from helpers.streams import LateStream
 
 from llamafactory_kt import (
     KTConfigError,
+    KTDataError,
     KTKernelError,
     KTMemoryError,
+    KTPathError,
     apply_adapter,
     get_router_stats,
     load_moe_lora_from_adapter,
@@ -40,9 +44,11 @@ from llamafactory_kt.engines.registry import get_engine
 from llamafactory_kt.load_report import load_rows
 from llamafactory_kt.model.on_gpu import placement
 from llamafactory_kt.model.on_gpu.placement import GpuNeed, expert_itemsize
-from llamafactory_kt.model.on_gpu.split_experts import SplitExperts, Usage
+from llamafactory_kt.model.on_gpu.split_experts import SplitExperts
 from llamafactory_kt.model.on_gpu.transfer import HostTransfer
+from llamafactory_kt.model.on_gpu.usage import Usage
 from llamafactory_kt.model.state import kt_state
+from llamafactory_kt.tools.experiments.usage import ExpertUsage
 from llamafactory_kt.tools.verify import record_inputs, verify_layers
 from llamafactory_kt.tools.verify.reference import Reference
 
@@ -80,6 +86,10 @@ def merged(files):
     return {adapter: logits(merged_float32(path, adapter)) for adapter in (None, one, two)}
 
 
+def split_of(engine, count, dtype=torch.bfloat16):
+    return SplitExperts(engine, count, CPU, dtype, Usage(np.zeros(engine.spec.shape.num_experts, np.int64)))
+
+
 # ---- one layer ----
 
 
@@ -99,7 +109,7 @@ def test_the_sum_is_that_of_all_experts(kind, tokens):
     if kind == "torch":
         assert rel(wanted[1], reference(weights, lora, x, index, scores)) < 1e-6
     for count in range(1, 6):
-        split = SplitExperts(engine, count, CPU, torch.bfloat16)
+        split = split_of(engine, count, torch.bfloat16)
         for experts in itertools.islice(itertools.combinations(range(5), count), 0, None, 2):
             split.place(experts)
             assert rel(split.forward(x, index, scores), wanted[0]) < bound, experts
@@ -155,16 +165,16 @@ def test_every_formula_with_lora(kind, formula):
     x, index, scores = batch(shape, 9)
     x = x.float()
     wanted = engine.forward(x, index, scores)
-    split = SplitExperts(engine, 3, CPU, torch.float32)
+    split = split_of(engine, 3, torch.float32)
     split.place([4, 0, 2])
     assert rel(split.forward(x, index, scores), wanted) < (1e-6 if kind == "torch" else 0.01)
-    alone = SplitExperts(engine, 5, CPU, torch.float32)
+    alone = split_of(engine, 5, torch.float32)
     assert rel(alone.forward(x[:1], index[:1], scores[:1]), wanted[:1]) < (1e-6 if kind == "torch" else 0.01)
 
 
 def test_experts_that_stay_are_not_copied_again(monkeypatch):
     engine, read = make_engine("torch", SHAPE, expert_weights(SHAPE)), []
-    split = SplitExperts(engine, 3, CPU, torch.bfloat16)
+    split = split_of(engine, 3, torch.bfloat16)
     stock = engine.product
     monkeypatch.setattr(engine, "product", lambda name, expert: (read.append(expert), stock(name, expert))[1])
     split.place([2, 4, 0])
@@ -175,7 +185,7 @@ def test_an_expert_that_cannot_be_read_stays_with_the_engine(monkeypatch):
     engine = make_engine("torch", SHAPE, expert_weights(SHAPE))
     x, index, scores = batch(SHAPE, 9)
     wanted = engine.forward(x.float(), index, scores)
-    split = SplitExperts(engine, 3, CPU, torch.bfloat16)
+    split = split_of(engine, 3, torch.bfloat16)
     stock = engine.product
 
     def product(name, expert):
@@ -193,7 +203,7 @@ def test_an_expert_that_cannot_be_read_stays_with_the_engine(monkeypatch):
 
 
 def test_the_most_used():
-    usage = Usage(5)
+    usage = Usage(np.zeros(5, np.int64))
     assert usage.most_used(3) == [0, 1, 2]
     usage.add(torch.tensor([[4, 2], [4, 1], [2, 4]]))
     assert usage.most_used(3) == [4, 2, 1] and usage.most_used(5) == [4, 2, 1, 0, 3] and usage.tokens == 3
@@ -227,7 +237,7 @@ def test_both_compute_at_the_same_time(kind, seen):
         EngineSpec(0, SHAPE, TOP_K, 0), lambda dtype: map(ExpertWeights, weights.gate, weights.up, weights.down)
     )
     engine.load()
-    split, stream, counted = SplitExperts(engine, 2, CPU, torch.bfloat16), LateStream(behind=False), []
+    split, stream, counted = split_of(engine, 2, torch.bfloat16), LateStream(behind=False), []
     split.place([3, 1])
     stock = split.compute
     split.compute = lambda *given: (stream.log.append("here"), stock(*given))[1]
@@ -256,7 +266,7 @@ def test_the_wait_is_for_what_was_chosen():
         EngineSpec(0, SHAPE, TOP_K, 0), lambda dtype: map(ExpertWeights, weights.gate, weights.up, weights.down)
     )
     engine.load()
-    split, stream, found = SplitExperts(engine, 2, CPU, torch.bfloat16), LateStream(), []
+    split, stream, found = split_of(engine, 2, torch.bfloat16), LateStream(), []
     stock = split.compute
     split.compute = lambda x, marked, scores: (found.append(marked.clone()), stock(x, marked, scores))[1]
     transfer = HostTransfer(stream)
@@ -325,6 +335,44 @@ def test_the_most_used_are_exchanged_between_generations(files, the_cpu_as_gpu, 
     assert exchanges == 2 and any(experts != [0, 1] for experts in expected.values())
     assert "The GPU now has the 2 most used experts of each layer, of 47 tokens" in kt_log.text
     assert dict(load_rows(model))["Experts on GPU"] == f"2 of each of 3 layers, the most used of {tokens} tokens"
+
+
+def test_statistics_choose_the_first(files, the_cpu_as_gpu, tmp_path):
+    """Those that ``llamafactory-kt stats`` writes; the next choice comes when the tokens have doubled."""
+    counted = load(files[0], "torch", router_stats=True)
+    logits(counted)
+    stats = get_router_stats(counted)
+    usage = json.dumps(ExpertUsage(1, [], stats, {}, {}, 3).to_dict())
+    (tmp_path / "stats.json").write_text(usage)
+    for path in (tmp_path, tmp_path / "stats.json"):
+        model = load(files[0], "torch", gpu_experts=2, gpu_experts_path=str(path))
+        for wrapper in kt_state(model).wrappers:
+            wanted = (-stats[wrapper.layer_idx].counts).argsort(kind="stable")[:2].tolist()
+            assert wrapper.split.experts == wanted and wrapper.split.usage.tokens == 40
+    assert dict(load_rows(model))["Experts on GPU"] == "2 of each of 3 layers, the most used of 40 tokens"
+    for text, error, message in (
+        (None, KTPathError, "does not exist"),
+        (
+            usage.replace('"layer": 2', '"layer": 3'),
+            KTDataError,
+            "counts the experts of another model: layers and experts",
+        ),
+        (
+            usage.replace('"counts": [', '"counts": [-1, '),
+            KTDataError,
+            "is not the stats.json that llamafactory-kt stats writes",
+        ),
+        ("[]", KTDataError, "is not the stats.json that llamafactory-kt stats writes"),
+        ("{", KTDataError, "is not the stats.json that llamafactory-kt stats writes"),
+    ):
+        file = tmp_path / "other.json"
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(error, match=message):
+            load(files[0], "torch", gpu_experts=2, gpu_experts_path=str(file))
+        file.unlink(missing_ok=True)
+    with pytest.raises(KTConfigError, match="gpu_experts_path needs gpu_experts: a number or auto"):
+        load(files[0], "torch", gpu_experts_path=str(tmp_path))
 
 
 def test_nothing_is_exchanged_while_another_generates(files, the_cpu_as_gpu):

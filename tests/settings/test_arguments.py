@@ -67,6 +67,7 @@ def test_experts_on_the_gpu(monkeypatch, given, found):
         ({"kt_gpu_experts": 8}, "kt_gpu_experts: 8 needs a GPU that PyTorch finds"),
         ({"kt_gpu_experts": -1}, "kt_gpu_experts must be a whole number of at least 0 or auto, found -1"),
         ({"kt_gpu_experts": "some"}, "kt_gpu_experts must be a whole number of at least 0 or auto, found 'some'"),
+        ({"kt_gpu_experts_path": "/tmp"}, "kt_gpu_experts_path needs kt_gpu_experts: a number or auto"),
         ({"kt_num_gpu_experts": 8}, "kt_num_gpu_experts: 8 is for infer_backend: sglang; with huggingface, set kt_gpu_experts"),
         ({"kt_gpu_experts_ratio": 0.5}, "kt_gpu_experts_ratio: 0.5 is for infer_backend: sglang"),
         ({"kt_gpu_experts": 8, "infer_backend": "sglang"}, "kt_gpu_experts: 8 is for infer_backend: huggingface; with SGLang, set kt_num_gpu_experts"),

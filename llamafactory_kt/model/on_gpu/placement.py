@@ -122,16 +122,19 @@ class Placement:
         self.layers: list[SplitExperts] = []
         self.counted = 0
         """tokens by which the experts there were chosen"""
-        self._next = FIRST
+
+    def add(self, layer: SplitExperts) -> None:
+        """Take a layer, whose experts have just been placed."""
+        self.layers.append(layer)
+        self.counted = self._tokens
 
     def exchange_if_due(self, lock: ModelLock) -> None:
         """Between two generations: choose the most used experts, if enough tokens have been counted since, and nobody generates."""
-        if self.layers and self._tokens >= self._next:
+        if self.layers and self._tokens >= max(FIRST, 2 * self.counted):
             lock.alone_if_idle(self._exchange)
 
     def _exchange(self) -> None:
         self.counted = self._tokens
-        self._next = 2 * self.counted
         _wait_for({layer.device for layer in self.layers})
         for layer in self.layers:
             layer.place(layer.usage.most_used(layer.count))

@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ...adapters import ExpertLora
 from ...engines.base import Engine, Undo
 from ...engines.product import Product
 from ...ground.errors import KTMemoryError
-
-
-class Usage:
-    """How many tokens a layer's experts got, wherever they were computed: of all rows that cost time, padding included."""
-
-    def __init__(self, num_experts: int):
-        self._lock = threading.Lock()
-        self._counts = np.zeros(num_experts, np.int64)
-        self.tokens = 0
-
-    def add(self, index: torch.Tensor) -> None:
-        """index [T, K] int64, on the CPU."""
-        counts = np.bincount(index.reshape(-1).numpy(), minlength=len(self._counts))
-        with self._lock:
-            self.tokens += len(index)
-            self._counts += counts
-
-    def most_used(self, count: int) -> list[int]:
-        """The numbers of so many experts; of those that are used alike, the first."""
-        with self._lock:
-            return [int(expert) for expert in np.argsort(-self._counts, kind="stable")[:count]]
+from .usage import Usage
 
 
 @dataclass
@@ -73,18 +51,19 @@ class SplitExperts:
 
     Args:
         engine: loaded; keeps the weights of all experts, and computes those that are not on the device.
-        count: of experts on the device; at first those with the lowest numbers.
+        count: of experts on the device; at first those that have been used most.
         device: of the layer's hidden states.
         dtype: that quantized weights get.
+        usage: of the experts so far; counts all that are computed from now on.
 
     Raises:
         KTMemoryError: The device has no memory for them.
     """
 
-    def __init__(self, engine: Engine, count: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, engine: Engine, count: int, device: torch.device, dtype: torch.dtype, usage: Usage):
         shape = engine.spec.shape
         self.engine, self.device, self.count = engine, device, count
-        self.usage = Usage(shape.num_experts)
+        self.usage = usage
         self.experts: list[int | None] = [None] * count
         """of each slot; None where an expert could not be read"""
         with torch.inference_mode(False):  # a tensor made in that mode can only be written in it
@@ -92,7 +71,7 @@ class SplitExperts:
             self._here = torch.zeros(shape.num_experts, dtype=torch.bool, device=device)
             self._stacks = {name: self._stack(engine.product(name, 0), dtype) for name in shape.projections}
             self._read_lora()
-        self.place(range(count))
+        self.place(usage.most_used(count))
 
     def _stack(self, like: Product, dtype: torch.dtype) -> _Stack:
         weight = like.plain_weight(dtype)

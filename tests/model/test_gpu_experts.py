@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.adapters import make_adapter
 from helpers.architectures import tiny_model
+from helpers.chats import chat_model
 from helpers.experts import TOP_K, batch, lora_for, make_engine, reference
 from helpers.experts import layer as expert_weights
 from helpers.loading import load, logits
@@ -41,6 +42,7 @@ from llamafactory_kt.engines import gpus
 from llamafactory_kt.engines.base import EngineSpec
 from llamafactory_kt.engines.reference import ReferenceEngine
 from llamafactory_kt.engines.registry import get_engine
+from llamafactory_kt.integration.model.loader import in_dtype
 from llamafactory_kt.load_report import load_rows
 from llamafactory_kt.model.on_gpu import placement
 from llamafactory_kt.model.on_gpu.placement import GpuNeed, expert_itemsize
@@ -478,6 +480,23 @@ def test_as_an_operator(files, the_cpu_as_gpu):
     assert per_token(found, wanted) < 1e-5
     with pytest.raises(KTConfigError, match=r"compile: True cannot be combined with gpu_experts"):
         load(files[0], "torch", gpu_experts=3, compile=True)
+
+
+def test_a_chat(files, the_cpu_as_gpu, monkeypatch):
+    """Through LLaMA-Factory: the same answers, and experts that are exchanged between them."""
+    pytest.importorskip("llamafactory")
+    monkeypatch.setattr(placement, "FIRST", 10)
+    path, one, _ = files
+    keys = {"adapter": one, "kt_backend": "torch", "max_new_tokens": 12}
+    with in_dtype(torch.float32):
+        split, plain = (chat_model(path, **keys, **more) for more in ({"kt_gpu_experts": 2}, {}))
+    for text in ("Hello", "Who are you?"):
+        (found,), (wanted,) = (chat.chat([{"role": "user", "content": text}]) for chat in (split, plain))
+        assert found.response_length > 0 and found.response_text == wanted.response_text
+    state = kt_state(split.engine.model)
+    assert state.placement.counted >= 10 and state.wrappers[0].split.usage.tokens > state.placement.counted
+    table = dict(load_rows(split.engine.model))
+    assert table["Experts on GPU"] == f"2 of each of 3 layers, the most used of {state.placement.counted} tokens"
 
 
 # ---- what is refused, and how many fit ----

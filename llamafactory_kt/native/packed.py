@@ -122,7 +122,7 @@ class PackedWeight:
         packing, (rows, cols) = self.packing, self.shape
         if packing.kind == "int4":
             codes = torch.stack([self.codes & 15, self.codes >> 4], -1).view(rows, cols)
-            values = torch.tensor(packing.table)[codes.int()]
+            values = torch.tensor(packing.table, device=codes.device)[codes.int()]
         else:
             values = self.codes.view(torch.int8 if packing.kind == "int8" else torch.float8_e4m3fn).float()
         scales = self.scales.float().repeat_interleave(min(packing.rows_of_scale, rows), 0)[:rows]

@@ -175,12 +175,28 @@ def test_every_formula_with_lora(kind, formula):
 
 
 def test_experts_that_stay_are_not_copied_again(monkeypatch):
+    """Nor weights where LoRA is exchanged."""
     engine, read = make_engine("torch", SHAPE, expert_weights(SHAPE)), []
     split = split_of(engine, 3, torch.bfloat16)
     stock = engine.product
     monkeypatch.setattr(engine, "product", lambda name, expert: (read.append(expert), stock(name, expert))[1])
     split.place([2, 4, 0])
     assert set(read) == {4} and sorted(split.experts) == [0, 2, 4]
+    weights = [stack.weight._version for stack in split._stacks.values()]
+    split.set_lora(lora_for(SHAPE, 3, 1.5))
+    assert weights == [stack.weight._version for stack in split._stacks.values()]
+
+
+@pytest.mark.parametrize("kind", ["torch", pytest.param("INT4", marks=needs_native)])
+def test_with_another_default_device(kind):
+    engine = make_engine(kind, SHAPE, expert_weights(SHAPE))
+    x, index, scores = batch(SHAPE, 9)
+    wanted = engine.forward(x.float(), index, scores)
+    with torch.device("meta"), torch.inference_mode():
+        split = split_of(engine, 3)
+        split.place([4, 0, 2])
+    split.set_lora(lora_for(SHAPE, 3, 1.5))()
+    assert rel(split.forward(x.float(), index, scores), wanted) < 0.01
 
 
 def test_an_expert_that_cannot_be_read_stays_with_the_engine(monkeypatch):

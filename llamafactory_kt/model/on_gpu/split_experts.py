@@ -29,7 +29,12 @@ class _Stack:
 
     def put(self, slot: int, product: Product) -> None:
         self.weight[slot].copy_(product.plain_weight(self.weight.dtype))
-        for own, given in ((self.bias, product.bias), (self.a, product.a), (self.b, product.b)):
+        if self.bias is not None and product.bias is not None:
+            self.bias[slot].copy_(product.bias)
+        self.put_lora(slot, product)
+
+    def put_lora(self, slot: int, product: Product) -> None:
+        for own, given in ((self.a, product.a), (self.b, product.b)):
             if own is not None and given is not None:
                 own[slot].copy_(given)
 
@@ -132,7 +137,7 @@ class SplitExperts:
             stack.b = self._empty(*like.b.shape) if like.b is not None else None
             for slot, expert in enumerate(self.experts):
                 if expert is not None:
-                    stack.put(slot, self.engine.product(name, expert))
+                    stack.put_lora(slot, self.engine.product(name, expert))
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As :meth:`Engine.forward`, one device after the other."""

@@ -30,6 +30,8 @@ from .quantized_cache import INT8
 INTERNAL = Internal("prompt-cache", "transformers", TESTED["transformers"])
 CHUNK = 512
 """tokens of a prompt that are read at once"""
+LEAST_MEMORY = 2**28
+"""bytes"""
 TOKEN_TYPES = "token_type_ids", "mm_token_type_ids"
 """arguments of ``generate`` [B, T], 0 for text"""
 REWRITTEN = 16
@@ -55,10 +57,13 @@ def keep_prompts(state: KTState, wanted: bool = True, gib: float | None = None, 
     """Keep keys and values of a model's prompts and answers from now on, or no longer.
 
     Args:
-        gib: the most that they may take; by default a quarter of the memory that is free now.
+        gib: the most that they may take; by default a quarter of the memory that is free now, without that of mapped weights, which the
+            system would give away.
         directory: for the beginnings that conversations share.
     """
-    nbytes = available_memory() // 4 if gib is None else int(gib * 2**30)
+    mapped = sum(wrapper.engine.nbytes for wrapper in state.wrappers) if state.options.mapped else 0
+    share = max(LEAST_MEMORY, (available_memory() - mapped) // 4)
+    nbytes = share if gib is None else int(gib * 2**30)
     state.prompts = PromptPool(nbytes, directory) if wanted and INTERNAL.usable else None
 
 

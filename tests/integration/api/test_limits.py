@@ -37,8 +37,9 @@ def client(chat):
 def test_usage_of_a_stream(client):
     """It is what the whole answer reports, also where a stop string or the end of the text ends it."""
     for keys in ({"max_tokens": 5}, {"max_tokens": 200}, {"max_tokens": 200, "stop": "e"}):
-        whole = ask(client, "Who?", temperature=0, **keys)
-        chunks = list(ask(client, "Who?", temperature=0, stream=True, stream_options={"include_usage": True}, **keys))
+        question = "Who are you, and who is it that made you? " * 2
+        whole = ask(client, question, temperature=0, **keys)
+        chunks = list(ask(client, question, temperature=0, stream=True, stream_options={"include_usage": True}, **keys))
         assert chunks[-1].choices == [] and all(chunk.usage is None for chunk in chunks[:-1])
         used, once_more = (usage.model_dump(exclude_none=True) for usage in (whole.usage, chunks[-1].usage))
         assert once_more.pop("prompt_tokens_details") == {"cached_tokens": used["prompt_tokens"] - 2}

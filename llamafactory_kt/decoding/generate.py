@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from importlib import metadata
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import transformers
 
+from .._version import __version__
 from ..ground.file_hash import file_versions
 from ..ground.internals import CACHE_ARGUMENTS, TESTED, Internal
 from ..ground.machine import available_memory
@@ -100,7 +101,7 @@ def facts(model: Any, state: KTState) -> list[Any]:
     source, options = Path(model.config._name_or_path).expanduser(), state.options
     directories = [path for path in (source, options.packed_files) if path is not None and path.is_dir()]
     return [
-        [metadata.version(name) for name in ("llamafactory-kt-experts", "transformers", "torch")],
+        [__version__, transformers.__version__, torch.__version__],
         [str(source), getattr(model.config, "_commit_hash", None), *map(file_versions, directories)],
         [type(model).__name__, str(model.dtype), state.engine.name, options.dense_bits, options.cache_bits],
         state.weights_key,
@@ -219,11 +220,11 @@ class _Generation:
         """Keep what the cache holds, of the prompt and its first answer."""
         kept = self._kept
         held = layers.length(kept.cache)
-        cut = held is None or held > len(
+        if held is None or held > len(
             ids
-        )  # something broke off in the middle of the layers, or of what nobody has seen
-        held = min(self._done, len(ids)) if cut else held
-        if not held or (cut and layers.fixed(kept.cache)):
+        ):  # something broke off in the middle of the layers, or before its token was chosen
+            held = 0 if self._done and layers.fixed(kept.cache) else self._done
+        if not held:
             return
         layers.cut(kept.cache, held, {})
         layers.park(kept.cache)

@@ -47,3 +47,20 @@ def test_they_compute_the_same(dtype, size):
     for one, other in zip(chain(*found), chain(*wanted), strict=True):
         assert one.shape == other.shape and one.dtype == dtype
         assert not other.numel() or rel(one, other) < bound
+
+
+class Gated(Norm):
+    """As in Mamba's blocks of Granite's hybrids."""
+
+    def forward(self, x, gate=None):
+        return super().forward(x if gate is None else x * nn.functional.silu(gate))
+
+
+def test_a_norm_with_a_gate():
+    norm, x, gate = Gated(64), torch.randn(3, 64), torch.randn(3, 64)
+    with torch.no_grad():
+        wanted = norm(x), norm(x, gate)
+        fuse_norms(norm)
+        found = norm(x), norm(x, gate), norm(x, gate=gate)
+    assert isinstance(norm, FusedNorm) and rel(found[0], wanted[0]) < 1e-6
+    assert torch.equal(found[1], wanted[1]) and torch.equal(found[2], wanted[1])

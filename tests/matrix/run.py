@@ -28,6 +28,7 @@ TESTS = (
     "checkpoint/test_quantized.py", "checkpoint/test_fp8.py", "router_stats/test_router_stats.py", "adapters", "peft_side/test_split.py",
     "peft_side/test_starts.py", "peft_side/test_whole_weights.py", "faults/test_cross_product.py", "faults/test_adapter_folders.py",
     "tools/test_verify_dense.py", "decoding/test_quantized_cache.py", "decoding/test_latent_attention.py", "model/test_operator.py",
+    "decoding/test_generate.py", "prompt_cache",
 )  # fmt: skip
 PAGES = {
     ROOT

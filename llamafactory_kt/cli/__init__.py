@@ -13,12 +13,15 @@ from .bench import bench
 from .checks import doctor, verify
 from .conversions import convert, merge, quantize
 from .demo import demo
+from .estimate import estimate
 from .experiments import compare, generate, stats
 from .inspect import inspect
+from .output import Command, without_progress_bars
 from .serve import cache, serve
 
 app = typer.Typer(
-    name="llamafactory-kt", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    name="llamafactory-kt", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 
 
@@ -37,12 +40,27 @@ def _root(
 ) -> None:
     """MoE chats with the routed experts on the CPU, for stock LLaMA-Factory."""
     take_any_text()
+    without_progress_bars()
     if context.invoked_subcommand != "serve":  # becomes the server, whose stdout is its own
         keep_stdout_clean()
 
 
-for _command in (bench, compare, convert, demo, doctor, generate, inspect, merge, quantize, serve, stats, verify):
-    app.command()(_command)
+for _command in (
+    bench,
+    compare,
+    convert,
+    demo,
+    doctor,
+    estimate,
+    generate,
+    inspect,
+    merge,
+    quantize,
+    serve,
+    stats,
+    verify,
+):
+    app.command(cls=Command)(_command)
 app.add_typer(cache, name="cache")
 
 

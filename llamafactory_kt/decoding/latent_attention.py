@@ -207,6 +207,12 @@ def keep_latents(model: nn.Module) -> None:
             module.__class__ = _standing_in(type(module))
 
 
+def latents_of(model: nn.Module) -> dict[int, int]:
+    """layer -> numbers that its cache keeps of a token, of latent attention."""
+    found = (module for module in model.modules() if isinstance(module, LatentAttention))
+    return {module.layer_idx: module._kt_contract.latent + module._kt_contract.rotated for module in found}
+
+
 def up_projections(model: nn.Module) -> set[nn.Module]:
     """The linear layers whose weights are also read transposed, and so have to stay numbers."""
     found = (module.kv_b_proj for module in model.modules() if isinstance(module, LatentAttention))

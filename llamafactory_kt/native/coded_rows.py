@@ -26,11 +26,16 @@ def can_encode(states: torch.Tensor) -> bool:
     return known and not (torch.is_grad_enabled() and states.requires_grad) and not isinstance(library(), str)
 
 
+def row_nbytes(width: int) -> int:
+    """Bytes of a row [d]."""
+    return (-(-width // 4) + 1) * STORED.itemsize
+
+
 def encode(states: torch.Tensor) -> torch.Tensor:
     """Values [B, heads, n, d] of any dtype of the kernels -> int32 [B, heads, n, ceil(d / 4) + 1]. A row with NaN or infinities is all NaN
     when it is decoded."""
     states = states if states.stride(-1) == 1 else states.contiguous()
-    rows = torch.empty(*states.shape[:-1], -(-states.shape[-1] // 4) + 1, dtype=STORED)
+    rows = torch.empty(*states.shape[:-1], row_nbytes(states.shape[-1]) // STORED.itemsize, dtype=STORED)
     step = Step(op=STEPS["encode"], out=rows.data_ptr(), a=states.data_ptr())
     point(step, states, rows)
     kernels().kt_run(byref(step), 1, None, torch.get_num_threads(), None)

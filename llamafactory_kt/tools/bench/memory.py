@@ -139,16 +139,16 @@ class ModelBytes(NamedTuple):
         if has_kt_experts(model):
             for wrapper in kt_state(model).wrappers:
                 experts += wrapper.engine.nbytes
-                per_token += _active(wrapper.engine.nbytes, wrapper.info)
+                per_token += active(wrapper.engine.nbytes, wrapper.info)
                 lora += wrapper.engine.lora_nbytes
-                lora_per_token += _active(wrapper.engine.lora_nbytes, wrapper.info)
+                lora_per_token += active(wrapper.engine.lora_nbytes, wrapper.info)
         else:
             for info in find_experts(model):
                 module = model.get_submodule(info.name)
                 size = _in_cpu_memory(module)
                 offloaded = any(parameter.is_meta for parameter in module.parameters())
                 experts += size
-                per_token += size if offloaded else _active(size, info)
+                per_token += size if offloaded else active(size, info)
             others -= experts
         embedding = model.get_input_embeddings()
         tied = embedding.weight is getattr(model.get_output_embeddings(), "weight", None)
@@ -163,11 +163,13 @@ def _lora_of(layer: nn.Module) -> tuple[nn.Module, ...]:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of CPU memory that the keys and values of a conversation take, or what a model keeps instead of them."""
-    total = 0
-    for layer in cache.layers:
-        kept = [layer.keys, layer.values] if getattr(layer, "keys", None) is not None else vars(layer).values()
-        total += sum(t.nbytes for t in kept if isinstance(t, torch.Tensor) and t.device.type == "cpu")
-    return total
+    return sum(kept.nbytes for layer in cache.layers for kept in kept_by(layer) if kept.device.type == "cpu")
+
+
+def kept_by(layer: Any) -> list[torch.Tensor]:
+    """What one layer of a cache keeps: its keys and values, or what it has instead."""
+    kept = [layer.keys, layer.values] if getattr(layer, "keys", None) is not None else vars(layer).values()
+    return [states for states in kept if isinstance(states, torch.Tensor)]
 
 
 def _in_cpu_memory(module: nn.Module) -> int:
@@ -176,6 +178,6 @@ def _in_cpu_memory(module: nn.Module) -> int:
     return sizes.get("cpu", 0) + sizes.get("meta", 0)
 
 
-def _active(size: int, info: ExpertsModule) -> int:
+def active(size: int, info: ExpertsModule) -> int:
     """The part of all experts' bytes that one token's experts have."""
     return size * info.num_experts_per_tok // info.shape.num_experts

@@ -178,9 +178,14 @@ def _modules(model: Any) -> Iterator[tuple[nn.Module, str, Callable[..., float]]
     return below(plain)
 
 
+def _of_the_cpu(x: torch.Tensor) -> bool:
+    """Also of a model that is still empty."""
+    return x.device.type in ("cpu", "meta")
+
+
 def _linear_operations(layer: nn.Linear, x: torch.Tensor, *_: Any, **__: Any) -> float:
     """x [..., in]"""
-    return 2.0 * x.numel() * layer.out_features if x.device.type == "cpu" else 0.0
+    return 2.0 * x.numel() * layer.out_features if _of_the_cpu(x) else 0.0
 
 
 def _experts_operations(
@@ -195,7 +200,7 @@ def _attention_operations(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **options: Any
 ) -> float:
     """query [B, heads, T, d], key [B, kv_heads, S, d], value [B, kv_heads, S, dv]; the queries are the last positions"""
-    if query.device.type != "cpu":
+    if not _of_the_cpu(query):
         return 0.0
     causal = options.get("is_causal")
     causal = causal if causal is not None else getattr(module, "is_causal", True)
@@ -207,5 +212,5 @@ def _pairs_operations(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window:
     keys = k.shape[2]
     pairs = queries * keys
     if causal:
-        pairs = int(torch.arange(keys - queries + 1, keys + 1).clamp(max=window or keys).sum())
+        pairs = int(torch.arange(keys - queries + 1, keys + 1, device="cpu").clamp(max=window or keys).sum())
     return 2.0 * batch * heads * pairs * (size + v.shape[-1])

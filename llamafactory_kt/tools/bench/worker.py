@@ -106,7 +106,9 @@ def serve_speed(pipe: Connection, threads: int) -> None:
     rows, inner, columns = _PRODUCT
     factors = [torch.ones(rows, inner), torch.ones(inner, columns)]
     dtype = min(
-        torch.bfloat16, torch.float32, key=lambda dtype: _seconds(torch.mm, *(f[:256, :256].to(dtype) for f in factors))
+        torch.bfloat16,
+        torch.float32,
+        key=lambda dtype: median_seconds(torch.mm, *(f[:256, :256].to(dtype) for f in factors)),
     )
     factors = [factor.to(dtype) for factor in factors]
     pipe.send(True)
@@ -114,13 +116,14 @@ def serve_speed(pipe: Connection, threads: int) -> None:
         while True:
             pipe.recv()
             speed = Speed(
-                BANDWIDTH_BUFFER / _seconds(buffer.sum), 2 * rows * inner * columns / _seconds(torch.mm, *factors)
+                BANDWIDTH_BUFFER / median_seconds(buffer.sum),
+                2 * rows * inner * columns / median_seconds(torch.mm, *factors),
             )
             _settle()
             pipe.send(speed)
 
 
-def _seconds(call: Callable[..., object], *arguments: object) -> float:
+def median_seconds(call: Callable[..., object], *arguments: object) -> float:
     """Median of a few calls, without the first."""
     times = []
     for _ in range(3):

@@ -1,0 +1,108 @@
+"""What all commands share: overrides, ``--json``, and output that is whole where it is piped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperCommand
+
+from ..ground.errors import KTConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+CONFIG = "LLaMA-Factory configuration for a chat, a YAML with use_kt: true."
+_JSON = "--json"
+JSON: Any = typer.Option(
+    None,
+    _JSON,
+    metavar="[FILE]",
+    dir_okay=False,
+    help="All figures as JSON, to a file; without one, or with -, to standard output in place of the text.",
+)
+_ANY_WIDTH = 10_000
+"""columns: wider than any table"""
+
+
+class Command(TyperCommand):
+    """A command whose ``--json`` may stand without a file."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """A word after ``--json`` that is an option, a ``key=value``, a configuration or a directory is no file to write."""
+        words = args[: args.index("--")] if "--" in args else args
+        if _JSON in words:
+            place = args.index(_JSON) + 1
+            if place == len(words) or not _is_output(args[place]):
+                args = [*args[:place], "-", *args[place:]]
+        return super().parse_args(ctx, args)
+
+
+def _is_output(word: str) -> bool:
+    """
+    >>> [_is_output(word) for word in ("-", "figures.json", "--rounds", "kt_load=mmap", "chat.yaml")]
+    [True, True, False, False, False]
+    """
+    given = word.startswith("-") or "=" in word or word.endswith((".yaml", ".yml")) or Path(word).is_dir()
+    return word == "-" or not given
+
+
+def _key_values(words: Sequence[str] | None) -> list[str]:
+    if wrong := [word for word in words or () if "=" not in word]:
+        raise typer.BadParameter(f"expected key=value, found {wrong[0]!r}")
+    return list(words or ())
+
+
+OVERRIDES: Any = typer.Argument(
+    None, metavar="[KEY=VALUE]...", callback=_key_values, help="Keys in place of the configuration's."
+)
+
+
+@contextlib.contextmanager
+def usage_errors(option: str) -> Iterator[None]:
+    """Around what reads an option's words: what is wrong with them is the usage, which ends with exit code 2."""
+    try:
+        yield
+    except KTConfigError as error:
+        raise typer.BadParameter(str(error).removeprefix(f"{option}: "), param_hint=option) from error
+
+
+def console() -> Console:
+    """For tables and text on standard output. Where that is no terminal, nothing is cut, wrapped or colored."""
+    from rich.console import Console
+
+    if sys.stdout.isatty():
+        return Console()
+    return Console(width=_ANY_WIDTH, color_system=None, force_terminal=False)
+
+
+def without_progress_bars() -> None:
+    """Where stderr is no terminal, no library draws any: neither here nor in processes of ours."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def report(content: Any, json_file: Path | None, show: Callable[[], None]) -> None:
+    """Write JSON if a file is given; show the text unless the JSON goes to stdout.
+
+    Raises:
+        KTOutputError: The file cannot be written.
+    """
+    from ..ground.atomic_output import replacing, writing
+
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    if str(json_file) == "-":
+        typer.echo(text)
+        return
+    show()
+    if json_file is not None:
+        special = json_file.exists() and not json_file.is_file()  # /dev/stderr, a pipe
+        with writing(json_file), contextlib.nullcontext(json_file) if special else replacing(json_file) as file:
+            file.write_text(text + "\n", encoding="utf-8")

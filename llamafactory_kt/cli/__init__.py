@@ -15,6 +15,7 @@ from .conversions import convert, merge, quantize
 from .demo import demo
 from .estimate import estimate
 from .experiments import compare, generate, stats
+from .help import HELP, examples
 from .inspect import inspect
 from .output import Command, without_progress_bars
 from .serve import cache, serve
@@ -40,7 +41,6 @@ def _root(
 ) -> None:
     """MoE chats with the routed experts on the CPU, for stock LLaMA-Factory."""
     take_any_text()
-    without_progress_bars()
     if context.invoked_subcommand != "serve":  # becomes the server, whose stdout is its own
         keep_stdout_clean()
 
@@ -60,14 +60,16 @@ for _command in (
     stats,
     verify,
 ):
-    app.command(cls=Command)(_command)
+    _summary, *_lines = HELP[_command.__name__]
+    app.command(cls=Command, short_help=_summary, epilog=examples(_lines))(_command)
 app.add_typer(cache, name="cache")
 
 
 def main() -> None:
     """Entry point: an error is one paragraph, with LLAMAFACTORY_KT_DEBUG=1 a traceback."""
+    without_progress_bars()
     try:
-        app()
+        app(prog_name="llamafactory-kt")  # also as python -m llamafactory_kt: completion goes by the name
     except KTError as error:
         if traceback_wanted():
             raise

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 
+from .output import JSON, console, key_values, report, usage_errors
 from .quality import CHUNKS, CONTEXT, measured, quality_option, sorted_words
 
 if TYPE_CHECKING:
@@ -20,8 +17,6 @@ if TYPE_CHECKING:
     from ..tools.bench.memory import CheckpointBytes
 
 PROMPT = "Explain in a few sentences what a mixture-of-experts language model is."
-_CONFIG: dict[str, Any] = {"rich_help_panel": "Configuration"}
-_ENDPOINT: dict[str, Any] = {"rich_help_panel": "Endpoint"}
 
 
 def bench(
@@ -35,43 +30,33 @@ def bench(
         metavar="NAME[:LAYERS]",
         help="Instead of a configuration: a random model with real layer sizes and a random adapter, written to the "
         "cache directory: deepseek-v2-lite, deepseek-v3, mixtral-8x7b, qwen3-30b-a3b.",
-        **_CONFIG,
     ),
     experts: int = typer.Option(
-        None, metavar="N", help="With --synthetic: fewer routed experts a layer, so that more layers fit.", **_CONFIG
+        None, metavar="N", help="With --synthetic: fewer routed experts a layer, so that more layers fit."
     ),
     against: list[str] = typer.Option(
         None,
         help="Also measure stock transformers with the adapter merged (stock), or this configuration with other values (KEY=VALUE, several in quotes). Repeatable.",
-        **_CONFIG,
     ),
-    base: bool = typer.Option(True, help="Also measure it without its adapter.", **_CONFIG),
-    prompt_tokens: str = typer.Option("128", help="Lengths of prompts, with commas.", **_CONFIG),
-    new_tokens: int = typer.Option(64, min=1, help="Tokens generated after each.", **_CONFIG),
-    rounds: int = typer.Option(5, min=1, help="Rounds; in each, all are measured in turn.", **_CONFIG),
-    parts: bool = typer.Option(
-        True, help="Also time attention, linear layers and experts, once for each prompt.", **_CONFIG
-    ),
-    loads: int = typer.Option(1, min=1, help="How often each is loaded, in turn.", **_CONFIG),
+    base: bool = typer.Option(True, help="Also measure it without its adapter."),
+    prompt_tokens: str = typer.Option("128", help="Lengths of prompts, with commas."),
+    new_tokens: int = typer.Option(64, min=1, help="Tokens generated after each."),
+    rounds: int = typer.Option(5, min=1, help="Rounds; in each, all are measured in turn."),
+    parts: bool = typer.Option(True, help="Also time attention, linear layers and experts, once for each prompt."),
+    loads: int = typer.Option(1, min=1, help="How often each is loaded, in turn."),
     quality: bool = quality_option("In place of speed: how far the next-token distributions are from float32's"),
     context: int = CONTEXT,
     chunks: int = CHUNKS,
     endpoint: str = typer.Option(
-        None, metavar="URL", help="OpenAI-compatible server, for example http://127.0.0.1:8000.", **_ENDPOINT
+        None, metavar="URL", help="OpenAI-compatible server, for example http://127.0.0.1:8000."
     ),
-    model: str = typer.Option(None, help="Model name to send; default: the first it lists.", **_ENDPOINT),
-    api_key: str = typer.Option(None, envvar="OPENAI_API_KEY", help="Bearer token.", **_ENDPOINT),
-    requests: int = typer.Option(10, min=1, help="Requests, one after the other.", **_ENDPOINT),
-    warm_up: int = typer.Option(3, min=0, help="Requests before the measurement.", **_ENDPOINT),
-    max_tokens: int = typer.Option(128, min=1, help="Maximum tokens per answer.", **_ENDPOINT),
-    prompt: str = typer.Option(PROMPT, help="The prompt; a number is put before it.", **_ENDPOINT),
-    json_file: Path = typer.Option(
-        None,
-        "--json",
-        metavar="FILE",
-        dir_okay=False,
-        help="Write all figures as JSON (seconds, bytes, tokens per second) to a file, or to standard output (-).",
-    ),
+    model: str = typer.Option(None, help="Model name to send; default: the first it lists."),
+    api_key: str = typer.Option(None, envvar="OPENAI_API_KEY", help="Bearer token."),
+    requests: int = typer.Option(10, min=1, help="Requests, one after the other."),
+    warm_up: int = typer.Option(3, min=0, help="Requests before the measurement."),
+    max_tokens: int = typer.Option(128, min=1, help="Maximum tokens per answer."),
+    prompt: str = typer.Option(PROMPT, help="The prompt; a number is put before it."),
+    json_file: Path = JSON,
 ) -> None:
     """Measure a configuration's speed and memory, or what its precision costs, or an endpoint's latency."""
     if sum((synthetic is not None, bool(words) and synthetic is None, endpoint is not None)) != 1:
@@ -84,14 +69,14 @@ def bench(
         from ..tools.bench.endpoint import measure_endpoint
 
         latency = measure_endpoint(endpoint, model, api_key, prompt, max_tokens, requests, warm_up)
-        _report(asdict(latency), json_file, lambda: _show_latency(latency))
+        report(asdict(latency), json_file, lambda: _show_latency(latency))
         return
     if quality:
         from ..tools.bench.quality.table import show as show_quality
 
         config, text, keys = sorted_words(words)
-        found = measured(config, text, keys, against or [], context, chunks)
-        _report(found.to_dict(), json_file, lambda: show_quality(found, Console()))
+        cost = measured(config, text, keys, against or [], context, chunks)
+        report(cost.to_dict(), json_file, lambda: show_quality(cost, console()))
         return
     from tqdm import tqdm
 
@@ -103,10 +88,10 @@ def bench(
     configs = _configs(words or [], synthetic, experts, against or [], base)
     checkpoint = warm_page_cache(str(configs[0].config.get("model_name_or_path")))
     with tqdm(total=len(configs) * (loads + (rounds + parts) * len(lengths)), delay=1.0, desc="Measuring") as bar:
-        report = measure(
+        found = measure(
             configs, lengths, new_tokens, rounds, parts=parts, loads=loads, checkpoint=checkpoint, tick=bar.update
         )
-    _report(report.to_dict(), json_file, lambda: show(report, Console()))
+    report(found.to_dict(), json_file, lambda: show(found, console()))
 
 
 def _lengths(text: str) -> list[int]:
@@ -126,14 +111,19 @@ def _configs(
     from ..tools.bench.memory import checkpoint_bytes
 
     if synthetic is None:
-        configs = bench_configs(read_yaml(words[0], words[1:]), against, base=base)
+        values = read_yaml(words[0], key_values(words[1:]))
+        with usage_errors("--against"):
+            configs = bench_configs(values, against, base=base)
         _check_fit(configs, checkpoint_bytes(str(configs[0].config.get("model_name_or_path"))))
         return configs
     from ..tools.bench.shapes import parse_shape
     from ..tools.bench.synthetic import SyntheticModel
 
-    made = SyntheticModel.of(parse_shape(synthetic, experts))
-    configs = bench_configs(overridden(made.values, words), against, base=base)
+    with usage_errors("--synthetic"):
+        shape = parse_shape(synthetic, experts)
+    made = SyntheticModel.of(shape)
+    with usage_errors("--against"):
+        configs = bench_configs(overridden(made.values, key_values(words)), against, base=base)
     needs = _check_fit(configs, made.weights)
     each = ", ".join(f"{name} {gib(size)}" for name, size in needs.items())
     typer.echo(f"{made.directory}: {gib(made.weights.total)} on disk; in memory: {each}.", err=True)
@@ -149,21 +139,6 @@ def _check_fit(configs: list[BenchConfig], weights: CheckpointBytes | None) -> d
     gpus = range(torch.cuda.device_count())
     gpu_memory = sum(torch.cuda.get_device_properties(number).total_memory for number in gpus)
     return check_fit(configs, weights, gpu_memory) if weights else {}
-
-
-def _report(content: dict[str, Any], json_file: Path | None, show: Callable[[], None]) -> None:
-    """Write JSON if a file is given; show the tables unless the JSON goes to stdout."""
-    from ..ground.atomic_output import replacing, writing
-
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    if str(json_file) == "-":
-        typer.echo(text)
-        return
-    show()
-    if json_file is not None:
-        special = json_file.exists() and not json_file.is_file()  # /dev/stderr, a pipe
-        with writing(json_file), contextlib.nullcontext(json_file) if special else replacing(json_file) as file:
-            file.write_text(text + "\n", encoding="utf-8")
 
 
 def _show_latency(found: EndpointLatency) -> None:

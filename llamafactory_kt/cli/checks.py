@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -11,30 +10,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..ground.errors import KTConfigError, name_some
+from ..ground.errors import name_some
+from .output import JSON, OVERRIDES, console, key_values, report
 from .quality import CHUNKS, CONTEXT, measured, quality_option, sorted_words
 
 if TYPE_CHECKING:
     from ..tools.bench.quality import QualityReport
+    from ..tools.doctor import Finding
     from ..tools.verify import DenseResult, LayerResult
 
-_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
+_COLORS = {"ok": "green", "warning": "yellow", "error": "red"}
 PROMPT = (
     "Explain in a few sentences what a mixture of experts is, and give one example. 请用中文再说一遍，并举一个例子。 "
     "Then write a Python function that adds 17 and 25."
 )
-_OVERRIDES = typer.Argument(None, metavar="[KEY=VALUE]...", help="Keys that replace the YAML's.")
-_JSON = typer.Option(False, "--json", help="Print JSON.")
 
 
 def doctor(
     config: Path = typer.Argument(None, help="Also check this YAML for llamafactory-cli chat."),
-    overrides: list[str] = _OVERRIDES,
-    as_json: bool = _JSON,
+    overrides: list[str] = OVERRIDES,
+    json_file: Path = JSON,
+    verbose: bool = typer.Option(False, "-v", "--verbose", help="Also list what is in order."),
 ) -> None:
     """Check packages, hooks, CPU, memory, GPU and environment variables; with a YAML also model, adapter and their fit."""
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")  # its warnings are findings already
@@ -43,20 +42,28 @@ def doctor(
     with contextlib.redirect_stdout(sys.stderr):  # LLaMA-Factory logs to stdout
         findings = diagnose(config, overrides or ())
     count: dict[str, Any] = {status.value: sum(finding.status is status for finding in findings) for status in Status}
-    if as_json:
-        content = {**count, "findings": [asdict(finding) for finding in findings]}
-        typer.echo(json.dumps(content, ensure_ascii=False, indent=2))
-    else:
-        table = Table.grid(padding=(0, 2, 0, 0))
-        for finding in findings:
-            colour = _COLOURS[finding.status]
-            text = escape(finding.text) + (f"\n[bold]→[/] {escape(finding.advice)}" if finding.advice else "")
-            table.add_row(f"[{colour}]{finding.status}[/]", escape(finding.subject), text)
-        console = Console()
-        console.print(table)
-        console.print(f"{count[Status.ERROR]} error(s), {count[Status.WARNING]} warning(s)", highlight=False)
+    content = {**count, "findings": [asdict(finding) for finding in findings]}
+    report(content, json_file, lambda: _show_findings(findings, verbose))
     if count[Status.ERROR]:
         raise typer.Exit(1)
+
+
+def _show_findings(findings: list[Finding], verbose: bool) -> None:
+    """Problems first; what is in order is counted, or listed last."""
+    from ..tools.doctor import Status
+
+    found = {status: [finding for finding in findings if finding.status is status] for status in Status}
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for finding in found[Status.ERROR] + found[Status.WARNING] + (found[Status.OK] if verbose else []):
+        color = _COLORS[finding.status]
+        text = escape(finding.text) + (f"\n[bold]→[/] {escape(finding.advice)}" if finding.advice else "")
+        table.add_row(f"[{color}]{finding.status}[/]", escape(finding.subject), text)
+    out = console()
+    if table.row_count:
+        out.print(table)
+    rest = f"{len(found[Status.OK])} in order" + ("" if verbose else "; -v lists them")
+    counts = f"{len(found[Status.ERROR])} error(s), {len(found[Status.WARNING])} warning(s)"
+    out.print(f"{counts}, {rest}.", highlight=False)
 
 
 def verify(
@@ -67,7 +74,7 @@ def verify(
     ),
     layers: str = typer.Option(None, help="Layers to check, for example 1,3-5; default: all with routed experts."),
     prompt: str = typer.Option(PROMPT, help="The text whose hidden states are used.", show_default=False),
-    as_json: bool = _JSON,
+    json_file: Path = JSON,
     quality: bool = quality_option("Also say how far the next-token distributions are from float32's"),
     context: int = CONTEXT,
     chunks: int = CHUNKS,
@@ -75,21 +82,20 @@ def verify(
     """Load the model as a chat would. Compare each layer's experts with float32 arithmetic from the files, and all else with the files and
     with what PEFT makes of the adapter."""
     cost: QualityReport | None = None
-    config, text, keys = sorted_words(words) if quality else (words[0], None, words[1:])
+    config, text, keys = sorted_words(words) if quality else (words[0], None, key_values(words[1:]))
     with contextlib.redirect_stdout(sys.stderr):  # LLaMA-Factory logs to stdout
         if quality:  # before the model is loaded here: its processes load it, too
             cost = measured(config, text, keys, [], context, chunks)
         results, dense, skipped, merged = _verify(Path(config), keys, layers, prompt)
     failed = [result for result in results if result.problem]
     worst = max(results, key=lambda result: (bool(result.problem), max(result.prompt.total, result.worst.total)))
-    if as_json:
-        others = {"modules": len(dense.modules), "base_weights": dense.base, "problems": dense.problems}
-        passed, each = not failed and not dense.problems, [_to_dict(result) for result in results]
-        content = {"passed": passed, "worst_layer": worst.layer, "layers": each, "others": others}
-        if cost is not None:
-            content["quality"] = cost.to_dict()
-        typer.echo(json.dumps(content, ensure_ascii=False, indent=2))
-    else:
+    others = {"modules": len(dense.modules), "base_weights": dense.base, "problems": dense.problems}
+    passed, each = not failed and not dense.problems, [_to_dict(result) for result in results]
+    content = {"passed": passed, "worst_layer": worst.layer, "layers": each, "others": others}
+    if cost is not None:
+        content["quality"] = cost.to_dict()
+
+    def show() -> None:
         _show(results, failed, worst, skipped)
         _show_dense(dense)
         if merged:
@@ -97,7 +103,9 @@ def verify(
         if cost is not None:
             from ..tools.bench.quality.table import show as show_quality
 
-            show_quality(cost, Console())
+            show_quality(cost, console())
+
+    report(content, json_file, show)
     if failed or dense.problems:
         raise typer.Exit(1)
 
@@ -140,11 +148,12 @@ def _parse_layers(text: str | None, known: list[int]) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise KTConfigError(f"--layers must be numbers and ranges such as 1,3-5, found {text!r}.")
+            raise typer.BadParameter(f"numbers and ranges such as 1,3-5, found {text!r}", param_hint="--layers")
         numbers |= set(range(int(first), int(last or first) + 1))
     if missing := sorted(numbers - set(known)):
-        raise KTConfigError(
-            f"--layers: {name_some(missing)} have no routed experts; the model's layers that do are {name_some(known, 8)}."
+        raise typer.BadParameter(
+            f"{name_some(missing)} have no routed experts; the model's layers that do are {name_some(known, 8)}",
+            param_hint="--layers",
         )
     return sorted(numbers)
 
@@ -161,7 +170,7 @@ def _to_dict(result: LayerResult) -> dict[str, Any]:
 
 
 def _show(results: list[LayerResult], failed: list[LayerResult], worst: LayerResult, skipped: bool) -> None:
-    console = Console()
+    out = console()
     table = Table("layer", "base", "with LoRA", "effect", "strength", "cosine", "expert", "error", "", padding=(0, 1))
     for result in results:
         found = result.prompt
@@ -172,20 +181,18 @@ def _show(results: list[LayerResult], failed: list[LayerResult], worst: LayerRes
         mark = "[bold red]wrong[/]" if result.problem else "[green]right[/]"
         expert = [str(result.worst_expert), f"{result.worst.total:.4f}"]
         table.add_row(str(result.layer), f"{found.base:.4f}", *lora, cosine, *expert, mark)
-    console.print(table)
+    out.print(table)
     for result in failed:
-        console.print(f"layer {result.layer}: {escape(result.problem)}", highlight=False, soft_wrap=True)
+        out.print(f"layer {result.layer}: {escape(result.problem)}", highlight=False, soft_wrap=True)
     verdict = f"{len(failed)} of {len(results)} layers are wrong" if failed else f"All {len(results)} layers are right"
     more = " (others were not asked for)" if skipped else ""
-    console.print(
-        f"{verdict}{more}; engine {worst.engine}; worst: layer {worst.layer}.", highlight=False, soft_wrap=True
-    )
+    out.print(f"{verdict}{more}; engine {worst.engine}; worst: layer {worst.layer}.", highlight=False, soft_wrap=True)
 
 
 def _show_dense(dense: DenseResult) -> None:
-    console = Console()
+    out = console()
     for problem in dense.problems:
-        console.print(escape(problem), highlight=False, soft_wrap=True)
+        out.print(escape(problem), highlight=False, soft_wrap=True)
     wrong = sum(bool(module.comparison.problem) for module in dense.modules)
     text = f"{wrong} of {len(dense.modules)} other modules with LoRA or weights of their own are wrong"
     if not wrong:
@@ -195,4 +202,4 @@ def _show_dense(dense: DenseResult) -> None:
             else ""
         )
     base = f"without adapters, {dense.base - len(dense.differing)} of {dense.base} other weights are the checkpoint's, bit for bit"
-    console.print("; ".join(filter(None, [text, base if dense.base else ""])) + ".", highlight=False, soft_wrap=True)
+    out.print("; ".join(filter(None, [text, base if dense.base else ""])) + ".", highlight=False, soft_wrap=True)

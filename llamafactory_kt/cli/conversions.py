@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 
 import typer
+
+from .output import JSON, report
 
 _MODEL = typer.Option(..., help="Checkpoint directory (safetensors).")
 
@@ -41,15 +44,17 @@ def merge(
     model: Path = _MODEL,
     adapter: Path = typer.Option(..., help="Adapter directory, any layout."),
     output: Path = typer.Option(..., help="Directory to write; must not exist or be empty."),
+    json_file: Path = JSON,
 ) -> None:
     """Merge attention, dense, shared-expert, router and routed-expert LoRA; stock transformers loads the result."""
     from ..tools.merge import merge_adapter
 
-    report = merge_adapter(model, adapter, output)
-    typer.echo(
-        f"Wrote {report.output}: {report.tensors} tensors in {report.files} file(s), {report.merged} of them changed; "
-        f"merged {report.adapter_tensors} of {report.adapter_tensors} adapter tensors."
+    done = merge_adapter(model, adapter, output)
+    text = (
+        f"Wrote {done.output}: {done.tensors} tensors in {done.files} file(s), {done.merged} of them changed; "
+        f"merged {done.adapter_tensors} of {done.adapter_tensors} adapter tensors."
     )
+    report(asdict(done), json_file, lambda: typer.echo(text))
 
 
 def quantize(
@@ -70,14 +75,14 @@ def quantize(
         help="With amxint8 and amxint4, NUMA sub-pools, the kt_threadpool_count of later chats; default: one per NUMA node.",
     ),
     threads: int = typer.Option(None, min=1, help="Threads that quantize; default: the physical cores."),
+    json_file: Path = JSON,
 ) -> None:
     """Quantize a model once, layer by layer, into files that chats load (kt_weight_path); continues an interrupted run."""
     from ..ground.machine import gib
     from ..tools.quantize import quantize_model
 
-    report = quantize_model(model, output, method, dense=dense, pools=threadpool_count, threads=threads)
-    kept = f", {report.kept} were there already" if report.kept else ""
-    around = f"; {report.dense} weights around the experts" if report.dense else ""
-    typer.echo(
-        f"{report.output}: {report.layers} layers packed as {report.method}{kept}{around}; {gib(report.nbytes)} in all."
-    )
+    done = quantize_model(model, output, method, dense=dense, pools=threadpool_count, threads=threads)
+    kept = f", {done.kept} were there already" if done.kept else ""
+    around = f"; {done.dense} weights around the experts" if done.dense else ""
+    text = f"{done.output}: {done.layers} layers packed as {done.method}{kept}{around}; {gib(done.nbytes)} in all."
+    report(asdict(done), json_file, lambda: typer.echo(text))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..ground.errors import KTError, name_some
 from ..ground.machine import gib
+from .output import JSON, console, report
 
 if TYPE_CHECKING:
     from ..adapters.inspection import Inspection
@@ -25,7 +24,7 @@ def inspect(
         False, "--values", help="Read the tensors too: NaN and Inf, and how much each expert changed."
     ),
     heatmap: Path = typer.Option(None, help="Draw ‖ΔW‖ as layers x experts into this PNG (reads the values)."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    json_file: Path = JSON,
     verbose: bool = typer.Option(False, "-v", "--verbose", help="Name every tensor with NaN or Inf."),
 ) -> None:
     """Show an adapter's format, ranks, tensors and layers; reads only headers, unless values are needed."""
@@ -41,11 +40,8 @@ def inspect(
         if not result.norms:
             raise typer.BadParameter("there is no expert LoRA to draw, or its sizes are unknown without --model")
         save(heat_map(result.norms, f"‖ΔW‖ of {Path(result.path).name}"), heatmap)
-    if as_json:
-        fit = {"fits": not problem, "problem": problem or None} if model is not None else {}
-        typer.echo(json.dumps({**result.to_dict(), **fit}, ensure_ascii=False, indent=2))
-    else:
-        _show(result, model, problem, verbose)
+    fit = {"fits": not problem, "problem": problem or None} if model is not None else {}
+    report({**result.to_dict(), **fit}, json_file, lambda: _show(result, model, problem, verbose))
     if problem or any(group.not_finite for group in result.groups.values()):
         raise typer.Exit(1)
 
@@ -64,7 +60,7 @@ def _check_model(name: str, adapter: Any) -> tuple[Any, str]:
 
 
 def _show(result: Inspection, model: str | None, problem: str, verbose: bool) -> None:
-    console = Console()
+    out = console()
     layers = name_some((f"{layer} ({experts})" for layer, experts in result.layers.items()), 8)
     none = "unknown without a model" if "routed experts" in result.groups else "no expert LoRA"
     facts = Table(show_header=False)
@@ -76,21 +72,21 @@ def _show(result: Inspection, model: str | None, problem: str, verbose: bool) ->
     facts.add_row("Layers (experts)", layers or none)
     if model is not None:
         facts.add_row(escape(f"Fits {model}"), escape(problem or "yes"))
-    console.print(facts)
+    out.print(facts)
     groups = Table("group", "tensors", "size", "dtype", "r / alpha / scaling", "NaN or Inf")
     for kind, group in result.groups.items():
         finite = "not read" if group.not_finite is None else str(len(group.not_finite) or "none")
         dtypes, settings = ", ".join(group.dtypes), name_some(group.settings, 3)
         groups.add_row(kind, str(group.tensors), gib(group.nbytes), dtypes, settings, finite)
-    console.print(groups)
+    out.print(groups)
     for group in result.groups.values():
         if group.not_finite:
             names = name_some(group.not_finite, len(group.not_finite) if verbose else 3)
-            console.print(f"NaN or Inf: {names}", markup=False)
+            out.print(f"NaN or Inf: {names}", markup=False)
     if result.norms:
         norms = Table("layer", "‖ΔW‖ mean", "min", "max", "most changed experts")
         for layer, row in result.norms.items():
             order = sorted(enumerate(row), key=lambda pair: -pair[1])
             top = ", ".join(f"{expert} ({norm:.3g})" for expert, norm in order[:3])
             norms.add_row(str(layer), f"{sum(row) / len(row):.3g}", f"{min(row):.3g}", f"{max(row):.3g}", top)
-        console.print(norms)
+        out.print(norms)

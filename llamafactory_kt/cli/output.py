@@ -18,7 +18,6 @@ from ..ground.errors import KTConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-CONFIG = "LLaMA-Factory configuration for a chat, a YAML with use_kt: true."
 _JSON = "--json"
 JSON: Any = typer.Option(
     None,
@@ -53,14 +52,15 @@ def _is_output(word: str) -> bool:
     return word == "-" or not given
 
 
-def _key_values(words: Sequence[str] | None) -> list[str]:
+def key_values(words: Sequence[str] | None) -> list[str]:
+    """Words that replace a configuration's keys; another word is a usage error."""
     if wrong := [word for word in words or () if "=" not in word]:
         raise typer.BadParameter(f"expected key=value, found {wrong[0]!r}")
     return list(words or ())
 
 
 OVERRIDES: Any = typer.Argument(
-    None, metavar="[KEY=VALUE]...", callback=_key_values, help="Keys in place of the configuration's."
+    None, metavar="[KEY=VALUE]...", callback=key_values, help="Keys in place of the configuration's."
 )
 
 

@@ -12,14 +12,13 @@ if TYPE_CHECKING:
     from ..tools.bench.quality import QualityReport
 
 _YAML = (".yaml", ".yml", ".json")
-_PANEL: dict[str, Any] = {"rich_help_panel": "Quality"}
-CONTEXT = typer.Option(512, min=4, help="Tokens of a chunk of the text; those of its second half count.", **_PANEL)
-CHUNKS = typer.Option(8, min=1, help="The most chunks.", **_PANEL)
+CONTEXT = typer.Option(512, min=4, help="Tokens of a chunk of the text; those of its second half count.")
+CHUNKS = typer.Option(8, min=1, help="The most chunks.")
 
 
 def quality_option(text: str) -> Any:
     """``--quality``, whose text is one of the command's words."""
-    return typer.Option(False, "--quality", help=f"{text}, on a text; without one, on the package's own.", **_PANEL)
+    return typer.Option(False, "--quality", help=f"{text}, on a text; without one, on the package's own.")
 
 
 def sorted_words(words: Iterable[str]) -> tuple[str, Path | None, list[str]]:

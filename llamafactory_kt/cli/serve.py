@@ -6,22 +6,29 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from ..ground.errors import KTConfigError, KTServerError
+from .help import HELP, examples
+from .output import JSON, Command, key_values, report
 
 cache = typer.Typer(help="List or remove the adapters prepared for SGLang.", no_args_is_help=True)
 
 
 def serve(
     config: Path = typer.Argument(..., help="LLaMA-Factory YAML with use_kt: true."),
-    extra: list[str] = typer.Argument(
-        None, metavar="[-- SGLANG OPTIONS]", help="Further SGLang options, after --; they take precedence."
+    words: list[str] = typer.Argument(
+        None,
+        metavar="[KEY=VALUE]... [-- SGLANG OPTIONS]",
+        help="Keys in place of the configuration's; after --, further SGLang options, which take precedence.",
     ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the command and exit; the adapter is still prepared."),
 ) -> None:
@@ -31,9 +38,11 @@ def serve(
     from ..serving.command import server_command
     from ..serving.options import discover
 
+    words = words or []
+    keys = key_values(list(takewhile(lambda word: not word.startswith("-"), words)))
     with redirect_stdout(sys.stderr):  # LLaMA-Factory logs to stdout, which is for the command
-        args = model_arguments(config)
-        command = server_command(args, discover(args.kt_sglang_python), extra or [])
+        args = model_arguments(config, keys)
+        command = server_command(args, discover(args.kt_sglang_python), words[len(keys) :])
     for notice in filter(None, [*command.notices, command.request_notice]):
         typer.echo(f"Note: {notice}", err=True)
     if dry_run:
@@ -44,8 +53,8 @@ def serve(
     os.execvpe(command.python, command.words, {**os.environ, "LLAMAFACTORY_KT_DISABLE": "1"})
 
 
-def model_arguments(path: Path) -> Any:
-    """Parse a YAML into LLaMA-Factory's ModelArguments, with the checks of ``infer_backend: sglang``.
+def model_arguments(path: Path, overrides: Sequence[str] = ()) -> Any:
+    """Parse a YAML, with keys replaced, into LLaMA-Factory's ModelArguments, with the checks of ``infer_backend: sglang``.
 
     Raises:
         KTPathError: There is no such file.
@@ -54,7 +63,7 @@ def model_arguments(path: Path) -> Any:
     from ..integration.bootstrap import activate
     from ..integration.chat_config import parse_from, read_yaml
 
-    keys = read_yaml(path)
+    keys = read_yaml(path, overrides)
     if keys.get("use_kt") is not True:
         raise KTConfigError(f"{path} must be a LLaMA-Factory configuration with use_kt: true.")
     activate()
@@ -74,22 +83,33 @@ def _check_port(host: str, port: int) -> None:
             ) from error
 
 
-@cache.command("list")
-def list_entries() -> None:
+def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """``cache NAME``, with its help."""
+    summary, *lines = HELP[f"cache {name}"]
+    return cache.command(name, cls=Command, short_help=summary, epilog=examples(lines))
+
+
+@_command("list")
+def list_entries(json_file: Path = JSON) -> None:
     """List prepared adapters with their source and size."""
     from ..ground.machine import cache_directory, gib
     from ..serving.adapter_cache import entries
 
     found = entries()
-    for entry in found:
-        made = datetime.fromtimestamp(entry.created).strftime("%Y-%m-%d %H:%M")
-        typer.echo(f"{entry.source}{'' if entry.source_exists else ' (gone)'}")
-        typer.echo(f"    {entry.path.name}: {entry.form}, {gib(entry.nbytes)}, made {made}")
-    size = gib(sum(entry.nbytes for entry in found))
-    typer.echo(f"{len(found)} prepared adapter(s), {size}, in {cache_directory() / 'adapters'}")
+    size = sum(entry.nbytes for entry in found)
+
+    def show() -> None:
+        for entry in found:
+            made = datetime.fromtimestamp(entry.created).strftime("%Y-%m-%d %H:%M")
+            typer.echo(f"{entry.source}{'' if entry.source_exists else ' (gone)'}")
+            typer.echo(f"    {entry.path.name}: {entry.form}, {gib(entry.nbytes)}, made {made}")
+        typer.echo(f"{len(found)} prepared adapter(s), {gib(size)}, in {cache_directory() / 'adapters'}")
+
+    listed = [{**asdict(entry), "path": str(entry.path), "source_exists": entry.source_exists} for entry in found]
+    report({"directory": str(cache_directory() / "adapters"), "nbytes": size, "entries": listed}, json_file, show)
 
 
-@cache.command("clean")
+@_command("clean")
 def clean_entries(
     gone: bool = typer.Option(False, "--gone", help="Only those whose source no longer exists."),
 ) -> None:

@@ -34,13 +34,16 @@ _FAILED_WRITES = re.compile(
 """in messages of libraries that do not raise OSError: tokenizers, safetensors, torch"""
 
 
-def check_free(path: Path) -> None:
+def check_free(path: Path, earlier: str | None = None) -> None:
     """Check that an output directory does not exist or is empty.
+
+    Args:
+        earlier: the name of a file by which a directory is known as an earlier output, which may go.
 
     Raises:
         KTAdapterError: It is not empty.
     """
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(path.iterdir()) and not (earlier is not None and (path / earlier).is_file()):
         raise KTAdapterError(f"{path} exists and is not empty; choose another output or remove it.")
 
 
@@ -55,14 +58,17 @@ def check_room(path: Path, nbytes: int) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, earlier: str | None = None) -> Iterator[Path]:
     """A temporary name beside ``path``; its content is checked and renamed to ``path`` at the end, and removed on any error.
+
+    Args:
+        earlier: as in :func:`check_free`.
 
     Raises:
         KTAdapterError: ``path`` is a directory that is not empty.
         KTOutputError: As :func:`writing`.
     """
-    check_free(path)
+    check_free(path, earlier)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_directory(f".{path.name}.", path.parent) as directory:
@@ -72,7 +78,7 @@ def replacing(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     _finish(file)
             if path.is_dir():
-                path.rmdir()
+                os.replace(path, directory / "earlier")  # which goes with this directory
             os.replace(temporary, path)
 
 

@@ -8,7 +8,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import click
 import pytest
 import typer.main
 import yaml
@@ -100,14 +99,15 @@ def test_commands(line):
     words = shlex.split(line, comments=True)
     for end in ("&&", "||", ">", "|"):
         words = words[: words.index(end)] if end in words else words
-    command: click.Command = typer.main.get_command(app)
-    context = click.Context(command, info_name=words.pop(0))
-    while isinstance(command, click.Group):
+    command, name = typer.main.get_command(app), words.pop(0)
+    context = command.context_class(command, info_name=name)
+    while hasattr(command, "commands"):
         name = words.pop(0)
-        found = command.get_command(context, name)
-        assert found is not None, f"no command {name}"
-        command, context = found, click.Context(found, info_name=name, parent=context)
-    command.make_context(context.info_name, words)
+        command = command.get_command(context, name)
+        assert command is not None, f"no command {name}"
+        if hasattr(command, "commands"):
+            context = command.context_class(command, info_name=name, parent=context)
+    command.make_context(name, words, parent=context)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,9 @@ from ...integration.prompts import Prompt
 from .measuring import CompareOptions, VariantResult, run_group
 from .plan import PARTS, Variant, group_variants
 
+FILE = "comparison.json"
+"""by which the directory of an earlier run is known"""
+
 
 def compare_variants(variants: Sequence[Variant], prompts: list[Prompt], options: CompareOptions) -> dict[str, Any]:
     """Run all variants; the first is the reference.
@@ -25,7 +28,7 @@ def compare_variants(variants: Sequence[Variant], prompts: list[Prompt], options
     of threads.
 
     Returns:
-        The content of ``comparison.json``.
+        The content of :data:`FILE`.
 
     Raises:
         KTError: A configuration could not be loaded.

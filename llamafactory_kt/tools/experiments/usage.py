@@ -22,6 +22,8 @@ from ...router_stats.stats import LayerStats, get_router_stats, reset_router_sta
 from .generating import Answer, answer_all
 
 Stats = dict[int, LayerStats]
+FILE = "stats.json"
+"""by which the directory of an earlier run is known"""
 
 
 @dataclass
@@ -78,7 +80,7 @@ def split_prompts(prompts: list[Prompt], field: str | None) -> dict[str, list[Pr
 
 def count_usage(
     config: Mapping[str, Any], prompts: list[Prompt], field: str | None = None, batch_size: int = 8,
-    progress: Callable[[int], Any] = lambda done: None,
+    progress: Callable[[int], Any] = lambda done: None, *, seed: int | None = None,
 ) -> ExpertUsage:  # fmt: skip
     """Answer all prompts with a configuration, and count what its routers choose.
 
@@ -97,7 +99,7 @@ def count_usage(
     parts: dict[str, Stats] = {}
     for name, members in groups.items():
         reset_router_stats(chat.model)
-        for batch in answer_all(chat, members, batch_size=batch_size):
+        for batch in answer_all(chat, members, batch_size=batch_size, seed=seed):
             failed += [answer for answer in batch if answer.error]
             progress(len(batch))
         parts[name] = get_router_stats(chat.model)
@@ -122,15 +124,15 @@ def _sum(parts: list[LayerStats]) -> LayerStats:
     )  # fmt: skip
 
 
-def write_usage(usage: ExpertUsage, output: Path, title: str) -> None:
+def write_usage(usage: ExpertUsage, output: Path, title: str, *, overwrite: bool = False) -> None:
     """Write ``stats.json``, ``stats.csv``, heat maps of all prompts and of each group, and ``experts_frequency.pt``.
 
     Raises:
-        KTAdapterError: The directory is not empty.
+        KTAdapterError: The directory is not empty, or, with ``overwrite``, holds something else.
     """
-    with replacing(output) as folder:
+    with replacing(output, FILE if overwrite else None) as folder:
         folder.mkdir()
-        (folder / "stats.json").write_text(json.dumps(usage.to_dict(), ensure_ascii=False, indent=1), encoding="utf-8")
+        (folder / FILE).write_text(json.dumps(usage.to_dict(), ensure_ascii=False, indent=1), encoding="utf-8")
         _write_csv(usage, folder / "stats.csv")
         save(router_heat_map(usage.total, title), folder / "experts.png")
         if usage.norms:

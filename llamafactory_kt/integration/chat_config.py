@@ -77,10 +77,16 @@ def parse(values: dict[str, Any]) -> Any:
         KTError: One of our checks failed.
         ValueError: One of LLaMA-Factory's failed.
     """
+    return parse_chat(values)[0]
+
+
+def parse_chat(values: dict[str, Any]) -> tuple[Any, Any]:
+    """LLaMA-Factory's model arguments and data arguments, which name the template; else as :func:`parse`."""
     require_hooks()
     from llamafactory.hparams import get_infer_args
 
-    return get_infer_args(dict(values))[0]
+    model_args, data_args, *_ = get_infer_args(dict(values))
+    return model_args, data_args
 
 
 def parse_from(path: str | Path, values: dict[str, Any]) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 from ..model.state import has_kt_experts
 from .known_versions import PARAMETERS
 from .patching import expect, replace
+from .template import note_prompt
 from .videos import check_plugins
 
 TEXT = {"inputs", "attention_mask", "generation_config"}
@@ -25,13 +26,22 @@ TEXT = {"inputs", "attention_mask", "generation_config"}
 
 
 def patch(module: ModuleType) -> None:
-    """Hook the engine's four methods; all or none."""
+    """Hook the engine's four methods, and the function that chooses its template; all or none."""
     check_plugins()
     engine: Any = module.HuggingfaceEngine
     stock_process = expect(engine, "_process_args")
     stock_chat = expect(engine, "_chat")
     stock_start = expect(engine, "_stream_chat")
     stock_stream = expect(engine, "stream_chat")
+    stock_template = expect(module, "get_template_and_fix_tokenizer")
+
+    def get_template_and_fix_tokenizer(tokenizer: Any, data_args: Any) -> Any:
+        template = stock_template(tokenizer, data_args)
+        with contextlib.suppress(
+            Exception
+        ):  # of templates that say other things; a load with use_kt looks at what is noted
+            note_prompt(template, tokenizer, data_args.template)
+        return template
 
     def _process_args(*args: Any, **kwargs: Any) -> Any:
         given = _by_name(args, kwargs)
@@ -103,6 +113,7 @@ def patch(module: ModuleType) -> None:
                 generation.stop()
 
     replace(engine, _process_args, _chat, _stream_chat, stream_chat)
+    replace(module, get_template_and_fix_tokenizer)
 
 
 def _by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

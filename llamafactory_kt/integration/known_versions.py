@@ -57,6 +57,7 @@ TABLE = (
     Row(f"{_ENGINE}._chat", " ".join(PARAMETERS)),
     Row(f"{_ENGINE}._stream_chat", " ".join(PARAMETERS)),
     Row(f"{_ENGINE}.stream_chat", f"self {' '.join(REQUEST)}"),
+    Row("chat.hf_engine.get_template_and_fix_tokenizer", "tokenizer data_args"),
     Row("data.mm_plugin.Qwen2VLPlugin._regularize_videos", "self videos kwargs"),
     Row("data.mm_plugin.Qwen3VLPlugin.process_messages", "self messages images videos audios processor"),
     Row("data.mm_plugin.GLM4VPlugin.process_messages", "self messages images videos audios processor"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -17,7 +19,10 @@ from helpers.adapters import edit_adapter, make_adapter
 from helpers.marks import needs_native
 from helpers.models import make_model
 from helpers.places import ROOT
+from typer.testing import CliRunner
 
+from llamafactory_kt.cli import app
+from llamafactory_kt.ground.errors import KTError
 from llamafactory_kt.ground.machine import missing_cpu_flags
 from llamafactory_kt.tools.doctor import Status, diagnose, machine
 from llamafactory_kt.tools.doctor.environment import variables
@@ -174,6 +179,65 @@ def test_models_and_adapters_that_do_not_fit(look, tmp_path, model, monkeypatch)
     monkeypatch.setattr("llamafactory_kt.model.memory.available_memory", lambda: 1000)
     found = look(model_name_or_path=str(model), kt_load="copy")["CPU memory"]
     assert found.status is Status.ERROR and "1000" not in found.text and "1.0 KiB are free" in found.text
+
+
+def test_what_a_chat_would_end_with(look, tmp_path, model):
+    """Each is one error before anything is loaded, in a chat too."""
+    from llamafactory_kt.integration.chat import LoadedChat
+
+    def problem(subject: str, **keys) -> str:
+        found = look(**{"model_name_or_path": str(model), **keys})[subject]
+        assert found.status is Status.ERROR and "\n" not in found.text and "docs/" not in found.advice
+        values = yaml.safe_load((tmp_path / "c.yaml").read_text())
+        with pytest.raises(KTError) as stopped:
+            LoadedChat.load(values)
+        assert str(stopped.value) in found.text
+        return found.text
+
+    text = problem("configuration", tempalte="qwen", max_new_token=5, kt_bakend="torch")
+    assert all(
+        hint in text for hint in ("did you mean template?", "did you mean max_new_tokens?", "did you mean kt_backend?")
+    )
+    assert "did you mean deepseek3?" in problem("configuration", template="deepsek3")
+    assert re.search(r" It has .*\balpaca, ", problem("configuration", template="xyzzy"))
+    text = problem("template", template="qwen")
+    assert "template: qwen puts '<|im_end|>' into prompts" in text and "(it has 1024)" in text
+    gguf = tmp_path / "gguf"
+    gguf.mkdir()
+    (gguf / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    assert "Download the model's own repository" in problem("model", model_name_or_path=str(gguf))
+
+
+def test_a_model_without_a_tokenizer(look, tmp_path, model):
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    found = look(model_name_or_path=str(bare))["tokenizer"]
+    assert found.status is Status.ERROR and "tokenizer.json" in found.advice
+
+
+def test_links_are_those_of_the_installed_package(monkeypatch):
+    from email.message import Message
+
+    from llamafactory_kt.tools.doctor import finding
+
+    described = Message()
+    monkeypatch.setattr(finding.metadata, "metadata", lambda name: described)
+    assert finding.see("engines.md") == ""
+    described["Project-URL"] = "Documentation, https://example.org/docs/"
+    assert finding.see("engines.md") == " See https://example.org/docs/engines.md."
+
+
+def test_problems_come_first(demo, tmp_path):
+    """What is in order is counted; -v lists it, last."""
+    config = write(tmp_path / "c.yaml", model_name_or_path=str(demo / "model"), template="none")
+    texts = []
+    for words in ([], ["-v"]):
+        result = CliRunner().invoke(app, ["doctor", str(config), *words])
+        assert result.exit_code == 1
+        texts.append([line.split()[0] for line in result.stdout.splitlines() if line[:1] in "oew"])
+    short, long = texts
+    assert short[0] == long[0] == "error" and "ok" not in short and long[-1] == "ok"
+    assert sorted(long, key=["error", "warning", "ok"].index) == long
 
 
 @needs_native

@@ -25,7 +25,7 @@ def check_file(name: str | Path) -> None:
         name: checkpoint directory, or a name on the hub, of which nothing is read.
 
     Raises:
-        KTModelError: A ``quantization_config`` is no object, or the directory is an adapter's (too).
+        KTModelError: A ``quantization_config`` is no object, the directory is an adapter's (too), or what it has is GGUF.
     """
     directory = Path(os.path.expanduser(name))
     file = directory / "config.json"
@@ -36,6 +36,11 @@ def check_file(name: str | Path) -> None:
             else "give this directory as adapter_name_or_path, and its base model as model_name_or_path"
         )
         raise KTModelError(f"{directory} is given as the model, and holds an adapter ({_ADAPTER}): {advice}.")
+    if found := _gguf(directory):
+        raise KTModelError(
+            f"{found} is a model in GGUF, llama.cpp's format, which use_kt does not read: it takes checkpoints in safetensors. Download the "
+            "model's own repository, not one of its GGUF conversions; kt_backend: INT4 makes it as small while it is loaded."
+        )
     try:
         whole = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -43,6 +48,15 @@ def check_file(name: str | Path) -> None:
     for key in _KEYS:
         if isinstance(whole, dict) and whole.get(key) is not None:
             Values(whole[key], f"config.json of {file.parent}", key)
+
+
+def _gguf(place: Path) -> Path | None:
+    """A file in GGUF that is all that there is: itself, or one in a directory without safetensors."""
+    if place.suffix.lower() == ".gguf":
+        return place
+    if not place.is_dir() or any(place.glob("*.safetensors")):
+        return None
+    return next(iter(sorted(place.glob("*.gguf"))), None)
 
 
 def stored_values(config: Any) -> Values | None:

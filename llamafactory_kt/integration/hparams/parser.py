@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ from ...settings.upstream_keys import gather, gather_words
 from .. import bootstrap
 from ..excepthook import end_in_one_paragraph
 from ..patching import asks_for, check_stock, expect, replace, require_hooks
+from ..template import check_keys, check_name
 from .option_lists import accept_json, settle_conflicts
 
 
@@ -69,7 +71,15 @@ def _guard(module: ModuleType) -> None:
             if bootstrap.failures:
                 raise next(iter(bootstrap.failures.values()))
             values = module.read_args(given)
-            return stock(gather(values) if isinstance(values, dict) else gather_words(values))
+            if isinstance(values, dict):
+                values = gather(values)
+                check_keys(values, {field.name for kind in module._INFER_ARGS for field in dataclasses.fields(kind)})
+            else:
+                values = gather_words(values)
+            found = stock(values)
+            if getattr(found[0], "kt_inference", False):
+                check_name(found[1].template)
+            return found
         return stock(*args, **kwargs)
 
     replace(module, get_infer_args)

@@ -20,6 +20,7 @@ from ...ground.errors import printable
 from ..auto_classes import answer_by_name
 from ..chat_config import experts_config, with_kt
 from ..patching import expect, replace
+from ..template import check_tokens
 
 logger = logging.getLogger("llamafactory_kt")
 
@@ -71,6 +72,7 @@ def patch(module: ModuleType) -> None:
         from ...checkpoint.formats import format_of, quantization
 
         format_of(config)  # refuses what cannot be read
+        check_tokens(tokenizer, config, resizes=bool(model_args.resize_vocab))
         with _unquantized(config):
             stock_patch(config, tokenizer, model_args, init_kwargs, is_trainable)
         _prepare(model_args, init_kwargs, quantization(config))

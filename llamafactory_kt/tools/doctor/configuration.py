@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...ground.errors import KTError, KTMemoryError, describe, name_some
 from ...ground.machine import available_memory, gib
-from .finding import Findings, error, ok, warning
+from .finding import Findings, error, ok, see, warning
 
 if TYPE_CHECKING:
     from ...adapters import AdapterSet
@@ -23,17 +23,17 @@ _RESIZE = ("resize_vocab", "add_tokens", "add_special_tokens", "new_special_toke
 
 def configuration(config: Path, overrides: Sequence[str] = ()) -> Findings:
     """Check everything that a load checks before it reads weights, and estimate the memory of a load."""
-    from ...integration.chat_config import parse, read_yaml
+    from ...integration.chat_config import parse_chat, read_yaml
 
     logged = BufferingHandler(capacity=1000)
     logged.setLevel(logging.WARNING)
     logger = logging.getLogger("llamafactory_kt")
     logger.addHandler(logged)
     try:
-        args = parse(read_yaml(config, overrides))
+        args, data_args = parse_chat(read_yaml(config, overrides))
     except Exception as problem:
         text = f"{config}: {describe(problem)}"
-        yield error("configuration", text, "Correct the file; docs/chat-guide.md lists all keys.")
+        yield error("configuration", text, f"Correct the file.{see('chat-guide.md')}")
         return
     finally:
         logger.removeHandler(logged)
@@ -44,10 +44,10 @@ def configuration(config: Path, overrides: Sequence[str] = ()) -> Findings:
         yield warning("configuration", text, "use_kt: true puts the experts into kt-kernel.")
         return
     yield ok("configuration", f"{config} parses; kt_backend: {args.kt_backend}")
-    yield from _model(args)
+    yield from _model(args, data_args)
 
 
-def _model(args: Any) -> Findings:
+def _model(args: Any, data_args: Any) -> Findings:
     from ...checkpoint.discovery import formulas
     from ...checkpoint.opening import MoEModel, empty_model, weight_files
 
@@ -55,7 +55,9 @@ def _model(args: Any) -> Findings:
     try:
         moe = MoEModel(empty_model(name, quantized=True), weight_files(name))
     except KTError as problem:
-        yield error("model", describe(problem), "docs/architectures.md says which models are accepted.")
+        yield error(
+            "model", describe(problem), f"Use a model that is accepted, in safetensors.{see('architectures.md')}"
+        )
         return
     first = moe.experts[0]
     yield ok(
@@ -64,9 +66,36 @@ def _model(args: Any) -> Findings:
         f"({first.shape.hidden_size} x {first.shape.intermediate_size}), {first.num_experts_per_tok} per token, each "
         f"{name_some(list(map(str, formulas(moe.experts))), 2)}",
     )
+    if Path(args.model_name_or_path).expanduser().is_dir():
+        yield from _template(args, data_args, moe)
     layout = yield from _checkpoint(args, moe)
     adapters = yield from _adapters(args, moe)
     yield from _memory(args, moe, adapters, layout)
+
+
+def _template(args: Any, data_args: Any, moe: MoEModel) -> Findings:
+    """Make a prompt as a chat does."""
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.model import load_tokenizer
+
+    from ...integration.template import check_tokens, note_prompt
+
+    try:
+        tokenizer = load_tokenizer(args)["tokenizer"]
+    except Exception as problem:  # of the libraries, which have many
+        reason = describe(problem.__cause__ or problem)
+        text = f"{args.model_name_or_path}: its tokenizer cannot be loaded: {reason}"
+        yield error(
+            "tokenizer", text, "Download tokenizer.json, tokenizer_config.json and their like beside config.json."
+        )
+        return
+    try:
+        note_prompt(get_template_and_fix_tokenizer(tokenizer, data_args), tokenizer, data_args.template)
+        check_tokens(tokenizer, moe.model.config, resizes=bool(args.resize_vocab))
+    except Exception as problem:
+        yield error("template", describe(problem), "Set template to the one that the model was made for.")
+        return
+    yield ok("template", f"{data_args.template or 'of the tokenizer'}; {len(tokenizer)} tokens")
 
 
 def _checkpoint(args: Any, moe: MoEModel) -> Any:
@@ -84,7 +113,11 @@ def _checkpoint(args: Any, moe: MoEModel) -> Any:
     try:
         layout = moe.layout
     except KTError as problem:
-        yield error("checkpoint", describe(problem), "docs/messages.md has a row for each of these messages.")
+        yield error(
+            "checkpoint",
+            describe(problem),
+            f"Download or copy the checkpoint again, if nothing else is said.{see('messages.md')}",
+        )
         return None
     size = sum(file.stat().st_size for file in moe.files)
     yield ok("checkpoint", f"{len(moe.files)} file(s), {gib(size)}, experts in {', '.join(sorted(layout.dtypes()))}")
@@ -133,12 +166,18 @@ def _memory(args: Any, moe: MoEModel, adapters: AdapterSet, layout: CheckpointLa
         plans = candidates(config.backend, request, merged=config.merge_adapter, formulas=computed)
         plans = without_decoding(plans, layout, config)
     except KTError as problem:
-        yield error("experts", describe(problem), "docs/engines.md says what each engine computes.")
+        yield error(
+            "experts", describe(problem), f"kt_backend: auto takes the fastest engine that can.{see('engines.md')}"
+        )
         return
     try:
         places = placements(moe, layout, adapters, config, plans, on_gpu=gpus > 0)
     except KTMemoryError as problem:
-        yield error("CPU memory", describe(problem), "docs/chat-guide.md#memory says what loading takes.")
+        yield error(
+            "CPU memory",
+            describe(problem),
+            f"llamafactory-kt estimate {args.model_name_or_path} compares precisions.{see('chat-guide.md#memory')}",
+        )
         return
     plans = [plan for plan in plans if plan.backend in places]
     need, mapped = places[plans[0].backend].need, places[plans[0].backend].options.mapped

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from importlib import metadata
 
 
 class Status(StrEnum):
@@ -34,3 +35,17 @@ class Finding:
 Findings = Iterator[Finding]
 
 ok, warning, error = (partial(Finding, status) for status in Status)
+
+
+DISTRIBUTION = "llamafactory-kt-experts"
+
+
+def see(page: str) -> str:
+    """A sentence with the address of a page of the documentation, by the addresses in the installed package's metadata; empty where it has
+    none: a wheel holds no pages."""
+    try:
+        urls = [line.partition(", ") for line in metadata.metadata(DISTRIBUTION).get_all("Project-URL") or ()]
+    except metadata.PackageNotFoundError:
+        return ""
+    address = next((address for label, _, address in urls if label.lower() in ("documentation", "docs")), None)
+    return f" See {address.rstrip('/')}/{page}." if address else ""

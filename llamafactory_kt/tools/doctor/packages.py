@@ -12,12 +12,10 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from ...ground.errors import describe
-from .finding import Findings, error, ok, warning
+from .finding import DISTRIBUTION, Findings, error, ok, warning
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
-
-DISTRIBUTION = "llamafactory-kt-experts"
 
 STOCK = {
     "llamafactory": "llamafactory", "transformers": "transformers", "accelerate": "accelerate", "peft": "peft",

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from .ground.errors import ranges
 from .ground.machine import available_memory, gib
 from .ground.paging import spread_over
 from .model.memory import nbytes_by_device
@@ -35,7 +36,7 @@ def load_rows(model: nn.Module) -> Rows:
     torch_params = sum(p.numel() for p in model.parameters())
     peft_params = _count_lora(model)
 
-    rows = [("Layers wrapped", f"{len(wrappers)} ({_ranges([w.layer_idx for w in wrappers])})")]
+    rows = [("Layers wrapped", f"{len(wrappers)} ({ranges([w.layer_idx for w in wrappers])})")]
     if kinds := layer_kinds(model):
         rows.append(("Layer kinds", kinds))
     build = engine.build()
@@ -126,22 +127,7 @@ def layer_kinds(model: Any) -> str:
     neutral = {"first_k_dense_replace": 0, "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_layer_freq": 1}
     values = {name: getattr(config, name, None) for name in neutral}
     deciding = ", ".join(f"{name}: {value}" for name, value in values.items() if value not in (None, neutral[name]))
-    return f"MoE {_ranges(moe)}, dense MLP {_ranges(dense)}" + (f" ({deciding})" if deciding else "")
-
-
-def _ranges(numbers: list[int]) -> str:
-    """``1-26`` for a run of numbers, ``1, 3-5`` for several.
-
-    >>> _ranges([1, 3, 4, 5])
-    '1, 3-5'
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"MoE {ranges(moe)}, dense MLP {ranges(dense)}" + (f" ({deciding})" if deciding else "")
 
 
 def debug_structure(model: nn.Module) -> str:

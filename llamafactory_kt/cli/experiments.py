@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import typer
@@ -89,7 +90,7 @@ def compare(
     seed: int = typer.Option(0, help="Sampling seed."),
     json_file: Path = JSON,
 ) -> None:
-    """Compare answers, distributions, perplexity, speed and memory; writes report.html and comparison.json."""
+    """Compare answers, distributions, perplexity, speed and memory; writes report.html, report.md and comparison.json."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -98,7 +99,7 @@ def compare(
     from ..tools.experiments.comparing import FILE, compare_variants
     from ..tools.experiments.measuring import CompareOptions
     from ..tools.experiments.plan import plan_variants
-    from ..tools.experiments.report_html import shown_columns, write_report
+    from ..tools.experiments.report_html import markdown, shown_columns, write_report
 
     keys = [word for word in words if "=" in word and not Path(word).is_file()]
     configs = [Path(word) for word in words if word not in keys]
@@ -114,6 +115,7 @@ def compare(
         text = json.dumps(data, ensure_ascii=False, indent=1, default=str)
         (folder / FILE).write_text(text, encoding="utf-8")
         write_report(data, folder / "report.html")
+        (folder / "report.md").write_text(markdown(data), encoding="utf-8")
 
     def show() -> None:
         table = Table("", *(escape(variant["name"]) for variant in data["variants"]))
@@ -123,7 +125,7 @@ def compare(
         out.print(table)
         for warning in data["warnings"]:
             out.print(f"Warning: {warning}", style="bold yellow", markup=False)
-        typer.echo(f"Wrote {output / 'report.html'} and {FILE}.")
+        typer.echo(f"Wrote {output / 'report.html'}, report.md and {FILE}.")
 
     report(json.loads(text), json_file, show)
 
@@ -164,8 +166,13 @@ def _show_usage(usage: ExpertUsage, output: Path) -> None:
     from ..router_stats.stats import router_table
 
     typer.echo(router_table(usage.total))
-    for layer in usage.norms:
-        r = usage.correlation(layer)
-        known = "no correlation (one of the two is constant)" if r is None else f"correlation {r:.2f}"
-        typer.echo(f"layer {layer}: {known} between an expert's tokens and its ‖ΔW‖")
+    known = {layer: r for layer in usage.norms if (r := usage.correlation(layer)) is not None}
+    if known:
+        low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+        typer.echo(
+            f"Correlation between an expert's tokens and its ‖ΔW‖: median {median(known.values()):.2f} of {len(known)} layers, from "
+            f"{known[low]:.2f} (layer {low}) to {known[high]:.2f} (layer {high})."
+        )
+    elif usage.norms:
+        typer.echo("No correlation between an expert's tokens and its ‖ΔW‖: in each layer, one of the two is constant.")
     typer.echo(f"Wrote {output}: {usage.prompts - len(usage.failed)} of {usage.prompts} prompts counted.")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..ground.errors import KTError, name_some
+from ..ground.errors import KTError, name_some, ranges
 from ..ground.machine import gib
 from .output import JSON, console, report
 
@@ -61,7 +63,10 @@ def _check_model(name: str, adapter: Any) -> tuple[Any, str]:
 
 def _show(result: Inspection, model: str | None, problem: str, verbose: bool) -> None:
     out = console()
-    layers = name_some((f"{layer} ({experts})" for layer, experts in result.layers.items()), 8)
+    sizes: dict[int, list[int]] = {}
+    for layer, experts in result.layers.items():
+        sizes.setdefault(experts, []).append(layer)
+    layers = "; ".join(f"{ranges(found)} ({experts} each)" for experts, found in sizes.items())
     none = "unknown without a model" if "routed experts" in result.groups else "no expert LoRA"
     facts = Table(show_header=False)
     facts.add_row("Adapter", escape(result.path))
@@ -84,9 +89,30 @@ def _show(result: Inspection, model: str | None, problem: str, verbose: bool) ->
             names = name_some(group.not_finite, len(group.not_finite) if verbose else 3)
             out.print(f"NaN or Inf: {names}", markup=False)
     if result.norms:
+        for line in _summary(result.norms):
+            out.print(line, highlight=False)
         norms = Table("layer", "‖ΔW‖ mean", "min", "max", "most changed experts")
         for layer, row in result.norms.items():
             order = sorted(enumerate(row), key=lambda pair: -pair[1])
             top = ", ".join(f"{expert} ({norm:.3g})" for expert, norm in order[:3])
             norms.add_row(str(layer), f"{sum(row) / len(row):.3g}", f"{min(row):.3g}", f"{max(row):.3g}", top)
         out.print(norms)
+
+
+def _summary(norms: dict[int, list[float]]) -> list[str]:
+    """How much was changed in all, and where most; of what is finite."""
+    known = {layer: {e: norm for e, norm in enumerate(row) if isfinite(norm)} for layer, row in norms.items()}
+    every = sorted(
+        ((norm, layer, expert) for layer, row in known.items() for expert, norm in row.items()), reverse=True
+    )
+    if not every:
+        return []
+    most = ", ".join(f"expert {expert} of layer {layer} ({norm:.3g})" for norm, layer, expert in every[:3])
+    means = {layer: fmean(row.values()) for layer, row in known.items() if row}
+    low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+    untouched = sum(norm == 0 for norm, _, _ in every)
+    return [
+        f"‖ΔW‖ of {len(every)} experts in {len(means)} layers: mean {fmean(norm for norm, _, _ in every):.3g}; {untouched} unchanged; most "
+        f"changed: {most}.",
+        f"Layers by their mean: least {low} ({means[low]:.3g}), most {high} ({means[high]:.3g}).",
+    ]

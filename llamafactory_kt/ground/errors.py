@@ -73,6 +73,21 @@ def name_some(names: Iterable[object], limit: int = 5) -> str:
     return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
 
 
+def ranges(numbers: Iterable[int]) -> str:
+    """``1-26`` for a run of numbers, ``1, 3-5`` for several.
+
+    >>> ranges([1, 3, 4, 5])
+    '1, 3-5'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks, or the name of its type if it has no message.
 

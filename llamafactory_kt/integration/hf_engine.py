@@ -16,9 +16,9 @@ from types import ModuleType
 from typing import Any
 
 from ..model.state import has_kt_experts
+from .hparams.template import note_prompt
 from .known_versions import PARAMETERS
 from .patching import expect, replace
-from .template import note_prompt
 from .videos import check_plugins
 
 TEXT = {"inputs", "attention_mask", "generation_config"}

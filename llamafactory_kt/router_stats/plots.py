@@ -12,8 +12,15 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 DPI = 90
+_MANY = 1024
+"""cells, from which on single experts are far from all others"""
+_TOP = 99.5
+"""percentile that has the brightest color then"""
+_MARKED = 90
+"""percentile of the second values from which on they are drawn then"""
 
 
 def heat_map(
@@ -36,26 +43,45 @@ def heat_map(
         figsize=(min(16, max(6, 1.5 + 0.16 * width)), max(2.8, 1.6 + 0.25 * len(rows))), layout="constrained"
     )
     axes = figure.add_subplot()
-    top = float(np.nanmax(grid)) or 1.0  # no counts yet
+    many = grid.size > _MANY
+    top = float(np.nanpercentile(grid, _TOP) if many else np.nanmax(grid)) or 1.0  # no counts yet
     image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0, vmax=top)
     axes.set(xlabel="expert", ylabel="layer", title=title)
     step = max(1, len(rows) // 32)
     axes.set_yticks(range(0, len(rows), step), [str(layer) for layer in list(rows)[::step]])
     axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
-    figure.colorbar(image, label=label)
+    figure.colorbar(image, label=label, extend="max" if many else "neither")
     if marks:
         largest = max((max(row) for row in marks.values()), default=0.0) or 1.0
+        least = float(np.percentile([value for row in marks.values() for value in row], _MARKED)) if many else 0.0
         points = [
-            (expert, place, 90 * value / largest)
+            (expert, place, _area(figure, grid) * value / largest)
             for place, layer in enumerate(rows)
             for expert, value in enumerate(marks.get(layer, ()))
-            if value
+            if value and value >= least
         ]
         if points:
+            mark_label += f" (the largest {100 - _MARKED} %)" if many else ""
             x, y, size = zip(*points, strict=True)
-            axes.scatter(x, y, size, facecolors="none", edgecolors="red", label=mark_label)
-            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.25), frameon=False)
+            axes.scatter(
+                x,
+                y,
+                size,
+                facecolors="none",
+                edgecolors="red",
+                linewidths=1.0 if many else 1.5,
+                label=mark_label,
+            )
+            figure.legend(loc="outside lower left", frameon=False)
     return figure
+
+
+def _area(figure: Figure, grid: NDArray[np.float64]) -> float:
+    """Of the largest circle that stays in its cell, in square points; at most what a small map has."""
+    rows, columns = grid.shape
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    side: float = min(0.85 * width / columns, 0.8 * height / rows)
+    return min(90.0, (0.8 * side) ** 2)
 
 
 def bars(names: Sequence[str], values: Sequence[float], unit: str) -> Figure:

@@ -14,6 +14,8 @@ from rich.table import Table
 from ..ground.errors import KTModelError, name_some
 from ..model.state import kt_state
 
+MANY_LAYERS, WORST = 8, 3
+"""from so many layers on, a summary comes first, with so many of the worst"""
 MIN_MEAN_TOKENS = 4.0
 """mean tokens per expert below which an uneven load may be chance"""
 
@@ -122,7 +124,7 @@ def print_router_stats(model: Any) -> None:
 
 
 def router_table(stats: dict[int, LayerStats]) -> str:
-    """Plain text: one row per layer, and below the table the layers whose load is very uneven."""
+    """Plain text: a summary, one row per layer, and below the table the layers whose load is very uneven."""
     first = next(iter(stats.values()))
     answers = first.tokens - first.prompt_tokens
     table = Table(
@@ -140,7 +142,24 @@ def router_table(stats: dict[int, LayerStats]) -> str:
     out = io.StringIO()
     Console(file=out, width=110, color_system=None).print(table)
     warnings = [f"layer {layer}: {entry.warning}" for layer, entry in stats.items() if entry.warning]
-    return "\n".join([out.getvalue().rstrip(), *warnings])
+    return "\n".join([*_summary(stats), out.getvalue().rstrip(), *warnings])
+
+
+def _summary(stats: dict[int, LayerStats]) -> list[str]:
+    """All layers in a few lines, the least even ones by name; none of a model that is seen at a glance."""
+    if len(stats) < MANY_LAYERS or not next(iter(stats.values())).tokens:
+        return []
+    idle, experts = sum(len(entry.idle) for entry in stats.values()), sum(len(entry.counts) for entry in stats.values())
+    uneven = sorted(stats.values(), key=lambda entry: -float(entry.balance.std()))
+    worst = "; ".join(
+        f"{entry.layer} (expert {int(entry.balance.argmax())} with {entry.balance.max():.1f} times the mean, {len(entry.idle)} idle)"
+        for entry in uneven[:WORST]
+    )
+    return [
+        f"{len(stats)} layers: {idle} of {experts} experts got no token; the busiest got {max(e.balance.max() for e in uneven):.1f} times the "
+        f"mean of its layer.",
+        f"Least even layers: {worst}. Most even: {uneven[-1].layer} (up to {uneven[-1].balance.max():.1f} times).",
+    ]
 
 
 def _counters(model: Any) -> dict[int, Any]:

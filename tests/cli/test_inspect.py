@@ -100,3 +100,15 @@ def test_heat_map(tmp_path, model):
     without = make_adapter(tmp_path / "b", model, skip_layers=(0, 1, 2))
     assert run(without, "--heatmap", tmp_path / "none.png")[0] != 0 and not (tmp_path / "none.png").exists()
     assert "no expert LoRA" in run(without)[1]
+
+
+def test_what_was_changed_most_comes_first(tmp_path, model):
+    """All experts and layers in two lines, before the table."""
+    adapter = make_adapter(tmp_path / "a", model)
+    code, output = run(adapter, "--values")
+    norms = json.loads(run(adapter, "--values", "--json")[1])["norms"]
+    every = {(float(norm), int(layer), expert) for layer, row in norms.items() for expert, norm in enumerate(row)}
+    norm, layer, expert = max(every)
+    assert code == 0 and f"most changed: expert {expert} of layer {layer} ({norm:.3g}), " in output
+    assert output.index("most changed: ") < output.index("most changed experts")
+    assert f"{len(every)} experts in {len(norms)} layers" in output and "1-2 (6 each)" in output

@@ -212,7 +212,7 @@ def test_a_model_without_a_tokenizer(look, tmp_path, model):
     bare = tmp_path / "bare"
     shutil.copytree(model, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     found = look(model_name_or_path=str(bare))["tokenizer"]
-    assert found.status is Status.ERROR and "tokenizer.json" in found.advice
+    assert found.status is Status.ERROR and "Download tokenizer.json" in found.text
 
 
 def test_links_are_those_of_the_installed_package(monkeypatch):

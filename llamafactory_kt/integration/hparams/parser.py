@@ -14,8 +14,8 @@ from ...settings.upstream_keys import gather, gather_words
 from .. import bootstrap
 from ..excepthook import end_in_one_paragraph
 from ..patching import asks_for, check_stock, expect, replace, require_hooks
-from ..template import check_keys, check_name
 from .option_lists import accept_json, settle_conflicts
+from .template import check_keys, check_name
 
 
 def patch(module: ModuleType) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 from ...ground.errors import printable
 from ..auto_classes import answer_by_name
 from ..chat_config import experts_config, with_kt
+from ..hparams.template import check_tokens
 from ..patching import expect, replace
-from ..template import check_tokens
 
 logger = logging.getLogger("llamafactory_kt")
 

@@ -75,24 +75,18 @@ def _model(args: Any, data_args: Any) -> Findings:
 
 def _template(args: Any, data_args: Any, moe: MoEModel) -> Findings:
     """Make a prompt as a chat does."""
-    from llamafactory.data import get_template_and_fix_tokenizer
-    from llamafactory.model import load_tokenizer
-
-    from ...integration.template import check_tokens, note_prompt
+    from ...integration.hparams.template import check_prompt, load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(args)["tokenizer"]
-    except Exception as problem:  # of the libraries, which have many
-        reason = describe(problem.__cause__ or problem)
-        text = f"{args.model_name_or_path}: its tokenizer cannot be loaded: {reason}"
+        tokenizer = load_tokenizer(args)
+    except KTError as problem:
         yield error(
-            "tokenizer", text, "Download tokenizer.json, tokenizer_config.json and their like beside config.json."
+            "tokenizer", describe(problem), "A chat needs the tokenizer's files, and no others beside the weights."
         )
         return
     try:
-        note_prompt(get_template_and_fix_tokenizer(tokenizer, data_args), tokenizer, data_args.template)
-        check_tokens(tokenizer, moe.model.config, resizes=bool(args.resize_vocab))
-    except Exception as problem:
+        check_prompt(tokenizer, data_args, moe.model.config, resizes=bool(args.resize_vocab))
+    except Exception as problem:  # also of templates that do not go with the tokenizer
         yield error("template", describe(problem), "Set template to the one that the model was made for.")
         return
     yield ok("template", f"{data_args.template or 'of the tokenizer'}; {len(tokenizer)} tokens")

@@ -7,16 +7,21 @@ import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from datetime import UTC, datetime
+from importlib.metadata import distributions, version
 from math import exp, log
 from statistics import fmean
 from typing import Any
 
 from ...ground.atomic_output import temporary_directory
 from ...ground.errors import KTError
+from ...ground.machine import cpu_name, usable_cores
 from ...integration.prompts import Prompt
 from .measuring import CompareOptions, VariantResult, run_group
 from .plan import PARTS, Variant, group_variants
 
+DISTRIBUTIONS = ("llamafactory-kt-experts", "llamafactory", "transformers", "peft", "torch", "kt-kernel")
+"""whose versions a report names, where they are installed"""
 FILE = "comparison.json"
 """by which the directory of an earlier run is known"""
 
@@ -71,12 +76,29 @@ def _report(
             "rows": rows,
         })  # fmt: skip
     return {
+        "about": about(variants),
         "first": first.name,
         "options": vars(options),
         "prompts": [{"index": p.index, "text": p.text, "reference": p.reference} for p in prompts],
         "warnings": warnings_about(variants, results),
         "variants": entries,
     }
+
+
+def about(variants: Sequence[Variant]) -> dict[str, Any]:
+    """What a report has to name, so that it can be read later: models, adapters, versions, the machine and the time."""
+    models = [str(variant.config.get("model_name_or_path")) for variant in variants]
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "models": list(dict.fromkeys(models)),
+        "adapters": list(dict.fromkeys(name for variant in variants for name in variant.adapters)),
+        "versions": {name: version(name) for name in DISTRIBUTIONS if name in _installed()},
+        "machine": f"{cpu_name()}, {usable_cores()} cores",
+    }
+
+
+def _installed() -> set[str]:
+    return {str(found.metadata["Name"]).lower() for found in distributions()}
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, float | None]:

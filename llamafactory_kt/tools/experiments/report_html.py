@@ -1,9 +1,9 @@
-"""The report of a comparison: one self-contained HTML file."""
+"""The report of a comparison: one self-contained HTML file, and its summary as Markdown."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,35 @@ def write_report(data: dict[str, Any], path: Path) -> None:
     embedded = json.dumps(data, ensure_ascii=False, default=str).replace("<", "\\u003c")
     page = environment.get_template("report.html.jinja").render(
         data=data, columns=shown_columns(data), plots=_plots(data), differences=_differences(data), facts=_facts,
-        embedded=Markup(embedded),
+        embedded=Markup(embedded), about=facts_about(data),
     )  # fmt: skip
     path.write_text(page, encoding="utf-8")
+
+
+def facts_about(data: dict[str, Any]) -> dict[str, str]:
+    """What was compared, with what, where and when: title -> text."""
+    about = data["about"]
+    return {
+        "Model": ", ".join(about["models"]),
+        "Adapters": ", ".join(about["adapters"]) or "none",
+        "Versions": ", ".join(f"{name} {number}" for name, number in about["versions"].items()),
+        "Machine": about["machine"],
+        "Created": about["created"],
+    }
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """The facts, the warnings and the summary, for an issue or a wiki."""
+
+    def row(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+    columns = shown_columns(data)
+    lines = ["# Comparison", "", *(f"- {title}: {text}" for title, text in facts_about(data).items()), ""]
+    lines += [f"**{warning}**\n" for warning in data["warnings"]]
+    lines += [row(["configuration", *(column.title for column in columns)]), row(["---", *["---:"] * len(columns)])]
+    lines += [row([variant["name"], *(column.show(variant) for column in columns)]) for variant in data["variants"]]
+    return "\n".join([*lines, "", *(f"{column.title}: {column.help}.  " for column in columns)]) + "\n"
 
 
 def _plots(data: dict[str, Any]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import transformers
 import yaml
 from helpers.adapters import make_adapter
 from helpers.models import make_model
@@ -95,6 +96,25 @@ def test_measures_against_stock_transformers(compared):
     assert all(v["tokens_per_second"] > 0 and v["memory"] > 2**20 for v in data["variants"])
 
 
+def test_reports_say_what_was_compared(compared):
+    """With what, where and when; as HTML and as Markdown."""
+    model, adapter, output = compared
+    about = json.loads((output / "comparison.json").read_text())["about"]
+    assert about["models"] == [str(model)] and about["adapters"] == [str(adapter)]
+    assert about["versions"]["transformers"] == transformers.__version__ and about["created"].startswith("20")
+    texts = [(output / name).read_text() for name in ("report.html", "report.md")]
+    for wanted in (
+        str(model),
+        str(adapter),
+        f"transformers {transformers.__version__}",
+        about["created"],
+        about["machine"],
+    ):
+        assert all(wanted in text for text in texts)
+    rows = [line for line in texts[1].splitlines() if line.startswith("| config: ")]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {part}" for part in PARTS]
+
+
 def test_report_in_a_browser(compared):
     """It opens without errors and without the network, and shows the numbers of the JSON file."""
     playwright = pytest.importorskip("playwright.sync_api")
@@ -117,8 +137,13 @@ def test_report_in_a_browser(compared):
         answers = page.locator("#answers tbody tr").all_inner_texts()
         images = page.eval_on_selector_all("img", "all => all.map(image => image.naturalWidth)")
         embedded = page.evaluate("JSON.parse(document.getElementById('data').textContent)")
+        page.set_viewport_size({"width": 800, "height": 600})
+        page.emulate_media(color_scheme="dark")
+        width = page.evaluate("document.documentElement.scrollWidth")
+        lightness = page.evaluate("getComputedStyle(document.querySelector('.plots img')).filter")
         browser.close()
     assert problems == [] and embedded == data
+    assert width <= 800 and "invert" in lightness
     means = [variant["mean"] for variant in data["variants"]]
     assert cells["kl"] == [f"{m['kl']:.4g}" for m in means] and cells["top1"] == [f"{m['top1']:.1%}" for m in means]
     assert cells["perplexity"] == [f"{m['perplexity']:.4g}" for m in means]

@@ -6,10 +6,10 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ..ground.errors import KTConfigError, name_some
-from ..settings.keys import KTArguments
-from ..settings.upstream_keys import KEYS, dictionary
-from ..settings.values import suggestion
+from ...ground.errors import KTConfigError, KTModelError, describe, name_some
+from ...settings.keys import KTArguments
+from ...settings.upstream_keys import KEYS, dictionary
+from ...settings.values import suggestion
 
 _CONVERSATION = [("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "")]
 """what all templates can say: with the end of an answer in it, and the beginning of another"""
@@ -55,6 +55,36 @@ def note_prompt(template: Any, tokenizer: Any, name: str | None) -> None:
     messages = [{"role": role, "content": content} for role, content in _CONVERSATION]
     ids, _ = template.encode_oneturn(tokenizer, messages)
     vars(tokenizer)[_PROMPT] = name, list(ids)
+
+
+def load_tokenizer(model_args: Any) -> Any:
+    """A chat's tokenizer, as LLaMA-Factory loads it.
+
+    Raises:
+        KTModelError: There is none, or it cannot be loaded.
+    """
+    from llamafactory import model
+
+    try:
+        return model.load_tokenizer(model_args)["tokenizer"]
+    except Exception as error:  # of the libraries, which have many
+        reason = describe(error.__cause__ or error)
+        raise KTModelError(
+            f"{model_args.model_name_or_path}: its tokenizer cannot be loaded: {reason}. Download tokenizer.json, tokenizer_config.json and "
+            "their like beside config.json."
+        ) from error
+
+
+def check_prompt(tokenizer: Any, data_args: Any, config: Any, *, resizes: bool) -> None:
+    """:func:`check_tokens` with the template that a chat would take.
+
+    Raises:
+        KTConfigError: The model has no embeddings for what it says.
+    """
+    from llamafactory.data import get_template_and_fix_tokenizer
+
+    note_prompt(get_template_and_fix_tokenizer(tokenizer, data_args), tokenizer, data_args.template)
+    check_tokens(tokenizer, config, resizes=resizes)
 
 
 def check_tokens(tokenizer: Any, config: Any, *, resizes: bool) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..adapters import AdapterSet
-from ..ground.errors import KTConfigError, KTModelError, one_line
+from ..ground.errors import KTConfigError
 from . import bootstrap
 from .chat_config import open_configured, parse, parse_from, read_yaml
 from .hf_engine import TEXT
+from .hparams import template
 from .known_versions import PARAMETERS
 from .media import add_token_types
 from .patching import expect
@@ -48,12 +49,7 @@ def load_tokenizer(config: Mapping[str, Any]) -> tuple[Any, int]:
     args = parse(dict(config))
     from llamafactory import model
 
-    try:
-        tokenizer = model.load_tokenizer(args)["tokenizer"]
-    except Exception as error:
-        raise KTModelError(
-            f"{args.model_name_or_path}: its tokenizer cannot be loaded, and a text is measured in tokens: {one_line(error)}"
-        ) from error
+    tokenizer = template.load_tokenizer(args)
     return tokenizer, model.load_config(args).get_text_config().vocab_size
 
 

@@ -52,7 +52,9 @@ def test_a_checkpoint_that_says_that_it_is_not_quantized(tmp_path, demo):
 
 
 def test_dense_model_is_refused_through_llamafactory(tmp_path):
-    config = AutoConfig.for_model("llama", **SMALL, num_key_value_heads=2, bos_token_id=0, eos_token_id=1)
+    config = AutoConfig.for_model(
+        "llama", **{**SMALL, "vocab_size": 1024}, num_key_value_heads=2, bos_token_id=0, eos_token_id=1
+    )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
     for file in make_model(tmp_path / "moe", "mixtral").glob("tokenizer*"):
         shutil.copy(file, tmp_path / "dense")

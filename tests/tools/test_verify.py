@@ -60,13 +60,13 @@ def test_layers_and_the_table(tmp_path, demo):
     status, output = command(config, "kt_backend=torch", "--layers", "1,3-3")
     assert status == 0 and " none " in output
     assert "All 2 layers are right (others were not asked for); engine torch; worst: layer " in output
-    for layers, message in (("0-2", "0 have no routed experts"), ("x", "must be numbers and ranges")):
+    for layers, message in (("0-2", "0 have no routed experts"), ("x", "numbers and ranges")):
         result = CliRunner().invoke(app, ["verify", str(config), "kt_backend=torch", "--layers", layers])
-        assert isinstance(result.exception, KTConfigError) and message in str(result.exception)
+        assert result.exit_code == 2 and message in result.output
     result = CliRunner().invoke(app, ["verify", str(config), "use_kt=false"])
     assert isinstance(result.exception, KTConfigError) and "does not ask for use_kt" in str(result.exception)
     result = CliRunner().invoke(app, ["verify", str(config), "templat=deepseek"])
-    assert isinstance(result.exception, KTConfigError) and str(result.exception).startswith(f"{config}: ")
+    assert isinstance(result.exception, KTConfigError) and "did you mean template?" in str(result.exception)
 
 
 @pytest.fixture(scope="module", params=ENGINES)

@@ -5,20 +5,25 @@ The plan with the lowest total time for a 512-token prompt and a 256-token answe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from threading import Timer
+from typing import Any, NamedTuple
 
 from ..adapters import ExpertsShape
 from ..checkpoint.formula import PLAIN, ExpertFormula
 from ..engines.base import EngineOptions
 from ..engines.plan import Plan
-from ..ground.machine import available_memory
+from ..ground.machine import available_memory, usable_cores
 from ..ground.measurements import Remembered
+from ..ground.progress import measuring
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +35,10 @@ PROCESS = 2**29
 """bytes of a measuring process besides the experts"""
 AROUND = 512 * 2**20
 """most bytes of the weights around the experts, which all processes share"""
+TIMEOUT = 180
+"""seconds for all plans together"""
+BUSY = 0.5
+"""tasks that run or wait, for each core, before anything is measured: with more, the figures are not the machine's"""
 PROMPT, ANSWER = 512, 256
 """tokens of a typical chat"""
 
@@ -86,22 +95,32 @@ def choose(
             "options": [options.pools, options.max_chunk],
             "products": products,
             "plans": [asdict(plan) for plan in plans],
+            "kept": 2,  # the form of what is kept
         }
     )  # fmt: skip
     if recalibrate:
         memory.forget()
-    measured = memory.recall(lambda found: _checked(found, len(plans)))
-    if measured is None:
+    load = os.getloadavg()[0] / usable_cores()
+    found = memory.recall(lambda kept: _Measured(_checked(kept["plans"], len(plans)), float(kept["load"])))
+    if found is None or found.load > BUSY >= load:
         logger.info("Measuring engines and threads on a layer of this model's shape, once for this machine ...")
         try:
-            measured = _measure(memory.facts, experts)
+            found = _Measured(_measure(memory.facts, experts), load)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             logger.warning("Measuring engines and threads failed (%s); using %s.", error, plans[0])
             return plans[0], "measuring failed"
-        memory.keep([asdict(one) for one in measured])
-    best = min(range(len(plans)), key=lambda number: measured[number].chat)
-    others = "; ".join(f"{plan} {measured[number]}" for number, plan in enumerate(plans) if number != best)
-    return plans[best], f"measured {measured[best]} per layer; {others}"
+        memory.keep({"plans": [asdict(one) for one in found.plans], "load": load})
+    times = found.plans
+    best = min(range(len(plans)), key=lambda number: times[number].chat)
+    others = "; ".join(f"{plan} {times[number]}" for number, plan in enumerate(plans) if number != best)
+    busy = " (while other programs kept the machine busy; measured again at the next load, if it is idle)"
+    return plans[best], f"measured {times[best]} per layer; {others}{busy if found.load > BUSY else ''}"
+
+
+class _Measured(NamedTuple):
+    plans: list[PlanTimes]
+    load: float
+    """of the machine before, for each core"""
 
 
 def _checked(measured: Any, count: int) -> list[PlanTimes]:
@@ -113,11 +132,24 @@ def _checked(measured: Any, count: int) -> list[PlanTimes]:
 
 
 def _measure(facts: dict[str, Any], experts: int) -> list[PlanTimes]:
-    done = subprocess.run(
-        [sys.executable, "-m", "llamafactory_kt.autotune.worker"], input=json.dumps({**facts, "experts": experts}),
-        text=True, capture_output=True, timeout=180, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"the measuring process ended with {done.returncode}: {last}")
-    return [PlanTimes(**result) for result in json.loads(done.stdout.strip().splitlines()[-1])]
+    command = [sys.executable, "-m", "llamafactory_kt.autotune.worker"]
+    plans, last = len(facts["plans"]), ""
+    with tempfile.TemporaryFile("w+") as said, measuring(plans) as tell:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True)
+        timer = Timer(TIMEOUT, process.kill)
+        timer.start()
+        try:
+            with process, contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps({**facts, "experts": experts}))  # type: ignore[union-attr]
+                process.stdin.close()  # type: ignore[union-attr]
+                for last in process.stdout or ():
+                    if last.strip().isdecimal():
+                        tell(int(last))
+        finally:
+            timer.cancel()
+            process.kill()
+        if process.returncode:
+            said.seek(0)
+            reason = ([line for line in said.read().splitlines() if line.strip()] or ["no message"])[-1].strip()
+            raise ValueError(f"the measuring process ended with {process.returncode}: {reason}")
+    return [PlanTimes(**result) for result in json.loads(last)]

@@ -1,4 +1,5 @@
-"""The process that measures plans for :mod:`.choose`: a task on standard input, times on standard output, in JSON.
+"""The process that measures plans for :mod:`.choose`: a task on standard input, and on standard output the number of each plan whose turn it
+is, a line each, and in the last line the times, in JSON.
 
 Each plan has a child process of its own: within one process, neither the number of kt-kernel's workers nor the way OpenMP's threads wait
 can change. Plans are measured in turn, since the machine may be busy for a moment.
@@ -60,7 +61,7 @@ def main() -> None:
             theirs.close()  # so that a process that ends is noticed
             pipe.recv()  # it has loaded; one after the other, since loading may measure layouts
             pipes.append(pipe)
-        measured = in_turn([partial(_ask, pipe) for pipe in pipes])
+        measured = in_turn([partial(_ask, number, pipe) for number, pipe in enumerate(pipes, start=1)])
     except (EOFError, OSError):
         sys.exit(1)  # the child has said why
     print(json.dumps([asdict(one) for one in measured]), flush=True)
@@ -79,7 +80,8 @@ def in_turn(measure: Sequence[Callable[[], PlanTimes]]) -> list[PlanTimes]:
     return [min(times, key=lambda one: one.chat) for times in turns]
 
 
-def _ask(pipe: Connection) -> PlanTimes:
+def _ask(number: int, pipe: Connection) -> PlanTimes:
+    print(number, flush=True)
     pipe.send("your turn")
     return PlanTimes(*pipe.recv())
 

@@ -36,17 +36,48 @@ class LoadProgress:
         return self.read / self.seconds if self.seconds else 0.0
 
 
-_watcher: ContextVar[Callable[[LoadProgress], None] | None] = ContextVar("llamafactory_kt_load_watcher", default=None)
+@dataclass(frozen=True)
+class MeasureProgress:
+    """What is being measured before a load."""
+
+    plan: int
+    """an engine with its threads, counted from 1"""
+    plans: int
+
+
+_watcher: ContextVar[Callable[[LoadProgress | MeasureProgress], None] | None] = ContextVar(
+    "llamafactory_kt_load_watcher", default=None
+)
 
 
 @contextlib.contextmanager
-def watch_loads(watcher: Callable[[LoadProgress], None]) -> Iterator[None]:
-    """Call ``watcher`` before each layer and at the end of all loads in this context (a thread, or an asyncio task)."""
+def watch_loads(watcher: Callable[[LoadProgress | MeasureProgress], None]) -> Iterator[None]:
+    """Call ``watcher`` before each plan that is measured, before each layer and at the end of all loads in this context (a thread, or an
+    asyncio task)."""
     token = _watcher.set(watcher)
     try:
         yield
     finally:
         _watcher.reset(token)
+
+
+@contextlib.contextmanager
+def measuring(plans: int) -> Iterator[Callable[[int], None]]:
+    """While plans are measured: what is to be called with the number of each, counted from 1. A plan may come again."""
+    watcher = _watcher.get()
+    with tqdm(total=plans, unit="plan", desc="Measuring engines, once for this machine", bar_format=_BAR) as bar:
+
+        def tell(plan: int) -> None:
+            bar.set_postfix_str(f"{plan} of {plans}", refresh=True)
+            bar.update(max(0, plan - 1 - bar.n))
+            if watcher:
+                watcher(MeasureProgress(plan, plans))
+
+        yield tell
+        bar.update(plans - bar.n)
+
+
+_BAR = "{desc}: {postfix} {bar} {elapsed}"
 
 
 def with_progress(layers: Sequence[Layer], nbytes: Sequence[int]) -> Iterator[Layer]:

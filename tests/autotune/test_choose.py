@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from dataclasses import asdict
+import os
 
 import pytest
 from helpers.marks import needs_kernel, needs_onednn
@@ -15,6 +14,7 @@ from llamafactory_kt.autotune.choose import PlanTimes, choose
 from llamafactory_kt.engines.base import EngineOptions
 from llamafactory_kt.engines.plan import Plan
 from llamafactory_kt.ground import measurements
+from llamafactory_kt.ground.progress import MeasureProgress, watch_loads
 
 SHAPE = ExpertsShape(16, 2048, 1408)
 MB = 2**20
@@ -32,11 +32,12 @@ def measuring(monkeypatch):
     """Returns TIMES instead of measuring; the list gets an entry for each measurement."""
     calls = []
 
-    def run(command, **keys):
-        calls.append(json.loads(keys["input"]))
-        return subprocess.CompletedProcess(command, 0, json.dumps([asdict(times) for times in TIMES]), "")
+    def measure(facts, experts):
+        calls.append((facts, experts))
+        return TIMES
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(choosing, "_measure", measure)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0.1, 0.1))
     return calls
 
 
@@ -73,10 +74,19 @@ def test_a_damaged_or_foreign_memory_is_ignored(measuring, cache, damage):
     if damage == "other":
         content["facts"]["machine"][0] = "another CPU"
     if damage in ("negative", "text"):
-        content["measured"][0]["decode"] = -1 if damage == "negative" else "quick"
+        content["measured"]["plans"][0]["decode"] = -1 if damage == "negative" else "quick"
     file.write_text(json.dumps(content) if damage.isalpha() else damage)
     chosen()
-    assert len(measuring) == 2 and json.loads(file.read_text())["measured"][0]["decode"] == 0.036
+    assert len(measuring) == 2 and json.loads(file.read_text())["measured"]["plans"][0]["decode"] == 0.036
+
+
+def test_what_was_measured_on_a_busy_machine_is_measured_again(measuring, monkeypatch):
+    load = [9.0]
+    monkeypatch.setattr(os, "getloadavg", lambda: (load[0] * choosing.usable_cores(), 0.0, 0.0))
+    for busy, times in ((9.0, 1), (8.0, 1), (0.2, 2), (0.2, 2), (9.0, 2)):
+        load[0] = busy
+        _, reason = chosen()
+        assert len(measuring) == times and ("kept the machine busy" in reason) == (times == 1)
 
 
 def test_nothing_is_measured_where_it_does_not_pay_or_cannot_be(measuring, monkeypatch, kt_log):
@@ -95,8 +105,11 @@ def test_nothing_is_measured_where_it_does_not_pay_or_cannot_be(measuring, monke
 def test_measuring_for_real(monkeypatch, backend):
     monkeypatch.setattr(choosing, "SMALLEST_LAYER", 0)
     plans = [Plan(backend, 1, 1), PLANS[2]]
-    best, reason = choose(plans, ExpertsShape(12, 256, 192), 3, EngineOptions(max_chunk=64), MB, recalibrate=True)
+    told = []
+    with watch_loads(told.append):
+        best, reason = choose(plans, ExpertsShape(12, 256, 192), 3, EngineOptions(max_chunk=64), MB, recalibrate=True)
     assert best in plans and reason.count("ms a token") == 2
+    assert told[:2] == [MeasureProgress(1, 2), MeasureProgress(2, 2)]
 
 
 def test_a_measuring_process_that_fails_says_why(kt_log):

@@ -13,7 +13,7 @@ from threading import Event, Thread
 from ...ground.errors import KTError, describe, traceback_wanted
 from ...ground.machine import gib
 from ...ground.paging import give_back_memory
-from ...ground.progress import LoadProgress, watch_loads
+from ...ground.progress import LoadProgress, MeasureProgress, watch_loads
 from .texts import say
 
 logger = logging.getLogger("llamafactory_kt")
@@ -34,7 +34,7 @@ class PageLoad:
     def __init__(self, work: Callable[[], None], switching: bool, debug: bool):
         self._switching = switching
         self._debug = debug or traceback_wanted()
-        self._progress: LoadProgress | None = None
+        self._progress: LoadProgress | MeasureProgress | None = None
         self._error: str | None = None
         self._started = time.monotonic()
         self._done = Event()
@@ -56,7 +56,7 @@ class PageLoad:
             give_back_memory()
             self._done.set()
 
-    def _note(self, progress: LoadProgress) -> None:
+    def _note(self, progress: LoadProgress | MeasureProgress) -> None:
         self._progress = progress
 
     def report(self, language: str) -> Iterator[str]:
@@ -76,6 +76,8 @@ class PageLoad:
 
     def _status(self, language: str, begun: str) -> str:
         at, seconds = self._progress, time.monotonic() - self._started
+        if isinstance(at, MeasureProgress):
+            return say("measuring", language, plan=at.plan, plans=at.plans, seconds=seconds)
         if self._switching or at is None or at.read == at.total:
             return say("waiting", language, before=begun, seconds=seconds)
         return say(

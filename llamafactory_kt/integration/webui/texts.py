@@ -57,6 +57,10 @@ MESSAGES: dict[str, dict[str, str]] = {
         "en": "Loading the experts: layer {layer} of {layers} · {read} of {total} · {speed}/s · {seconds:.0f} s",
         "zh": "正在加载专家：第 {layer} 层，共 {layers} 层 · 已读 {read}，共 {total} · {speed}/s · {seconds:.0f} 秒",
     },
+    "measuring": {
+        "en": "Measuring engines: {plan} of {plans}, once for this machine... {seconds:.0f} s",
+        "zh": "正在测量引擎：{plan} / {plans}，这台机器只测一次……{seconds:.0f} 秒",
+    },
     "waiting": {"en": "{before} {seconds:.0f} s", "zh": "{before}{seconds:.0f} 秒"},
     "switching": {"en": "Exchanging the adapter...", "zh": "正在切换 adapter……"},
     "switched": {"en": "Adapter exchanged; the model stayed loaded.", "zh": "adapter 已切换，模型没有重新加载。"},

@@ -25,6 +25,7 @@ from ..model.state import KTState, kt_state
 from ..prompt_cache import layers
 from ..prompt_cache.files import PromptFiles
 from ..prompt_cache.pool import Kept, PromptPool
+from .choosing import Chooser
 from .continuing import NEVER, ONE_BY_ONE, TOGETHER, way_to_continue
 from .quantized_cache import INT8
 
@@ -74,21 +75,36 @@ def can_reuse(model: Any, config: Any) -> bool:
     return usual and kt_state(model).prompts is not None
 
 
-def generate(model: Any, input_ids: torch.Tensor, reading: Reading, head: int = 0, **arguments: Any) -> torch.Tensor:
+def generate(
+    model: Any,
+    input_ids: torch.Tensor,
+    reading: Reading,
+    head: int = 0,
+    chooser: Chooser | None = None,
+    **arguments: Any,
+) -> torch.Tensor:
     """For ``generate(custom_generate=...)`` of transformers, in place of its own ``_sample``.
 
     Args:
         input_ids: int64 [B, T]: a prompt of text, once for each answer to it.
         head: tokens with which other conversations begin, too.
+        chooser: chooses the tokens, if a request has wishes.
 
     Returns:
         int64 [B, T + new tokens]; [B, T] if reading was stopped.
     """
+    if chooser is not None:
+        arguments = chooser.around(arguments)
     with torch.inference_mode(False), torch.no_grad():  # what is kept is changed by generations of either mode
         name = next((name for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
         if name is None:  # the model makes a cache of its own
             return _sample(model, input_ids, arguments)
         return _Generation(model, input_ids, reading, arguments, name, head).run()
+
+
+def sample(model: Any, input_ids: torch.Tensor, chooser: Chooser, **arguments: Any) -> torch.Tensor:
+    """For ``generate(custom_generate=...)``, with nothing kept: prompts with media."""
+    return _sample(model, input_ids, chooser.around(arguments))
 
 
 def _sample(model: Any, input_ids: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
+from ..decoding.choosing import Chooser, Chosen, Wishes
+
 
 class Generation(StoppingCriteria):  # type: ignore[misc]
     """A stopping criterion for transformers' ``generate``, which calls it after every token."""
@@ -36,6 +38,12 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         """whether the user pressed Ctrl-C"""
         self.error: BaseException | None = None
         """raised by ``generate`` in its thread"""
+        self.wishes = Wishes()
+        """of the request, about the choice of tokens"""
+        self.number = 0
+        """of the first answer in its request"""
+        self.chosen: list[list[Chosen]] = []
+        """the tokens of each answer so far, without the one that ends it, if there are wishes"""
         self._stop, self._whole = threading.Event(), whole
         self._started = self._first = self._last = 0.0
 
@@ -43,6 +51,10 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         """Start the clock; called right before ``generate``."""
         self.prompt_tokens, self._tokenizer, self._eos = prompt_tokens, tokenizer, frozenset(eos)
         self._started = time.perf_counter()
+
+    def chooser(self) -> Chooser | None:
+        """Chooses the tokens of the next call of ``generate``; None if there are no wishes. Called after :meth:`begin`."""
+        return Chooser(self.wishes, self._eos, self.chosen, self.number + len(self.chosen)) if self.wishes else None
 
     def read(self, tokens: int) -> bool:
         """Note that so many tokens of the prompt have been read; whether to go on."""

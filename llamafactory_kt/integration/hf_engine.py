@@ -47,7 +47,7 @@ def patch(module: ModuleType) -> None:
         given = _by_name(args, kwargs)
         if not has_kt_experts(given["model"]):
             return stock_process(**given)
-        from ..decoding.generate import can_reuse, generate
+        from ..decoding.generate import can_reuse, generate, sample
         from .media import add_token_types, read_media, videos_in_files
         from .videos import with_videos
 
@@ -60,9 +60,12 @@ def patch(module: ModuleType) -> None:
         add_token_types(gen_kwargs, given["model"], given["processor"])
         eos = gen_kwargs["generation_config"].eos_token_id
         generation.begin(given["tokenizer"], length, [eos] if isinstance(eos, int) else list(eos or ()))
+        chooser = generation.chooser()
         if _is_text(gen_kwargs) and can_reuse(given["model"], gen_kwargs["generation_config"]):
             head = _shared(given, gen_kwargs["inputs"][0].tolist())
-            gen_kwargs["custom_generate"] = functools.partial(generate, reading=generation, head=head)
+            gen_kwargs["custom_generate"] = functools.partial(generate, reading=generation, head=head, chooser=chooser)
+        elif chooser is not None:
+            gen_kwargs["custom_generate"] = functools.partial(sample, chooser=chooser)
         gen_kwargs["stopping_criteria"] = [generation]
         return gen_kwargs, length
 
@@ -82,6 +85,13 @@ def patch(module: ModuleType) -> None:
             responses = [response for call in each_answer(given) for response in stock_chat(**call)]
         except StopIteration as error:  # of a model's code; no future takes one, so the chat would wait forever
             raise RuntimeError("The model's code ended in a StopIteration.") from error
+        if generation.wishes:  # as a stream has it: LLaMA-Factory leaves out blanks before punctuation, in JSON too
+            skip = given["generating_args"].get("skip_special_tokens", True)
+            for response, chosen in zip(responses, generation.chosen, strict=False):
+                ids = [one.token for one in chosen]
+                response.response_text = given["tokenizer"].decode(
+                    ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+                )
         for response in responses:
             cut = StopText(stop_strings)
             response.response_text = cut.feed(response.response_text) + cut.end()

@@ -180,6 +180,8 @@ class KTSGLangEngine:
             "top_p": choose("top_p") or 1.0,  # SGLang refuses 0
             "top_k": choose("top_k") or -1,
             "repetition_penalty": choose("repetition_penalty") or 1.0,
+            "presence_penalty": asked.get("presence_penalty") or 0.0,
+            "frequency_penalty": asked.get("frequency_penalty") or 0.0,
             "max_new_tokens": _max_new_tokens(asked, prompt_length) or _max_new_tokens(defaults, prompt_length),
             "stop": asked.get("stop"),
             "stop_token_ids": self.template.get_stop_token_ids(self.tokenizer),

@@ -1,7 +1,8 @@
 """A request to ``/v1/chat/completions``, as OpenAI's API has it: the fields that LLaMA-Factory knows, with OpenAI's types.
 
 LLaMA-Factory's own models (``api/protocol.py``) refuse what OpenAI's API takes, such as ``null`` for a default, and take what it
-refuses, such as a tool without a function, which then fails inside. Unknown fields are ignored, as LLaMA-Factory does.
+refuses, such as a tool without a function, which then fails inside. Unknown fields of a request are refused; those of a message are not
+looked at, since clients send back what other servers have answered.
 
 https://platform.openai.com/docs/api-reference/chat/create
 """
@@ -12,6 +13,8 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from .sampling import Sampled
 
 
 class _Model(BaseModel):
@@ -24,8 +27,8 @@ def _named(name: str) -> str:
     return name
 
 
-MOST_ITEMS, MOST_STOPS, LONGEST_STOP, LONGEST_SCHEMA = 2**16, 64, 4096, 2**20
-"""of a list; of stop strings; characters of one, which is looked for at every token; and of a tool's parameters in JSON"""
+MOST_ITEMS, LONGEST_SCHEMA = 2**16, 2**20
+"""of a list; and characters of a JSON Schema"""
 # one error is enough: a list of a million wrong ones would hold up the server for minutes
 _LIST = Field(max_length=MOST_ITEMS, fail_fast=True)
 
@@ -43,10 +46,14 @@ class Schema(_Model):
     items: Schema | bool | list[Schema | bool] | None = None
 
 
+def _as_json(schema: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    if len(json.dumps(schema)) > LONGEST_SCHEMA:
+        raise ValueError(f"a schema with more than {LONGEST_SCHEMA} characters")
+    return schema
+
+
 def _as_schema(parameters: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    if len(json.dumps(parameters)) > LONGEST_SCHEMA:
-        raise ValueError(f"parameters with more than {LONGEST_SCHEMA} characters")
-    Schema.model_validate(parameters)
+    Schema.model_validate(_as_json(parameters))
     return parameters
 
 
@@ -117,16 +124,32 @@ class ToolChoice(_Model):
     function: FunctionName
 
 
-class StreamOptions(_Model):
-    """What else a stream has."""
+class JsonSchema(_Model):
+    """The schema of an answer; it is followed, whatever ``strict`` says."""
 
-    include_usage: bool | None = None
+    name: Name | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, JsonValue], AfterValidator(_as_json)] = Field(alias="schema")
+    strict: bool | None = None
 
 
 class ResponseFormat(_Model):
     """The form of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema")
+        return self
+
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """None: any text."""
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
 
 
 class Text(_Model):
@@ -181,53 +204,60 @@ class Message(_Model):
         return self.content or []
 
 
-Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
-IGNORED = ("frequency_penalty", "logit_bias", "logprobs", "response_format", "seed", "top_logprobs")
-"""known to OpenAI's API alone"""
+REFUSED = {
+    "audio": "answers are text",
+    "function_call": "write tool_choice instead",
+    "functions": "write tools instead",
+    "reasoning_effort": "the server's configuration says whether the model thinks",
+    "verbosity": "no model is asked for it here",
+    "web_search_options": "nothing is searched here",
+}
+"""OpenAI's fields that are not done here, and why"""
 
 
-class ChatRequest(_Model):
+class ChatRequest(Sampled):
     """The body of a request."""
 
-    model: Annotated[str, Field(max_length=4096)]
-    """anything; every chunk of a stream repeats it"""
     messages: Annotated[list[Message], _LIST]
     tools: Annotated[list[Tool], _LIST] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    """``none`` hides the tools from the model, and the name of a function all others; nothing makes it call one"""
-    do_sample: bool | None = None
-    """LLaMA-Factory's own"""
-    temperature: float | None = None
-    top_p: float | None = None
-    n: int = 1
-    presence_penalty: float | None = None
-    """for LLaMA-Factory a repetition penalty; OpenAI's 0 means none"""
-    max_tokens: int | None = None
+    """``none`` hides the tools from the model, and the name of a function all others"""
+    parallel_tool_calls: bool | None = None
+    """false: of several calls, the first counts"""
     max_completion_tokens: int | None = None
     """OpenAI's newer name of ``max_tokens``"""
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    metadata: dict[str, JsonValue] | None = None
-    parallel_tool_calls: bool | None = None
-    # what LLaMA-Factory's engines know nothing of
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
     logprobs: bool | None = None
-    response_format: ResponseFormat | None = None
-    seed: int | None = None
     top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    # they change no answer
+    modalities: list[Literal["text"]] | None = None
+    prediction: JsonValue = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
 
-    def ignored(self) -> list[str]:
-        """The fields that ask for something that the answer will not have."""
-        asked = [name for name in IGNORED if getattr(self, name)]
-        if self.response_format is not None and self.response_format.type == "text":
-            asked.remove("response_format")
-        return [*asked, *(["tool_choice"] if self.tool_choice not in (None, "none", "auto") else [])]
+    def most_tokens(self) -> int | None:
+        """The most that the answer may have."""
+        return self.max_tokens or self.max_completion_tokens
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, data: Any) -> Any:
-        """A field that is ``null`` has its default."""
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+    def noted(self) -> int | None:
+        """How many likely tokens are reported beside each one; None: no probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def asks_for(self, name: str) -> bool:
+        """Whether one of :data:`NEEDS_OUR_CHOICE` is asked for."""
+        if name == "tool_choice":
+            return self.must_call()
+        if name == "response_format":
+            return self.schema_of_answer() is not None
+        return super().asks_for(name)
+
+    def must_call(self) -> bool:
+        """Whether the answer has to call a tool."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice)
+
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON Schema that the answer follows, if any."""
+        return self.response_format.schema_of_answer() if self.response_format else None

@@ -8,12 +8,11 @@ broken connection), and others while generating (status 500). Other models are l
 from __future__ import annotations
 
 import asyncio
-import functools
+import dataclasses
 import json
 import logging
 import os
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
@@ -28,33 +27,22 @@ from ..known_versions import PARAMETERS
 from ..listening import API, listening_locally
 from ..patching import expect, replace, versions
 from ..sglang_engine import KTSGLangEngine
-from . import answers
+from . import answers, sampling
 from .conversation import read_conversation
 from .disconnect import StopUnwanted
 from .errors import CONTEXT_LENGTH_EXCEEDED, BadRequest, answer_errors
-from .protocol import ChatRequest, ToolChoice
+from .forms import ChatForm
+from .grammar import GrammarsOfChat
+from .protocol import REFUSED, ChatRequest, ToolChoice
 
 logger = logging.getLogger("llamafactory_kt")
 
 PATH = "/v1/chat/completions"
-MOST_ANSWERS = 128
-"""largest ``n``, as in OpenAI's API; without SGLang, all answers of a request are one batch in memory"""
 _READERS = 32
 MOST_CHARACTERS_OF_A_TOKEN = 128
 """on average, over a conversation: a longer one is refused before it is tokenized, which takes seconds and a GiB a few million"""
 SEND_SECONDS = 60.0
 """for a client to take a part of a stream, while others may wait for its end"""
-LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    # logits are divided by it in float32, where smaller ones give Inf
-    ("temperature", lambda v: v == 0 or 1e-20 <= v <= 100, "0 or more, up to 100, and not closer to 0 than 1e-20"),
-    ("top_p", lambda v: 0 <= v <= 1, "between 0 and 1"),
-    ("presence_penalty", lambda v: v == 0 or 0.01 <= v <= 100, "0 (none) or a repetition penalty between 0.01 and 100"),
-    ("max_tokens", lambda v: 1 <= v < 2**31, "1 or more, up to 2147483647"),
-    ("max_completion_tokens", lambda v: 1 <= v < 2**31, "1 or more, up to 2147483647"),
-    ("frequency_penalty", lambda v: -2 <= v <= 2, "between -2 and 2"),
-    ("top_logprobs", lambda v: 0 <= v <= 20, "between 0 and 20"),
-    ("n", lambda v: 1 <= v <= MOST_ANSWERS, f"between 1 and {MOST_ANSWERS}"),
-)
 _CONTROLS = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 """what JSON leaves as it is, and a terminal obeys"""
 
@@ -93,16 +81,18 @@ def _take_over(app: Any, chat_model: Any) -> None:
     (stock,) = found
     # not asyncio's own threads, which answers need while downloads are slow
     readers = ThreadPoolExecutor(_READERS, "reading_requests")
+    grammars = GrammarsOfChat(chat_model.engine)
 
     async def create_chat_completion(request: ChatRequest) -> Any:
         if not chat_model.engine.can_generate:
             raise HTTPException(status_code=405, detail="Not allowed")
-        asked = await asyncio.get_running_loop().run_in_executor(readers, prepare, request, chat_model.engine)
+        loop = asyncio.get_running_loop()
+        question = await loop.run_in_executor(readers, prepare, request, chat_model.engine, grammars)
         generation = generation_of_request.get() or Generation()
         if request.stream:
-            events = answers.stream(request, asked, chat_model, generation)
+            events = answers.stream(question, chat_model, generation)
             return EventSourceResponse(events, media_type="text/event-stream", sep="\n", send_timeout=SEND_SECONDS)
-        return await answers.whole(request, asked, chat_model, generation)
+        return await answers.whole(question, chat_model, generation)
 
     app.router.routes.remove(stock)
     app.post(PATH, response_model=stock.response_model, dependencies=stock.dependencies)(create_chat_completion)
@@ -110,11 +100,8 @@ def _take_over(app: Any, chat_model: Any) -> None:
     answer_errors(app)
 
 
-def prepare(request: ChatRequest, engine: Any) -> dict[str, Any]:
+def prepare(request: ChatRequest, engine: Any, grammars: GrammarsOfChat) -> answers.Question:
     """Check everything about a request, and read its media.
-
-    Returns:
-        The conversation and how to answer it, as ``ChatModel.achat`` takes them.
 
     Raises:
         BadRequest: Everything that is wrong with it.
@@ -122,18 +109,13 @@ def prepare(request: ChatRequest, engine: Any) -> dict[str, Any]:
     """
     _check(request, engine)
     _log(request)
-    for name in request.ignored():
-        _say_ignored(name)
+    wishes = dataclasses.replace(request.wishes(), matcher=grammars.of(request))
     conversation = read_conversation(request, engine.template)
     _check_text(conversation, len(request.messages), engine)
-    sampling = _sampling(request, engine)
-    _check_length(request, engine, _prompt_tokens(conversation, sampling, engine))
-    return conversation | sampling
-
-
-@functools.cache
-def _say_ignored(name: str) -> None:
-    logger.warning("Requests ask for %s, which has no effect here. This is said once.", name)
+    asked = request.sampling(engine)
+    _check_length(request, engine, _prompt_tokens(conversation, asked, engine))
+    form = ChatForm(engine.template, bool(conversation["tools"]), request.parallel_tool_calls is False)
+    return answers.Question(request, conversation | asked, wishes, form)
 
 
 def _log(request: ChatRequest) -> None:
@@ -159,17 +141,13 @@ def _check(request: ChatRequest, engine: Any) -> None:
         raise BadRequest("The request holds text that is not Unicode: one half of a surrogate pair.") from None
     except (RecursionError, ValueError):
         raise BadRequest("The request is nested too deeply.") from None
-    problems = [
-        (name, f"{name}: {value} is not {wanted}.")
-        for name, valid, wanted in LIMITS
-        if (value := getattr(request, name)) is not None and not valid(value)
-    ]
+    problems = list(sampling.problems(request, engine, REFUSED))
+    if request.top_logprobs and not request.logprobs:
+        problems.append(("top_logprobs", "top_logprobs: only with logprobs: true."))
     if isinstance(choice := request.tool_choice, ToolChoice) and not any(
         tool.function.name == choice.function.name for tool in request.tools or ()
     ):
         problems.append(("tool_choice", f"tool_choice: {choice.function.name!r} is not among the tools."))
-    if request.stream_options and not request.stream:
-        problems.append(("stream_options", "stream_options: only a stream has them."))
     if isinstance(engine, KTSGLangEngine):
         problems += [
             ("messages", f"messages[{n}] has more than text, which infer_backend: sglang cannot take with use_kt.")
@@ -180,24 +158,7 @@ def _check(request: ChatRequest, engine: Any) -> None:
         raise BadRequest(" ".join(text for _, text in problems), problems[0][0])
 
 
-def _sampling(request: ChatRequest, engine: Any) -> dict[str, Any]:
-    """How to answer, in LLaMA-Factory's words. OpenAI's ``top_p`` of 0 is the likeliest token, as is a temperature of 0."""
-    temperature, top_p = request.temperature, request.top_p
-    # several greedy answers are one for SGLang, while LLaMA-Factory samples them, and here a stream of them too
-    sampled = request.n > 1 and not isinstance(engine, KTSGLangEngine)
-    if 0 in (temperature, top_p):
-        temperature, top_p = (1.0, 0.0) if sampled else (0.0, None)
-    return {
-        "do_sample": sampled or request.do_sample,
-        "temperature": temperature,
-        "top_p": top_p,
-        "max_new_tokens": request.max_tokens or request.max_completion_tokens,
-        "repetition_penalty": request.presence_penalty or None,
-        "stop": request.stop,
-    }
-
-
-def _prompt_tokens(conversation: dict[str, Any], sampling: dict[str, Any], engine: Any) -> int:
+def _prompt_tokens(conversation: dict[str, Any], asked: dict[str, Any], engine: Any) -> int:
     """The prompt's length, by doing all that the engine does before it generates.
 
     Raises:
@@ -217,7 +178,7 @@ def _prompt_tokens(conversation: dict[str, Any], sampling: dict[str, Any], engin
             _, length = engine._process_args(
                 **keys,
                 **{**conversation, "messages": messages},
-                input_kwargs={**sampling, "kt_generation": Generation()},
+                input_kwargs={**asked, "kt_generation": Generation()},
             )
     except KTError:
         raise
@@ -256,7 +217,7 @@ def _check_text(conversation: dict[str, Any], messages: int, engine: Any) -> Non
 def _check_length(request: ChatRequest, engine: Any, prompt: int) -> None:
     """Refuse what does not fit into the model's context."""
     context = _context(engine)
-    asked = request.max_tokens or request.max_completion_tokens or 1
+    asked = request.most_tokens() or 1
     if context is not None and prompt + asked > context:
         raise BadRequest(
             f"The model's context has {context} tokens; the messages take {prompt}, and max_tokens asks for {asked}.",

@@ -97,6 +97,16 @@ class Generation(StoppingCriteria):  # type: ignore[misc]
         return any(stop in text for stop in self.stop_strings)
 
     @property
+    def begun(self) -> bool:
+        """Whether its prompt is being read, or has been."""
+        return self._started > 0 or self.tokens > 0
+
+    @property
+    def first_token_at(self) -> float:
+        """Of ``time.perf_counter``; 0 without a token."""
+        return self._first
+
+    @property
     def seconds_to_first_token(self) -> float:
         """From the call of ``generate`` to the first token; 0 without a token."""
         return max(0.0, self._first - self._started)

@@ -8,6 +8,7 @@ Uses ``text_queue`` and ``stop_signal`` of transformers 5.6's ``TextIteratorStre
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import AsyncIterator, Callable
 from itertools import takewhile
@@ -53,6 +54,9 @@ def patch(module: ModuleType) -> None:
 
         generation = _generation(given)
         del given["input_kwargs"]["kt_generation"]
+        as_written = given["input_kwargs"].pop("kt_as_written", False)
+        if as_written:
+            given["template"] = _without_template(given)
         read_media(given)
         with videos_in_files(given):
             given["template"] = with_videos(given["template"], given.get("videos"), given["processor"])
@@ -62,7 +66,7 @@ def patch(module: ModuleType) -> None:
         generation.begin(given["tokenizer"], length, [eos] if isinstance(eos, int) else list(eos or ()))
         chooser = generation.chooser()
         if _is_text(gen_kwargs) and can_reuse(given["model"], gen_kwargs["generation_config"]):
-            head = _shared(given, gen_kwargs["inputs"][0].tolist())
+            head = 0 if as_written else _shared(given, gen_kwargs["inputs"][0].tolist())
             gen_kwargs["custom_generate"] = functools.partial(generate, reading=generation, head=head, chooser=chooser)
         elif chooser is not None:
             gen_kwargs["custom_generate"] = functools.partial(sample, chooser=chooser)
@@ -151,6 +155,13 @@ def _shared(given: dict[str, Any], ids: list[int]) -> int:
     tokens = (given["template"].encode_oneturn(what[0], question, *what[1:])[0] for question in questions)
     alike = takewhile(lambda same: len({*same}) == 1, zip(ids, *tokens, strict=False))
     return sum(1 for _ in alike)
+
+
+def _without_template(given: dict[str, Any]) -> Any:
+    """A copy of the template that writes a conversation's one message as it is, with the tokens that the tokenizer puts around a text."""
+    template, text = copy.copy(given["template"]), given["messages"][0]["content"]
+    template.encode_oneturn = lambda tokenizer, *_, **__: (tokenizer.encode(text), [])
+    return template
 
 
 def _generation(given: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from ..generation import Generation
 from .errors import of_exception
 from .forms import Form
 from .logprobs import TokensOfText, vocabulary_of
+from .metrics import Metrics
 from .sampling import Sampled
 
 
@@ -53,7 +54,7 @@ class Question:
         return TokensOfText(chosen, vocabulary_of(engine.tokenizer, hides))
 
 
-async def whole(question: Question, chat_model: Any, generation: Generation) -> Any:
+async def whole(question: Question, chat_model: Any, generation: Generation, metrics: Metrics) -> Any:
     """All answers, and how many tokens of the prompt were kept from earlier.
 
     Args:
@@ -61,7 +62,8 @@ async def whole(question: Question, chat_model: Any, generation: Generation) -> 
     """
     request, form = question.request, question.form
     generation.wishes = question.wishes
-    responses = await chat_model.achat(**question.asked, num_return_sequences=request.n)
+    with metrics.follow(generation):
+        responses = await chat_model.achat(**question.asked, num_return_sequences=request.n)
     if generation.stopped:  # by the server, not by the model
         raise HTTPException(status_code=503, detail="The server is shutting down; the answer was not finished.")
     choices = []
@@ -72,11 +74,13 @@ async def whole(question: Question, chat_model: Any, generation: Generation) -> 
         taken = tokens.take(_length(request, response.response_text)) if tokens else None
         choices.append({"index": index, **form.whole(said, calls), **form.logprobs(taken), "finish_reason": reason})
     written = sum(response.response_length for response in responses)
-    used = _usage(responses[0].prompt_length, generation.cached_tokens, written)
+    counted = responses[0].prompt_length, generation.cached_tokens, written
+    metrics.tokens(*counted)
+    used = _usage(*counted)
     return JSONResponse({**_head(form.whole_object, question), "choices": choices, "usage": used})
 
 
-def stream(question: Question, chat_model: Any, generation: Generation) -> AsyncIterator[str]:
+def stream(question: Question, chat_model: Any, generation: Generation, metrics: Metrics) -> AsyncIterator[str]:
     """The events of an answer, or of several one after the other. With tools one comes in one piece: only its end tells whether it is
     a call."""
     request, form = question.request, question.form
@@ -87,21 +91,21 @@ def stream(question: Question, chat_model: Any, generation: Generation) -> Async
         return json.dumps({**head, "choices": choices, **({"usage": usage} if counts else {})}, ensure_ascii=False)
 
     async def events() -> AsyncIterator[str]:
-        read = written = kept = 0
+        answers: list[Generation] = []
         try:
             for index in range(request.n):
-                one = question.generation(generation, index)
-                async with contextlib.aclosing(_pieces(question, chat_model, one)) as pieces:
-                    async for piece, reason in pieces:
-                        yield chunk([{"index": index, **piece, "finish_reason": reason}])
-                read, written = one.prompt_tokens, written + one.tokens
-                kept = kept if index else one.cached_tokens  # the answers after the first find all of the prompt
+                answers.append(one := question.generation(generation, index))
+                with metrics.follow(one):
+                    async with contextlib.aclosing(_pieces(question, chat_model, one)) as pieces:
+                        async for piece, reason in pieces:
+                            yield chunk([{"index": index, **piece, "finish_reason": reason}])
+            if counts:
+                yield chunk([], _usage(*_counted(answers)))
+            yield "[DONE]"
         except Exception as error:  # the status has been sent; the openai client raises this body
             yield json.dumps(of_exception(error), ensure_ascii=False)
-            return
-        if counts:
-            yield chunk([], _usage(read, kept, written))
-        yield "[DONE]"
+        finally:
+            metrics.tokens(*_counted(answers))
 
     return events()
 
@@ -141,6 +145,11 @@ def _length(request: Sampled, text: str) -> float:
 def _head(kind: str, question: Question) -> dict[str, Any]:
     number = f"{question.form.prefix}-{uuid.uuid4().hex}"
     return {"id": number, "object": kind, "created": int(time.time()), "model": question.request.model}
+
+
+def _counted(answers: list[Generation]) -> tuple[int, int, int]:
+    """The arguments of :func:`_usage`. The answers after the first find all of the prompt, which counts once."""
+    return answers[0].prompt_tokens, answers[0].cached_tokens, sum(one.tokens for one in answers)
 
 
 def _usage(read: int, cached: int, written: int) -> dict[str, Any]:

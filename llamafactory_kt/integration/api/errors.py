@@ -58,6 +58,15 @@ class BadRequest(HTTPException):
         self.param, self.code = param, code
 
 
+class NotFound(HTTPException):
+    """The request names what does not exist: status 404."""
+
+    param, code = "model", "model_not_found"
+
+    def __init__(self, message: str):
+        super().__init__(404, message)
+
+
 def answer_errors(app: Any) -> None:
     """Give every error of a FastAPI application this body: ours, LLaMA-Factory's, FastAPI's, and uncaught exceptions."""
 

@@ -101,3 +101,44 @@ class ChatForm:
             return {}
         content = [described for _, _, described in tokens]
         return {"logprobs": {"content": content, "refusal": None} if content else None}
+
+
+class TextForm:
+    """``/v1/completions``."""
+
+    prefix, whole_object, chunk_object, holds = "cmpl", "text_completion", "text_completion", False
+
+    def read(self, text: str) -> tuple[str | None, Calls]:
+        """The text."""
+        return text, []
+
+    def whole(self, text: str | None, calls: Calls) -> dict[str, Any]:
+        """The text."""
+        return {"text": text}
+
+    def opening(self) -> dict[str, Any]:
+        """There is none."""
+        return {}
+
+    def delta(self, text: str | None, calls: Calls = ()) -> dict[str, Any]:
+        """A piece of the text."""
+        return {"text": text}
+
+    def ending(self) -> dict[str, Any]:
+        """Nothing more."""
+        return {"text": ""}
+
+    def logprobs(self, tokens: Tokens | None) -> dict[str, Any]:
+        """OpenAI's older form, of lists."""
+        if not tokens:
+            return {"logprobs": None}
+        return {
+            "logprobs": {
+                "text_offset": [offset for offset, _, _ in tokens],
+                "tokens": [token["token"] for _, _, token in tokens],
+                "token_logprobs": [token["logprob"] for _, _, token in tokens],
+                "top_logprobs": [
+                    {other["token"]: other["logprob"] for other in token["top_logprobs"]} for _, _, token in tokens
+                ],
+            }
+        }

@@ -10,7 +10,7 @@ https://platform.openai.com/docs/api-reference/chat/create
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -217,6 +217,8 @@ REFUSED = {
 
 class ChatRequest(Sampled):
     """The body of a request."""
+
+    source: ClassVar[str] = "messages"
 
     messages: Annotated[list[Message], _LIST]
     tools: Annotated[list[Tool], _LIST] | None = None

@@ -6,7 +6,7 @@ https://platform.openai.com/docs/api-reference/chat/create
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -51,6 +51,8 @@ class Sampled(BaseModel):
     """The fields of a request that say how to answer."""
 
     model_config = ConfigDict(strict=True, extra="allow")
+    source: ClassVar[str]
+    """the field that says what to answer"""
 
     model: Annotated[str, Field(max_length=4096)]
     """anything; answers repeat it"""

@@ -24,7 +24,9 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "enum": [1, 
 PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 GOOD: list[dict[str, Any]] = [
     {"model": "any", "messages": [{"role": "developer", "content": "Be brief."}, TURN, TURN], "max_tokens": 2, "temperature": 0.7,
-     "top_p": 0.9, "n": 1, "presence_penalty": 1.1, "stop": ["x", "y"], "stream": False, "do_sample": True},
+     "top_p": 0.9, "n": 1, "presence_penalty": 1.1, "stop": ["x", "y"], "stream": False, "do_sample": True, "seed": 3,
+     "frequency_penalty": 0.5, "logit_bias": {"5": -1}, "logprobs": True, "top_logprobs": 2, "parallel_tool_calls": False,
+     "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}},
     {"model": "any", "messages": [TURN], "max_completion_tokens": 2, "stream": True, "tool_choice": "auto",
      "tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": SCHEMA}}]},
     {"model": "any", "max_tokens": 2, "messages": [

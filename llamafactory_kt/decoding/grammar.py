@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..ground.errors import KTConfigError, KTDataError, describe
+from ..ground.errors import KTConfigError, KTDataError, describe, one_line
 
 INSTALL = "pip install llguidance"
 _JSON = {"whitespace_pattern": r"\x0A?\x20{0,16}"}
@@ -55,7 +55,11 @@ class Grammars:
         """
         from llguidance import LLMatcher
 
-        return self._maker(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON))
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
+        except ValueError as error:  # nested too deeply
+            raise KTDataError(f"The grammar cannot be used: {one_line(error)}") from error
+        return self._maker(grammar)
 
     def calls(self, forms: list[tuple[str, dict[str, Any], str]]) -> Callable[[], Matching]:
         """What makes a matcher for one of several texts.
@@ -75,11 +79,14 @@ class Grammars:
         return self._maker(LLMatcher.grammar_from_lark(f"start: {' | '.join(rules)}"))
 
     def _maker(self, grammar: str) -> Callable[[], Matching]:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
-        if problem := LLMatcher.validate_grammar(grammar, self._tokens):
+        limits = LLParserLimits(verbose_errors=False)
+        if problem := LLMatcher.validate_grammar(grammar, self._tokens, limits=limits):
             raise KTDataError(f"The grammar cannot be used: {problem}")
-        return functools.partial(Matching, LLMatcher(self._tokens, grammar, log_level=0), self._size)
+        maker = functools.partial(Matching, LLMatcher(self._tokens, grammar, log_level=0, limits=limits), self._size)
+        maker().allowed()  # some are found out only here
+        return maker
 
 
 class Matching:

@@ -47,7 +47,7 @@ class Schema(_Model):
 
 
 def _as_json(schema: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    if len(json.dumps(schema)) > LONGEST_SCHEMA:
+    if len(json.dumps(schema, allow_nan=False)) > LONGEST_SCHEMA:
         raise ValueError(f"a schema with more than {LONGEST_SCHEMA} characters")
     return schema
 

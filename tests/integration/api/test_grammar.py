@@ -123,3 +123,28 @@ def test_a_template_with_calls_of_another_form(chat, monkeypatch):
     monkeypatch.setattr(chat.engine.template, "format_tools", TEMPLATES["qwen3_5"].format_tools)
     with pytest.raises(openai.BadRequestError, match="a form of its own"):
         ask(client_of(chat), "x", max_tokens=1, tools=TOOLS, tool_choice="required")
+
+
+def nested(depth: int) -> dict:
+    return {"type": "array", "items": nested(depth - 1)} if depth else {"type": "integer"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "wrong"}, {"not": {"type": "string"}}, {"oneOf": [{"type": "integer"}, {"type": "number"}]}, {"$ref": "#"},
+        {"$ref": "http://127.0.0.1/schema"}, nested(300), {"enum": [f"x{number}" for number in range(100_000)]},
+        {"type": "integer", "minimum": float("nan")}, {"anyOf": [{"type": "object", "properties": {f"p{j}": {"type": "integer"} for j in range(20)},
+        "required": [f"p{i % 20}"], "title": str(i)} for i in range(2000)]},
+    ],
+)  # fmt: skip
+def test_schemas_that_cannot_be_followed(client, schema):
+    """Among them such as would take the server minutes or its memory."""
+    body = {"model": "any", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}  # fmt: skip
+    answer = client._client.post(
+        "/v1/chat/completions", content=json.dumps(body), headers={"content-type": "application/json"}
+    )
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"].startswith("response_format"), error
+    assert len(error["message"]) < 2100

@@ -29,6 +29,8 @@ GOOD: list[dict[str, Any]] = [
      "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}},
     {"model": "any", "messages": [TURN], "max_completion_tokens": 2, "stream": True, "tool_choice": "auto",
      "tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": SCHEMA}}]},
+    {"model": "any", "messages": [TURN], "max_tokens": 2, "tool_choice": "required",
+     "tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]},
     {"model": "any", "max_tokens": 2, "messages": [
         TURN, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "call_1", "content": "1"},
         {"role": "assistant", "content": None, "function_call": CALL["function"]}, {"role": "function", "name": "f", "content": "1"},

@@ -160,3 +160,17 @@ def test_a_picture_for_a_text_only_model(demo):
     client = client_of(chat_model(demo / "model", kt_backend="torch"))
     with pytest.raises(openai.BadRequestError, match="has images, but this chat's template takes none"):
         ask(client, [image(data_url(picture())), text("What is it?")])
+
+
+def test_seeds_and_probabilities_beside_pictures(client):
+    question = [image(data_url(picture())), text("What is it?")]
+    drawn = {"max_tokens": 5, "temperature": 2.0, "logprobs": True, "extra_body": {"do_sample": True}}
+    one, same, other = (ask(client, question, seed=seed, **drawn).choices[0] for seed in (1, 1, 2))
+    assert one.message.content == same.message.content != other.message.content
+    assert 0 < len(one.logprobs.content) <= 5 and one.logprobs == same.logprobs
+    several = [choice.message.content for choice in ask(client, question, seed=1, n=3, **drawn).choices]
+    assert several[0] == one.message.content and len(set(several)) == 3
+    streamed = ["", "", ""]
+    for chunk in ask(client, question, seed=1, n=3, stream=True, **drawn):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == several

@@ -45,3 +45,26 @@ def test_llamafactorys_own_api(standin):
         assert wanted in found
     measured = json.loads(result.stdout)
     assert (measured["requests"], measured["tokens"], measured["counted"]) == (3, 9, True), result.stdout
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"seed": 1}, {"logprobs": True}, {"logit_bias": {"1": 1}}, {"response_format": {"type": "json_object"}},
+        {"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f"}}]},
+    ],
+)  # fmt: skip
+def test_what_it_is_not_asked_for(keys):
+    from llamafactory_kt.integration.api.checking import prepare_chat
+    from llamafactory_kt.integration.api.errors import BadRequest
+    from llamafactory_kt.integration.api.protocol import ChatRequest
+    from llamafactory_kt.integration.sglang_engine import KTSGLangEngine
+
+    class Engine(KTSGLangEngine):
+        def __init__(self):
+            self.tokenizer = range(9)
+
+    request = ChatRequest.model_validate({"model": "any", "messages": [{"role": "user", "content": "x"}], **keys})
+    with pytest.raises(BadRequest, match="cannot be asked for with infer_backend: sglang") as caught:
+        prepare_chat(request, Engine(), None)
+    assert caught.value.param in keys

@@ -99,6 +99,22 @@ def test_a_bias(chat, client, logits):
     assert barely[:1] == plain[:1]
 
 
+def test_a_penalty_for_presence_counts_once(chat, client, logits):
+    """Two tokens by far the likeliest, so that both are said many times."""
+    biases = dict.fromkeys(logits([]).topk(2).indices.tolist(), 50.0)
+
+    def change(scores, ids):
+        for token, bias in biases.items():
+            scores[token] += bias
+        for token in {*ids}:
+            scores[token] -= 2.0
+        return scores
+
+    wanted = greedy(chat, logits, 16, change)
+    keys = {"logit_bias": {str(token): bias for token, bias in biases.items()}, "presence_penalty": 2.0}
+    assert text(ask(client, QUESTION, max_tokens=16, **keys)) == wanted
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_probabilities_of_tokens(chat, client, logits, stream):
     """They are the model's own, whatever temperature and penalties make of them."""

@@ -99,7 +99,9 @@ class Sampled(BaseModel):
             temperature, top_p = (1.0, 0.0) if sampled else (0.0, None)
         penalties = {"presence_penalty": self.presence_penalty, "frequency_penalty": self.frequency_penalty}
         return {
-            "do_sample": sampled or self.do_sample,
+            # a request's temperature is not ignored because the YAML has do_sample: false
+            "do_sample": sampled
+            or (self.do_sample if self.do_sample is not None else bool(temperature or top_p) or None),
             "temperature": temperature,
             "top_p": top_p,
             "top_k": self.top_k,

@@ -182,6 +182,15 @@ def test_a_seed_gives_the_same_answer_again(client):
     assert said == one
 
 
+def test_a_temperature_is_not_ignored(client):
+    """The chat's YAML has do_sample: false."""
+    likeliest = text(ask(client, QUESTION, max_tokens=10))
+    assert likeliest == text(ask(client, QUESTION, max_tokens=10, temperature=0, top_p=0.9))
+    assert likeliest == text(ask(client, QUESTION, max_tokens=10, temperature=2.0, extra_body={"do_sample": False}))
+    for keys in ({"temperature": 2.0}, {"top_p": 1}):
+        assert len({text(ask(client, QUESTION, max_tokens=10, seed=seed, **keys)) for seed in range(4)}) > 1
+
+
 def test_seeds_of_several_answers(client):
     keys = {"max_tokens": 8, "temperature": 2.0, "n": 3, "seed": 7}
     whole = [choice.message.content for choice in ask(client, QUESTION, **keys).choices]

@@ -118,6 +118,11 @@ def reset_router_stats(model: Any) -> None:
         counter.reset()
 
 
+def counts_experts(model: Any) -> bool:
+    """Whether a model with KT experts counts what its routers choose."""
+    return all(wrapper.router_counts is not None for wrapper in kt_state(model).wrappers)
+
+
 def print_router_stats(model: Any) -> None:
     """Print :func:`router_table` to stdout."""
     print(router_table(get_router_stats(model)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -53,8 +53,13 @@ def patch(module: ModuleType) -> None:
                 return
             args = with_section(self.manager, data, reader.args)
             switching = self.loaded and _adapter_alone_differs(self, args)
-            if not asks_for("use_kt", args) or (self.loaded and not switching):
-                yield from stock_load(self, data)  # which refuses if a model is loaded
+            if self.loaded and not switching and (asks_for("use_kt", args) or has_kt_experts(_model(self))):
+                if offer := _offer(self, args, data[self.manager.get_elem_by_id("top.lang")]):
+                    yield warn(offer)
+                    return
+                yield from self.unload_model(data)
+            if not asks_for("use_kt", args):
+                yield from stock_load(self, data)
                 return
 
             if not switching:
@@ -65,7 +70,7 @@ def patch(module: ModuleType) -> None:
                     _switch(self.engine.model, args)
                 else:
                     base.__init__(self, args)
-                self._kt_args = args
+                self._kt_args, self._kt_offered, self._kt_unloaded = args, None, False
 
             running = self._kt_load = PageLoad(work, switching, debug=asks_for("kt_debug", args))
         yield from running.report(data[self.manager.get_elem_by_id("top.lang")])
@@ -76,48 +81,37 @@ def patch(module: ModuleType) -> None:
             return
         ours = has_kt_experts(_model(self))
         if ours:
-            for generation in tuple(_answers(self)):
-                generation.stop()
+            answers_of(self).end()
             kt_state(_model(self)).lock.wait_until_idle()
         yield from stock_unload(self, data)
         if ours and not self.loaded:
-            self._kt_args = None
-            if not _answers(self):  # otherwise a thread that reads an answer would wait forever
-                self._loop.call_soon_threadsafe(self._loop.stop)
-                self._thread.join()
-                self._loop.close()
+            self._kt_args, self._kt_unloaded = None, True
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
             give_back_memory()
 
-    def stream(self: Any, chatbot: Any, messages: Any, lang: Any, *rest: Any, **more: Any) -> Iterator[tuple[Any, Any]]:
-        if not has_kt_experts(_model(self)):
-            yield from stock_stream(self, chatbot, messages, lang, *rest, **more)
-            return
+    def stream(
+        self: Any, chatbot: Any, messages: Any, lang: Any, *rest: Any, kt_page: str | None = None, **more: Any
+    ) -> Iterator[tuple[Any, Any]]:
         import gradio
 
-        from ..generation import Generation
+        if not has_kt_experts(_model(self)):
+            if not self.loaded and getattr(self, "_kt_unloaded", False):
+                yield chatbot, messages
+                raise gradio.Error(say("gone", lang), duration=None, print_exception=False)
+            yield from stock_stream(self, chatbot, messages, lang, *rest, **more)
+            return
+        from .answers import answered
 
-        generation = Generation()
-        _answers(self).add(generation)
+        def start(generation: Any) -> Iterator[tuple[Any, Any]]:
+            asking = _Asking(self, generation)
+            return stock_stream(asking, [*chatbot], answered(messages), lang, *rest, **more)  # type: ignore[no-any-return]
+
         try:
-            for shown in stock_stream(_Asking(self, generation), chatbot, messages, lang, *rest, **more):
-                chatbot, messages = shown
-                if not generation.tokens and generation.read_tokens < generation.prompt_tokens:
-                    text = say("reading", lang, read=generation.read_tokens, prompt=generation.prompt_tokens)
-                    yield [*chatbot[:-1], {"role": "assistant", "content": f"<small>{text}</small>"}], messages
-                else:
-                    yield shown
+            yield from answers_of(self).ask(kt_page, start, (chatbot, messages)).follow(lang)
         except KTError as error:
-            raise gradio.Error(html.escape(str(error)), duration=None) from error
-        finally:
-            generation.stop()
-            _answers(self).discard(generation)
-        if generation.tokens:  # a message of its own: the answer may end inside a code block
-            kept = say("kept", lang, cached=generation.cached_tokens) if generation.cached_tokens else ""
-            figures = say(
-                "figures", lang, speed=generation.tokens_per_second, prompt=generation.prompt_tokens, kept=kept,
-                first=generation.seconds_to_first_token, answer=generation.tokens,
-            )  # fmt: skip
-            yield [*chatbot, {"role": "assistant", "content": f"<small>{figures}</small>"}], messages
+            raise gradio.Error(html.escape(str(error)), duration=None, print_exception=False) from error
 
     replace(chatter, load_model, unload_model, stream)
 
@@ -133,17 +127,19 @@ def with_section(manager: Any, data: dict[Any, Any], args: dict[str, Any]) -> di
 
 def _switch(model: Any, args: dict[str, Any]) -> None:
     from ...apply import switch_adapter
+    from ...router_stats.stats import counts_experts, reset_router_stats
     from ..chat_config import open_configured, parse
     from ..model.loader import log_load_table
 
     model_args = parse(args)
     switch_adapter(model, open_configured(model_args), model_args.kt_lora_scope)
+    if counts_experts(model):
+        reset_router_stats(model)
     log_load_table(model)
 
 
 class _Asking:
-    """The chatter for one answer: passes the Generation along with the question, and keeps its engine after Unload. While no text comes,
-    the page gets none now and then, and can show something else."""
+    """The chatter for one answer: passes the Generation along with the question, and keeps its engine after Unload."""
 
     def __init__(self, chatter: Any, generation: Any):
         self._chatter, self._generation, self.engine = chatter, generation, chatter.engine
@@ -153,21 +149,7 @@ class _Asking:
 
     def stream_chat(self, *args: Any, **kwargs: Any) -> Iterator[str]:
         texts: Iterator[str] = self._chatter.stream_chat(*args, kt_generation=self._generation, **kwargs)
-        with ThreadPoolExecutor(1) as reader:
-            try:
-                while True:
-                    coming = reader.submit(next, texts, None)
-                    while not wait([coming], _TICK).done:
-                        yield ""
-                    if (text := coming.result()) is None:
-                        return
-                    yield text
-            finally:
-                self._generation.stop()
-
-
-_TICK = 0.5
-"""seconds"""
+        return texts
 
 
 def _model(chatter: Any) -> Any:
@@ -180,10 +162,11 @@ def _running(chatter: Any) -> PageLoad | None:
     return load if load is not None and load.running else None
 
 
-def _answers(chatter: Any) -> set[Any]:
-    """The Generations of the answers that are being read."""
-    answers: set[Any] = vars(chatter).setdefault("_kt_answers", set())
-    return answers
+def answers_of(chatter: Any) -> Any:
+    """The chatter's :class:`~.answers.Answers`."""
+    from .answers import Answers
+
+    return vars(chatter).setdefault("_kt_answers", Answers())
 
 
 def _adapter_alone_differs(chatter: Any, args: dict[str, Any]) -> bool:
@@ -191,3 +174,26 @@ def _adapter_alone_differs(chatter: Any, args: dict[str, Any]) -> bool:
     if before is None or not has_kt_experts(_model(chatter)):
         return False
     return {key for key in args.keys() | before.keys() if args.get(key) != before.get(key)} == {"adapter_name_or_path"}
+
+
+def _offer(chatter: Any, args: dict[str, Any], language: str) -> str | None:
+    """What to do about the model that is loaded; None if the page has said so, and Load was pressed again."""
+    from llamafactory.webui.locales import LOCALES
+
+    before = getattr(chatter, "_kt_args", None) or {}
+    changed = sorted(key for key in args.keys() | before.keys() if args.get(key) != before.get(key))
+    if not changed:
+        return say("loaded_so", language)
+    offered, chatter._kt_offered = getattr(chatter, "_kt_offered", None), args
+    if offered == args:
+        return None
+    loaded, wanted = (Path(str(path)).name for path in (model_path(_model(chatter)), args["model_name_or_path"]))
+    keys = say("changed", language, keys=", ".join(changed)) if before else ""
+    return say(
+        "offer", language, loaded=loaded, changed=keys, wanted=wanted, button=LOCALES["load_btn"][language]["value"]
+    )
+
+
+def model_path(model: Any) -> str:
+    """What a model was loaded from; empty if nobody knows."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", ""))

@@ -19,7 +19,6 @@ from ...model.state import has_kt_experts
 from ...settings.keys import SCOPES, KTArguments
 from .. import bootstrap
 from ..patching import expect, replace, versions
-from .chatbot import draw_experts
 from .texts import add_components
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(KTArguments)}
@@ -47,10 +46,12 @@ def patch(module: ModuleType) -> None:
     languages = _languages(locales)
 
     def create_infer_tab(engine: Any) -> dict[str, Any]:
+        from .chat_page import move
+
         section = _create_section()
         with _more_inputs(engine.manager, {section[key] for key in _KEYS}):
             elements: dict[str, Any] = stock(engine)
-        _move(section["kt_section"], before=elements["load_btn"].parent)
+        move(section["kt_section"], before=elements["load_btn"].parent)
         return elements | section | _create_report(engine, elements, locales)
 
     add_components(locales.LOCALES, languages)
@@ -106,6 +107,7 @@ def _create_section() -> dict[str, Any]:
             elements["kt_lora_scope"] = gr.Dropdown(choices=list(SCOPES), value=_DEFAULTS["kt_lora_scope"])
             elements["kt_router_stats"] = gr.Checkbox(value=False)
             elements["kt_debug"] = gr.Checkbox(value=False)
+        elements["kt_names"] = gr.Markdown()
     return elements
 
 
@@ -120,42 +122,39 @@ def _more_inputs(manager: Any, elements: set[Any]) -> Iterator[None]:
         del manager.get_base_elems  # uncovers the method of its class
 
 
-def _move(element: Any, before: Any = None, after: Any = None) -> None:
-    """Move an element of the tab before or after a sibling."""
-    siblings = element.parent.children
-    siblings.remove(element)
-    siblings.insert(siblings.index(before) if before else siblings.index(after) + 1, element)
-
-
 def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[str, Any]:
-    """The load table below the status line. It, the fields for pictures and the heat map are refreshed when the status line changes."""
+    """The load table below the status line. All that depends on the model is renewed when the status line changes."""
     import gradio as gr
 
     from ...load_report import load_markdown, load_rows
     from ..media import takes_media
+    from .chat_page import follow, move
 
     def refresh(lang: str, status: str) -> list[Any]:
         model: Any = getattr(engine.chatter.engine, "model", None)
         loaded = has_kt_experts(model)
         # A change of language resets the status line to "unloaded", even if a model is loaded.
-        unloaded = status == locales.LOCALES["info_box"][lang]["value"]
+        says_loaded, says_unloaded = locales.ALERTS["info_loaded"][lang], locales.LOCALES["info_box"][lang]["value"]
+        gone = engine.chatter.engine is None and status == says_loaded  # another tab has unloaded it
         return [
-            locales.ALERTS["info_loaded"][lang] if loaded and unloaded else gr.skip(),
+            says_loaded if loaded and status == says_unloaded else says_unloaded if gone else gr.skip(),
             gr.Accordion(visible=loaded),
             load_markdown(load_rows(model)) if loaded else "",
             # LLaMA-Factory shows it for names of its list, which a model given by its path has not
             gr.Column(visible=True) if loaded and takes_media(engine.chatter.engine.template) else gr.skip(),
-            *(draw_experts(engine) if experts else ()),
         ]
 
     box, lang = elements["info_box"], engine.manager.get_elem_by_id("top.lang")
     box.lines = 2  # from two lines on, a text field grows with its text
     with gr.Accordion(open=True, visible=False) as report:
         table = gr.Markdown()
-    _move(report, after=box)
-    experts = [elements[name] for name in ("kt_heat_map", "kt_plot") if name in elements]
-    box.change(
-        refresh, [lang, box], [box, report, table, elements["mm_box"], *experts],
+    move(report, after=box)
+    triggers = [box.change]
+    if "kt_loaded" in elements:  # the chat box was hooked
+        follow(engine, elements, triggers)
+        triggers = [*triggers, elements["kt_loaded"].change]
+    gr.on(
+        triggers, refresh, [lang, box], [box, report, table, elements["mm_box"]],
         trigger_mode="always_last", show_progress="hidden", show_api=False,
     )  # fmt: skip
     return {"kt_report": report}

@@ -48,7 +48,22 @@ COMPONENTS: dict[str, dict[str, dict[str, str]]] = {
         "en": {"label": "Debug mode", "info": "Log each step; stop at the first NaN or Inf."},
         "zh": {"label": "调试模式", "info": "记录每一步；一出现 NaN 或 Inf 就停止。"},
     },
+    "kt_names": {
+        "en": {
+            "value": "Other fields by their names in a YAML: Model path is `model_name_or_path`, Checkpoint path `adapter_name_or_path`, "
+            "Chat template `template`, Inference engine `infer_backend`. All other keys go into Extra arguments."
+        },
+        "zh": {
+            "value": "其他各项在 YAML 里的名字：模型路径是 `model_name_or_path`，检查点路径是 `adapter_name_or_path`，对话模板是 `template`，"
+            "推理引擎是 `infer_backend`。其余参数都写在“额外参数”里。"
+        },
+    },
     "kt_report": {"en": {"label": "Load report"}, "zh": {"label": "加载报告"}},
+    "kt_stop": {"en": {"value": "Stop"}, "zh": {"value": "停止"}},
+    "kt_again": {"en": {"value": "Regenerate"}, "zh": {"value": "重新生成"}},
+    "kt_edit": {"en": {"value": "Edit last question"}, "zh": {"value": "修改上一个问题"}},
+    "kt_heat_map": {"en": {"label": "Router statistics"}, "zh": {"label": "路由统计"}},
+    "kt_reset": {"en": {"value": "Count anew"}, "zh": {"value": "重新统计"}},
 }
 """elements of the page as in LLaMA-Factory's ``LOCALES``: name -> language -> properties"""
 
@@ -73,6 +88,41 @@ MESSAGES: dict[str, dict[str, str]] = {
         "en": "A model is being loaded. Unload it when that is done.",
         "zh": "模型正在加载，请等加载完成后再卸载。",
     },
+    "loaded_so": {
+        "en": "The model is already loaded as it is set here.",
+        "zh": "模型已经按这里的设置加载。",
+    },
+    "changed": {"en": ", with another {keys}", "zh": "，当时的 {keys} 与现在不同"},
+    "offer": {
+        "en": "{loaded} is still loaded{changed}. Press “{button}” again to unload it and load {wanted} as it is set here.",
+        "zh": "{loaded} 仍在内存里{changed}。再点一次“{button}”，就会卸载它，并按这里的设置加载 {wanted}。",
+    },
+    "gone": {
+        "en": "The model was unloaded, in another tab or by another user. Load one, then ask again.",
+        "zh": "模型已在另一个标签页或由其他用户卸载。请重新加载后再提问。",
+    },
+    "begun": {"en": "Waiting for the model…", "zh": "等待模型……"},
+    "stopped": {"en": " · stopped", "zh": " · 已停止"},
+    "not_answered": {"en": "Not answered.", "zh": "没有得到回答。"},
+    "cut": {"en": " · cut at the maximum of new tokens", "zh": " · 达到最大生成长度，已截断"},
+    "adapters": {"en": "adapter {names}", "zh": "adapter：{names}"},
+    "no_adapter": {"en": "no adapter", "zh": "无 adapter"},
+    "engine": {"en": "engine {name}", "zh": "引擎：{name}"},
+    "speed": {"en": "{speed:.1f} tokens/s", "zh": "{speed:.1f} token/s"},
+    "context": {"en": "context {used} of {whole} tokens", "zh": "上下文已用 {used} / {whole} 个 token"},
+    "context_used": {"en": "context {used} tokens", "zh": "上下文已用 {used} 个 token"},
+    "answering": {"en": "answering…", "zh": "正在回答……"},
+    "uncounted": {"en": "No answers counted yet.", "zh": "还没有统计到任何回答。"},
+    "map_axes": {"en": "Rows: layers, columns: experts", "zh": "行：层，列：专家"},
+    "map_summary": {
+        "en": "{tokens} tokens, {answers} of them in answers",
+        "zh": "{tokens} 个 token，其中 {answers} 个在回答里",
+    },
+    "map_cell": {
+        "en": "layer {layer}, expert {expert}: {tokens} tokens, {balance:.2f} × the layer's mean",
+        "zh": "第 {layer} 层，专家 {expert}：{tokens} 个 token，为该层平均值的 {balance:.2f} 倍",
+    },
+    "map_scale": {"en": "tokens / mean of the layer", "zh": "token 数 / 该层平均值"},
     "reading": {
         "en": "Reading the prompt: {read} of {prompt} tokens",
         "zh": "正在读取提示词：{read} / {prompt} 个 token",
@@ -88,10 +138,16 @@ MESSAGES: dict[str, dict[str, str]] = {
 def add_components(locales: dict[str, Any], languages: Iterable[str]) -> None:
     """Add :data:`COMPONENTS` to LLaMA-Factory's ``LOCALES``, which its language switch reads."""
     for name, texts in COMPONENTS.items():
-        locales[name] = {language: texts.get(language, texts["en"]) for language in languages}
+        named = {language: _with_key(name, properties) for language, properties in texts.items()}
+        locales[name] = {language: named.get(language, named["en"]) for language in languages}
 
 
-def say(name: str, language: str | None, **values: Any) -> str:
+def _with_key(name: str, properties: dict[str, str]) -> dict[str, str]:
+    """A field for a key also says what the key is called in a YAML."""
+    return properties | {"label": f"{properties['label']} ({name})"} if "info" in properties else properties
+
+
+def say(name: str, language: str | None, /, **values: Any) -> str:
     """One of :data:`MESSAGES`, filled with ``values``."""
     texts = MESSAGES[name]
     return texts.get(language or "en", texts["en"]).format(**values)

@@ -17,9 +17,11 @@ from typing import Any
 FIGURES = {
     "en": re.compile(
         r"[\d.]+ tokens/s · prompt (\d+) tokens(?: \(\d+ kept from earlier\))? · first token after [\d.]+ s · answer \d+ tokens"
+        r"(?: · stopped| · cut at the maximum of new tokens)?"
     ),
     "zh": re.compile(
         r"[\d.]+ token/s · 提示词 (\d+) 个 token(?:（其中 \d+ 个沿用之前的结果）)? · 首个 token 用时 [\d.]+ 秒 · 回答 \d+ 个 token"
+        r"(?: · 已停止| · 达到最大生成长度，已截断)?"
     ),
 }
 SLOWLY = """
@@ -33,7 +35,7 @@ def slowed(stock, seconds):
     return method
 
 ReferenceEngine.load = slowed(ReferenceEngine.load, 0.7)
-ReferenceEngine.forward = slowed(ReferenceEngine.forward, 0.015)
+ReferenceEngine.forward = slowed(ReferenceEngine.forward, 0.03)
 from llamafactory.cli import main
 main()
 """
@@ -84,7 +86,8 @@ def serve(directory: Path, *arguments: str) -> Iterator[str]:
 
 
 def open_page(browser: Any, address: str) -> Any:
-    page = browser.new_page(viewport={"width": 1280, "height": 1400})
+    page = browser.new_page()
+    page.set_viewport_size({"width": 1280, "height": 1400})
     page.set_default_timeout(120_000)  # a server that was just started still imports
     page.add_init_script(COUNT_QUESTIONS)
     page.goto(address)
@@ -159,9 +162,11 @@ def ask(page: Any, prompt: str, button: str, language: str) -> tuple[str, int]:
 
 
 def redrawn(page: Any, before: str) -> str:
-    """Wait until the heat map is another picture, drawn for the last time, and return it."""
-    page.wait_for_function(
-        "before => ![null, undefined, before].includes(document.querySelector('[data-testid=matplotlib] img')?.src)", arg=before
+    """Wait until the heat map, whose panel is open, is another picture, and return it."""
+    found = page.wait_for_function(
+        """before => {
+            const now = document.querySelector('.kt-heat-map')?.outerHTML
+            return ![undefined, before].includes(now) && now
+        }""", arg=before
     )  # fmt: skip
-    page.wait_for_timeout(1200)
-    return str(page.locator("[data-testid=matplotlib] img").get_attribute("src"))
+    return str(found.json_value())

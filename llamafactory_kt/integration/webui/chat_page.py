@@ -154,13 +154,13 @@ class _Instead:
 def _create(box: Any, chatbot: Any) -> dict[str, Any]:
     """Our elements: what is loaded above the conversation, the buttons below it, and the heat map at the end."""
     with box:
-        status = gr.HTML(visible=False, elem_classes="kt-status")
+        status = gr.HTML(visible=False, elem_classes=["kt-steady", "kt-status"])
         with gr.Row(visible=False) as buttons:
             stop = gr.Button(size="sm", variant="stop", interactive=False)
             again = gr.Button(size="sm", interactive=False)
             edit = gr.Button(size="sm", interactive=False)
         with gr.Accordion(open=False, visible=False) as section:
-            plot = gr.HTML()
+            plot = gr.HTML(elem_classes="kt-steady")
             reset = gr.Button(size="sm")
         loaded = gr.State("")  # tells other parts of the page that another tab has changed what is loaded
     move(status, before=chatbot)

@@ -10,6 +10,8 @@ from ...model.state import has_kt_experts, kt_state
 from .chatter import model_path
 from .texts import MESSAGES, say
 
+_STEADY = "<style>.kt-steady .html-container {opacity: 1 !important}</style>"
+"""what waits for an answer's end, gradio would fade meanwhile"""
 _PARTS = ("axes", "summary", "cell", "scale")
 
 
@@ -34,7 +36,7 @@ def status_line(model: Any, answer: Any, language: str | None) -> str:
         )
     if answer is not None and answer.running:
         parts.append(say("answering", language))
-    return f'<span style="font-size:13px">{" · ".join(parts)}</span>'
+    return f'{_STEADY}<span style="font-size:13px">{" · ".join(parts)}</span>'
 
 
 def heat_map(model: Any, language: str | None) -> str:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gradio
 import pytest
 from helpers.chats import EXPECTED, PROMPTS
 from helpers.image_text import make_image_text_model
 from helpers.pages import FIGURES
 from llamafactory.webui.chatter import WebChatModel
 
+from llamafactory_kt.engines.reference import ReferenceEngine
 from llamafactory_kt.load_report import load_rows
+from llamafactory_kt.router_stats.stats import get_router_stats
 
 HAS_SEED = "seed" in inspect.signature(WebChatModel.stream).parameters
 """LLaMA-Factory 0.9.6"""
@@ -25,7 +28,6 @@ class Board:
     """LlamaBoard's Chat tab without a browser."""
 
     def __init__(self, demo: Path):
-        import gradio
         from llamafactory.webui.components import create_infer_tab, create_top
         from llamafactory.webui.engine import Engine
 
@@ -48,12 +50,12 @@ class Board:
     def unload(self) -> str:
         return list(self.chatter.unload_model(self.data))[-1]
 
-    def ask(self, prompt: str, **changes: Any) -> Iterator[Any]:
+    def ask(self, prompt: str, **changes: Any) -> Any:
         asked = {"max_new_tokens": 1024, "top_p": 0.7, "temperature": 0.95, "skip_special_tokens": True, **changes}
         asked |= {"escape_html": True, "enable_thinking": True}
         if HAS_SEED:
             asked.setdefault("seed", -1)
-        messages = [{"role": "user", "content": prompt}]
+        messages = asked.pop("messages", [{"role": "user", "content": prompt}])
         return self.chatter.stream([], messages, "en", "", "", None, None, None, **asked)
 
 
@@ -65,10 +67,20 @@ def tab(tmp_path, demo, monkeypatch) -> Iterator[Board]:
     board.unload()
 
 
+@pytest.fixture
+def slowly(monkeypatch) -> None:
+    """Each answer takes about a second."""
+    forward = ReferenceEngine.forward
+
+    def slowed(*args: Any) -> Any:
+        time.sleep(0.015)
+        return forward(*args)
+
+    monkeypatch.setattr(ReferenceEngine, "forward", slowed)
+
+
 def test_fields_for_pictures(tab, tmp_path):
     """LLaMA-Factory shows them for names of its list, and for no model that is given by its path."""
-    import gradio
-
     box = tab.manager.get_elem_by_id("infer.mm_box")
     refresh = next(each for each in tab.page.fns.values() if each.fn.__name__ == "refresh")
     assert box in refresh.outputs
@@ -103,28 +115,61 @@ def test_section_and_extra_arguments(tab):
     assert keys({"kt_num_threads": 4}) == {"kt_num_threads": 4}
 
 
-def test_unloading_ends_answers_and_leaves_nothing(tab):
+def test_unloading_ends_answers_and_leaves_nothing(tab, slowly):
+    whole = EXPECTED[PROMPTS[2]]["base"]
     for _ in range(2):
         assert tab.load().startswith("Model loaded")
-        model = weakref.ref(tab.chatter.engine.model)
+        model, thread = weakref.ref(tab.chatter.engine.model), tab.chatter._thread
         answer = tab.ask(PROMPTS[2])
         next(answer)
-        assert tab.unload() == "Model unloaded." and model() is not None, "the answer that is being read holds it"
+        assert tab.unload() == "Model unloaded." and model() is None and not thread.is_alive()
         *_, (_, messages) = answer  # it ends, and the reader does not wait for ever
-        said, whole = messages[-1]["content"], EXPECTED[PROMPTS[2]]["base"]
+        said = "".join(message["content"] for message in messages if message["role"] == "assistant")
         assert whole.startswith(said) and len(said) < len(whole)
-        del answer
-        gc.collect()
-        assert model() is None
+        with pytest.raises(gradio.Error, match="was unloaded"):
+            list(tab.ask(PROMPTS[2]))
         assert tab.load().startswith("Model loaded")
         model = weakref.ref(tab.chatter.engine.model)
         *_, (shown, messages) = tab.ask(PROMPTS[2])
         assert FIGURES["en"].search(shown[-1]["content"])
-        assert messages[-1] == {"role": "assistant", "content": EXPECTED[PROMPTS[2]]["base"]}
+        assert messages[-1] == {"role": "assistant", "content": whole}
         tab.unload()
-        assert (
-            model() is None and not tab.chatter._thread.is_alive()
-        )  # LLaMA-Factory's, which would read answers for ever
+        assert model() is None
+
+
+def test_a_question_without_an_answer_is_not_sent_again(tab):
+    tab.load()
+    asked = [{"role": "user", "content": text} for text in ("stopped before any word", PROMPTS[2])]
+    *_, (_, messages) = tab.ask(PROMPTS[2], messages=asked)
+    assert messages[-1] == {"role": "assistant", "content": EXPECTED[PROMPTS[2]]["base"]} and len(messages) == 2
+
+
+def test_answers_of_pages(tab, slowly):
+    """A page finds the answer of its browser again, and one that no page shows makes room for the next."""
+    from llamafactory_kt.integration.webui.chatter import answers_of
+
+    tab.load()
+    answers = answers_of(tab.chatter)
+    assert answers.opened("page", "browser") is None and answers.opened("other page", "other browser") is None
+    asking = tab.ask(PROMPTS[2], kt_page="page")
+    next(asking)
+    left = answers.last("page")
+    assert answers.opened("page after a reload", "browser") is left and answers.last("other page") is None
+    asking.close()
+    *_, (shown, _) = left.follow("en")
+    assert shown[-2]["content"] == EXPECTED[PROMPTS[2]]["base"]
+
+    asking = tab.ask(PROMPTS[2], kt_page="page")
+    next(asking)
+    asking.close()
+    left = answers.last("page")
+    *_, (shown, _) = tab.ask(PROMPTS[2], kt_page="other page")
+    assert left.stopped and shown[-2]["content"] == EXPECTED[PROMPTS[2]]["base"]
+
+    asking = tab.ask(PROMPTS[2], kt_page="page")
+    next(asking)
+    answers.clear("page")
+    assert [*asking][-1] == ([], []) and answers.last("page") is None
 
 
 def test_adapters_that_cannot_be_exchanged(tab, tmp_path, demo):
@@ -136,14 +181,25 @@ def test_adapters_that_cannot_be_exchanged(tab, tmp_path, demo):
     assert said.startswith("The adapter was not exchanged") and f"{tmp_path / 'nowhere'} does not exist" in said
     *_, (_, messages) = tab.ask(PROMPTS[2])
     assert messages[-1]["content"] == EXPECTED[PROMPTS[2]]["adapter"], "the old one is in place"
-    tab.set("infer", kt_lora_scope="attention")
-    assert tab.load() == "You have loaded a model, please unload it first.", "more than the adapter has changed"
-    tab.set("infer", kt_lora_scope="all")
+    tab.set("infer", kt_router_stats=True)
+    offer = tab.load()
+    assert "with another adapter_name_or_path, kt_router_stats. Press “Load model” again" in offer
+    tab.set("infer", kt_router_stats=False)
     tab.set("top", checkpoint_path=[])
     assert tab.load() == "Adapter exchanged; the model stayed loaded." and tab.chatter.engine.model is model
     *_, (_, messages) = tab.ask(PROMPTS[2])
     assert messages[-1]["content"] == EXPECTED[PROMPTS[2]]["base"]
     assert ("LoRA tensors", "no adapter") in load_rows(model)
+    assert tab.load() == "The model is already loaded as it is set here." and tab.chatter.engine.model is model
+    tab.set("infer", kt_router_stats=True)
+    tab.load()
+    assert tab.load().startswith("Model loaded") and tab.chatter.engine.model is not model, "asked for twice"
+
+    tab.set("top", checkpoint_path=[str(demo / "adapter")])
+    list(tab.ask(PROMPTS[2]))
+    assert get_router_stats(tab.chatter.engine.model, 1).tokens
+    assert tab.load().startswith("Adapter exchanged")
+    assert not get_router_stats(tab.chatter.engine.model, 1).tokens
 
 
 @pytest.mark.skipif(not HAS_SEED, reason="LLaMA-Factory 0.9.5's page has no seed")

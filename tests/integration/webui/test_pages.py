@@ -48,20 +48,83 @@ def board(browser, tmp_path_factory) -> Iterator[str]:
 
 def test_webchat(browser, webchat, shots):
     page = open_page(browser, webchat)
-    drawn, prompts = [redrawn(page, "")], []
+    drawn, prompts = [""], []
     page.get_by_role("button", name="Submit", exact=True).wait_for()
+    page.get_by_text("Router statistics", exact=True).click()
+    page.get_by_text("No answers counted yet.").wait_for()
+    assert page.locator(".kt-status").first.inner_text() == "model · adapter adapter · engine torch"
     answer, tokens = ask(page, PROMPTS[2], "Submit", "en")
     assert answer == EXPECTED[PROMPTS[2]]["adapter"]
     drawn.append(redrawn(page, drawn[-1]))
     prompts.append(tokens)
-    page.screenshot(path=shots / "webchat_en.png")
+    assert "layer 1, expert 7: " in drawn[-1]
+    assert re.search(
+        rf"[\d.]+ tokens/s · context {tokens + 19} of 1024 tokens", page.locator(".kt-status").first.inner_text()
+    )
+    page.screenshot(path=shots / "webchat_en.png", full_page=True)
     choose_language(page, "zh", "提交")
     _, tokens = ask(page, PROMPTS[3], "提交", "zh")
     drawn.append(redrawn(page, drawn[-1]))
-    page.screenshot(path=shots / "webchat_zh.png")
-    assert len(set(drawn)) == 3, "each answer draws it anew"
+    page.screenshot(path=shots / "webchat_zh.png", full_page=True)
+    press(page, "重新统计")
+    page.get_by_text("还没有统计到任何回答。").wait_for()
     assert prompts[0] + 20 < tokens < prompts[0] + 60, "the first question and answer, without the figures below it"
     page.close()
+
+
+def test_answers_are_stopped_repeated_and_kept(browser, webchat, shots):
+    """Also over a reload and in a second tab. Another browser sees nothing of it."""
+    context = browser.new_context()
+    page = open_page(context, webchat)
+    whole, said, asked = EXPECTED[PROMPTS[2]]["adapter"], "[data-testid=bot]", "[data-testid=user]"
+    question = page.locator("textarea").locator("visible=true").last
+
+    def begun(text: str = whole[:4]) -> None:
+        page.locator(said, has_text=text).wait_for()
+
+    settle(page)
+    choose_language(page, "en", "Submit")
+    question.fill(PROMPTS[2])
+    press(page, "Submit")
+    begun()
+    press(page, "Stop")
+    begun("· stopped")
+    part = page.locator(said).first.inner_text().strip()
+    assert whole.startswith(part) and part != whole
+
+    press(page, "Regenerate")
+    page.locator(said, has_text="stopped").wait_for(state="detached")
+    begun()
+    page.reload()
+    begun("first token after")
+    assert page.locator(said).first.inner_text().strip() == whole and page.locator(asked).count() == 1
+
+    second = context.new_page()
+    second.goto(webchat)
+    second.locator(said, has_text=whole).wait_for()
+    second.locator("textarea").locator("visible=true").last.fill(PROMPTS[3])
+    press(second, "Submit")
+    second.locator(said, has_text=EXPECTED[PROMPTS[3]]["adapter"][:4]).last.wait_for()
+    second.screenshot(path=shots / "webchat_second_tab.png", full_page=True)
+    second.close()
+
+    page.bring_to_front()
+    assert page.locator(asked).count() == 1, "each tab goes on by itself"
+    press(page, "Edit last question")
+    page.locator(asked).wait_for(state="detached")
+    assert question.input_value() == PROMPTS[2]
+    press(page, "Submit")
+    begun()
+    press(page, "Clear history")
+    page.locator(asked).wait_for(state="detached")
+    settle(page)
+    assert page.locator(said).count() == 0 and page.get_by_role("button", name="Submit", exact=True).is_enabled()
+
+    stranger = open_page(browser, webchat)
+    settle(stranger)
+    assert stranger.locator(said).count() == 0
+    stranger.close()
+    context.close()
 
 
 def test_webchat_with_a_picture(browser, tmp_path, shots):
@@ -118,10 +181,10 @@ def test_board(browser, board, demo, shots):
     page.screenshot(path=shots / "board_en_loading.png")
     status(page, "Model loaded")
     page.get_by_role("row", name="LoRA tensors no adapter").wait_for()
-    empty = redrawn(page, "")
+    page.get_by_text("Router statistics", exact=True).click()
     answer, _ = ask(page, PROMPTS[2], "Submit", "en")
     assert answer == EXPECTED[PROMPTS[2]]["base"]
-    redrawn(page, empty)
+    redrawn(page, "")
     page.screenshot(path=shots / "board_en_answered.png", full_page=True)
 
     choose_language(page, "zh", "提交")
@@ -141,7 +204,7 @@ def test_board(browser, board, demo, shots):
     status(page, "模型已卸载")
     for gone in (
         page.get_by_text("Layers wrapped"),
-        page.locator("[data-testid=matplotlib]"),
+        page.locator(".kt-heat-map"),
         page.get_by_text("提交", exact=True),
     ):
         gone.wait_for(state="hidden")
@@ -166,6 +229,14 @@ def test_board_left_while_it_loads(browser, board, demo):
     status(stayed, "正在加载专家")
     status(stayed, "模型已加载")
     stayed.get_by_role("row", name="LoRA tensors no adapter").wait_for()
-    press(stayed, "卸载模型")
-    status(stayed, "模型已卸载")
+    other = open_page(browser, board)
+    other.get_by_role("tab", name="Chat").click()
+    press(other, "卸载模型")
+    status(other, "模型已卸载")
+    other.close()
+    stayed.bring_to_front()
+    stayed.locator("textarea").locator("visible=true").last.fill("还在吗？")
+    press(stayed, "提交")
+    stayed.locator(".toast-body", has_text="模型已在另一个标签页或由其他用户卸载").wait_for()
+    status(stayed, "模型未加载")
     stayed.close()

@@ -182,6 +182,12 @@ class Answers:
         self._last.clear()
 
 
+def answers_of(chatter: Any) -> Answers:
+    """The answers of LLaMA-Factory's chatter."""
+    answers: Answers = vars(chatter).setdefault("_kt_answers", Answers())
+    return answers
+
+
 def _put(table: dict[str, Any], key: str, value: Any) -> None:
     """Make it the newest entry; the oldest go."""
     table.pop(key, None)

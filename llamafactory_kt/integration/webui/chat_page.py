@@ -10,8 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ...model.state import has_kt_experts, kt_state
-from .answers import Messages, Shown, up_to_question
-from .chatter import answers_of
+from .answers import Messages, Shown, answers_of, up_to_question
 from .status import heat_map, status_line
 
 ASKING = ("user", "observation")

@@ -21,6 +21,7 @@ from ...model.state import has_kt_experts, kt_state
 from ..listening import warn_if_open
 from ..patching import asks_for, expect, replace
 from .background_load import PageLoad, warn
+from .status import model_path
 from .texts import say
 
 
@@ -81,6 +82,8 @@ def patch(module: ModuleType) -> None:
             return
         ours = has_kt_experts(_model(self))
         if ours:
+            from .answers import answers_of
+
             answers_of(self).end()
             kt_state(_model(self)).lock.wait_until_idle()
         yield from stock_unload(self, data)
@@ -102,7 +105,7 @@ def patch(module: ModuleType) -> None:
                 raise gradio.Error(say("gone", lang), duration=None, print_exception=False)
             yield from stock_stream(self, chatbot, messages, lang, *rest, **more)
             return
-        from .answers import answered
+        from .answers import answered, answers_of
 
         def start(generation: Any) -> Iterator[tuple[Any, Any]]:
             asking = _Asking(self, generation)
@@ -162,13 +165,6 @@ def _running(chatter: Any) -> PageLoad | None:
     return load if load is not None and load.running else None
 
 
-def answers_of(chatter: Any) -> Any:
-    """The chatter's :class:`~.answers.Answers`."""
-    from .answers import Answers
-
-    return vars(chatter).setdefault("_kt_answers", Answers())
-
-
 def _adapter_alone_differs(chatter: Any, args: dict[str, Any]) -> bool:
     before = getattr(chatter, "_kt_args", None)
     if before is None or not has_kt_experts(_model(chatter)):
@@ -192,8 +188,3 @@ def _offer(chatter: Any, args: dict[str, Any], language: str) -> str | None:
     return say(
         "offer", language, loaded=loaded, changed=keys, wanted=wanted, button=LOCALES["load_btn"][language]["value"]
     )
-
-
-def model_path(model: Any) -> str:
-    """What a model was loaded from; empty if nobody knows."""
-    return str(getattr(getattr(model, "config", None), "_name_or_path", ""))

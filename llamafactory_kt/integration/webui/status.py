@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ...model.state import has_kt_experts, kt_state
-from .chatter import model_path
 from .texts import MESSAGES, say
 
 _STEADY = "<style>.kt-steady .html-container {opacity: 1 !important}</style>"
@@ -52,3 +51,8 @@ def heat_map(model: Any, language: str | None) -> str:
     return heat_map_html(
         stats, {part: MESSAGES[f"map_{part}"].get(language or "en", MESSAGES[f"map_{part}"]["en"]) for part in _PARTS}
     )
+
+
+def model_path(model: Any) -> str:
+    """What a model was loaded from; empty if nobody knows."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", ""))

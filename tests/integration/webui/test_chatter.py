@@ -146,7 +146,7 @@ def test_a_question_without_an_answer_is_not_sent_again(tab):
 
 def test_answers_of_pages(tab, slowly):
     """A page finds the answer of its browser again, and one that no page shows makes room for the next."""
-    from llamafactory_kt.integration.webui.chatter import answers_of
+    from llamafactory_kt.integration.webui.answers import answers_of
 
     tab.load()
     answers = answers_of(tab.chatter)

@@ -159,16 +159,16 @@ class Answers:
         """What a page has shown last."""
         return self._last.get(page or "")
 
-    def opened(self, page: str, browser: str) -> PageAnswer | None:
+    def opened(self, page: str | None, browser: str) -> PageAnswer | None:
         """Note a new page, and give it what its browser has shown last."""
-        _put(self._browsers, page, browser)
+        _put(self._browsers, page or "", browser)
         if (answer := self._last.get(browser)) is not None:
-            _put(self._last, page, answer)
+            _put(self._last, page or "", answer)
         return answer
 
-    def clear(self, page: str) -> None:
+    def clear(self, page: str | None) -> None:
         """End and forget a page's conversation."""
-        if (answer := self._last.pop(page, None)) is not None:
+        if (answer := self._last.pop(page or "", None)) is not None:
             answer.drop()
             for key in [key for key, other in tuple(self._last.items()) if other is answer]:
                 del self._last[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from statistics import median
@@ -21,6 +22,10 @@ _OVERWRITE = typer.Option(False, "--overwrite", help="Replace the directory of a
 _BATCH_SIZE = typer.Option(8, min=1, help="Prompts computed together.")
 
 
+def _keep_log_short() -> None:
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")  # before LLaMA-Factory is imported
+
+
 def generate(
     config: Path = typer.Argument(..., help="LLaMA-Factory inference YAML."),
     overrides: list[str] = OVERRIDES,
@@ -32,6 +37,7 @@ def generate(
     json_file: Path = JSON,
 ) -> None:
     """Answer prompts with the YAML's model, adapter, template and sampling keys; continues an interrupted run."""
+    _keep_log_short()
     from tqdm import tqdm
 
     from ..integration.chat import LoadedChat
@@ -91,6 +97,7 @@ def compare(
     json_file: Path = JSON,
 ) -> None:
     """Compare answers, distributions, perplexity, speed and memory; writes report.html, report.md and comparison.json."""
+    _keep_log_short()
     from rich.markup import escape
     from rich.table import Table
 
@@ -142,6 +149,7 @@ def stats(
     json_file: Path = JSON,
 ) -> None:
     """Count what the routers choose over a set of prompts and their answers: JSON, CSV, heat maps, SGLang's placement."""
+    _keep_log_short()
     from tqdm import tqdm
 
     from ..ground.atomic_output import check_free

@@ -19,7 +19,7 @@ TARGETS = {
     "llamafactory.model.loader": "llamafactory_kt.integration.model.loader",
     "llamafactory.model.patcher": "llamafactory_kt.integration.model.patcher",
     "llamafactory.chat.hf_engine": "llamafactory_kt.integration.hf_engine",
-    "llamafactory.chat.chat_model": "llamafactory_kt.integration.chat_model",
+    "llamafactory.chat.chat_model": "llamafactory_kt.integration.terminal.chat_model",
     "llamafactory.api.app": "llamafactory_kt.integration.api.requests",
     "llamafactory.webui.components.chatbot": "llamafactory_kt.integration.webui.chatbot",
     "llamafactory.webui.components.infer": "llamafactory_kt.integration.webui.infer",

@@ -26,7 +26,8 @@ def end_in_one_paragraph(debug: bool = False) -> None:
         if isinstance(error, KTError):
             print(f"Error: {error}", file=sys.stderr)
         elif is_interrupt(error):
-            print("Interrupted.", file=sys.stderr)
+            # in a terminal after its "^C", and after a progress bar
+            print("\nInterrupted." if sys.stderr.isatty() else "Interrupted.", file=sys.stderr)
         else:
             stock(kind, error, traceback)
 

@@ -90,6 +90,8 @@ class KTState:
     """prompts and answers whose keys and values are kept; None where none are"""
     continues: str | None = None
     """how tokens go on with a cache (:mod:`..decoding.continuing`); None where nobody has asked"""
+    lora_scope: str = "all"
+    """``kt_lora_scope`` of the load, for adapters that a terminal chat applies later"""
     show_stats: bool = False
     """a terminal chat prints figures after each answer"""
 

@@ -20,9 +20,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llamafactory_kt import KTDataError
 from llamafactory_kt.decoding.continuing import ONE_BY_ONE
-from llamafactory_kt.integration.chat_model import _converse as chat_in_terminal
 from llamafactory_kt.integration.generation import Generation
 from llamafactory_kt.integration.media import add_token_types
+from llamafactory_kt.integration.terminal.chat_model import _converse as chat_in_terminal
 from llamafactory_kt.model.state import kt_state
 
 PICTURES = [picture(), picture(64, 48, 1)]

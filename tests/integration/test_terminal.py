@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -28,8 +29,9 @@ def rambling(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("model"), "deepseek_v2", max_position_embeddings=100_000)
 
 
-def start(path, *arguments: str) -> pexpect.spawn:
-    env = {**os.environ, "LLAMAFACTORY_VERBOSITY": "WARN", "TERM": "dumb"}
+def start(path, *arguments: str, **environment: str | None) -> pexpect.spawn:
+    given = {**os.environ, "LLAMAFACTORY_VERBOSITY": "WARN", "TERM": "dumb", **environment}
+    env = {name: value for name, value in given.items() if value is not None}
     command = [str(path), *arguments]
     chat = pexpect.spawn(str(CLI), ["chat", *command], env=env, encoding="utf-8", codec_errors="replace", timeout=120)
     chat.expect("User: ")
@@ -80,6 +82,36 @@ def test_whole_answers_and_figures(tmp_path, demo):
     chat.expect(pexpect.EOF)
     chat.close()
     assert chat.exitstatus == 0
+
+
+def test_typed_and_pasted(tmp_path, demo):
+    """From the command to the first question there are few lines; several lines are one question, pasted or between triple quotes."""
+    adapter, saved = str(demo / "adapter"), tmp_path / "saved.json"
+    path = config(tmp_path, demo, kt_backend="torch", kt_num_threads=None, adapter_name_or_path=adapter)
+    chat = start(path, "max_new_tokens=3", TERM="xterm", LLAMAFACTORY_VERBOSITY=None)
+    said = [line for line in chat.before.split("\r\n") if line.strip()]  # a progress bar is one
+    assert any("LoRA tensors" in line for line in said) and any("Loaded adapter(s)" in line for line in said)
+    assert len(said) <= 25 and not any("Model config" in line or "torch_dtype" in line for line in said), chat.before
+    assert "`/help`" in chat.before and "`/experts`" not in chat.before, "which is not on"
+    pasted = "def f():\n\treturn 1\n\n/help"
+    chat.send("\r")  # nothing happens
+    chat.expect("User: ")
+    chat.send(f"\x1b[200~{pasted}\n\x1b[201~\r")
+    chat.expect("Assistant: ")
+    chat.expect("User: ")
+    chat.send('"""one\r\rtwo"""\r')
+    chat.expect("Assistant: ")
+    chat.expect("User: ")
+    chat.send("/hlep\r")
+    chat.expect_exact("did you mean /help?")
+    chat.send(f"/save {saved}\r")
+    chat.expect_exact("2 questions and answers.")
+    chat.send("/bye\r")
+    chat.expect(pexpect.EOF)
+    chat.close()
+    assert chat.exitstatus == 0
+    (row,) = json.loads(saved.read_text(encoding="utf-8"))
+    assert [turn["value"] for turn in row["conversations"][::2]] == [pasted, "one\n\ntwo"]
 
 
 @pytest.mark.nightly
@@ -168,7 +200,8 @@ def test_an_error_while_generating_reaches_the_reader(model, monkeypatch):
 
 
 def test_history_after_an_interrupt(model, capsys):
-    from llamafactory_kt.integration.chat_model import _answer
+    from llamafactory_kt.integration.terminal.chat_model import _answer
+    from llamafactory_kt.integration.terminal.commands import Conversation
 
     class Impatient:
         """Presses Ctrl-C at once: before the first word of the answer, or after it."""
@@ -180,11 +213,12 @@ def test_history_after_an_interrupt(model, capsys):
             yield from self.words
             os.kill(os.getpid(), signal.SIGINT)
 
-    messages: list[dict[str, str]] = []
-    _answer(Impatient([]), messages, "one", True)
-    assert messages == [] and "[stopped]" in capsys.readouterr().out
-    _answer(Impatient(["a word"]), messages, "two", False)
-    assert [m["content"] for m in messages] == ["two", "a word"]
+    chat = Conversation(Impatient([]), show_stats=True)
+    _answer(chat, "one")
+    assert chat.messages == [] and "[stopped]" in capsys.readouterr().out
+    chat.chat_model = Impatient(["a word"])
+    _answer(chat, "two")
+    assert [m["content"] for m in chat.messages] == ["two", "a word"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

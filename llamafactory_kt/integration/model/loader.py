@@ -228,7 +228,7 @@ def _apply(model: Any, model_args: Any) -> Any:
         model, _ = apply_adapter(model, state.requested, model_args.kt_lora_scope)
         logger.info("Loaded adapter(s): %s", ",".join(model_args.adapter_name_or_path or [model_args.kt_moe_lora_path]))
     optimize_for_inference(model)
-    state.show_stats = model_args.kt_stats
+    state.show_stats, state.lora_scope = model_args.kt_stats, model_args.kt_lora_scope
     directory = expanded(model_args.kt_prompt_cache_dir)
     keep_prompts(state, model_args.kt_prompt_cache, model_args.kt_prompt_cache_gib, directory)
     log_load_table(model)

@@ -1,7 +1,7 @@
 """``llamafactory.chat.chat_model``: the chat in the terminal, if the command line sets ``use_kt``.
 
-Ctrl-C stops the answer and keeps the session, ``/stats`` shows figures after each answer, ``/experts`` shows the router
-statistics, and Ctrl-D leaves. Without ``use_kt`` the chat is LLaMA-Factory's own.
+Ctrl-C stops the answer and keeps the session, Ctrl-D leaves, and :mod:`.commands` does what begins with a slash. Without
+``use_kt`` the chat is LLaMA-Factory's own.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-from ..ground.errors import KTDataError, KTModelError
-from ..ground.streams import keep_stdout_clean, take_any_text
-from ..model.state import has_kt_experts, kt_state
-from .patching import asks_for, expect, replace
+from ...ground.errors import KTDataError, KTError
+from ...ground.streams import keep_stdout_clean, take_any_text
+from ...model.state import has_kt_experts, kt_state
+from ..patching import asks_for, expect, replace
+from .questions import edit_lines, read_question
+from .short_log import keep_log_short
 
 
 def patch(module: ModuleType) -> None:
@@ -27,14 +29,11 @@ def patch(module: ModuleType) -> None:
     def run_chat() -> None:
         if asks_for("use_kt"):
             take_any_text()
-            with contextlib.suppress(ImportError):
-                import readline  # history and editing for input()
-
-                for setting in ("input-meta on", "output-meta on", "convert-meta off"):  # bytes above 127 are text
-                    readline.parse_and_bind(f"set {setting}")
+            edit_lines()
             debug = asks_for("kt_debug")  # shows the kernel's own output while it loads
             if not debug:
                 keep_stdout_clean()
+                keep_log_short()
             chat_model = module.ChatModel()
             if debug:
                 keep_stdout_clean()
@@ -46,20 +45,22 @@ def patch(module: ModuleType) -> None:
 
 
 def _converse(chat_model: Any) -> None:
-    from llamafactory.extras.misc import torch_gc
+    from .commands import Conversation, counts_experts, run_command
 
-    messages: list[dict[str, str]] = []
-    model = getattr(chat_model.engine, "model", None)  # with infer_backend: sglang, the server has it
-    show_stats = (
-        kt_state(model).show_stats if has_kt_experts(model) else getattr(chat_model.engine, "kt_show_stats", False)
+    chat = Conversation(chat_model)
+    chat.show_stats = (
+        kt_state(chat.model).show_stats
+        if has_kt_experts(chat.model)
+        else getattr(chat_model.engine, "kt_show_stats", False)
     )
+    experts = ", `/experts` which experts it used" if counts_experts(chat.model) else ""
     print(
         "Welcome to the CLI application, use `clear` to remove the history, use `exit` to exit the application.\n"
-        "Ctrl-C stops an answer, `/stats` shows its speed, `/experts` which experts it used."
+        f"Ctrl-C stops an answer, `/stats` shows its speed{experts}, `/help` lists the commands."
     )
-    while True:
+    while not chat.ended:
         try:
-            query = input("\nUser: ")
+            question = read_question("\nUser: ")
         except UnicodeDecodeError:
             print("Detected decoding error at the inputs, please set the terminal encoding to utf-8.")
             continue
@@ -69,52 +70,39 @@ def _converse(chat_model: Any) -> None:
         except EOFError:
             print()
             return
-        if "\ufffd" in query:
+        if not question and sys.stdin.isatty():
+            continue
+        if "\ufffd" in question:
             print(
                 "The line has bytes that are no text in this terminal's encoding; \ufffd stands for them.",
                 file=sys.stderr,
             )
-        command = query.strip()
-        if command == "exit":
-            return
-        if command == "clear":
-            messages.clear()
-            torch_gc()
-            print("History has been removed.")
-        elif command == "/stats":
-            show_stats = not show_stats
-            print(f"Figures after each answer: {'on' if show_stats else 'off'}.")
-        elif command == "/experts":
-            print(_experts(model))
-        else:
-            try:
-                _answer(chat_model, messages, query, show_stats)
-            except KTDataError as error:  # the question cannot be answered; the next one can
-                print(error)
+        try:
+            said = run_command(chat, question)
+        except KTError as error:
+            said = str(error)
+        except KeyboardInterrupt:  # of a command; what it had begun is done, or undone
+            said = "Interrupted."
+        if said is not None:
+            print(said, end="\n" if said else "")
+            continue
+        try:
+            _answer(chat, question)
+        except KTDataError as error:  # the question cannot be answered; the next one can
+            print(error)
 
 
-def _experts(model: Any) -> str:
-    """The table of router statistics, or why there is none."""
-    from ..router_stats.stats import get_router_stats, router_table
-
-    if model is None:
-        return "The experts are in the server; router statistics need infer_backend: huggingface."
-    try:
-        return router_table(get_router_stats(model))
-    except KTModelError as error:
-        return str(error)
-
-
-def _answer(chat_model: Any, messages: list[dict[str, str]], query: str, show_stats: bool) -> None:
+def _answer(chat: Any, query: str) -> None:
     """Print the answer as it comes. The history gets question and answer, or neither if it was interrupted before any text."""
-    from .generation import Generation
+    from ..generation import Generation
 
     generation, response = Generation(), ""
     question = {"role": "user", "content": query}
     print("Assistant: ", end="", flush=True)
     progress = _Progress(generation) if sys.stdout.isatty() else None
     with _stopped_by_interrupt(generation):
-        for text in chat_model.stream_chat([*messages, question], kt_generation=generation):
+        texts = chat.chat_model.stream_chat([*chat.messages, question], kt_generation=generation, **chat.generating)
+        for text in texts:
             if progress is not None:
                 progress.end()
             print(text, end="", flush=True)
@@ -126,8 +114,8 @@ def _answer(chat_model: Any, messages: list[dict[str, str]], query: str, show_st
         progress.end()
     print(" [stopped]" if interrupted else "")
     if response or not interrupted:
-        messages += [question, {"role": "assistant", "content": response}]
-    if show_stats:
+        chat.messages += [question, {"role": "assistant", "content": response}]
+    if chat.show_stats:
         print(f"[{generation}]")
 
 

@@ -1,0 +1,33 @@
+"""What a terminal chat with ``use_kt`` says while it loads: its own lines with the load table, warnings and errors.
+
+LLaMA-Factory and transformers log configurations as a whole, some of them six times.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+_OURS = "llamafactory_kt"
+
+
+def keep_log_short() -> None:
+    """From now on, keep details out of the log, unless ``LLAMAFACTORY_VERBOSITY`` asks for them (``INFO``, ``DEBUG``).
+
+    With ``WARN``, a terminal shows the load table all the same. A pipe has no more than it asks for.
+    """
+    level = os.environ.get("LLAMAFACTORY_VERBOSITY", "").upper()
+    if level in ("INFO", "DEBUG"):
+        return
+    if level in ("WARN", "WARNING") and sys.stdout.isatty():
+        logging.getLogger("llamafactory").setLevel(logging.INFO)
+    for library in ("llamafactory", "transformers"):
+        for handler in logging.getLogger(library).handlers:  # of which our own logger gets copies
+            handler.addFilter(_matters)
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    if "`torch_dtype` is deprecated" in str(record.msg):  # in LLaMA-Factory's own code, whatever a user does
+        return False
+    return record.levelno >= logging.WARNING or record.name == _OURS

@@ -1,6 +1,6 @@
 """Import hooks that patch LLaMA-Factory's modules when they are imported.
 
-Runs at the end of ``import torch``, so it imports only the standard library's import machinery. ``__spec__._initializing``, which is true
+Runs at the end of ``import torch``, so it imports only the standard library. ``__spec__._initializing``, which is true
 while a module is executed, is CPython's own (3.11 to 3.13); without it, a module counts as fully imported.
 """
 
@@ -11,6 +11,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader, SourcelessFileLoader
 from types import ModuleType
 from typing import Any
+
+from .early_interrupt import end_imports_at_once
 
 # module of LLaMA-Factory -> our module; its patch(module) is called once that module has been executed
 TARGETS = {
@@ -40,6 +42,7 @@ def activate() -> None:
     if is_active():
         return
     sys.meta_path.insert(0, _Finder())
+    end_imports_at_once()
     for name in TARGETS:
         module = sys.modules.get(name)
         if module is None:

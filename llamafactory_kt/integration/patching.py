@@ -10,6 +10,7 @@ import contextlib
 import functools
 import inspect
 import sys
+from collections.abc import Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
@@ -110,12 +111,16 @@ def require_hooks(*more: str) -> None:
             raise KTHookError(f"{name} was imported before llamafactory_kt could hook into it. {versions()}")
 
 
-def asks_for(key: str, args: Any = None) -> bool:
+def asks_for(key: str, args: Any = None, command_line: Sequence[str] | None = None) -> bool:
     """Whether raw arguments set a key to true: a dictionary, a list of words, or (None) the command line with its file.
 
     A file that cannot be read sets nothing; LLaMA-Factory reports what is wrong with it.
+
+    Args:
+        command_line: in place of ``sys.argv[1:]``.
     """
-    words = args if isinstance(args, list) else sys.argv[1:] if args is None else []
+    line = sys.argv[1:] if command_line is None else command_line
+    words = args if isinstance(args, list) else line if args is None else []
     value: Any = args.get(key) if isinstance(args, dict) else None
     if args is None and words and words[0].endswith((".yaml", ".yml", ".json")):
         with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers.adapters import make_adapter, make_dora
 from helpers.children import child
+from helpers.interpreters import python
 from helpers.loading import load, logits
 from helpers.marks import needs_native
 from helpers.models import make_model
@@ -254,3 +255,22 @@ def test_interrupted_load(files, tmp_path):
         run = child(code)
         assert run.returncode == -signal.SIGINT and "Traceback" not in run.stderr, run.stderr
         assert run.stderr.strip().endswith("Interrupted.")
+
+
+@pytest.mark.parametrize("keys", ["use_kt: true", "use_kt: false"])
+def test_interrupted_imports(tmp_path, keys):
+    """Ctrl-C before a chat loads, where transformers would say that a module is missing: one line. Without use_kt it is Python's."""
+    config = tmp_path / "chat.yaml"
+    config.write_text(f"model_name_or_path: {DEMO / 'model'}\ntemplate: deepseek\n{keys}\n")
+    run = python(f"""
+        import os, signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = ["/usr/bin/llamafactory-cli", "chat", {str(config)!r}]
+        import torch
+        os.kill(os.getpid(), signal.SIGINT)
+        """)
+    assert run.returncode == -signal.SIGINT
+    if "true" in keys:
+        assert run.stderr == "Interrupted.\n"
+    else:
+        assert "KeyboardInterrupt" in run.stderr

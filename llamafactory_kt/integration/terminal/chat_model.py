@@ -17,6 +17,7 @@ from typing import Any
 from ...ground.errors import KTDataError, KTError
 from ...ground.streams import keep_stdout_clean, take_any_text
 from ...model.state import has_kt_experts, kt_state
+from ..early_interrupt import imports_have_ended
 from ..patching import asks_for, expect, replace
 from .questions import edit_lines, read_question
 from .short_log import keep_log_short
@@ -27,6 +28,7 @@ def patch(module: ModuleType) -> None:
     stock = expect(module, "run_chat")
 
     def run_chat() -> None:
+        imports_have_ended()
         if asks_for("use_kt"):
             take_any_text()
             edit_lines()

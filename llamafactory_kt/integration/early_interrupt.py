@@ -1,0 +1,40 @@
+"""Ctrl-C while ``llamafactory-cli chat`` with ``use_kt`` imports its libraries, which takes seconds.
+
+Python would end in the traceback of an import, or transformers in one that says that a module is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from threading import current_thread, main_thread
+from typing import Any
+
+
+def end_imports_at_once() -> None:
+    """Until :func:`imports_have_ended`, let Ctrl-C end such a process with one line. Other programs are left alone."""
+    argv = getattr(sys, "argv", [])  # programs that embed Python may have none
+    if (
+        argv[1:2] == ["chat"]
+        and Path(argv[0]).name in ("llamafactory-cli", "lmf")
+        and current_thread() is main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):
+        from .patching import asks_for
+
+        if asks_for("use_kt", command_line=argv[2:]):
+            signal.signal(signal.SIGINT, _end)
+
+
+def imports_have_ended() -> None:
+    """From now on, Ctrl-C raises KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: Any) -> None:
+    os.write(2, b"\nInterrupted.\n" if os.isatty(2) else b"Interrupted.\n")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)

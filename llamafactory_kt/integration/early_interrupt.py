@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from importlib import import_module
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any
@@ -22,10 +23,7 @@ def end_imports_at_once() -> None:
         and current_thread() is main_thread()
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     ):
-        from .patching import asks_for
-
-        if asks_for("use_kt", command_line=argv[2:]):
-            signal.signal(signal.SIGINT, _end)
+        signal.signal(signal.SIGINT, _end)
 
 
 def imports_have_ended() -> None:
@@ -35,6 +33,10 @@ def imports_have_ended() -> None:
 
 
 def _end(number: int, frame: Any) -> None:
+    # by its name, as bootstrap names what comes after ``import torch``; LLaMA-Factory takes "chat" off the command line
+    asks_for = import_module(f"{__package__}.patching").asks_for
+    if not asks_for("use_kt", command_line=sys.argv[1 + (sys.argv[1:2] == ["chat"]) :]):
+        signal.default_int_handler(number, frame)
     os.write(2, b"\nInterrupted.\n" if os.isatty(2) else b"Interrupted.\n")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)

@@ -76,6 +76,7 @@ def test_import_torch_brings_in_next_to_nothing():
         "llamafactory_kt._version",
         "llamafactory_kt.integration",
         "llamafactory_kt.integration.bootstrap",
+        "llamafactory_kt.integration.early_interrupt",
     ]
     assert json.loads(result.stdout.replace("'", '"')) == wanted
     assert "llamafactory_kt" not in python("import sys; print(list(sys.modules))").stdout

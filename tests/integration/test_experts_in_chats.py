@@ -18,7 +18,7 @@ def test_experts_in_the_terminal(tmp_path, demo):
 def test_experts_without_counting(tmp_path, demo):
     """It says how to count. Without use_kt it is a message like any other."""
     result = chat(config(tmp_path, demo, kt_backend="torch"), ["/experts", "exit"])
-    assert "load the model with kt_router_stats: true" in result.stdout and not answers(result)
+    assert "set kt_router_stats: true in the YAML" in result.stdout and not answers(result)
     keys = {"use_kt": None, "kt_backend": None, "kt_num_threads": None, "kt_tp_enabled": None}
     result = chat(config(tmp_path, demo, **keys, max_new_tokens=4), ["/experts", "exit"])
     assert len(answers(result)) == 1, result.stderr

@@ -210,10 +210,11 @@ def test_history_after_an_interrupt(model, capsys):
             self.words = words
 
         def stream_chat(self, messages, **keys):
+            assert keys["temperature"] == 0.5
             yield from self.words
             os.kill(os.getpid(), signal.SIGINT)
 
-    chat = Conversation(Impatient([]), show_stats=True)
+    chat = Conversation(Impatient([]), show_stats=True, generating={"temperature": 0.5})
     _answer(chat, "one")
     assert chat.messages == [] and "[stopped]" in capsys.readouterr().out
     chat.chat_model = Impatient(["a word"])

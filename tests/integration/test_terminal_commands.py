@@ -37,7 +37,7 @@ class Nothing:
     engine = type("Engine", (), {"generating_args": {"do_sample": True}})
 
 
-@pytest.mark.parametrize("line", ["", "/", "/usr/bin/python is what?", "//help", " /help", "/help\nme", "help", "/2 is half", "/*", "exit now"])  # fmt: skip
+@pytest.mark.parametrize("line", ["", "/", "/usr/bin/python is what?", "//help", " /hlep me", "/help\nme", "help", "/2 is half", "/*", "exit now"])  # fmt: skip
 def test_questions(talk, line):
     assert run_command(talk, line) is None
 

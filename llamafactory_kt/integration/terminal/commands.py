@@ -77,13 +77,15 @@ def run_command(conversation: Conversation, line: str) -> str | None:
     Raises:
         KTError: It cannot be done; nothing has changed.
     """
-    line = WORDS.get(line.strip(), line)
-    if not re.fullmatch(r"/([a-zA-Z]+|\?)( .*)?", line.rstrip()):
+    words = WORDS.get(line.strip(), line.strip())
+    if not re.fullmatch(r"/([a-zA-Z]+|\?)( .*)?", words):
         return None
-    name, _, rest = line.rstrip().partition(" ")
+    name, _, rest = words.partition(" ")
     rest = rest.strip()
     name = _ALIASES.get(name.lower(), name.lower())
     if (command := COMMANDS.get(name)) is None:
+        if line.startswith(" "):
+            return None
         raise KTConfigError(
             f"{name} is no command{suggestion(name, COMMANDS)} /help lists them. A question that begins so is asked with a blank before it."
         )

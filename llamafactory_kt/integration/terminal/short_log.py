@@ -10,6 +10,8 @@ import os
 import sys
 
 _OURS = "llamafactory_kt"
+_DETAILS = ("llamafactory_kt.apply.", "llamafactory_kt.peft_side.", "llamafactory_kt.model.on_gpu.")
+"""how an adapter was divided, which the load table sums up; which experts a GPU has, said in the middle of an answer"""
 
 
 def keep_log_short() -> None:
@@ -30,4 +32,6 @@ def keep_log_short() -> None:
 def _matters(record: logging.LogRecord) -> bool:
     if "`torch_dtype` is deprecated" in str(record.msg):  # in LLaMA-Factory's own code, whatever a user does
         return False
-    return record.levelno >= logging.WARNING or record.name == _OURS
+    name = f"{record.name}."
+    ours = name.startswith(f"{_OURS}.") and not name.startswith(_DETAILS)
+    return ours or record.levelno >= logging.WARNING

@@ -92,6 +92,7 @@ def test_typed_and_pasted(tmp_path, demo):
     said = [line for line in chat.before.split("\r\n") if line.strip()]  # a progress bar is one
     assert any("LoRA tensors" in line for line in said) and any("Loaded adapter(s)" in line for line in said)
     assert len(said) <= 25 and not any("Model config" in line or "torch_dtype" in line for line in said), chat.before
+    assert "\x1b[?2004h" in chat.before, "the terminal shall mark what is pasted"
     assert "`/help`" in chat.before and "`/experts`" not in chat.before, "which is not on"
     pasted = "def f():\n\treturn 1\n\n/help"
     chat.send("\r")  # nothing happens

@@ -12,8 +12,8 @@ from helpers.marks import KERNEL_PROBLEM
 from helpers.models import make_model
 
 from llamafactory_kt import switch_adapter
-from llamafactory_kt.integration import chat_model as terminal
 from llamafactory_kt.integration.generation import Generation
+from llamafactory_kt.integration.terminal import chat_model as terminal
 from llamafactory_kt.model.state import kt_state
 
 ENGINE = "torch" if KERNEL_PROBLEM else "AMXBF16"

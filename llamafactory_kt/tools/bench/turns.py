@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...decoding.continuing import way_to_continue
 from ...decoding.generate import generate
 from ...ground.internals import CACHE_ARGUMENTS
 from ...model.state import has_kt_experts, kt_state, plain_model
@@ -47,6 +48,7 @@ def second_turn(model: Any, ids: torch.Tensor, cache: Any) -> SecondTurn | None:
     state.prompts.keep(Kept(state.weights_key, ids[0, :held].cpu().numpy(), layers.copied(cache, held, {})))
     try:
         with torch.no_grad():
+            way_to_continue(plain_model(model), whole, name)  # asked once for a machine
             started = time.perf_counter()
             model(input_ids=whole[:, held:], use_cache=True, logits_to_keep=1, **{name: cache})
             forward = time.perf_counter() - started

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
 import threading
+import weakref
 
 import torch
 
@@ -17,6 +20,8 @@ class _Memory(threading.local):
 
 
 _memory = _Memory()
+_every: dict[int, weakref.ref[torch.Tensor]] = {}
+"""thread -> its memory"""
 
 
 def scratch(nbytes: int) -> int:
@@ -24,4 +29,12 @@ def scratch(nbytes: int) -> int:
     if _memory.tensor.nbytes < nbytes + _ALIGNMENT:
         with active.recorder.pause() if active.recorder is not None else contextlib.nullcontext():
             _memory.tensor = torch.empty(nbytes + _ALIGNMENT, dtype=torch.uint8)
+        _every[threading.get_ident()] = weakref.ref(_memory.tensor)  # in the place of a thread's that has ended
     return -(-_memory.tensor.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+
+
+@atexit.register
+def _leave_to_the_system() -> None:
+    """Python, while it ends, drops what threads own, also of those that still compute: the kernels would write to freed memory."""
+    for tensor in [found for reference in list(_every.values()) if (found := reference()) is not None]:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(tensor))

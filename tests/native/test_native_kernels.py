@@ -172,11 +172,18 @@ def test_a_forked_process_computes_too():
 
 
 def test_a_process_ends_while_a_thread_computes():
+    """In the kernels alone: before 3.14, Python ends a thread that comes back from PyTorch's C++ by an exception, which aborts the process."""
     code = """
+    from ctypes import byref
+    compute()
+    kernels, out = calls.kernels(), torch.empty(40, 500)
+    call = calls.LinearCall(500, 300, 0, calls.DTYPES[x.dtype], None, calls.Weight(weight.data_ptr(), 300, None, None, None))
+    needed, given = kernels.kt_linear_scratch(byref(call), 40, 2), (x.data_ptr(), calls.DTYPES[x.dtype], 40, out.data_ptr())
     started = threading.Event()
     def work():
+        memory = calls.scratch(needed)
         while True:
-            compute(), started.set()
+            kernels.kt_linear_forward(byref(call), *given, memory, 2), started.set()
     threading.Thread(target=work, daemon=True).start()
     started.wait(), time.sleep(0.2)
     print("ends")

@@ -236,9 +236,8 @@ class _Generation:
         """Keep what the cache holds, of the prompt and its first answer."""
         kept = self._kept
         held = layers.length(kept.cache)
-        if held is None or held > len(
-            ids
-        ):  # something broke off in the middle of the layers, or before its token was chosen
+        # something broke off in the middle of the layers, or before its token was chosen
+        if held is None or held > len(ids):
             held = 0 if self._done and layers.fixed(kept.cache) else self._done
         if not held:
             return

@@ -38,9 +38,8 @@ def patch(module: ModuleType) -> None:
 
     def get_template_and_fix_tokenizer(tokenizer: Any, data_args: Any) -> Any:
         template = stock_template(tokenizer, data_args)
-        with contextlib.suppress(
-            Exception
-        ):  # of templates that say other things; a load with use_kt looks at what is noted
+        # a template of another kind says nothing; a load with use_kt looks at what is noted
+        with contextlib.suppress(Exception):
             note_prompt(template, tokenizer, data_args.template)
         return template
 

@@ -66,8 +66,8 @@ class PromptPool:
         with self._lock:
             found, tokens = None, LEAST
             for kept in self._kept:
-                reached = kept.reaches(min(_alike(kept.ids, ids), most)) if kept.key == key else 0
-                if reached >= tokens:  # of equals, the one used last
+                alike = min(_alike(kept.ids, ids), most) if kept.key == key else 0
+                if alike >= tokens and (reached := kept.reaches(alike)) >= tokens:  # of equals, the one used last
                     found, tokens = kept, reached
             if found is None:
                 return None

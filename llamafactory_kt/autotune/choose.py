@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ..adapters import ExpertsShape
 from ..checkpoint.formula import PLAIN, ExpertFormula
-from ..engines.base import EngineOptions
+from ..engines.options import EngineOptions
 from ..engines.plan import Plan
 from ..ground.machine import available_memory, usable_cores
 from ..ground.measurements import Remembered

@@ -26,7 +26,8 @@ from ..adapters import ExpertLora, ExpertsShape
 from ..adapters.keys import PROJECTIONS
 from ..checkpoint.expert_weights import ExpertBiases, ExpertWeights
 from ..checkpoint.formula import ExpertFormula
-from ..engines.base import Engine, EngineOptions, EngineSpec
+from ..engines.base import Engine
+from ..engines.options import EngineOptions, EngineSpec
 from ..engines.plan import Plan
 from ..engines.registry import get_engine
 from ..ground.paging import empty_in_huge_pages

@@ -9,8 +9,8 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..engines.base import CACHES, DENSE, EngineOptions
 from ..engines.ktkernel.sub_pools import sub_pools
+from ..engines.options import CACHES, DENSE, EngineOptions
 from ..engines.plan import PlanRequest
 
 QUANT_METHOD = "kt_experts"

@@ -22,8 +22,9 @@ from ..checkpoint.formats import check_file
 from ..checkpoint.layout import CheckpointLayout
 from ..checkpoint.opening import MoEModel
 from ..engines import gpus
-from ..engines.base import Engine, EngineOptions, EngineSpec
+from ..engines.base import Engine
 from ..engines.native.integer_files import open_dense
+from ..engines.options import EngineOptions, EngineSpec
 from ..engines.registry import canonical_name, get_engine
 from ..ground.errors import KTConfigError
 from ..ground.internals import untested

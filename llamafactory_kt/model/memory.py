@@ -13,7 +13,8 @@ from ..adapters import AdapterSet
 from ..checkpoint.discovery import ExpertsModule
 from ..checkpoint.layout import CheckpointLayout, Stored
 from ..checkpoint.opening import MoEModel
-from ..engines.base import Engine, EngineOptions
+from ..engines.base import Engine
+from ..engines.options import EngineOptions
 from ..engines.plan import Plan
 from ..engines.registry import engines, get_engine
 from ..ground.errors import KTMemoryError

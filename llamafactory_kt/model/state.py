@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters import AdapterSet, ExpertsShape
-from ..engines.base import Engine, EngineOptions
+from ..engines.base import Engine
+from ..engines.options import EngineOptions
 from ..engines.plan import Plan
 from ..ground.errors import KTModelError
 from ..native.cached_dense import CachedDense

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..engines import gpus
-from ..engines.base import CACHES, DENSE, LOADS
 from ..engines.native import NativeEngine
+from ..engines.options import CACHES, DENSE, LOADS
 from ..engines.registry import AUTO, engines, find_engine
 from ..ground.internals import switch_problem
 from .values import suggestion

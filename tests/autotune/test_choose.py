@@ -11,7 +11,7 @@ from helpers.marks import needs_kernel, needs_onednn
 from llamafactory_kt.adapters import ExpertsShape
 from llamafactory_kt.autotune import choose as choosing
 from llamafactory_kt.autotune.choose import PlanTimes, choose
-from llamafactory_kt.engines.base import EngineOptions
+from llamafactory_kt.engines.options import EngineOptions
 from llamafactory_kt.engines.plan import Plan
 from llamafactory_kt.ground import measurements
 from llamafactory_kt.ground.progress import MeasureProgress, watch_loads

@@ -14,7 +14,7 @@ from helpers.references import merged_float32, per_token, rel
 from llamafactory_kt import KTModelError, apply_adapter
 from llamafactory_kt.adapters import ExpertsShape
 from llamafactory_kt.checkpoint.expert_weights import LayerWeights
-from llamafactory_kt.engines.base import DEFAULT_OPTIONS
+from llamafactory_kt.engines.options import DEFAULT_OPTIONS
 from llamafactory_kt.engines.registry import get_engine
 from llamafactory_kt.model.state import kt_state
 

@@ -11,7 +11,7 @@ from helpers.references import rel
 
 from llamafactory_kt.adapters import ExpertsShape
 from llamafactory_kt.checkpoint.expert_weights import LayerWeights
-from llamafactory_kt.engines.base import EngineOptions, EngineSpec
+from llamafactory_kt.engines.options import EngineOptions, EngineSpec
 from llamafactory_kt.engines.registry import get_engine
 from llamafactory_kt.native.library import in_panels
 from llamafactory_kt.native.packed import ALL, E2M1, PackedExpert, PackedWeight, Packing

@@ -7,7 +7,8 @@ import torch
 
 from llamafactory_kt.adapters import ExpertLora, ExpertsShape
 from llamafactory_kt.checkpoint.expert_weights import ExpertWeights, LayerWeights
-from llamafactory_kt.engines.base import Engine, EngineOptions, EngineSpec
+from llamafactory_kt.engines.base import Engine
+from llamafactory_kt.engines.options import EngineOptions, EngineSpec
 from llamafactory_kt.engines.registry import get_engine
 
 TOP_K = 3

@@ -39,7 +39,7 @@ from llamafactory_kt.checkpoint.expert_weights import ExpertBiases, ExpertWeight
 from llamafactory_kt.checkpoint.formula import ExpertFormula
 from llamafactory_kt.checkpoint.layout import Stored
 from llamafactory_kt.engines import gpus
-from llamafactory_kt.engines.base import EngineSpec
+from llamafactory_kt.engines.options import EngineSpec
 from llamafactory_kt.engines.reference import ReferenceEngine
 from llamafactory_kt.engines.registry import get_engine
 from llamafactory_kt.integration.model.loader import in_dtype

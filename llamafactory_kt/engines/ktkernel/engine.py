@@ -14,7 +14,8 @@ import torch
 
 from ...adapters import ExpertsShape
 from ...checkpoint.expert_weights import LayerWeights
-from ..base import DEFAULT_OPTIONS, Engine, EngineOptions, EngineSpec, LayerMemory, ReadExperts, Stream
+from ..base import Engine, Stream
+from ..options import DEFAULT_OPTIONS, EngineOptions, EngineSpec, LayerMemory, ReadExperts
 from ..plan import Plan, PlanRequest
 from .cpuinfer import fix_pool
 from .kernel import KernelKind, KernelObject

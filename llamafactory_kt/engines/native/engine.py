@@ -20,7 +20,8 @@ from ...native.on_host import HostCall, HostCalls, cuda_runtime
 from ...native.packed import Matrix, PackedWeight, call_of
 from ...native.recording import active
 from ...native.scratch import scratch
-from ..base import Engine, EngineOptions, LayerMemory, Stream, Undo
+from ..base import Engine, Stream, Undo
+from ..options import EngineOptions, LayerMemory
 from ..product import Product
 from ..streams import note_device, wait_for_streams
 from .copying import Experts, copied

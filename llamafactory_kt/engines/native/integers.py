@@ -14,8 +14,8 @@ from ...ground.errors import KTModelError
 from ...ground.paging import drop_pages, empty_in_huge_pages, prefetch_pages
 from ...native.packed import PackedExpert, Packing
 from ...native.packed_block import quantize_into
-from ..base import DEFAULT_OPTIONS, EngineOptions, EngineSpec, LayerMemory, ReadExperts
 from ..bounds import Bounds
+from ..options import DEFAULT_OPTIONS, EngineOptions, EngineSpec, LayerMemory, ReadExperts
 from .copying import Experts
 from .engine import NativeEngine
 from .integer_files import EXPERTS, ExpertsRecord, experts_in, layer_size, open_experts

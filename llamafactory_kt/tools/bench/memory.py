@@ -20,7 +20,7 @@ from ...ground.tensor_files import SafetensorsStore
 from ...model.memory import nbytes_by_device
 from ...model.state import has_kt_experts, kt_state
 from .configs import BenchConfig
-from .results import BANDWIDTH_BUFFER
+from .speed import BANDWIDTH_BUFFER
 
 PROCESS_OVERHEAD = 2**29
 """bytes that a process takes besides the weights: torch, transformers, buffers, a conversation"""

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-BANDWIDTH_BUFFER = 2**30
-"""bytes that one measurement of the memory bandwidth reads: more than the caches hold"""
+from .speed import Speed
+
 PARTS = ATTENTION, LINEAR, EXPERTS, OUTPUT = "attention", "linear", "experts", "output"
 """scores, softmax and sums over values; the layers' products, shared experts' included; the routed experts; the output layer"""
 BETWEEN = "between"
@@ -53,16 +53,6 @@ def ratio(own: Sequence[float], reference: Sequence[float]) -> Spread:
     Spread(median=0.5, low=0.25, high=1.0)
     """
     return Spread.of(mine / other for mine, other in zip(own, reference, strict=True))
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What the machine does at one moment; its memory and its cores are often shared with others."""
-
-    reads: float
-    """memory bandwidth, bytes per second"""
-    products: float
-    """rate of a large matrix product, floating-point operations per second"""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import Any
 from ...ground.machine import cpu_name, usable_cores
 from .configs import BASE, BenchConfig
 from .processes import refuse_wrong_keys, worker
-from .results import BenchMachine, BenchReport, ConfigResult, Speed, Speeds
-from .worker import serve_config, serve_speed
+from .results import BenchMachine, BenchReport, ConfigResult, Speeds
+from .speed import Speed, serve_speed
+from .worker import serve_config
 
 
 def bench(

@@ -1,4 +1,4 @@
-"""What runs in a bench's worker processes: a configuration that measures on request, and the machine's speed."""
+"""What runs in a bench's worker processes: a configuration that measures on request."""
 
 from __future__ import annotations
 
@@ -22,12 +22,8 @@ from ..process_memory import (
     resident_memory,
 )
 from .configs import BenchConfig
-from .results import BANDWIDTH_BUFFER, ForwardParts, LoadStats, PartsResult, Speed
-
-SETTLE_TIMEOUT = 2.0
-"""seconds"""
-_PRODUCT = 512, 4096, 4096
-"""rows, inner size and columns of the large product: torch is as fast with larger ones"""
+from .results import ForwardParts, LoadStats, PartsResult
+from .speed import settle, wall_and_cpu
 
 Prepare = Callable[[int], None]
 """called with the number of tokens of the next forward"""
@@ -56,11 +52,11 @@ def serve_config(pipe: Connection, config: BenchConfig, prompt_tokens: Sequence[
 
     def pause() -> None:
         """Let the parent measure the machine's speed."""
-        _settle()
+        settle()
         pipe.send(True)
         pipe.recv()
 
-    waiting = _settle()
+    waiting = settle()
     pipe.send(stats)
     with contextlib.suppress(EOFError):  # the parent is gone
         while (request := pipe.recv()) != ("end",):
@@ -71,7 +67,7 @@ def serve_config(pipe: Connection, config: BenchConfig, prompt_tokens: Sequence[
             else:
                 found = _generate(model, length, new_tokens, prepare, lambda number: pause() if number == 1 else None)
                 answer = found.prompt, statistics.median(found.tokens), busy, second_turn(model, found.ids, found.cache)
-            waiting = _settle()
+            waiting = settle()
             pipe.send(answer)
         pipe.send((peak_resident_memory(), peak_gpu_memory(), resident_memory(), proportional_memory()))
 
@@ -91,46 +87,6 @@ def check_configs(pipe: Connection, configs: Sequence[BenchConfig]) -> None:
         except Exception as error:
             refused.append((config.name, one_line(error)))
     pipe.send(refused)
-
-
-def serve_speed(pipe: Connection, threads: int) -> None:
-    """Send True when ready, then answer each request with the machine's :class:`Speed`: of a sum over a large tensor in huge pages,
-    and of a large product in bfloat16, or in float32 where that is faster."""
-    import torch
-
-    from ...ground.paging import in_huge_pages
-
-    torch.set_num_threads(threads)
-    # The threads that read the buffer fill it, so its pages lie on their NUMA nodes.
-    buffer = in_huge_pages(torch.empty(BANDWIDTH_BUFFER // 4)).fill_(1)
-    rows, inner, columns = _PRODUCT
-    factors = [torch.ones(rows, inner), torch.ones(inner, columns)]
-    dtype = min(
-        torch.bfloat16,
-        torch.float32,
-        key=lambda dtype: median_seconds(torch.mm, *(f[:256, :256].to(dtype) for f in factors)),
-    )
-    factors = [factor.to(dtype) for factor in factors]
-    pipe.send(True)
-    with contextlib.suppress(EOFError):  # the parent is gone
-        while True:
-            pipe.recv()
-            speed = Speed(
-                BANDWIDTH_BUFFER / median_seconds(buffer.sum),
-                2 * rows * inner * columns / median_seconds(torch.mm, *factors),
-            )
-            _settle()
-            pipe.send(speed)
-
-
-def median_seconds(call: Callable[..., object], *arguments: object) -> float:
-    """Median of a few calls, without the first."""
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        call(*arguments)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
 
 
 def _load(config: BenchConfig, prompt_tokens: Sequence[int]) -> tuple[Any, LoadStats, Prepare]:
@@ -281,27 +237,7 @@ class _Clock:
         """``generate`` calls this at the end."""
 
 
-def _times() -> tuple[float, float]:
-    """(seconds, CPU seconds of this process)"""
-    return time.perf_counter(), time.process_time()
-
-
 def _busy_cores(since: tuple[float, float]) -> float | None:
     """The cores that this process has kept busy; None if too little time has passed to tell."""
-    passed, used = (now - then for now, then in zip(_times(), since, strict=True))
+    passed, used = (now - then for now, then in zip(wall_and_cpu(), since, strict=True))
     return used / passed if passed > 0.05 else None
-
-
-def _settle() -> tuple[float, float]:
-    """Wait until this process's threads sleep; kt-kernel's workers and OpenMP's threads spin for a while after their work.
-
-    Returns:
-        :func:`_times` afterwards.
-    """
-    deadline = time.perf_counter() + SETTLE_TIMEOUT
-    while time.perf_counter() < deadline:
-        used = time.process_time()
-        time.sleep(0.06)
-        if time.process_time() - used < 0.003:
-            break
-    return _times()

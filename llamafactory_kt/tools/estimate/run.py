@@ -18,9 +18,10 @@ from ...adapters import AdapterSet, open_adapters
 from ...checkpoint.formats import format_of
 from ...checkpoint.opening import MoEModel, empty_model, weight_files
 from ...decoding.latent_attention import keep_latents, latents_of
-from ...engines.base import CACHES, DENSE, Engine
+from ...engines.base import Engine
 from ...engines.native import ENGINES
 from ...engines.onednn import OneDNNEngine
+from ...engines.options import CACHES, DENSE
 from ...ground.machine import available_memory, cgroup_memory
 from ..bench.memory import PROCESS_OVERHEAD
 from ..bench.results import ATTENTION, EXPERTS

@@ -19,8 +19,7 @@ from ...native.library import library
 from ...native.packed import PackedWeight, Packing
 from ...native.quantized_tensor import QuantizedTensor
 from ..bench.processes import worker
-from ..bench.results import BANDWIDTH_BUFFER, Speed
-from ..bench.worker import median_seconds, serve_speed
+from ..bench.speed import BANDWIDTH_BUFFER, Speed, median_seconds, serve_speed
 from .weights import PLAIN
 
 _WIDTH = 2048
@@ -42,7 +41,7 @@ class MachineSpeed:
     cpu: str
     cores: int
     reads: float
-    """memory bandwidth, bytes per second, by torch's sum (:func:`~..bench.worker.serve_speed`)"""
+    """memory bandwidth, bytes per second, by torch's sum (:func:`~..bench.speed.serve_speed`)"""
     products: float
     """rate of torch's large product, operations per second"""
     kernels: Mapping[int, Speed]

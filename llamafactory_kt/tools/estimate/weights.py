@@ -17,7 +17,8 @@ from ...checkpoint.formats import Format
 from ...checkpoint.layout import Stored
 from ...checkpoint.opening import MoEModel
 from ...decoding.quantized_linear import quantizable
-from ...engines.base import Engine, EngineOptions
+from ...engines.base import Engine
+from ...engines.options import EngineOptions
 from ...ground.errors import KTModelError
 from ...native.packed import Packing
 from ..bench.memory import active

@@ -11,11 +11,12 @@ import torch
 
 from ...checkpoint.opening import open_checkpoint
 from ...checkpoint.stored import StoredTensor
-from ...engines.base import DENSE, Engine
+from ...engines.base import Engine
 from ...engines.ktkernel import PACKING
 from ...engines.ktkernel.engine import KTEngine
 from ...engines.ktkernel.sub_pools import sub_pools
 from ...engines.native.integers import INTEGERS, IntegerEngine
+from ...engines.options import DENSE
 from ...ground.errors import KTConfigError, KTKernelError
 from .integers import dense_part, dense_weights, integer_layer
 from .ktkernel import kt_layers

@@ -17,11 +17,11 @@ from llamafactory_kt.tools.bench.results import (
     LoadStats,
     PartsResult,
     SecondTurn,
-    Speed,
     Speeds,
     Spread,
     ratio,
 )
+from llamafactory_kt.tools.bench.speed import Speed
 from llamafactory_kt.tools.bench.tables import show
 
 GIB = 2**30

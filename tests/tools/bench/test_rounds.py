@@ -9,8 +9,9 @@ import pytest
 from llamafactory_kt import KTConfigError
 from llamafactory_kt.tools.bench import rounds
 from llamafactory_kt.tools.bench.configs import BenchConfig, bench_configs
-from llamafactory_kt.tools.bench.results import ForwardParts, LoadStats, PartsResult, Speed, Speeds
+from llamafactory_kt.tools.bench.results import ForwardParts, LoadStats, PartsResult, Speeds
 from llamafactory_kt.tools.bench.rounds import bench
+from llamafactory_kt.tools.bench.speed import Speed
 
 CONFIG = {"model_name_or_path": "m", "adapter_name_or_path": "a", "use_kt": True, "kt_backend": "torch"}
 GIB = 2**30

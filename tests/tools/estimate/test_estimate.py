@@ -30,7 +30,7 @@ from llamafactory_kt.cli import app
 from llamafactory_kt.ground.errors import KTAdapterError, KTModelError, KTPathError
 from llamafactory_kt.tools.bench.memory import ModelBytes, cache_bytes
 from llamafactory_kt.tools.bench.parts import operations_of
-from llamafactory_kt.tools.bench.results import Speed
+from llamafactory_kt.tools.bench.speed import Speed
 from llamafactory_kt.tools.estimate import estimate, run
 from llamafactory_kt.tools.estimate.forward import prompt, silence_experts
 from llamafactory_kt.tools.estimate.results import CONTEXTS

@@ -199,13 +199,15 @@ def _put(table: dict[str, Any], key: str, value: Any) -> None:
 def answered(messages: Messages) -> Messages:
     """Without questions that have no answer: one that was stopped before any text, or ended in an error.
 
-    >>> [m["content"] for m in answered([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])]
+    >>> user, assistant = ({"role": role} for role in ("user", "assistant"))
+    >>> [m["content"] for m in answered([user | {"content": "a"}, user | {"content": "b"}])]
+    ['b']
+    >>> [m["content"] for m in answered([user | {"content": "a"}, assistant | {"content": ""}, user | {"content": "b"}])]
     ['b']
     """
-    following = [*messages[1:], {}]
-    return [
-        m for m, after in zip(messages, following, strict=True) if (m["role"], after.get("role")) != ("user", "user")
-    ]
+    said = [message for message in messages if message["role"] != "assistant" or message["content"]]
+    following = [*said[1:], {}]
+    return [m for m, after in zip(said, following, strict=True) if (m["role"], after.get("role")) != ("user", "user")]
 
 
 def up_to_question(messages: Messages, *asking: str) -> Messages:

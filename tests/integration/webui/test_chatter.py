@@ -144,6 +144,20 @@ def test_a_question_without_an_answer_is_not_sent_again(tab):
     assert messages[-1] == {"role": "assistant", "content": EXPECTED[PROMPTS[2]]["base"]} and len(messages) == 2
 
 
+def test_nor_is_one_that_was_stopped_while_it_was_read(tab, slowly):
+    from llamafactory_kt.integration.webui.answers import answers_of
+
+    tab.load()
+    for _, left in tab.ask("word " * 1500, kt_page="page"):
+        answer = answers_of(tab.chatter).last("page")
+        if answer.generation.read_tokens:
+            answer.stop()
+    assert answer.stopped and answer.generation.tokens == 0
+    asked = [*left, {"role": "user", "content": PROMPTS[2]}]
+    *_, (_, messages) = tab.ask(PROMPTS[2], messages=asked)
+    assert messages[-1] == {"role": "assistant", "content": EXPECTED[PROMPTS[2]]["base"]} and len(messages) == 2
+
+
 def test_answers_of_pages(tab, slowly):
     """A page finds the answer of its browser again, and one that no page shows makes room for the next."""
     from llamafactory_kt.integration.webui.answers import answers_of

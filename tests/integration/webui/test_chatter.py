@@ -148,12 +148,12 @@ def test_nor_is_one_that_was_stopped_while_it_was_read(tab, slowly):
     from llamafactory_kt.integration.webui.answers import answers_of
 
     tab.load()
-    for _, left in tab.ask("word " * 1500, kt_page="page"):
+    for state in tab.ask("word " * 1500, kt_page="page"):
         answer = answers_of(tab.chatter).last("page")
         if answer.generation.read_tokens:
             answer.stop()
     assert answer.stopped and answer.generation.tokens == 0
-    asked = [*left, {"role": "user", "content": PROMPTS[2]}]
+    asked = [*state[1], {"role": "user", "content": PROMPTS[2]}]
     *_, (_, messages) = tab.ask(PROMPTS[2], messages=asked)
     assert messages[-1] == {"role": "assistant", "content": EXPECTED[PROMPTS[2]]["base"]} and len(messages) == 2
 

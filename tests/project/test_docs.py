@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import typer.main
 import yaml
+from helpers import outputs
 from helpers.machines import pretend_any_machine
+from helpers.marks import needs_native
 from helpers.places import ROOT
 
 import llamafactory_kt
@@ -146,6 +148,33 @@ def test_yaml(reader, page, number, monkeypatch):
     values = {"model_name_or_path": "my_model", "template": "deepseek", "use_kt": True, **values}
     args = parse({**values, **{key: choices[-1] for key, choices in sweep.items()}})
     assert args.use_kt and args.kt_inference
+
+
+ILLUSTRATIONS = ("WARNING:llamafactory_kt.tools.convert", "export_dir: ", "/opt/sglang/bin/python -m")
+"""blocks that nothing here prints: other adapters, other machines"""
+
+
+@needs_native
+def test_outputs(request, tmp_path):
+    """Example outputs are what the commands print. What varies between machines and runs may differ."""
+    found = outputs.made(tmp_path)
+    if request.config.getoption("--write-outputs"):
+        for page in PAGES:
+            outputs.write(page, found)
+        if outputs.picture_differs(found):
+            (tmp_path / "recorded").mkdir()
+            outputs.take_picture(tmp_path / "recorded")
+    wrong = {f"{page.name}, {name}": both for page in PAGES for name, both in outputs.differences(page, found).items()}
+    if both := outputs.picture_differs(found):
+        wrong[outputs.PICTURE.name] = both
+    for page in PAGES:
+        text = outputs.BLOCK.sub("", page.read_text(encoding="utf-8"))
+        for block in (text for language, text in _FENCE.findall(text) if not language):
+            if not block.startswith(ILLUSTRATIONS):
+                wrong[f"{page.name}: a block that no command makes"] = block
+    assert not wrong, "\n\n".join(f"{name}:\n{both}" for name, both in wrong.items())
+    used = [{name for _, name, _, _ in outputs.BLOCK.findall(page.read_text("utf-8"))} for page in PAGES]
+    assert set.union(*used) | {"terminal"} == set(outputs.OUTPUTS)
 
 
 EXAMPLES = sorted((ROOT / "examples" / "ktransformers").rglob("*.yaml"))

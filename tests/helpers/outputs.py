@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,8 @@ def _line(beginning: str) -> Callable[[str], str]:
 
 
 def _log(text: str) -> str:
-    """What the log says of the model and its adapter, without who says it."""
+    """What the log of a load says of the model and its adapter, without who says it."""
+    text = text.partition("\nWelcome to")[0]
     lines = re.findall(
         r"^\[INFO\|[^]]*\] \S+ >> ((?:Load|KT mode|all params).*)|^(KTransformers experts) *$", text, re.M
     )

@@ -148,7 +148,7 @@ def test_nor_is_one_that_was_stopped_while_it_was_read(tab, slowly):
     from llamafactory_kt.integration.webui.answers import answers_of
 
     tab.load()
-    for _, _left in tab.ask("word " * 1500, kt_page="page"):
+    for _, left in tab.ask("word " * 1500, kt_page="page"):
         answer = answers_of(tab.chatter).last("page")
         if answer.generation.read_tokens:
             answer.stop()

@@ -79,26 +79,6 @@ def test_both_languages(page):
     assert code(page) == code(other)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_names(page):
-    """Keys and environment variables that a page names are in the sources, and files are there."""
-    text = page.read_text(encoding="utf-8")
-    assert {name for name in re.findall(r"\b(?:kt_[a-z0-9_]+|(?:LLAMAFACTORY_)?KT_[A-Z_]+)\b", text)} <= SOURCE_NAMES
-    for path in re.findall(r"`((?:llamafactory_kt|tests|examples|docs|benchmarks)/[\w/.-]+)`", text):
-        assert (ROOT / path).exists(), f"{page.name}: {path} is not there"
-
-
-def test_load_table():
-    """The guides explain each row of the load table, and no others, in its order."""
-    source = (ROOT / "llamafactory_kt" / "load_report.py").read_text()
-    rows = re.findall(r'\(\s*"([A-Z][\w ]+)", ', source.partition("def load_table")[0])
-    for page in (ROOT / "docs" / "chat-guide.md", ROOT / "docs" / "chat-guide_zh.md"):
-        table = re.search(
-            r"<!-- output: load table -->.*?\n\|[^\n]*\n\|---\|---\|\n(.*?)\n\n", page.read_text("utf-8"), re.S
-        )[1]
-        assert re.findall(r"^\| ([\w ]+) \|", table, re.M) == rows
-
-
 def test_every_page_can_be_found():
     """Both READMEs link to all pages."""
     for readme in (ROOT / "README.md", ROOT / "README_zh.md"):
@@ -269,3 +249,23 @@ def test_exported_names(page):
     assert sorted(rows) == sorted(set(llamafactory_kt.__all__))
     for name in rows:
         assert getattr(llamafactory_kt, name) is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names(page):
+    """Keys and environment variables that a page names are in the sources, and files are there."""
+    text = page.read_text(encoding="utf-8")
+    assert {name for name in re.findall(r"\b(?:kt_[a-z0-9_]+|(?:LLAMAFACTORY_)?KT_[A-Z_]+)\b", text)} <= SOURCE_NAMES
+    for path in re.findall(r"`((?:llamafactory_kt|tests|examples|docs|benchmarks)/[\w/.-]+)`", text):
+        assert (ROOT / path).exists(), f"{page.name}: {path} is not there"
+
+
+def test_load_table():
+    """The guides explain each row of the load table, and no others, in its order."""
+    source = (ROOT / "llamafactory_kt" / "load_report.py").read_text()
+    rows = re.findall(r'\(\s*"([A-Z][\w ]+)", ', source.partition("def load_table")[0])
+    for page in (ROOT / "docs" / "chat-guide.md", ROOT / "docs" / "chat-guide_zh.md"):
+        table = re.search(
+            r"<!-- output: load table -->.*?\n\|[^\n]*\n\|---\|---\|\n(.*?)\n\n", page.read_text("utf-8"), re.S
+        )[1]
+        assert re.findall(r"^\| ([\w ]+) \|", table, re.M) == rows

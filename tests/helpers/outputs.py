@@ -44,10 +44,6 @@ class Output:
     keep: Callable[[str], str] = str.strip
     varies: tuple[str, ...] = ()
 
-    @property
-    def words(self) -> list[str]:
-        return shlex.split(self.command.removeprefix("$ "))
-
     def block(self, printed: str) -> str:
         shown = f"{self.command}\n" if self.command.startswith("$ ") else ""
         return shown + "\n".join(line.rstrip() for line in self.keep(printed).splitlines()) + "\n"
@@ -71,8 +67,9 @@ def _between(first: str, last: str) -> Callable[[str], str]:
     return keep
 
 
-def _line(beginning: str) -> Callable[[str], str]:
-    return lambda text: re.search(rf"{beginning}.*", text)[0]
+def _from(beginning: str) -> Callable[[str], str]:
+    """The rest of a line, from what begins so."""
+    return lambda text: next(iter(re.findall(rf"{beginning}.*", text)), text)
 
 
 def _log(text: str) -> str:
@@ -117,7 +114,7 @@ OUTPUTS = {
     "log": Output(_DEBUG, _log),
     "load table": Output(_DEBUG, _between("KTransformers experts", "└"), _LOADED),
     "structure": Output(_DEBUG, _structure),
-    "scope": Output("llamafactory-cli chat chat.yaml kt_lora_scope=attention", _line("kt_lora_scope: ")),
+    "scope": Output("llamafactory-cli chat chat.yaml kt_lora_scope=attention", _from("kt_lora_scope: ")),
     "inspect": Output("$ llamafactory-kt inspect examples/demo/adapter"),
     "values": Output("llamafactory-kt inspect examples/demo/adapter --values", _between("‖ΔW‖ of", "└")),
     "verify": Output("$ llamafactory-kt verify chat.yaml", _between("┏", r"All \d+ other"), (r"(?<=│).*(?=│ right)", r"worst: layer \d")),
@@ -163,7 +160,8 @@ def made(directory: Path) -> dict[str, str]:
     """Each output's block, and the text of the picture under ``terminal``, from runs in an empty directory."""
     write_files(directory)
     commands = list(dict.fromkeys(output.command for output in OUTPUTS.values()))
-    result = child(_CHILD, directory, json.dumps([shlex.split(command.removeprefix("$ ")) for command in commands]))
+    words = json.dumps([shlex.split(command.removeprefix("$ ")) for command in commands])
+    result = child(_CHILD, directory, words, CUDA_VISIBLE_DEVICES="")
     assert not result.returncode, result.stderr
     printed = {command: (directory / f"{number}.out").read_text("utf-8") for number, command in enumerate(commands)}
     printed[_BASE] = echoed(printed[_BASE], [*QUESTIONS, "/experts"])

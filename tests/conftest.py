@@ -23,6 +23,10 @@ LONGEST = ("test_binary.py::test_sanitizers", "test_soak.py::test_thousands_of_t
 collect_ignore = ["helpers/standin"]  # packages for a server's interpreter; importing them runs a server
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-outputs", action="store_true", help="write the pages' example outputs that have changed")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not any(test in item.nodeid for test in LONGEST))
 

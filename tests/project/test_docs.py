@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import typer.main
 import yaml
+from helpers import outputs
 from helpers.machines import pretend_any_machine
+from helpers.marks import needs_native
 from helpers.places import ROOT
 
 import llamafactory_kt
@@ -20,6 +22,11 @@ from llamafactory_kt.engines.native import NativeEngine
 
 PAGES = [ROOT / "README.md", ROOT / "README_zh.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ENGLISH = [page for page in PAGES if not page.stem.endswith("_zh") and page.stem != "CONTRIBUTING"]
+SOURCE_NAMES = {
+    name
+    for file in (*(ROOT / "llamafactory_kt").rglob("*.py"), *(ROOT / "tests").rglob("*.py"))
+    for name in re.findall(r"\b(?:kt_[a-z0-9_]+|(?:LLAMAFACTORY_)?KT_[A-Z_]+)\b", file.read_text("utf-8"))
+}
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 
 
@@ -148,6 +155,33 @@ def test_yaml(reader, page, number, monkeypatch):
     assert args.use_kt and args.kt_inference
 
 
+ILLUSTRATIONS = ("WARNING:llamafactory_kt.tools.convert", "export_dir: ", "/opt/sglang/bin/python -m")
+"""blocks that nothing here prints: other adapters, other machines"""
+
+
+@needs_native
+def test_outputs(request, tmp_path):
+    """Example outputs are what the commands print. What varies between machines and runs may differ."""
+    found = outputs.made(tmp_path)
+    if request.config.getoption("--write-outputs"):
+        for page in PAGES:
+            outputs.write(page, found)
+        if outputs.picture_differs(found):
+            (tmp_path / "recorded").mkdir()
+            outputs.take_picture(tmp_path / "recorded")
+    wrong = {f"{page.name}, {name}": both for page in PAGES for name, both in outputs.differences(page, found).items()}
+    if both := outputs.picture_differs(found):
+        wrong[outputs.PICTURE.name] = both
+    for page in PAGES:
+        text = outputs.BLOCK.sub("", page.read_text(encoding="utf-8"))
+        for block in (text for language, text in _FENCE.findall(text) if not language):
+            if not block.startswith(ILLUSTRATIONS):
+                wrong[f"{page.name}: a block that no command makes"] = block
+    assert not wrong, "\n\n".join(f"{name}:\n{both}" for name, both in wrong.items())
+    used = [{name for _, name, _, _ in outputs.BLOCK.findall(page.read_text("utf-8"))} for page in PAGES]
+    assert set.union(*used) | {"terminal"} == set(outputs.OUTPUTS)
+
+
 EXAMPLES = sorted((ROOT / "examples" / "ktransformers").rglob("*.yaml"))
 
 
@@ -215,3 +249,23 @@ def test_exported_names(page):
     assert sorted(rows) == sorted(set(llamafactory_kt.__all__))
     for name in rows:
         assert getattr(llamafactory_kt, name) is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names(page):
+    """Keys and environment variables that a page names are in the sources, and files are there."""
+    text = page.read_text(encoding="utf-8")
+    assert {name for name in re.findall(r"\b(?:kt_[a-z0-9_]+|(?:LLAMAFACTORY_)?KT_[A-Z_]+)\b", text)} <= SOURCE_NAMES
+    for path in re.findall(r"`((?:llamafactory_kt|tests|examples|docs|benchmarks)/[\w/.-]+)`", text):
+        assert (ROOT / path).exists(), f"{page.name}: {path} is not there"
+
+
+def test_load_table():
+    """The guides explain each row of the load table, and no others, in its order."""
+    source = (ROOT / "llamafactory_kt" / "load_report.py").read_text()
+    rows = re.findall(r'\(\s*"([A-Z][\w ]+)", ', source.partition("def load_table")[0])
+    for page in (ROOT / "docs" / "chat-guide.md", ROOT / "docs" / "chat-guide_zh.md"):
+        table = re.search(
+            r"<!-- output: load table -->.*?\n\|[^\n]*\n\|---\|---\|\n(.*?)\n\n", page.read_text("utf-8"), re.S
+        )[1]
+        assert re.findall(r"^\| ([\w ]+) \|", table, re.M) == rows

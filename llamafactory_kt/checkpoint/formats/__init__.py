@@ -53,7 +53,7 @@ def format_of(config: Any) -> Format:
     raise KTModelError(
         f"The model is a quantized checkpoint (quant_method: {values.text('quant_method')} in {values.file}), which use_kt cannot read. It "
         "reads FP8, NVFP4, compressed-tensors (INT4, INT8, FP8), GPTQ, AWQ, AutoRound and MXFP4 checkpoints. Use one of these, or the model's "
-        "unquantized checkpoint, whose experts kt_backend: AMXINT4 packs to 4 bits."
+        "unquantized checkpoint, whose experts kt_backend: INT4 quantizes to 4 bits."
     )
 
 

@@ -494,6 +494,23 @@ void check_nan() {
     }
 }
 
+/* What is not finite in one token makes all its results so, and no other token's. */
+void check_infinite_tokens(int dtype) {
+    const float wrong[] = {NAN, INFINITY, -INFINITY};
+    for (int n = 0; n < 6; n++) {
+        const int64_t tokens = n % 2 ? 20 : 3, cols = 70 + n * 30, rows = 5;
+        const kt_packing *packing = drawn_packing(dtype, cols);
+        const kt_linear l = {rows, cols, 0, dtype, packing, drawn_weight(dtype, rows, cols, 0, 0, false, packing)};
+        float *x = static_cast<float *>(drawn(KT_F32, tokens * cols)), *out = reinterpret_cast<float *>(allocate(tokens * rows * 4));
+        x[cols + below(cols)] = wrong[n / 2];
+        kt_linear_forward(&l, x, KT_F32, tokens, out, allocate(kt_linear_scratch(&l, tokens, 1)), 1);
+        cases++;
+        for (int64_t i = 0; i < tokens * rows; i++)
+            if (isfinite(out[i]) == (i / rows == 1)) failures++, printf("%s: a token with %g, %s weights: token %d has %g\n", instructions, wrong[n / 2], NAMES[dtype], int(i / rows), out[i]);
+        free_down_to(0);
+    }
+}
+
 void check_refusal() {
     kt_experts e = {};
     e.experts = 3;
@@ -772,6 +789,7 @@ void check_all() {
             for (auto &s : layers) check_experts(s[0], s[1], s[2], s[3], s[4], s[5], dtype, x_dtype, KT_SILU);
         }
         for (int formula = 1; formula < 9; formula++) check_experts(6, 3, 5, 40, 38, 4, dtype, (dtype + formula) % 3, formula);
+        check_infinite_tokens(dtype);
     }
     check_steps();
     check_nan();

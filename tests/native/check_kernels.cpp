@@ -260,10 +260,18 @@ kt_weight drawn_weight(int dtype, int64_t rows, int64_t cols, int64_t rank, int6
     return w;
 }
 
+/* Integers are multiplied by numbers of 16 bits, with a scale for each token. */
+bool in_shorts(int dtype) { return (dtype == KT_INT4 || dtype == KT_INT8) && !pairs(); }
+
 /* out = W rounded + B (A x) + bias; rounded: x as W multiplies it. */
-void plain_product(const kt_weight &w, int dtype, const kt_packing *p, int64_t rows, int64_t cols, int64_t rank, const double *x, double *out, bool unpacked = false) {
-    const bool rounded = (dtype == KT_BF16 || coded(dtype)) && pairs();
-    double low[256] = {};
+void plain_product(const kt_weight &w, int dtype, const kt_packing *p, int64_t rows, int64_t cols, int64_t rank, const double *x, double *out, int64_t tokens) {
+    const bool unpacked = coded(dtype) && tokens >= 16; /* into the dtype that is multiplied */
+    double low[256] = {}, rounded[1100];
+    float most = 0;
+    for (int64_t i = 0; i < cols; i++) most = fmaxf(most, fabsf(float(x[i])));
+    const float scale = most / (127 * 256), inverse = scale > 0 ? 1 / scale : 0;
+    for (int64_t i = 0; i < cols; i++)
+        rounded[i] = in_shorts(dtype) ? nearbyintf(float(x[i]) * inverse) * double(scale) : (dtype == KT_BF16 || coded(dtype)) && pairs() ? to_bf16(x[i]) : x[i];
     for (int64_t j = 0; w.a && j < rank; j++)
         for (int64_t i = 0; i < cols; i++) low[j] += double(w.a[j * cols + i]) * x[i];
     for (int64_t n = 0; n < rows; n++) {
@@ -272,15 +280,12 @@ void plain_product(const kt_weight &w, int dtype, const kt_packing *p, int64_t r
             {
                 const double weight = weight_value(w, dtype, p, n, i);
                 const double offset = w.offsets ? w.offsets[(n / 16 * scales_of(*p, cols) + i / p->group) * 16 + n % 16] : 0;
-                sum += ((unpacked && pairs() ? to_bf16(weight) : weight) + offset) * (rounded ? to_bf16(x[i]) : x[i]);
+                sum += ((unpacked && pairs() ? to_bf16(weight) : weight) + offset) * rounded[i];
             }
         for (int64_t j = 0; w.b && j < rank; j++) sum += double(w.b[(n / 16 * rank + j) * 16 + n % 16]) * low[j];
         out[n] = sum;
     }
 }
-
-/* For many tokens, codes are unpacked into the dtype that is multiplied. */
-bool unpacked(int dtype, int64_t tokens) { return coded(dtype) && tokens >= 16; }
 
 void check_linear(int64_t tokens, int64_t rows, int64_t cols, int64_t rank, int dtype, int x_dtype) {
     char name[200];
@@ -292,7 +297,7 @@ void check_linear(int64_t tokens, int64_t rows, int64_t cols, int64_t rank, int 
     double *wanted = doubles(tokens * rows), *one = doubles(cols);
     for (int64_t t = 0; t < tokens; t++) {
         for (int64_t i = 0; i < cols; i++) one[i] = value(x, x_dtype, t * cols + i);
-        plain_product(l.weight, dtype, packing, rows, cols, rank, one, wanted + t * rows, unpacked(dtype, tokens));
+        plain_product(l.weight, dtype, packing, rows, cols, rank, one, wanted + t * rows, tokens);
     }
     kt_step step = {}; /* the same by way of a program */
     kt_linears alone = {1, {&l}, {}};
@@ -325,7 +330,7 @@ void check_linears(int64_t tokens, int dtype, int x_dtype) {
     for (int n = 0; n < 3; n++)
         for (int64_t t = 0; t < tokens; t++, to += ROWS[n]) {
             for (int64_t i = 0; i < COLS; i++) one[i] = value(x, x_dtype, t * COLS + i);
-            plain_product(layers[n].weight, dtype, layers[n].packing, ROWS[n], COLS, RANKS[n], one, to, unpacked(dtype, tokens));
+            plain_product(layers[n].weight, dtype, layers[n].packing, ROWS[n], COLS, RANKS[n], one, to, tokens);
         }
     kt_step step = {};
     step.op = KT_STEP_LINEAR, step.call = &l, step.a = x, step.dtypes[1] = x_dtype, step.n = tokens;
@@ -354,7 +359,7 @@ void check_heads(int64_t tokens, int64_t heads, int64_t rows, int64_t cols, int6
         double *to = wanted + t * out_size, low[64] = {};
         if (!transposed) {
             const void *own = static_cast<const char *>(h.weight) + head * head_stride * itemsize(dtype);
-            plain_product({own, stride, h.a, h.b ? h.b + head * padded * rank : nullptr, nullptr, nullptr, 0}, dtype, nullptr, rows, cols, rank, one, to);
+            plain_product({own, stride, h.a, h.b ? h.b + head * padded * rank : nullptr, nullptr, nullptr, 0}, dtype, nullptr, rows, cols, rank, one, to, 1);
             continue;
         }
         for (int64_t j = 0; j < rank; j++)
@@ -448,8 +453,8 @@ void check_experts(int64_t tokens, int64_t top, int64_t experts, int64_t hidden,
                 index[t * top + k] = ~n; /* computed elsewhere */
                 continue;
             }
-            plain_product(e.up[n], dtype, e.packing, inner, hidden, rank, one, up);
-            if (gated) plain_product(e.gate[n], dtype, e.packing, inner, hidden, rank, one, gate);
+            plain_product(e.up[n], dtype, e.packing, inner, hidden, rank, one, up, tokens);
+            if (gated) plain_product(e.gate[n], dtype, e.packing, inner, hidden, rank, one, gate, tokens);
             for (int64_t i = 0; i < inner; i++) {
                 double g = gate[i], u = up[i];
                 if (gated && !e.limit_activated) g = fmin(g, e.limit);
@@ -457,12 +462,12 @@ void check_experts(int64_t tokens, int64_t top, int64_t experts, int64_t hidden,
                 if (gated && e.limit_activated) g = fmin(g, e.limit);
                 up[i] = gated ? g * (fmax(fmin(u, e.limit), -e.limit) + e.up_offset) : g;
             }
-            plain_product(e.down[n], dtype, e.packing, hidden, inner, rank, up, out);
+            plain_product(e.down[n], dtype, e.packing, hidden, inner, rank, up, out, tokens);
             for (int64_t i = 0; i < hidden; i++) wanted[t * hidden + i] += double(scores[t * top + k]) * out[i];
         }
     }
     /* A sum that lies near the middle of two bf16 numbers may be rounded to the other one. */
-    const double rounding = !pairs() || !(dtype == KT_BF16 || coded(dtype)) ? 2e-6 : unpacked(dtype, tokens * top) ? 1e-2 : 3e-3;
+    const double rounding = in_shorts(dtype) ? 5e-5 : !pairs() || !(dtype == KT_BF16 || coded(dtype)) ? 2e-6 : coded(dtype) && tokens * top >= 16 ? 1e-2 : 3e-3;
     kt_step step = {};
     step.op = KT_STEP_EXPERTS, step.call = &e, step.a = x, step.dtypes[1] = x_dtype, step.n = tokens, step.sizes[0] = top;
     step.b = index, step.c = scores;
@@ -485,6 +490,23 @@ void check_nan() {
         cases++;
         for (int64_t t = 0; t < tokens; t++)
             if (out[2 * t] == out[2 * t] || out[2 * t + 1] != out[2 * t + 1]) failures++, printf("%s: NaN of e4m3, %d tokens: %g, %g\n", instructions, int(tokens), out[2 * t], out[2 * t + 1]);
+        free_down_to(0);
+    }
+}
+
+/* What is not finite in one token makes all its results so, and no other token's. */
+void check_infinite_tokens(int dtype) {
+    const float wrong[] = {NAN, INFINITY, -INFINITY};
+    for (int n = 0; n < 6; n++) {
+        const int64_t tokens = n % 2 ? 20 : 3, cols = 70 + n * 30, rows = 5;
+        const kt_packing *packing = drawn_packing(dtype, cols);
+        const kt_linear l = {rows, cols, 0, dtype, packing, drawn_weight(dtype, rows, cols, 0, 0, false, packing)};
+        float *x = static_cast<float *>(drawn(KT_F32, tokens * cols)), *out = reinterpret_cast<float *>(allocate(tokens * rows * 4));
+        x[cols + below(cols)] = wrong[n / 2];
+        kt_linear_forward(&l, x, KT_F32, tokens, out, allocate(kt_linear_scratch(&l, tokens, 1)), 1);
+        cases++;
+        for (int64_t i = 0; i < tokens * rows; i++)
+            if (isfinite(out[i]) == (i / rows == 1)) failures++, printf("%s: a token with %g, %s weights: token %d has %g\n", instructions, wrong[n / 2], NAMES[dtype], int(i / rows), out[i]);
         free_down_to(0);
     }
 }
@@ -767,6 +789,7 @@ void check_all() {
             for (auto &s : layers) check_experts(s[0], s[1], s[2], s[3], s[4], s[5], dtype, x_dtype, KT_SILU);
         }
         for (int formula = 1; formula < 9; formula++) check_experts(6, 3, 5, 40, 38, 4, dtype, (dtype + formula) % 3, formula);
+        check_infinite_tokens(dtype);
     }
     check_steps();
     check_nan();

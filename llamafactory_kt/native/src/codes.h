@@ -116,12 +116,20 @@ struct Unpacking<e4m3> {
 };
 #endif
 
-/* Put n activations of a row, from number `first` on, where the factors of T find them. */
-template <class T, class S>
-inline void arrange(const S *from, X<T> *row, int64_t first, int64_t n, int64_t k) {
-    if constexpr (!coded<T>) {
-        convert(from, row + first, n);
-    } else {
+/* How many groups a row of k values has. */
+inline int64_t groups_of(const kt_packing &packing, int64_t k) { return packing.group < k ? (k + packing.group - 1) / packing.group : 1; }
+
+/* A row of activations, as the factors of T find them. */
+template <class T>
+struct Arranged {
+    static constexpr int64_t CHUNK_OF_X = CHUNK<T>; /* values of a chunk */
+
+    /* Values of a row, in whole chunks. */
+    static constexpr int64_t size(int64_t k) { return (k + CHUNK<T> - 1) / CHUNK<T> * CHUNK<T>; }
+
+    /* Put n activations, from number `first` on. */
+    template <class S>
+    static void put(const S *from, X<T> *row, int64_t first, int64_t n, int64_t k) {
         constexpr int C = CHUNK<T>;
         X<T> rounded[C];
         for (int64_t i = 0, some; i < n; i += some) {
@@ -134,29 +142,43 @@ inline void arrange(const S *from, X<T> *row, int64_t first, int64_t n, int64_t 
         if (first + n == k)
             for (int64_t j = k; j % C; j++) row[j / C * C + place<T>(int(j % C))] = X<T>{};
     }
-}
 
-/* Values of a row of activations, in whole chunks. */
+    /* Activation number i. */
+    static float value(const X<T> *row, int64_t i, int64_t) { return float_of(row[i / CHUNK<T> * CHUNK<T> + place<T>(int(i % CHUNK<T>))]); }
+
+    /* The product of a chunk's factors with its activations, lane by lane. */
+    static F multiply_chunk(const Factor *factors, const X<T> *x) {
+        constexpr int V = Unpacking<T>::FACTORS;
+        F sum = zero();
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) sum = multiply(sum, factors[v], load_factor<Unpacked>(x + v * VECTORS_OF_X<T> / V * LANES_OF_X));
+        return sum;
+    }
+
+    /* What a row's products are multiplied by, and those of a weight. */
+    static float unit(const X<T> *, int64_t) { return 1; }
+    static float unit_of(const kt_packing &) { return 1; }
+};
+
 template <class T>
 constexpr int64_t arranged(int64_t k) {
     if constexpr (!coded<T>) return k;
-    else return (k + CHUNK<T> - 1) / CHUNK<T> * CHUNK<T>;
+    else return Arranged<T>::size(k);
 }
-
-/* How many groups a row of k values has. */
-inline int64_t groups_of(const kt_packing &packing, int64_t k) { return packing.group < k ? (k + packing.group - 1) / packing.group : 1; }
+template <class T, class S>
+inline void arrange(const S *from, X<T> *row, int64_t first, int64_t n, int64_t k) {
+    if constexpr (!coded<T>) convert(from, row + first, n);
+    else Arranged<T>::put(from, row, first, n, k);
+}
 
 /* The sums of the groups of a row of k arranged activations, which a group's offset multiplies. */
 template <class T>
 inline void sum_groups(const X<T> *row, int64_t k, const kt_packing &packing, float *sums) {
-    if constexpr (coded<T>) {
-        constexpr int C = CHUNK<T>;
+    if constexpr (coded<T>)
         for (int64_t i = 0, n = groups_of(packing, k); n--; sums++) {
             *sums = 0;
-            for (const int64_t end = packing.group < k - i ? i + packing.group : k; i < end; i++)
-                *sums += float_of(row[i / C * C + place<T>(int(i % C))]);
+            for (const int64_t end = packing.group < k - i ? i + packing.group : k; i < end; i++) *sums += Arranged<T>::value(row, i, k);
         }
-    }
 }
 
 }  // namespace kernels_

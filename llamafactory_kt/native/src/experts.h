@@ -33,7 +33,7 @@ struct Experts {
     int64_t hidden, inner_;        /* values between two rows of xs and hs; of the wide ones: */
     int64_t hidden_wide, inner_wide;
     X<T> *xs, *hs;                 /* x [tokens, H], h [rows, I], as weights multiply them */
-    float *fs, *gs;                /* the same in float32, for LoRA */
+    float *fs, *gs;                /* the same in float32, for LoRA; h also where its row is put as a whole */
     float *ts, *us;                /* A x of gate and up [rows, 2 rank], A h of down [rows, rank] */
     float *sums;                   /* [tokens, H] */
     int64_t x_groups = 0, h_groups = 0; /* groups of a row of x and h, of weights with offsets */
@@ -47,12 +47,12 @@ struct Experts {
         : e(experts), tokens(tokens), top(top), rank(experts.rank), rows(tokens * top) {
         hidden = apart<X<T>>(arranged<T>(e.hidden)), inner_ = apart<X<T>>(arranged<T>(e.intermediate));
         hidden_wide = apart<float>(e.hidden), inner_wide = apart<float>(e.intermediate);
-        const bool both = rank && twice;
+        const bool both = rank && twice, h_both = both || of_shorts<T>;
         groups = scratch.take<Group>(rows < e.experts ? rows : e.experts);
         starts = scratch.take<int64_t>(e.experts + 1), order = scratch.take<int64_t>(rows);
         xs = scratch.take<X<T>>(tokens * hidden), hs = scratch.take<X<T>>(rows * inner_);
         fs = both ? scratch.take<float>(tokens * hidden_wide) : reinterpret_cast<float *>(xs);
-        gs = both ? scratch.take<float>(rows * inner_wide) : reinterpret_cast<float *>(hs);
+        gs = h_both ? scratch.take<float>(rows * inner_wide) : reinterpret_cast<float *>(hs);
         ts = scratch.take<float>(rows * 2 * rank), us = scratch.take<float>(rows * rank);
         sums = scratch.take<float>(tokens * e.hidden);
         if (e.packing && e.down->offsets) x_groups = groups_of(*e.packing, e.hidden), h_groups = groups_of(*e.packing, e.intermediate);
@@ -162,10 +162,10 @@ struct Experts {
             const kt_weight &up_weight = e.up[g.expert], &gate_weight = e.gate ? e.gate[g.expert] : up_weight;
             const Rows<T> up_rows(up_weight, e.packing, n, end, e.hidden, rank, g.count, memory);
             const Rows<T> gate_rows(gate_weight, e.packing, n, end, e.hidden, rank, e.gate ? g.count : 0, memory + memory_of_thread / 2);
-            for (int64_t r = 0; r < g.count; r += TILE) {
+            for (int64_t r = 0, some; r < g.count; r += some) {
                 const X<T> *of[TILE];
                 const float *gate_t[TILE], *up_t[TILE], *sums_of[TILE];
-                const int64_t some = g.count - r < TILE ? g.count - r : TILE;
+                some = g.count - r < tile_of<T>(e.hidden) ? g.count - r : tile_of<T>(e.hidden);
                 for (int64_t j = 0; j < some; j++) {
                     const int64_t row = g.first + r + j;
                     of[j] = xs + token(row) * hidden, gate_t[j] = ts + row * 2 * rank, up_t[j] = gate_t[j] + rank;
@@ -178,8 +178,8 @@ struct Experts {
                     const int64_t row = g.first + r + j;
                     float *found = up + j * TILE;
                     for (int64_t i = 0; i < end - n; i += L) store(found + i, inner(load(gate + j * TILE + i), load(found + i), e));
-                    arrange<T>(found, hs + row * inner_, n, end - n, e.intermediate);
-                    if (rank && twice) convert(found, gs + row * inner_wide + n, end - n);
+                    if constexpr (!of_shorts<T>) arrange<T>(found, hs + row * inner_, n, end - n, e.intermediate);
+                    if ((rank && twice) || of_shorts<T>) convert(found, gs + row * inner_wide + n, end - n);
                 }
             }
         }
@@ -194,10 +194,11 @@ struct Experts {
             for (int64_t n = mine.first; n < mine.last; n += TILE) {
                 const int64_t end = n + TILE < mine.last ? n + TILE : mine.last;
                 const Rows<T> rows(e.down[g.expert], e.packing, n, end, e.intermediate, rank, g.count, unpacked + team.thread * memory_of_thread);
-                for (int64_t r = 0; r < g.count; r += TILE) {
+                for (int64_t r = 0, some; r < g.count; r += some) {
                     const X<T> *of[TILE];
                     const float *t[TILE], *sums_of[TILE];
-                    const int64_t some = g.count - r < TILE ? g.count - r : TILE, first = g.first + r;
+                    some = g.count - r < tile_of<T>(e.intermediate) ? g.count - r : tile_of<T>(e.intermediate);
+                    const int64_t first = g.first + r;
                     for (int64_t j = 0; j < some; j++)
                         of[j] = hs + (first + j) * inner_, t[j] = us + (first + j) * rank, sums_of[j] = hg + (first + j) * h_groups;
                     rows.multiply({of, t, some, panels_from(g, r, e.intermediate), sums_of}, found, TILE);
@@ -218,10 +219,13 @@ struct Experts {
 
     /* What the products with gate and up, or down, need beside their rows. */
     void between(bool products_of_down, const Team &team) {
-        if (!rank && !packed && !h_groups) return;
+        const bool late = products_of_down && of_shorts<T>; /* the scale of h is that of all its parts */
+        if (!rank && !packed && !h_groups && !late) return;
         if (rank) low(products_of_down, team);
-        if (products_of_down && h_groups)
-            for (int64_t r = team.thread; r < rows; r += team.threads) sum_groups<T>(hs + r * inner_, e.intermediate, *e.packing, hg + r * h_groups);
+        for (int64_t r = team.thread; products_of_down && (h_groups || late) && r < rows; r += team.threads) {
+            if constexpr (of_shorts<T>) arrange<T>(gs + r * inner_wide, hs + r * inner_, 0, e.intermediate, e.intermediate);
+            if (h_groups) sum_groups<T>(hs + r * inner_, e.intermediate, *e.packing, hg + r * h_groups);
+        }
         if constexpr (tiled<T>) pack(products_of_down, team);
         team.barrier();
     }
@@ -239,7 +243,7 @@ struct Experts {
 };
 
 int64_t experts_scratch(const kt_experts &e, int64_t tokens, int64_t top, int threads) {
-    return with_weight(e.dtype, [&](auto tag) {
+    return with_weight(e.dtype, in_shorts(e.dtype, e.packing), [&](auto tag) {
         Scratch scratch(nullptr);
         Experts<typename decltype(tag)::type> counted(e, tokens, top, threads, scratch);
         return scratch.used();
@@ -248,7 +252,7 @@ int64_t experts_scratch(const kt_experts &e, int64_t tokens, int64_t top, int th
 
 int experts(const kt_experts &e, const void *x, int32_t x_dtype, int64_t tokens, const int64_t *index, const float *scores, int64_t top,
             void *out, void *memory, int threads) {
-    return with_weight(e.dtype, [&](auto tag) {
+    return with_weight(e.dtype, in_shorts(e.dtype, e.packing), [&](auto tag) {
         using Call = Experts<typename decltype(tag)::type>;
         Scratch scratch(memory);
         Call call(e, tokens, top, threads, scratch);

@@ -84,10 +84,10 @@ struct Linears {
         for (int64_t n = first; n < last; n += TILE) {
             const int64_t end = n + TILE < last ? n + TILE : last;
             const Rows<T> own(layer.weight, layer.packing, n, end, cols, layer.rank, tokens, memory);
-            for (int64_t t = 0; t < tokens; t += TILE) {
+            for (int64_t t = 0, count; t < tokens; t += count) {
                 const X<T> *of[TILE];
                 const float *low[TILE], *sums_of[TILE];
-                const int64_t count = tokens - t < TILE ? tokens - t : TILE;
+                count = tokens - t < tile_of<T>(cols) ? tokens - t : tile_of<T>(cols);
                 for (int64_t r = 0; r < count; r++) of[r] = xs + (t + r) * between, low[r] = low_of + (t + r) * layer.rank, sums_of[r] = groups_from + (t + r) * groups_in(layer);
                 const float *packed = panels ? panels + t / PANEL * panel_size<X<T>>(arranged<T>(cols)) : nullptr;
                 own.multiply({of, low, count, packed, sums_of}, found, TILE);
@@ -119,8 +119,14 @@ struct Linears {
     }
 };
 
+inline bool in_shorts(const kt_linears &l) {
+    for (int64_t n = 0; n < l.count; n++)
+        if (!in_shorts(l.parts[n]->dtype, l.parts[n]->packing)) return false;
+    return true;
+}
+
 int64_t linears_scratch(const kt_linears &l, int64_t tokens, int threads) {
-    return with_weight(l.parts[0]->dtype, [&](auto tag) {
+    return with_weight(l.parts[0]->dtype, in_shorts(l), [&](auto tag) {
         Scratch scratch(nullptr);
         Linears<typename decltype(tag)::type> counted(l, tokens, threads, scratch);
         return scratch.used();
@@ -128,7 +134,7 @@ int64_t linears_scratch(const kt_linears &l, int64_t tokens, int threads) {
 }
 
 void linears(const kt_linears &l, const void *x, int32_t x_dtype, int64_t tokens, void *memory, int threads) {
-    with_weight(l.parts[0]->dtype, [&](auto tag) {
+    with_weight(l.parts[0]->dtype, in_shorts(l), [&](auto tag) {
         using Call = Linears<typename decltype(tag)::type>;
         Scratch scratch(memory);
         Call call(l, tokens, threads, scratch);

@@ -2,8 +2,8 @@
  * into weights of the dtype that the CPU multiplies, in the order of the activations.
  */
 #pragma once
-#include "codes.h"
 #include "tile_products.h"
+#include "shorts.h"
 
 namespace kt {
 namespace {
@@ -12,11 +12,12 @@ namespace kernels_ {
 /* Some rows of a packed weight. C: the dtype of its scales; S: how many belong to a chunk. */
 template <class T, class C, int S>
 struct PackedRows {
-    static constexpr int V = Unpacking<T>::FACTORS, BYTES = int(sizeof(Codes));
+    static constexpr int V = Unpacking<T>::FACTORS, BYTES = CHUNK<T> * BITS<T> / 8;
     const kt_weight &w;
     const kt_packing &packing;
     int64_t k;
     Unpacking<T> unpacking{packing};
+    float unit = Arranged<T>::unit_of(packing);
     int shift = packing.group >= k ? 63 : S > 1 ? 0 : __builtin_ctzll(uint64_t(packing.group / CHUNK<T>)); /* chunks of a scale, as a power of two */
 
     /* Call f(codes, scales in lanes, chunk, which of U) for the chunks of a row. Behind its end are zeros. */
@@ -54,23 +55,17 @@ struct PackedRows {
             Factor factors[V];
             unpacking(codes, factors);
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                const X<T> *own = x[r] + c * CHUNK<T>;
-                F sum = zero();
-#pragma GCC unroll 8
-                for (int v = 0; v < V; v++) sum = multiply(sum, factors[v], load_factor<Unpacked>(own + v * VECTORS_OF_X<T> / V * LANES_OF_X));
-                sums[r][u] = fma(sum, scales, sums[r][u]);
-            }
+            for (int r = 0; r < R; r++) sums[r][u] = fma(Arranged<T>::multiply_chunk(factors, x[r] + c * Arranged<T>::CHUNK_OF_X), scales, sums[r][u]);
         });
         for (int r = 0; r < R; r++) {
             for (int u = 1; u < U; u++) sums[r][0] = add(sums[r][0], sums[r][u]);
-            out[r * ldo] = sum(sums[r][0]);
+            out[r * ldo] = sum(sums[r][0]) * Arranged<T>::unit(x[r], k) * unit;
         }
     }
 
     void multiply_rows(int64_t first, int64_t last, const X<T> *const *x, int64_t tokens, float *out, int64_t ldo) const {
-        for (int64_t n = first; n < last; n++)
-            for (int64_t r = 0; r < tokens; r += SIDE) {
+        for (int64_t r = 0; r < tokens; r += SIDE) /* whose activations stay in the first cache */
+            for (int64_t n = first; n < last; n++) {
                 float *to = out + r * ldo + n - first;
                 switch (tokens - r) {
                     case 1: multiply_row<1>(n, x + r, to, ldo); break;
@@ -126,7 +121,7 @@ inline void with_packing(const kt_weight &w, const kt_packing &packing, int64_t 
 /* From so many tokens on, unpacking rows costs less than multiplying codes again and again. */
 template <class T>
 constexpr bool worth_unpacking(int64_t tokens) {
-    return coded<T> && tokens >= PANEL;
+    return coded<T> && !of_shorts<T> && tokens >= PANEL;
 }
 
 /* Values between two unpacked rows. */
@@ -153,7 +148,7 @@ class Rows {
     Rows(const kt_weight &w, const kt_packing *packing, int64_t first, int64_t last, int64_t k, int64_t rank, [[maybe_unused]] int64_t tokens,
          [[maybe_unused]] Unpacked *memory)
         : w_(w), packing_(packing), first_(first), last_(last), k_(k), rank_(rank) {
-        if constexpr (coded<T>) {
+        if constexpr (coded<T> && !of_shorts<T>) {
             if (!worth_unpacking<T>(tokens)) return;
             const int64_t stride = unpacked_stride<T>(k);
             with_packing<T>(w, *packing, k, [&](const auto &rows) { rows.unpack_rows(first, last, memory, stride); });
@@ -165,10 +160,12 @@ class Rows {
     void multiply(const Tokens<T> &tokens, float *out, int64_t ldo) const {
         if constexpr (!coded<T>) {
             product<T>(w_, first_, last_, k_, rank_, tokens, out, ldo);
-        } else if (unpacked_) {
-            product<Unpacked>(w_, first_, last_, arranged<T>(k_), rank_, {tokens.x, tokens.low, tokens.count, tokens.panels}, out, ldo);
-            add_offsets(tokens, out, ldo);
         } else {
+            if constexpr (!of_shorts<T>)
+                if (unpacked_) {
+                    product<Unpacked>(w_, first_, last_, arranged<T>(k_), rank_, {tokens.x, tokens.low, tokens.count, tokens.panels}, out, ldo);
+                    return add_offsets(tokens, out, ldo);
+                }
             with_packing<T>(w_, *packing_, k_, [&](const auto &rows) { rows.multiply_rows(first_, last_, tokens.x, tokens.count, out, ldo); });
             add_rest(w_, first_, last_, rank_, tokens, out, ldo);
             add_offsets(tokens, out, ldo);
@@ -180,15 +177,6 @@ class Rows {
         add_low(w_.offsets, first_, last_, groups_of(*packing_, k_), tokens.groups, tokens.count, out, ldo);
     }
 };
-
-/* Call f(Tag<T>) for the type of a weight. */
-template <class Call>
-inline auto with_weight(int32_t dtype, Call call) {
-    return dtype == KT_INT4   ? call(Tag<int4>{})
-           : dtype == KT_INT8 ? call(Tag<int8>{})
-           : dtype == KT_E4M3 ? call(Tag<e4m3>{})
-                              : with_dtype(dtype, call);
-}
 
 }  // namespace kernels_
 }  // namespace

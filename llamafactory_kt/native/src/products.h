@@ -32,7 +32,7 @@ template <class T>
 constexpr bool pairs = Multiplied<T>::pairs;
 
 constexpr int SIDE = 4;     /* rows and tokens of a block */
-constexpr int TILE = 64;    /* rows and tokens that stay in the second cache */
+constexpr int TILE = 64;    /* rows, and at most so many tokens, that stay in the second cache */
 constexpr int PANEL = 16;   /* rows of a weight that one thread takes at least, and of a panel of LoRA's B */
 
 inline float value(float v) { return v; }
@@ -252,6 +252,13 @@ class Scratch {
     }
     int64_t used() const { return used_; }
 };
+
+/* How many tokens of k values stay in the second cache beside a tile's rows: with AVX2 alone a CPU may have 256 KiB of it, with AVX-512 it has 1 MiB. */
+template <class T>
+inline int64_t tile_of(int64_t k) {
+    const int64_t fit = (L == 16 ? 512 : 128) * 1024 / (k * int64_t(sizeof(X<T>)) + 1), step = fit < PANEL && !pairs<T> ? SIDE : PANEL;
+    return fit > TILE ? TILE : fit < step ? step : fit / step * step;
+}
 
 /* Call f(Tag<T>) for the type of a dtype. */
 template <class T>

@@ -159,6 +159,29 @@ inline void in_order(F *halves) { /* the floats of words that were interleaved *
     halves[0] = low, halves[1] = high;
 }
 
+/* Bytes without a sign from half bytes, and their products with numbers of 16 bits. They, and sums of 32 bits, stand in vectors of floats. */
+struct BytesTable { /* sixteen values * factor + offset, whole numbers from 0 to 63 */
+    __m256i values;
+    BytesTable(const float *p, float factor, int offset) {
+        alignas(16) uint8_t bytes[16];
+        for (int i = 0; i < 16; i++) bytes[i] = uint8_t(int(p[i] * factor) + offset);
+        values = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)bytes));
+    }
+};
+inline void look_up_bytes(Codes codes, const BytesTable &table, F *halves) { /* of the lower halves of bytes, of the upper ones */
+    const __m256i mask = _mm256_set1_epi8(15);
+    halves[0] = _mm256_castsi256_ps(_mm256_shuffle_epi8(table.values, _mm256_and_si256(codes, mask)));
+    halves[1] = _mm256_castsi256_ps(_mm256_shuffle_epi8(table.values, _mm256_and_si256(_mm256_srli_epi16(codes, 4), mask)));
+}
+inline F dot_bytes(F low, F high, const int8_t *x) { /* x: upper bytes for low and for high, lower bytes for both, what is added to the sums */
+    auto part = [](const int8_t *p) { return _mm256_loadu_si256((const __m256i *)p); };
+    const __m256i a = _mm256_castps_si256(low), b = _mm256_castps_si256(high);
+    const __m256i upper = _mm256_add_epi16(_mm256_maddubs_epi16(a, part(x)), _mm256_maddubs_epi16(b, part(x + 32)));
+    const __m256i lower = _mm256_add_epi16(_mm256_maddubs_epi16(a, part(x + 64)), _mm256_maddubs_epi16(b, part(x + 96)));
+    const __m256i sums = _mm256_add_epi32(_mm256_madd_epi16(upper, _mm256_set1_epi16(256)), _mm256_madd_epi16(lower, _mm256_set1_epi16(1)));
+    return _mm256_castsi256_ps(_mm256_add_epi32(sums, part(x + 128)));
+}
+
 /* out[r * ldo + n] = the sum of s[n][r]. */
 inline void sum_blocks(const F (&s)[4][4], float *out, int64_t ldo) {
     for (int r = 0; r < 4; r++) {

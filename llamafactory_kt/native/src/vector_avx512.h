@@ -177,6 +177,29 @@ inline void in_order(F *halves) { /* the floats of words that were interleaved *
     halves[0] = _mm512_shuffle_f32x4(low, low, 0xd8), halves[1] = _mm512_shuffle_f32x4(high, high, 0xd8);
 }
 
+/* Bytes without a sign from half bytes, and their products with numbers of 16 bits. They, and sums of 32 bits, stand in vectors of floats. */
+struct BytesTable { /* sixteen values * factor + offset, whole numbers from 0 to 63 */
+    __m512i values;
+    BytesTable(const float *p, float factor, int offset) {
+        alignas(16) uint8_t bytes[16];
+        for (int i = 0; i < 16; i++) bytes[i] = uint8_t(int(p[i] * factor) + offset);
+        values = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)bytes));
+    }
+};
+inline void look_up_bytes(Codes codes, const BytesTable &table, F *halves) { /* of the lower halves of bytes, of the upper ones */
+    const __m512i mask = _mm512_set1_epi8(15);
+    halves[0] = _mm512_castsi512_ps(_mm512_shuffle_epi8(table.values, _mm512_and_si512(codes, mask)));
+    halves[1] = _mm512_castsi512_ps(_mm512_shuffle_epi8(table.values, _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask)));
+}
+inline F dot_bytes(F low, F high, const int8_t *x) { /* x: upper bytes for low and for high, lower bytes for both, what is added to the sums */
+    auto part = [](const int8_t *p) { return _mm512_loadu_si512(p); };
+    const __m512i a = _mm512_castps_si512(low), b = _mm512_castps_si512(high);
+    const __m512i upper = _mm512_add_epi16(_mm512_maddubs_epi16(a, part(x)), _mm512_maddubs_epi16(b, part(x + 64)));
+    const __m512i lower = _mm512_add_epi16(_mm512_maddubs_epi16(a, part(x + 128)), _mm512_maddubs_epi16(b, part(x + 192)));
+    const __m512i sums = _mm512_add_epi32(_mm512_madd_epi16(upper, _mm512_set1_epi16(256)), _mm512_madd_epi16(lower, _mm512_set1_epi16(1)));
+    return _mm512_castsi512_ps(_mm512_add_epi32(sums, part(x + 256)));
+}
+
 #ifdef KT_BF16_PAIRS
 inline F dot_pairs(F sums, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
 inline __m512i load_pairs(const bf16 *p) { return _mm512_loadu_si512(p); }

@@ -134,7 +134,9 @@ class Part:
                     top = "../" * (here.count("/") + bool(self.language.folder))
                     return f'<a href="{top}{other.folder}{here.removesuffix(".md")}.html">{words}</a>'
                 twin = in_language(target, self.language)
-                if fragment and twin != target and fragment[1:] in anchors(target):  # the same heading of the other version
+                if (
+                    fragment and twin != target and fragment[1:] in anchors(target)
+                ):  # the same heading of the other version
                     fragment = "#" + anchors(twin)[anchors(target).index(fragment[1:])]
                 to = address(target)
             elif target.startswith("docs/images/"):

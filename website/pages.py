@@ -119,6 +119,8 @@ class Part:
             start = fence.end()
         text = "".join([*pieces, self.linked(text[start:], page)])
         text = re.sub(r"^((?:Contents: |目录：)\[(?:.+\n)+)", r"\1{ .contents }\n", text, count=1, flags=re.M)
+        if self.language is CHINESE and not page.endswith("_zh.md"):
+            text = text.replace("\n\n", "\n\n*此页只有英文版。*\n\n", 1)  # after the title
         return self.save(address(page), text)
 
     def linked(self, text: str, page: str) -> str:

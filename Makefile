@@ -63,11 +63,12 @@ types: setup ## mypy
 docs: setup ## the pages: links, both languages, every example executed, every message explained, the rooms
 	$(BIN)/python -m pytest tests/project/test_docs.py tests/project/test_messages.py tests/project/test_rooms.py tests/ground/test_internals.py $(ARGS)
 
+# not --quiet: --strict would see no warnings then
 site: $(SITE)/.ready ## the pages as a website in site/, which needs no server: open site/index.html
 	@$(SITE)/bin/python website/pages.py
 	@rm -rf site
 	@for language in en zh; do \
-	  NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet --config-file website/pages/$$language.yml || { rm -rf site; exit 1; }; \
+	  NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --config-file website/pages/$$language.yml || { rm -rf site; exit 1; }; \
 	done
 
 # The theme takes two scripts from unpkg.com, unless they are there: mermaid draws diagrams, the other one searches without a server.

@@ -136,9 +136,8 @@ class Part:
                     top = "../" * (here.count("/") + bool(self.language.folder))
                     return f'<a href="{top}{other.folder}{here.removesuffix(".md")}.html">{words}</a>'
                 twin = in_language(target, self.language)
-                if (
-                    fragment and twin != target and fragment[1:] in anchors(target)
-                ):  # the same heading of the other version
+                # both versions have the same headings in the same order
+                if fragment and twin != target and fragment[1:] in anchors(target):
                     fragment = "#" + anchors(twin)[anchors(target).index(fragment[1:])]
                 to = address(target)
             elif target.startswith("docs/images/"):

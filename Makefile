@@ -10,6 +10,8 @@ KEY    := $(shell { cat pyproject.toml Makefile; $(PYTHON) -V; $(SOURCES); } 2>&
 ENV    ?= $(CACHE)/env-$(KEY)
 READY  := $(ENV)/.ready
 BIN    := $(ENV)/bin
+# the website's environment: it needs none of the above
+SITE   := $(CACHE)/site-$(KEY)
 # tests at a time: most of one is starting LLaMA-Factory, on one core and about 1 GB
 JOBS   ?= 2
 HERE   := $(CURDIR)
@@ -17,7 +19,7 @@ TURNS  ?= 50000
 # versions to test instead: all (the rows of tests/matrix/rows.txt), or one row such as "transformers==5.24.0 peft==0.21.2"
 MATRIX ?=
 
-.PHONY: help setup demo test gpu lint types docs architectures soak format clean
+.PHONY: help setup demo test gpu lint types docs site architectures soak format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -61,6 +63,30 @@ types: setup ## mypy
 docs: setup ## the pages: links, both languages, every example executed, every message explained, the rooms
 	$(BIN)/python -m pytest tests/project/test_docs.py tests/project/test_messages.py tests/project/test_rooms.py tests/ground/test_internals.py $(ARGS)
 
+# not --quiet: --strict would see no warnings then
+site: $(SITE)/.ready ## the pages as a website in site/, which needs no server: open site/index.html
+	@$(SITE)/bin/python website/pages.py
+	@rm -rf site
+	@for language in en zh; do \
+	  NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --config-file website/pages/$$language.yml || { rm -rf site; exit 1; }; \
+	done
+	@sed -i 's/o<t$(CUT)/o<=t$(CUT)/' $(SEARCH) && grep -q 'o<=t$(CUT)' $(SEARCH) || { echo "The theme's search is another one: see CUT"; rm -rf site; exit 1; }
+
+# mkdocs-material 9.8.2 looks for the words in Chinese without their last character, so that 内存 finds whatever begins with 内.
+CUT    := \.length;o++)t\.slice(s,o)in
+SEARCH := site/zh/assets/javascripts/workers/search.*.js
+
+# The theme takes two scripts from unpkg.com, unless they are there: mermaid draws diagrams, the other one searches without a server.
+$(SITE)/.ready: $(CACHE)/uv/bin/uv
+	@rm -rf "$(SITE)" && $(PYTHON) -m venv --without-pip "$(SITE)"
+	@$(CACHE)/uv/bin/uv pip install --python $(SITE)/bin/python --quiet --group site
+	@if command -v npm >/dev/null; then \
+	  cd "$(SITE)" && mkdir js && npm pack --silent mermaid@11.17.2 iframe-worker@1.0.4 >/dev/null && \
+	  tar -xzOf mermaid-*.tgz package/dist/mermaid.min.js > js/mermaid.min.js && \
+	  tar -xzOf iframe-worker-*.tgz package/shim/index.js > js/iframe-worker.js && rm *.tgz; \
+	else echo "No npm: the site's diagrams, and its search from disk, will need unpkg.com."; fi
+	@touch $@
+
 architectures: setup ## write the table of architectures in docs/ from what the tests find with the installed transformers
 	CUDA_VISIBLE_DEVICES= PYTHONPATH=tests $(BIN)/python -m helpers.architectures
 
@@ -72,4 +98,4 @@ format: setup ## let ruff put the sources in order
 	$(BIN)/ruff format .
 
 clean: ## remove the environments
-	rm -rf "$(CACHE)"/env-*
+	rm -rf "$(CACHE)"/env-* "$(CACHE)"/site-*

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -46,9 +47,13 @@ def headings(page: Path) -> list[tuple[int, str]]:
     return [(len(marks), title) for marks, title in re.findall(r"^(#+) (.+)$", prose(page), re.M)]
 
 
-def anchors(page: Path) -> set[str]:
+def anchor(title: str) -> str:
     """As GitHub makes them: lower case, without punctuation, with hyphens for spaces."""
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for _, title in headings(page)}
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def anchors(page: Path) -> set[str]:
+    return {anchor(title) for _, title in headings(page)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -58,11 +63,11 @@ def test_links(page):
     for target in targets:
         if target.startswith(("http://", "https://")):
             continue
-        name, _, anchor = target.partition("#")
+        name, _, section = target.partition("#")
         file = (page.parent / name).resolve() if name else page
         assert file.exists() and (ROOT in file.parents or file == ROOT), f"{page.name}: {target} leads nowhere"
-        if anchor:
-            assert anchor in anchors(file), f"{page.name}: {target}: {sorted(anchors(file))}"
+        if section:
+            assert section in anchors(file), f"{page.name}: {target}: {sorted(anchors(file))}"
 
 
 @pytest.mark.parametrize("page", ENGLISH, ids=lambda page: page.name)
@@ -77,6 +82,22 @@ def test_both_languages(page):
         return [bare for line in text.splitlines() if (bare := re.sub(r"(^|\s)#.*$", "", line).rstrip())]
 
     assert code(page) == code(other)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=lambda page: page.name)
+def test_contents(page):
+    """Who reads the page as a plain file finds all of its sections linked before the first one."""
+    head = prose(page).partition("\n## ")[0]
+    sections = [f"[{title}](#{anchor(title)})" for level, title in headings(page) if level == 2]
+    assert not [link for link in sections if link not in head], f"Contents: {' · '.join(sections)}"
+
+
+def test_the_website_has_every_page():
+    """In its navigation; what else can break is found by make site."""
+    site = runpy.run_path(str(ROOT / "website" / "pages.py"))
+    found = [file for patterns in site["NAV"].values() for pattern in patterns for file in ROOT.glob(pattern)]
+    wanted = {*ENGLISH, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "benchmarks").glob("*.md")}
+    assert sorted(found) == sorted(wanted)
 
 
 def test_every_page_can_be_found():
@@ -204,7 +225,7 @@ def test_make_targets():
         step for file in workflows for job in yaml.safe_load(file.read_text())["jobs"].values() for step in job["steps"]
     ]
     called = [step["run"].split()[1] for step in steps if "run" in step]
-    assert {"setup", "lint", "types", "docs", "test", "soak"} == set(called)
+    assert {"setup", "lint", "types", "docs", "site", "test", "soak"} == set(called)
     for page in PAGES:
         called += re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(encoding="utf-8"), re.M)
     assert set(called) <= targets

@@ -1,4 +1,4 @@
-/* Products of a weight's rows with tokens, both as they lie in memory: blocks of four rows and four tokens, whose sixteen sums stay in registers.
+/* Products of a weight's rows with tokens, both as they lie in memory: blocks of four rows and some tokens, whose sums stay in registers.
  *
  * So nothing is packed. With one token, the rows are read one by one in memory order, which is as fast as memory delivers them. With more, the
  * next rows come into the second cache meanwhile, in that order too.
@@ -31,7 +31,8 @@ using X = typename Multiplied<T>::type;
 template <class T>
 constexpr bool pairs = Multiplied<T>::pairs;
 
-constexpr int SIDE = 4;     /* rows and tokens of a block */
+constexpr int SIDE = 4;     /* rows of a block */
+constexpr int ACROSS = L == 16 ? 4 : 3; /* and tokens: AVX2 has registers for twelve sums, not for sixteen */
 constexpr int TILE = 64;    /* rows, and at most so many tokens, that stay in the second cache */
 constexpr int PANEL = 16;   /* rows of a weight that one thread takes at least, and of a panel of LoRA's B */
 
@@ -129,8 +130,8 @@ inline void block(const T *w, int64_t stride, const X<T> *const *x, int64_t k, f
     };
     if constexpr (U > 1) advance(Number<U>{}), advance(Number<4>{});
     advance(Number<1>{});
-    if constexpr (N == SIDE && R == SIDE) {
-        F whole[SIDE][SIDE];
+    if constexpr (N == SIDE && R == ACROSS) {
+        F whole[SIDE][ACROSS];
         for (int n = 0; n < N; n++)
             for (int r = 0; r < R; r++) whole[n][r] = sums[n][r][0];
         sum_blocks(whole, out, ldo);
@@ -149,7 +150,7 @@ inline void block(const T *w, int64_t stride, const X<T> *const *x, int64_t k, f
 
 template <class T, int N>
 inline void blocks(const T *w, int64_t stride, const X<T> *const *x, int64_t k, int64_t tokens, float *out, int64_t ldo) {
-    for (int64_t r = 0; r < tokens; r += SIDE) {
+    for (int64_t r = 0; r < tokens; r += ACROSS) {
         float *to = out + r * ldo;
         switch (tokens - r) {
             case 1: block<T, N, 1, true>(w, stride, x + r, k, to, ldo); break;
@@ -157,9 +158,9 @@ inline void blocks(const T *w, int64_t stride, const X<T> *const *x, int64_t k, 
             case 3: block<T, N, 3, true>(w, stride, x + r, k, to, ldo); break;
             default:
                 if (r)
-                    block<T, N, SIDE, false>(w, stride, x + r, k, to, ldo);
+                    block<T, N, ACROSS, false>(w, stride, x + r, k, to, ldo);
                 else
-                    block<T, N, SIDE, true>(w, stride, x + r, k, to, ldo);
+                    block<T, N, ACROSS, true>(w, stride, x + r, k, to, ldo);
         }
     }
 }
@@ -256,8 +257,8 @@ class Scratch {
 /* How many tokens of k values stay in the second cache beside a tile's rows: with AVX2 alone a CPU may have 256 KiB of it, with AVX-512 it has 1 MiB. */
 template <class T>
 inline int64_t tile_of(int64_t k) {
-    const int64_t fit = (L == 16 ? 512 : 128) * 1024 / (k * int64_t(sizeof(X<T>)) + 1), step = fit < PANEL && !pairs<T> ? SIDE : PANEL;
-    return fit > TILE ? TILE : fit < step ? step : fit / step * step;
+    const int64_t fit = (L == 16 ? 512 : 128) * 1024 / (k * int64_t(sizeof(X<T>)) + 1), step = L == 16 ? PANEL : ACROSS;
+    return fit < step ? step : (fit < TILE ? fit : TILE) / step * step;
 }
 
 /* Call f(Tag<T>) for the type of a dtype. */

@@ -183,8 +183,8 @@ inline F dot_bytes(F low, F high, const int8_t *x) { /* x: upper bytes for low a
 }
 
 /* out[r * ldo + n] = the sum of s[n][r]. */
-inline void sum_blocks(const F (&s)[4][4], float *out, int64_t ldo) {
-    for (int r = 0; r < 4; r++) {
+inline void sum_blocks(const F (&s)[4][3], float *out, int64_t ldo) {
+    for (int r = 0; r < 3; r++) {
         F all_of = _mm256_hadd_ps(_mm256_hadd_ps(s[0][r], s[1][r]), _mm256_hadd_ps(s[2][r], s[3][r]));
         _mm_storeu_ps(out + r * ldo, _mm_add_ps(_mm256_castps256_ps128(all_of), _mm256_extractf128_ps(all_of, 1)));
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -18,13 +19,13 @@ from torch import nn
 from .adapters import Adapter, AdapterSet, open_adapters
 from .checkpoint.opening import check_layers, fit_adapters
 from .decoding.prepare import changing_layers
-from .ground.errors import KTMemoryError, KTModelError
+from .ground.errors import KTMemoryError, KTModelError, name_some
 from .ground.machine import available_memory, gib
 from .model.state import KTState, LoadReport, kt_state, plain_model
 from .peft_side.part import PeftPart
 from .peft_side.swap import exchange_peft_layers, merge_dense_part
 
-__all__ = ["LoadReport", "apply_adapter", "load_moe_lora_from_adapter", "switch_adapter"]
+__all__ = ["LoadReport", "apply_adapter", "choose_adapter", "load_moe_lora_from_adapter", "switch_adapter"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def load_moe_lora_from_adapter(model: nn.Module, adapter_path: Adapters) -> Load
 
     def exchange() -> None:
         _exchange_experts(state, adapters)
+        state.held.clear()  # as in _exchange
         state.expert_adapters, state.report = adapters, _with_experts_of(state, report)
 
     state.lock.alone(exchange)
@@ -157,24 +159,110 @@ def _exchange(model: Any, state: KTState, adapters: AdapterSet, scope: str) -> t
     parts = _fit(base, state, adapters, scope)
 
     def exchange() -> tuple[nn.Module, LoadReport]:
-        with changing_layers(
-            base, prepared=state.optimized, copy=not state.options.mapped, bits=state.options.dense_bits,
-            cached=state.cached_dense,
-        ):  # fmt: skip
-            wrapped, undo = exchange_peft_layers(base, parts, state.own_weights)
-            try:
-                _exchange_experts(state, adapters)
-            except BaseException:
-                undo()
-                raise
-            if model is not base and wrapped is not base:
-                model.base_model = wrapped.base_model  # PEFT's wrapper that the caller holds
-            report = _report(adapters, parts)
-            state.adapters, state.expert_adapters = adapters, adapters
-            state.report = report if adapters.adapters else None
-        return wrapped, report
+        with _changing(base, state):
+            wrapped, _ = _put(model, state, adapters, parts)
+            state.held.clear()  # it refers to kernels that a larger rank has replaced
+        return wrapped, _report(adapters, parts)
 
     return state.lock.alone(exchange)
+
+
+def choose_adapter(model: nn.Module, name: str | None = None) -> LoadReport | None:
+    """Put one of ``KTExpertsConfig.choices`` in place, as :func:`switch_adapter` does, but in the time of a token or two if it was there
+    before: what is exchanged for another choice stays in memory.
+
+    Args:
+        model: as for :func:`switch_adapter`.
+        name: None for the adapters that the load was given.
+
+    Returns:
+        What became of its tensors; None for the model alone.
+
+    Raises:
+        KTAdapterError: Its files have changed since the load, or are gone. What was in place stays.
+        KTMemoryError: There is no memory for it; likewise.
+        KTModelError: There is no such choice.
+        RuntimeError: The calling thread is generating with this model.
+    """
+    state, base = kt_state(model), plain_model(model)
+    chosen = choice(state, name)
+    if is_in_place(state, chosen):
+        return state.report
+    _check_exchangeable(state)
+    held = chosen in state.held
+    parts: Parts = []
+    if not held:
+        for adapter in chosen.adapters:
+            adapter.check_unchanged()
+        parts = _fit(base, state, chosen, state.lora_scope)
+
+    def exchange() -> None:
+        left = state.adapters
+        whole = is_in_place(state, left) and left in (state.requested, *state.choices.values())
+        with _changing(base, state):
+            _, back = _put(model, state, AdapterSet() if held else chosen, parts)
+            if held:
+                try:
+                    state.held[chosen]()
+                except BaseException:
+                    back()
+                    raise
+            if whole:
+                state.held[left] = back
+
+    state.lock.alone(exchange)
+    return state.report
+
+
+def choice(state: KTState, name: str | None) -> AdapterSet:
+    """The adapters that a name of ``KTExpertsConfig.choices`` stands for; None: those that the load was given.
+
+    Raises:
+        KTModelError: There is no such name.
+    """
+    if name is None:
+        return state.requested
+    if name not in state.choices:
+        raise KTModelError(f"There is no adapter called {name!r}; kt_adapters has {name_some(state.choices) or 'none'}.")
+    return state.choices[name]
+
+
+def is_in_place(state: KTState, adapters: AdapterSet) -> bool:
+    """Whether a model computes with just these adapters."""
+    return adapters == state.adapters == state.expert_adapters
+
+
+def _changing(base: Any, state: KTState) -> AbstractContextManager[None]:
+    return changing_layers(
+        base, prepared=state.optimized, copy=not state.options.mapped, bits=state.options.dense_bits,
+        cached=state.cached_dense,
+    )  # fmt: skip
+
+
+def _put(model: Any, state: KTState, adapters: AdapterSet, parts: Parts) -> tuple[nn.Module, Callable[[], None]]:
+    """Put adapters in place; returns the model in PEFT's wrapper, and how to put back what was there, whatever is there then."""
+    base = plain_model(model)
+    before = state.adapters, state.expert_adapters, state.report
+    inner = model.base_model if model is not base else None
+    wrapped, undo_layers = exchange_peft_layers(base, parts, state.own_weights)
+    try:
+        undo_experts = _exchange_experts(state, adapters)
+    except BaseException:
+        undo_layers()
+        raise
+    if model is not base and wrapped is not base:
+        model.base_model = wrapped.base_model  # PEFT's wrapper that the caller holds
+    state.adapters, state.expert_adapters = adapters, adapters
+    state.report = _report(adapters, parts) if adapters.adapters else None
+
+    def back() -> None:
+        undo_experts()
+        undo_layers()
+        if inner is not None:
+            model.base_model = inner
+        state.adapters, state.expert_adapters, state.report = before
+
+    return wrapped, back
 
 
 def _fit(base: Any, state: KTState, adapters: AdapterSet, scope: str) -> Parts:
@@ -194,21 +282,26 @@ def _check_experts(state: KTState, adapters: AdapterSet) -> None:
         )
 
 
-def _exchange_experts(state: KTState, adapters: AdapterSet) -> None:
+def _exchange_experts(state: KTState, adapters: AdapterSet) -> Callable[[], None]:
     for adapter in adapters.adapters:
         if adapter.layers:
             logger.info("Loading MoE LoRA from %s", adapter.expert_file)
-    undo: list[Callable[[], None]] = []
+    each: list[Callable[[], None]] = []
+
+    def undo() -> None:
+        for back in reversed(each):
+            back()
+
     try:
         for wrapper in state.wrappers:
-            undo.append(wrapper.whole.set_lora(adapters.read_layer(wrapper.layer_idx, wrapper.info.shape)))
+            each.append(wrapper.whole.set_lora(adapters.read_layer(wrapper.layer_idx, wrapper.info.shape)))
     except BaseException:
-        for back in reversed(undo):
-            back()
+        undo()
         raise
     for adapter in adapters.adapters:
         if adapter.layers:
             logger.info("Loaded MoE LoRA into %d KT wrappers from %s", len(adapter.layers), adapter.directory)
+    return undo
 
 
 def _report(adapters: AdapterSet, parts: Sequence[tuple[Adapter, PeftPart]] = ()) -> LoadReport:

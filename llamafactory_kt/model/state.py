@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +71,10 @@ class KTState:
     """a GPU computes all but the experts"""
     requested: AdapterSet
     """the adapters that the load was given and has checked; they are yet to be applied"""
+    choices: dict[str, AdapterSet]
+    """name -> adapters that may take their place, which have been checked with them"""
     merged: AdapterSet | None
-    """those of them whose experts' part is in the weights for good; None where LoRA is exchangeable"""
+    """those requested whose experts' part is in the weights for good; None where LoRA is exchangeable"""
     placement: Placement | None = None
     """which experts are on a GPU; None without ``kt_gpu_experts``"""
     adapters: AdapterSet = field(default_factory=AdapterSet)
@@ -81,6 +83,8 @@ class KTState:
     """those whose LoRA the experts have; others where ``load_moe_lora_from_adapter`` was called since"""
     report: LoadReport | None = None
     """what became of the tensors of what is in place; None without any"""
+    held: dict[AdapterSet, Callable[[], None]] = field(default_factory=dict)
+    """adapters that were in place and stay in memory -> how to put them back"""
     own_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     """the model's own parameters and buffers, of those that the adapters in place have changed"""
     cached_dense: CachedDense | None = None

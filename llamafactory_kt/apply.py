@@ -223,7 +223,9 @@ def choice(state: KTState, name: str | None) -> AdapterSet:
     if name is None:
         return state.requested
     if name not in state.choices:
-        raise KTModelError(f"There is no adapter called {name!r}; kt_adapters has {name_some(state.choices) or 'none'}.")
+        raise KTModelError(
+            f"There is no adapter called {name!r}; kt_adapters has {name_some(state.choices) or 'none'}."
+        )
     return state.choices[name]
 
 

@@ -23,7 +23,9 @@ def adapter_looks_local(name: str) -> bool:
     return looks_local(name) or os.path.isdir(Path(name).parent)
 
 
-def locate_adapter(name: str, source: str = "adapter_name_or_path", *, subfolder: str | None = None, **hub: Any) -> Path:
+def locate_adapter(
+    name: str, source: str = "adapter_name_or_path", *, subfolder: str | None = None, **hub: Any
+) -> Path:
     """The directory of an adapter. A hub id is downloaded into the cache that LLaMA-Factory and PEFT use.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -37,10 +38,8 @@ def read_choices(value: Any) -> tuple[Choices, list[str]]:
     ({'one': ['/saves/one'], 'sum': ['/saves/one', '/saves/two'], 'plain': []}, [])
     """
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):  # said below
             value = json.loads(value)
-        except ValueError:
-            pass  # said below
     if not isinstance(value, Mapping | None):
         return {}, [f"kt_adapters must be a dictionary of names and adapters, such as {EXAMPLE}, found {value!r}."]
     choices: Choices = {}

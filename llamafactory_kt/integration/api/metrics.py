@@ -49,7 +49,10 @@ class Metrics:
         )
         self._prompt = made(Counter, "prompt_tokens", "Tokens of prompts, by model or adapter.", "model")
         self._cached = made(
-            Counter, "cached_prompt_tokens", "Tokens of prompts that were kept from earlier, by model or adapter.", "model"
+            Counter,
+            "cached_prompt_tokens",
+            "Tokens of prompts that were kept from earlier, by model or adapter.",
+            "model",
         )
         self._generated = made(Counter, "generated_tokens", "Tokens of answers, by model or adapter.", "model")
         self._switches = made(Histogram, "adapter_switch_seconds", "Exchanges of the adapter.", buckets=_SECONDS)

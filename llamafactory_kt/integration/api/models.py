@@ -41,7 +41,7 @@ class Models:
             return None
         adapter = name.removeprefix(f"{self.name}:")
         if adapter not in self._adapters:
-            there = ", ".join(self._entries)
+            there = ", ".join(map(repr, self._entries))
             raise NotFound(f"The model {name!r} does not exist; this server has {there}.")
         return adapter
 

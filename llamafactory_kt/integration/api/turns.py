@@ -137,6 +137,8 @@ class AdapterTurns:
                 with suppress(InvalidStateError):
                     first.called.set_exception(problem)
         if problem is None:
-            logger.info("Answers now come from %s (exchanged in %.2f s).", first.adapter or "the model's own name", seconds)
+            logger.info(
+                "Answers now come from %s (exchanged in %.2f s).", first.adapter or "the model's own name", seconds
+            )
             self._switched(seconds)
         self._call()

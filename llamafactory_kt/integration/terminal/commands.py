@@ -195,7 +195,9 @@ def _adapter(conversation: Conversation, rest: str) -> str:
 
 
 @_command(
-    "/load", "ADAPTER", "apply another adapter: a name in kt_adapters, a directory, or several with commas between; the conversation stays"
+    "/load",
+    "ADAPTER",
+    "apply another adapter: a name in kt_adapters, a directory, or several with commas between; the conversation stays",
 )
 def _load(conversation: Conversation, rest: str) -> str:
     if rest in conversation.state().choices:

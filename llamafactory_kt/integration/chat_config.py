@@ -147,6 +147,16 @@ def open_configured(model_args: Any) -> AdapterSet:
     return open_adapters(adapter_directories(model_args), expanded(model_args.kt_moe_lora_path))
 
 
+def open_choice(model_args: Any, name: str) -> AdapterSet:
+    """The adapters that a name in ``kt_adapters`` stands for, opened by their headers.
+
+    Raises:
+        KTPathError: An adapter does not exist.
+        KTAdapterError: An adapter cannot be read.
+    """
+    return open_adapters(choice_directories(model_args)[name])
+
+
 def with_kt(model_args: Any, is_trainable: bool = False) -> bool:
     """Whether a model that LLaMA-Factory loads gets KT experts."""
     # The parser's hook sets kt_inference; without it, a training run is loading one of its reference models.

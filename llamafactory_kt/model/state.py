@@ -12,7 +12,7 @@ from ..adapters import AdapterSet, ExpertsShape
 from ..engines.base import Engine
 from ..engines.options import EngineOptions
 from ..engines.plan import Plan
-from ..ground.errors import KTModelError
+from ..ground.errors import KTModelError, name_some
 from ..native.cached_dense import CachedDense
 from ..prompt_cache.pool import PromptPool
 from .lock import ModelLock
@@ -104,6 +104,24 @@ class KTState:
     def engine(self) -> type[Engine]:
         """What computes the experts."""
         return type(self.wrappers[0].engine)
+
+    def choice(self, name: str | None) -> AdapterSet:
+        """The adapters that a name among the :attr:`choices` stands for; None: those that the load was given.
+
+        Raises:
+            KTModelError: There is no such name.
+        """
+        if name is None:
+            return self.requested
+        if name not in self.choices:
+            raise KTModelError(
+                f"There is no adapter called {name!r}; kt_adapters has {name_some(self.choices) or 'none'}."
+            )
+        return self.choices[name]
+
+    def is_in_place(self, adapters: AdapterSet) -> bool:
+        """Whether the model computes with just these adapters."""
+        return adapters == self.adapters == self.expert_adapters
 
     @property
     def weights_key(self) -> Hashable:

@@ -27,7 +27,7 @@ from llamafactory_kt import (
     switch_adapter,
 )
 from llamafactory_kt.adapters import open_adapters
-from llamafactory_kt.apply import choice, choose_adapter, is_in_place
+from llamafactory_kt.apply import choose_adapter
 from llamafactory_kt.model.state import kt_state
 
 Thread = partial(threading.Thread, daemon=True)  # one that waits for ever must not keep the test run from ending
@@ -100,16 +100,16 @@ def test_choosing_equals_switching(files, engine):
     optimize_for_inference(model)
     wanted = {}
     for name in (None, *choices):
-        switch_adapter(model, choice(state, name))
+        switch_adapter(model, state.choice(name))
         wanted[name] = logits(model)
     assert len({str(values.flatten()[:50].tolist()) for values in wanted.values()}) == 4
     for name in ("two", None, "both", "two", "none", "none", "both", None, "two"):
         report = choose_adapter(model, name)
         assert torch.equal(logits(model), wanted[name]), name
-        assert (report is None) == (name == "none") and is_in_place(state, choice(state, name))
+        assert (report is None) == (name == "none") and state.is_in_place(state.choice(name))
     assert len(state.held) == 4
     load_moe_lora_from_adapter(model, one)
-    assert not is_in_place(state, choice(state, "two"))
+    assert not state.is_in_place(state.choice("two"))
     for name in ("two", "both", "two"):
         choose_adapter(model, name)
         assert torch.equal(logits(model), wanted[name]), name
@@ -120,7 +120,7 @@ def test_routers_and_whole_modules_go_back_when_chosen():
     model = load_engine(BASE, "torch", choices=choices)
     wanted = {}
     for name in (None, *choices):
-        switch_adapter(model, choice(kt_state(model), name))
+        switch_adapter(model, kt_state(model).choice(name))
         wanted[name] = logits(model)
     for name in ("bundle", "targets", "sum", "targets", "bundle", None, "sum", None, "bundle"):
         choose_adapter(model, name)
@@ -137,7 +137,7 @@ def test_a_choice_that_fails(files, held, monkeypatch):
     choose_adapter(model)
     state = kt_state(model)
     if held:
-        monkeypatch.setitem(state.held, choice(state, "two"), lambda: (_ for _ in ()).throw(OSError("no memory")))
+        monkeypatch.setitem(state.held, state.choice("two"), lambda: (_ for _ in ()).throw(OSError("no memory")))
     else:
         state.held.clear()
         monkeypatch.setattr(
@@ -145,7 +145,7 @@ def test_a_choice_that_fails(files, held, monkeypatch):
         )
     with pytest.raises(OSError, match="no "):
         choose_adapter(model, "two")
-    assert torch.equal(logits(model), before) and is_in_place(state, choice(state, None))
+    assert torch.equal(logits(model), before) and state.is_in_place(state.choice(None))
     monkeypatch.undo()
     choose_adapter(model, "two")
     assert torch.equal(logits(model), after)

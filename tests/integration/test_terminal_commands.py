@@ -182,11 +182,11 @@ def test_the_log(monkeypatch, level, short):
         for name, severity, text, matters in (
             ("transformers.configuration_utils", logging.INFO, "Model config", False),
             ("llamafactory.model.loader", logging.INFO, "all params", False),
-            ("llamafactory_kt.apply", logging.INFO, "Loading MoE LoRA", False),
+            ("llamafactory_kt.exchange", logging.INFO, "Loading MoE LoRA", False),
             ("llamafactory_kt.model.on_gpu.placement", logging.INFO, "The GPU now has", False),
             ("llamafactory_kt", logging.INFO, "KTransformers experts", True),
             ("llamafactory_kt.autotune.choose", logging.INFO, "Measuring engines", True),
-            ("llamafactory_kt.apply", logging.WARNING, "kt_lora_scope", True),
+            ("llamafactory_kt.exchange", logging.WARNING, "kt_lora_scope", True),
             ("transformers.modeling_utils", logging.WARNING, "some weights", True),
             ("transformers.modeling_utils", logging.WARNING, "`torch_dtype` is deprecated!", False),
         ):

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...apply import choice, choose_adapter, is_in_place
+from ...apply import choose_adapter
 from ...model.state import has_kt_experts, kt_state
 from ..generation import Generation
 
@@ -121,7 +121,7 @@ class AdapterTurns:
 
     def _fits(self, waiting: _Waiting) -> bool:
         state = kt_state(self._model)
-        return is_in_place(state, choice(state, waiting.adapter))
+        return state.is_in_place(state.choice(waiting.adapter))
 
     def _switch(self, first: _Waiting) -> None:
         began, problem = time.perf_counter(), None

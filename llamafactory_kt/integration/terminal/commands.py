@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...apply import choose_adapter, is_in_place, switch_adapter
+from ...apply import choose_adapter, switch_adapter
 from ...ground.atomic_output import replacing
 from ...ground.errors import KTConfigError, KTDataError, KTModelError, KTOutputError
 from ...model.state import KTState, has_kt_experts, kt_state
@@ -188,7 +188,7 @@ def _system(conversation: Conversation) -> str:
 @_command("/adapter", "", "what is applied to the model, and what else kt_adapters names")
 def _adapter(conversation: Conversation, rest: str) -> str:
     state = conversation.state()
-    report, there = state.report, [name for name in state.choices if is_in_place(state, state.choices[name])]
+    report, there = state.report, [name for name in state.choices if state.is_in_place(state.choices[name])]
     applied = f"{report.adapter}: LoRA tensors {report}." if report else "No adapter: this is the base model."
     applied = f"{there[0]}: {applied}" if there else applied
     return f"{applied}\n/load chooses among {', '.join(state.choices)}." if state.choices else applied

@@ -88,6 +88,18 @@ def test_the_adapter_is_exchanged(talk, demo, tmp_path):
     run_command(talk, f"/load {demo / 'adapter'}")
 
 
+def test_an_adapter_is_chosen_by_its_name(demo):
+    talk = Conversation(chat_model(demo / "model", kt_backend="torch", kt_adapters={"kiki": str(demo / "adapter")}))
+    item = EXPECTED[PROMPTS[0]]
+    for line, told, answer in (
+        ("/adapter", "this is the base model.\n/load chooses among kiki.", item["base"]),
+        ("/load kiki", f"kiki: {demo / 'adapter'}: LoRA tensors consumed 200 of 200", item["adapter"]),
+        ("/unload", "this is the base model.\n/load chooses among kiki.", item["base"]),
+    ):
+        assert told in run_command(talk, line)
+        assert "".join(talk.chat_model.stream_chat(ASKED)) == answer
+
+
 def test_what_is_set_reaches_the_model(talk):
     listed = run_command(talk, "/set")
     assert "do_sample false" in listed and "max_new_tokens 1024" in listed

@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from helpers.adapters import make_adapter
+import torch
+from helpers.adapters import edit_adapter, make_adapter
 from helpers.api import ask, client_of, serving_here
 from helpers.chats import chat_model
 from test_endpoints import figures
 
-from llamafactory_kt import switch_adapter
+from llamafactory_kt import KTAdapterError, switch_adapter
 from llamafactory_kt.integration.api.turns import MOST_OVERTAKING, AdapterTurns
 from llamafactory_kt.integration.generation import Generation
 from llamafactory_kt.model.state import kt_state
@@ -186,6 +187,18 @@ def test_files_that_are_gone(model, adapters, alone, tmp_path):
             list(ask(client, QUESTION, model="org/two", max_tokens=12, stream=stream))
     for name in ("one", "My-Model", "one"):
         assert text(ask(client, QUESTION, model=name, max_tokens=12)) == alone[name]
+
+
+def test_one_that_does_not_fit(model, adapters, tmp_path):
+    """Before the weights are read; the error names it."""
+    broken = edit_adapter(
+        shutil.copytree(adapters["one"], tmp_path / "broken"),
+        lambda tensors: {**tensors, "extra": torch.zeros(3)},
+    )
+    with pytest.raises(KTAdapterError, match=r"^kt_adapters: second: .*broken.*extra"):
+        chat_model(
+            model, adapters["one"], kt_adapters={"first": str(adapters["org/two"]), "second": str(broken)}, **ENGINE
+        )
 
 
 def test_beside_what_the_configuration_applies(model, adapters, alone):

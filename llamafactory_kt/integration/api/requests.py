@@ -73,6 +73,7 @@ def _take_over(app: Any, chat_model: Any) -> None:
     grammars, models = GrammarsOfChat(engine), Models(engine)
     metrics = Metrics(engine, models.name)
     turns = AdapterTurns(getattr(engine, "model", None), metrics.switched)
+    turns.prepare()
 
     async def answer(request: Sampled, prepare: Callable[..., Question], *more: Any) -> Any:
         if not engine.can_generate:

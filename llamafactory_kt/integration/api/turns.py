@@ -55,6 +55,20 @@ class AdapterTurns:
         self._switching = False
         self._switcher = ThreadPoolExecutor(1, "switching_adapters")
 
+    def prepare(self) -> None:
+        """Read all adapters, so that no request waits for that, and then apply what the configuration does.
+
+        Raises:
+            KTError: One cannot be put in place.
+        """
+        if not self._takes_turns:
+            return
+        for name in (*kt_state(self._model).choices, None):
+            choose_adapter(self._model, name)
+        logger.info(
+            "Requests choose among the adapters %s, which are in memory.", ", ".join(kt_state(self._model).choices)
+        )
+
     @asynccontextmanager
     async def turn(self, adapter: str | None, generation: Generation) -> AsyncIterator[None]:
         """Wait until an adapter is in place, and keep it there until the block ends.

@@ -176,12 +176,15 @@ def test_a_client_that_leaves_while_it_waits(chat_of_all):
 
 
 def test_files_that_are_gone(model, adapters, alone, tmp_path):
-    """What has been applied stays in memory. Another one is an error of its requests alone."""
+    """All are in memory. One that has to be read again is an error of its requests alone."""
     paths = {name: shutil.copytree(path, tmp_path / name) for name, path in adapters.items()}
-    client = client_of(chat_model(model, kt_adapters={name: str(path) for name, path in paths.items()}, **ENGINE))
-    assert text(ask(client, QUESTION, model="one", max_tokens=12)) == alone["one"]
+    chat = chat_model(model, kt_adapters={name: str(path) for name, path in paths.items()}, **ENGINE)
+    client = client_of(chat)
     for path in paths.values():
         shutil.rmtree(path)
+    for name in ("one", "My-Model", "org/two", "one"):
+        assert text(ask(client, QUESTION, model=name, max_tokens=12)) == alone[name]
+    kt_state(chat.engine.model).held.clear()
     for stream in (False, True):
         with pytest.raises(openai.APIError, match="the adapter's files have changed since it was opened, or are gone"):
             list(ask(client, QUESTION, model="org/two", max_tokens=12, stream=stream))

@@ -147,7 +147,8 @@ class ExpertsLoad:
     def _count_on_gpu(self, engine: type[Engine], layout: CheckpointLayout, others: int) -> int:
         model: Any = self._opened.model
         itemsize = expert_itemsize(engine, stored_for(engine, layout, merged=self._merged is not None), model.dtype)
-        need = GpuNeed.of(model.config, self._opened.experts, self._apart, itemsize, others, model.dtype)
+        apart = self._taking_turns if self._merged is None else ()
+        need = GpuNeed.of(model.config, self._opened.experts, apart, itemsize, others, model.dtype)
         most = max(module.shape.num_experts for module in self._opened.experts)
         return need.count(self._config.gpu_experts, most, self._gpus)
 

@@ -22,12 +22,12 @@ from llamafactory_kt import (
     KTMemoryError,
     KTModelError,
     apply_adapter,
+    choose_adapter,
     load_moe_lora_from_adapter,
     optimize_for_inference,
     switch_adapter,
 )
 from llamafactory_kt.adapters import open_adapters
-from llamafactory_kt.apply import choose_adapter
 from llamafactory_kt.model.state import kt_state
 
 Thread = partial(threading.Thread, daemon=True)  # one that waits for ever must not keep the test run from ending

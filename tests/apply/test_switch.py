@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.adapters import edit_adapter, make_adapter
+from helpers.adapters import edit_adapter, make_adapter, make_dora
 from helpers.foreign_adapters import BASE, BUNDLE, TARGETS
 from helpers.loading import load, logits
 from helpers.marks import ENGINES, needs_kernel
@@ -115,14 +115,16 @@ def test_choosing_equals_switching(files, engine):
         assert torch.equal(logits(model), wanted[name]), name
 
 
-def test_routers_and_whole_modules_go_back_when_chosen():
+def test_routers_and_whole_modules_go_back_when_chosen(tmp_path):
+    make_dora(tmp_path, BASE)
     choices = {"bundle": [str(BUNDLE)], "targets": [str(TARGETS)], "sum": [str(BUNDLE), str(TARGETS)]}
-    model = load_engine(BASE, "torch", choices=choices)
+    model = load_engine(BASE, "torch", choices={**choices, "dora": [str(tmp_path)]})
+    optimize_for_inference(model)
     wanted = {}
-    for name in (None, *choices):
+    for name in (None, *choices, "dora"):
         switch_adapter(model, kt_state(model).choice(name))
         wanted[name] = logits(model)
-    for name in ("bundle", "targets", "sum", "targets", "bundle", None, "sum", None, "bundle"):
+    for name in ("bundle", "targets", "dora", "sum", "dora", "bundle", None, "sum", None, "dora", "bundle"):
         choose_adapter(model, name)
         assert torch.equal(logits(model), wanted[name]), name
 

@@ -98,6 +98,8 @@ def test_an_adapter_is_chosen_by_its_name(demo):
     ):
         assert told in run_command(talk, line)
         assert "".join(talk.chat_model.stream_chat(ASKED)) == answer
+    with pytest.raises(KTPathError, match=r"^kik is no directory, and no name in kt_adapters; did you mean kiki\?$"):
+        run_command(talk, "/load kik")
 
 
 def test_what_is_set_reaches_the_model(talk):

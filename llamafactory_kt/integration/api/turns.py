@@ -151,8 +151,6 @@ class AdapterTurns:
                 with suppress(InvalidStateError):
                     first.called.set_exception(problem)
         if problem is None:
-            logger.info(
-                "Answers now come from %s (exchanged in %.2f s).", first.adapter or "the model's own name", seconds
-            )
+            logger.debug("Answers now come from %s.", first.adapter or "what the configuration applies")
             self._switched(seconds)
         self._call()

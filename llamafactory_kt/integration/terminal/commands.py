@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ...apply import choose_adapter, switch_adapter
 from ...ground.atomic_output import replacing
-from ...ground.errors import KTConfigError, KTDataError, KTModelError, KTOutputError
+from ...ground.errors import KTConfigError, KTDataError, KTModelError, KTOutputError, KTPathError
 from ...model.state import KTState, has_kt_experts, kt_state
 from ...settings.values import suggestion
 from .generating import SETTINGS, read_setting
@@ -200,10 +200,14 @@ def _adapter(conversation: Conversation, rest: str) -> str:
     "apply another adapter: a name in kt_adapters, a directory, or several with commas between; the conversation stays",
 )
 def _load(conversation: Conversation, rest: str) -> str:
-    if rest in conversation.state().choices:
+    choices = conversation.state().choices
+    if rest in choices:
         choose_adapter(conversation.model, rest)
         return _adapter(conversation, "")
-    return _switch(conversation, [Path(name.strip()).expanduser() for name in rest.split(",")])
+    paths = [Path(name.strip()).expanduser() for name in rest.split(",")]
+    if choices and len(paths) == 1 and not paths[0].exists():
+        raise KTPathError(f"{rest} is no directory, and no name in kt_adapters{suggestion(rest, choices)}")
+    return _switch(conversation, paths)
 
 
 @_command("/unload", "", "take the adapter away")

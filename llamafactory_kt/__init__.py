@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .apply import LoadReport, apply_adapter, load_moe_lora_from_adapter, switch_adapter
+    from .apply import LoadReport, apply_adapter, choose_adapter, load_moe_lora_from_adapter, switch_adapter
     from .decoding.optimize import optimize_for_inference, prepare_for_inference
     from .decoding.process import configure_process
     from .ground.errors import (
@@ -50,6 +50,7 @@ __all__ = [
     "__version__",
     "activate",
     "apply_adapter",
+    "choose_adapter",
     "configure_process",
     "generate",
     "get_router_stats",
@@ -68,6 +69,7 @@ _HOMES = {
     "LoadReport": "apply",
     "activate": "integration.bootstrap",
     "apply_adapter": "apply",
+    "choose_adapter": "apply",
     "configure_process": "decoding.process",
     "generate": "tools.experiments.generating",
     "get_router_stats": "router_stats.stats",

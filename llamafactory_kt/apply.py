@@ -7,30 +7,27 @@ exchanged as a whole, while no generation runs: a failure leaves it as it was.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .adapters import Adapter, AdapterSet, open_adapters
-from .checkpoint.opening import check_layers, fit_adapters
-from .decoding.prepare import changing_layers
+from .checkpoint.opening import check_layers
+from .exchange import Parts, changing, exchange_experts, fit, put, report_of, with_experts_of
 from .ground.errors import KTMemoryError, KTModelError
 from .ground.machine import available_memory, gib
 from .model.state import KTState, LoadReport, kt_state, plain_model
-from .peft_side.part import PeftPart
-from .peft_side.swap import exchange_peft_layers, merge_dense_part
+from .peft_side.swap import merge_dense_part
 
-__all__ = ["LoadReport", "apply_adapter", "load_moe_lora_from_adapter", "switch_adapter"]
+__all__ = ["LoadReport", "apply_adapter", "choose_adapter", "load_moe_lora_from_adapter", "switch_adapter"]
 
 logger = logging.getLogger(__name__)
 
 Adapters = AdapterSet | Adapter | str | Path | Sequence[str | Path | Adapter] | None
 """a local adapter directory, several, or opened ones"""
-Parts = list[tuple[Adapter, PeftPart]]
 
 
 def load_moe_lora_from_adapter(model: nn.Module, adapter_path: Adapters) -> LoadReport:
@@ -55,11 +52,12 @@ def load_moe_lora_from_adapter(model: nn.Module, adapter_path: Adapters) -> Load
     check_layers(plain_model(model), adapters)
     for adapter in adapters.adapters:
         adapter.check_finite(adapter.expert_names)
-    report = _report(adapters)
+    report = report_of(adapters)
 
     def exchange() -> None:
-        _exchange_experts(state, adapters)
-        state.expert_adapters, state.report = adapters, _with_experts_of(state, report)
+        exchange_experts(state, adapters)
+        state.held.clear()  # as in _exchange
+        state.expert_adapters, state.report = adapters, with_experts_of(state, report)
 
     state.lock.alone(exchange)
     return report
@@ -118,6 +116,53 @@ def switch_adapter(model: nn.Module, adapter_path: Adapters, scope: str = "all")
     return _exchange(model, state, open_adapters(adapter_path), scope)[1]
 
 
+def choose_adapter(model: nn.Module, name: str | None = None) -> LoadReport | None:
+    """Put one of ``KTExpertsConfig.choices`` in place, as :func:`switch_adapter` does.
+
+    What it takes the place of stays in memory, and comes back without being read again.
+
+    Args:
+        model: as for :func:`switch_adapter`.
+        name: None for the adapters that the load was given.
+
+    Returns:
+        What became of its tensors; None for the model alone.
+
+    Raises:
+        KTAdapterError: Its files have changed since the load, or are gone. What was in place stays.
+        KTMemoryError: There is no memory for it; likewise.
+        KTModelError: There is no such choice.
+        RuntimeError: The calling thread is generating with this model.
+    """
+    state, base = kt_state(model), plain_model(model)
+    chosen = state.choice(name)
+    if state.is_in_place(chosen):
+        return state.report
+    _check_exchangeable(state)
+    return_to, parts = state.held.get(chosen), Parts()
+    if return_to is None:
+        for adapter in chosen.adapters:
+            adapter.check_unchanged()
+        parts = fit(base, state, chosen, state.lora_scope)
+
+    def exchange() -> None:
+        left = state.adapters
+        whole = state.is_in_place(left) and left in (state.requested, *state.choices.values())
+        with changing(base, state):
+            _, back = put(model, state, AdapterSet() if return_to else chosen, parts)
+            if return_to:
+                try:
+                    return_to()
+                except BaseException:
+                    back()
+                    raise
+            if whole:
+                state.held[left] = back
+
+    state.lock.alone(exchange)
+    return state.report
+
+
 def _check_exchangeable(state: KTState) -> None:
     """Raise KTModelError if the experts' LoRA is in their weights, where it can be neither exchanged nor taken away."""
     if state.merged is None:
@@ -138,11 +183,11 @@ def _files(adapters: AdapterSet) -> list[tuple[Path, Path]]:
 
 
 def _merge(model: Any, state: KTState, adapters: AdapterSet, scope: str) -> tuple[nn.Module, LoadReport]:
-    parts = _fit(model, state, adapters, scope)
+    parts = fit(model, state, adapters, scope)
 
     def merge() -> LoadReport:
         merge_dense_part(model, parts)
-        report = replace(_report(adapters, parts), merged=True)
+        report = replace(report_of(adapters, parts), merged=True)
         state.adapters, state.expert_adapters, state.report = adapters, adapters, report
         return report
 
@@ -154,34 +199,15 @@ def _merge(model: Any, state: KTState, adapters: AdapterSet, scope: str) -> tupl
 def _exchange(model: Any, state: KTState, adapters: AdapterSet, scope: str) -> tuple[nn.Module, LoadReport]:
     base = plain_model(model)
     _check_experts(state, adapters)
-    parts = _fit(base, state, adapters, scope)
+    parts = fit(base, state, adapters, scope)
 
     def exchange() -> tuple[nn.Module, LoadReport]:
-        with changing_layers(
-            base, prepared=state.optimized, copy=not state.options.mapped, bits=state.options.dense_bits,
-            cached=state.cached_dense,
-        ):  # fmt: skip
-            wrapped, undo = exchange_peft_layers(base, parts, state.own_weights)
-            try:
-                _exchange_experts(state, adapters)
-            except BaseException:
-                undo()
-                raise
-            if model is not base and wrapped is not base:
-                model.base_model = wrapped.base_model  # PEFT's wrapper that the caller holds
-            report = _report(adapters, parts)
-            state.adapters, state.expert_adapters = adapters, adapters
-            state.report = report if adapters.adapters else None
-        return wrapped, report
+        with changing(base, state):
+            wrapped, _ = put(model, state, adapters, parts)
+            state.held.clear()  # they may refer to kernels that a larger rank has replaced
+        return wrapped, report_of(adapters, parts)
 
     return state.lock.alone(exchange)
-
-
-def _fit(base: Any, state: KTState, adapters: AdapterSet, scope: str) -> Parts:
-    parts = fit_adapters(base, state.shapes, adapters, scope, finite=True)
-    for adapter, part in parts:
-        _log_split(adapter, part)
-    return parts
 
 
 def _check_experts(state: KTState, adapters: AdapterSet) -> None:
@@ -192,65 +218,3 @@ def _check_experts(state: KTState, adapters: AdapterSet) -> None:
             f"The adapter's rank is larger than the kernels were built for; larger ones need {gib(needed)} and {gib(free)} "
             "are free. Load the model with this adapter, or with a larger lora_rank in KTExpertsConfig."
         )
-
-
-def _exchange_experts(state: KTState, adapters: AdapterSet) -> None:
-    for adapter in adapters.adapters:
-        if adapter.layers:
-            logger.info("Loading MoE LoRA from %s", adapter.expert_file)
-    undo: list[Callable[[], None]] = []
-    try:
-        for wrapper in state.wrappers:
-            undo.append(wrapper.whole.set_lora(adapters.read_layer(wrapper.layer_idx, wrapper.info.shape)))
-    except BaseException:
-        for back in reversed(undo):
-            back()
-        raise
-    for adapter in adapters.adapters:
-        if adapter.layers:
-            logger.info("Loaded MoE LoRA into %d KT wrappers from %s", len(adapter.layers), adapter.directory)
-
-
-def _report(adapters: AdapterSet, parts: Sequence[tuple[Adapter, PeftPart]] = ()) -> LoadReport:
-    every = adapters.adapters
-    return LoadReport(
-        adapter=", ".join(str(adapter.directory) for adapter in every),
-        format=", ".join(dict.fromkeys(adapter.format for adapter in every)),
-        total=sum(len(adapter.store.infos) for adapter in every),
-        experts=sum(len(adapter.expert_names) for adapter in every),
-        peft=sum(len(part.tensors) for _, part in parts),
-        left_out=sum(len(part.left_out) for _, part in parts),
-        layers=tuple(adapters.layers),
-        max_rank=max((adapters.rank(layer) for layer in adapters.layers), default=0),
-        expert_params=sum(prod(a.store.infos[name].shape) for a in every for name in a.expert_names),
-    )
-
-
-def _with_experts_of(state: KTState, experts: LoadReport) -> LoadReport | None:
-    """What the model has, once the experts' part alone is that of another adapter."""
-    if state.report is None or not state.adapters.adapters:
-        return experts if experts.experts else None
-    whole = _report(state.adapters)
-    others = "" if experts.adapter == whole.adapter else f", experts of {experts.adapter or 'none'}"
-    return replace(
-        state.report, adapter=whole.adapter + others, total=whole.total - whole.experts + experts.experts,
-        experts=experts.experts, layers=experts.layers, max_rank=experts.max_rank, expert_params=experts.expert_params,
-    )  # fmt: skip
-
-
-def _log_split(adapter: Adapter, part: PeftPart) -> None:
-    more = f" ({len(part.exact)} other modules added by exact name)" if part.exact else ""
-    experts = len(adapter.expert_names)
-    rest = (
-        f"; the {experts} tensors of routed experts go to the KT experts" if experts else "; no LoRA on routed experts"
-    )
-    logger.info(
-        "KT mode: Loading only Attention LoRA. Original targets: %s, Filtered: %s%s%s",
-        adapter.settings.target_modules, part.filtered, more, rest,
-    )  # fmt: skip
-    if part.left_out:
-        logger.warning(
-            "kt_lora_scope: attention leaves out %d of the adapter's %d tensors (shared experts and dense MLP layers); "
-            "answers differ from the trained model's. kt_lora_scope: all applies them.",
-            len(part.left_out), len(adapter.store.infos),
-        )  # fmt: skip

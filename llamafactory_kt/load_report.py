@@ -83,6 +83,8 @@ def load_rows(model: nn.Module) -> Rows:
     rows.append(("Memory on GPU", f"{gib(torch_bytes['cuda'])}{gpu}" if "cuda" in torch_bytes else "none"))
     if state.placement is not None:
         rows.append(("Experts on GPU", state.placement.describe()))
+    if state.choices:
+        rows.append(("Adapters", f"{', '.join(state.choices)}, to choose from; below, what is applied now"))
     rows.append(("LoRA tensors", str(report) if report else "no adapter"))
     if report:
         merged = ", merged into the weights" if report.merged else ""

@@ -131,6 +131,22 @@ class Adapter(ABC):
         """Read one tensor as it is stored."""
         return self.store.read(name)
 
+    def check_unchanged(self) -> None:
+        """Compare the files with what they were when the adapter was opened: a part of a new one would not go with the rest.
+
+        Raises:
+            KTAdapterError: Some have changed, or are gone.
+        """
+        try:
+            now = file_versions(self.directory, self.store.path)
+        except OSError:
+            now = ()
+        if now != self.files:
+            raise KTAdapterError(
+                f"{self.store.path}: the adapter's files have changed since it was opened, or are gone. What is applied stays so; load the "
+                "model again for the new ones."
+            )
+
     def check_finite(self, names: Iterable[str] | None = None) -> None:
         """Read the tensors (by default all) and look for NaN, Inf and values whose products would be Inf; tensors that were checked before are
         not read again.

@@ -23,9 +23,16 @@ def adapter_looks_local(name: str) -> bool:
     return looks_local(name) or os.path.isdir(Path(name).parent)
 
 
-def locate_adapter(name: str, *, subfolder: str | None = None, **hub: Any) -> Path:
-    """The directory of an adapter. A hub id is downloaded into the cache that LLaMA-Factory and PEFT use; ``hub`` has
-    ``revision``, ``cache_dir`` and ``token`` for ``huggingface_hub.snapshot_download``.
+def locate_adapter(
+    name: str, source: str = "adapter_name_or_path", *, subfolder: str | None = None, **hub: Any
+) -> Path:
+    """The directory of an adapter. A hub id is downloaded into the cache that LLaMA-Factory and PEFT use.
+
+    Args:
+        name: a path, or a name on the hub.
+        source: what the name was given as, for messages.
+        subfolder: in which the adapter is.
+        hub: ``revision``, ``cache_dir`` and ``token`` for ``huggingface_hub.snapshot_download``.
 
     Raises:
         KTPathError: The path does not exist, or the hub has no such repository or cannot be reached.
@@ -39,13 +46,13 @@ def locate_adapter(name: str, *, subfolder: str | None = None, **hub: Any) -> Pa
             path = Path(snapshot_download(name, allow_patterns=patterns, **hub))
         except Exception as error:  # huggingface_hub raises a dozen types; all mean the same here
             raise KTPathError(
-                f"adapter_name_or_path: {name} is neither a local directory nor an adapter that could be fetched "
+                f"{source}: {name} is neither a local directory nor an adapter that could be fetched "
                 f"from the hub ({type(error).__name__}: {first_line(error)})."
             ) from error
     if os.path.isfile(path):
-        raise KTPathError(f"adapter_name_or_path: {path} is a file; give the directory that holds adapter_config.json.")
+        raise KTPathError(f"{source}: {path} is a file; give the directory that holds adapter_config.json.")
     if subfolder:
         path = path / subfolder
     if not os.path.isdir(path):
-        raise KTPathError(f"adapter_name_or_path: {path} does not exist.")
+        raise KTPathError(f"{source}: {path} does not exist.")
     return path

@@ -163,7 +163,7 @@ class Engine(ABC):
         """Replace the LoRA, of any rank; None for the base alone. If this fails, the old one stays in place.
 
         Returns:
-            A call that puts the old one back, for as long as it is kept.
+            A call that puts the old one back, whatever is in place then, as often and for as long as it is kept.
         """
 
     @abstractmethod

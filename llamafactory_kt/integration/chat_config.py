@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters import AdapterSet, open_adapters
 from ..ground.errors import KTConfigError, KTError, KTPathError, one_line
-from ..settings.keys import adapter_directories, expanded, threadpool_count
+from ..settings.keys import adapter_directories, choice_directories, expanded, threadpool_count
 from ..settings.upstream_keys import dictionary
 from .patching import require_hooks
 
@@ -127,6 +127,7 @@ def experts_config(model_args: Any) -> KTExpertsConfig:
         gpu_experts_path=model_args.kt_gpu_experts_path,
         max_chunk=model_args.kt_max_chunk,
         adapter=[str(path) for path in adapter_directories(model_args)],
+        choices={name: [str(path) for path in paths] for name, paths in choice_directories(model_args).items()},
         moe_lora=str(moe_lora) if moe_lora else None,
         merge_adapter=model_args.kt_merge_adapter,
         resize_vocab=bool(model_args.resize_vocab),
@@ -144,6 +145,16 @@ def open_configured(model_args: Any) -> AdapterSet:
         KTAdapterError: An adapter cannot be read.
     """
     return open_adapters(adapter_directories(model_args), expanded(model_args.kt_moe_lora_path))
+
+
+def open_choice(model_args: Any, name: str) -> AdapterSet:
+    """The adapters that a name in ``kt_adapters`` stands for, opened by their headers.
+
+    Raises:
+        KTPathError: An adapter does not exist.
+        KTAdapterError: An adapter cannot be read.
+    """
+    return open_adapters(choice_directories(model_args)[name])
 
 
 def with_kt(model_args: Any, is_trainable: bool = False) -> bool:

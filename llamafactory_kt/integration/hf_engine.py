@@ -108,6 +108,8 @@ def patch(module: ModuleType) -> None:
             stock: Callable[[], str] = stock_start(**given)
             return stock
         generation = _generation(given)
+        if generation.stopped:  # as in _chat
+            return _nothing
         gen_kwargs, _ = engine._process_args(**given)
         return _start(given["model"], given["tokenizer"], gen_kwargs, generation)
 
@@ -172,6 +174,10 @@ def _generation(given: dict[str, Any]) -> Any:
     if stop := keys.pop("stop", None):
         generation.stop_strings = (stop,) if isinstance(stop, str) else tuple(filter(None, stop))
     return generation
+
+
+def _nothing() -> str:
+    raise StopAsyncIteration
 
 
 def _start(model: Any, tokenizer: Any, gen_kwargs: dict[str, Any], generation: Any) -> Callable[[], str]:

@@ -48,6 +48,8 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         max_chunk: tokens per call of kt-kernel; longer inputs are split.
         adapter: directory of the LoRA adapter to come, or several. They are checked against the model before weights
             are read, and the kernels get room for their ranks. They are not applied: that is ``apply_adapter``'s part.
+        choices: adapters that may take its place later (:func:`~llamafactory_kt.apply.choose_adapter`), name -> directories. They are checked
+            with it; there is memory and, in the kernels, room for all.
         moe_lora: a ``moe_lora.pt`` with the experts' part of the LoRA to come, alone or beside ``adapter``.
         lora_rank: room for LoRA in layers where ``adapter`` says nothing.
         merge_adapter: add the LoRA of ``adapter`` to the experts' weights while they are read, in float32, before they are
@@ -79,6 +81,7 @@ class KTExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     gpu_experts_path: str | None = None
     max_chunk: int = DEFAULT_MAX_CHUNK
     adapter: str | list[str] | None = None
+    choices: dict[str, list[str]] | None = None
     moe_lora: str | None = None
     lora_rank: int = DEFAULT_LORA_RANK
     merge_adapter: bool = False

@@ -26,7 +26,7 @@ from ..engines.base import Engine
 from ..engines.native.integer_files import open_dense
 from ..engines.options import EngineOptions, EngineSpec
 from ..engines.registry import canonical_name, get_engine
-from ..ground.errors import KTConfigError
+from ..ground.errors import KTConfigError, KTError
 from ..ground.internals import untested
 from ..ground.machine import usable_cores
 from ..ground.paging import give_back_memory
@@ -99,10 +99,11 @@ class ExpertsLoad:
         """see :meth:`CheckpointLayout.unexpected`"""
         self._adapters = open_adapters(config.adapter, config.moe_lora)
         require_peft_layers(opened.fit(self._adapters, finite=True, resizes=config.resize_vocab))
+        self._choices = {name: self._open_choice(name, paths) for name, paths in (config.choices or {}).items()}
         around = 0 if on_gpu else read_around(model, experts) // len(experts)
         kept = without_decoding(plans, layout, config)
         decoding = ", ".join(dict.fromkeys(plan.backend for plan in plans if plan not in kept))
-        places = placements(opened, layout, self._adapters, config, kept, on_gpu=on_gpu)
+        places = placements(opened, layout, self._taking_turns, config, kept, on_gpu=on_gpu)
         self._plan, reason = choose(
             [plan for plan in kept if plan.backend in places],
             experts[0].shape,
@@ -146,14 +147,31 @@ class ExpertsLoad:
     def _count_on_gpu(self, engine: type[Engine], layout: CheckpointLayout, others: int) -> int:
         model: Any = self._opened.model
         itemsize = expert_itemsize(engine, stored_for(engine, layout, merged=self._merged is not None), model.dtype)
-        need = GpuNeed.of(model.config, self._opened.experts, self._apart, itemsize, others, model.dtype)
+        apart = self._taking_turns if self._merged is None else ()
+        need = GpuNeed.of(model.config, self._opened.experts, apart, itemsize, others, model.dtype)
         most = max(module.shape.num_experts for module in self._opened.experts)
         return need.count(self._config.gpu_experts, most, self._gpus)
+
+    def _open_choice(self, name: str, paths: Sequence[str]) -> AdapterSet:
+        try:
+            adapters = open_adapters(list(paths))
+            require_peft_layers(self._opened.fit(adapters, finite=True, resizes=self._config.resize_vocab))
+        except KTError as error:
+            raise type(error)(f"kt_adapters: {name}: {error}") from error
+        return adapters
+
+    @property
+    def _taking_turns(self) -> list[AdapterSet]:
+        return list(dict.fromkeys([self._adapters, *self._choices.values()]))
 
     @property
     def _apart(self) -> AdapterSet:
         """The adapters whose LoRA the engines compute."""
         return self._adapters if self._merged is None else AdapterSet()
+
+    def _room(self, layer: int) -> int:
+        """The largest rank that a layer's experts will have."""
+        return max(adapters.rank(layer) for adapters in self._taking_turns)
 
     def replace_experts(self) -> None:
         """Put engines, still empty, in place of the model's experts."""
@@ -174,7 +192,8 @@ class ExpertsLoad:
             experts.around_traced = functools.partial(traced_layer, lock, self._files if last else ())
         state = KTState(
             wrappers=self._wrappers, lock=lock, plan=self._plan, reason=self._reason,
-            options=self._options, stored=", ".join(sorted(self._opened.layout.dtypes())), on_gpu=self._on_gpu, requested=self._adapters, merged=self._merged,
+            options=self._options, stored=", ".join(sorted(self._opened.layout.dtypes())), on_gpu=self._on_gpu, requested=self._adapters,
+            choices=self._choices, merged=self._merged,
             placement=placement,
         )  # fmt: skip
         set_kt_state(model, state)
@@ -199,7 +218,7 @@ class ExpertsLoad:
 
         spec = EngineSpec(
             module.layer, module.shape, module.num_experts_per_tok,
-            lora_rank=0 if merged is not None else self._apart.rank(module.layer) or self._config.lora_rank,
+            lora_rank=0 if merged is not None else self._room(module.layer) or self._config.lora_rank,
             lora_scaling=self._apart.scaling(module.layer), fingerprint=tensors.fingerprint, formula=module.formula,
             read_biases=tensors.biases, read_packed=read_packed,
         )  # fmt: skip

@@ -49,7 +49,7 @@ class MemoryNeed:
 def memory_need(
     model: nn.Module,
     experts: Sequence[ExpertsModule],
-    adapters: AdapterSet,
+    adapters: Sequence[AdapterSet],
     engine: type[Engine],
     options: EngineOptions,
     *,
@@ -59,15 +59,21 @@ def memory_need(
     """Add up a model that is still empty.
 
     Args:
-        adapters: whose LoRA the engine is to compute.
+        adapters: those whose LoRA the engine is to compute, one of them at a time; all stay in memory.
         stored: as the engine reads them.
     """
-    layers = [engine.memory(m.shape, adapters.rank(m.layer), stored.itemsize, options) for m in experts]
+    ranks = [[each.rank(m.layer) for each in adapters] or [0] for m in experts]
+    layers = [engine.memory(m.shape, max(of), stored.itemsize, options) for m, of in zip(experts, ranks, strict=True)]
+    loras = (
+        engine.memory(m.shape, rank, stored.itemsize, options).lora
+        for m, of in zip(experts, ranks, strict=True)
+        for rank in of
+    )
     others = _others(model, experts)
     copying = 0 if on_gpu or options.mapped else max(others)
     return MemoryNeed(
         experts=sum(layer.weights for layer in layers) + (stored.converted if options.mapped else 0),
-        lora=sum(layer.lora for layer in layers),
+        lora=sum(loras),
         loading=max(copying, *(layer.loading for layer in layers)),
         others=0 if options.mapped and not on_gpu else sum(others),
         on_gpu=on_gpu,
@@ -103,7 +109,7 @@ class Placement:
 def placements(
     opened: MoEModel,
     layout: CheckpointLayout | None,
-    adapters: AdapterSet,
+    adapters: Sequence[AdapterSet],
     config: KTExpertsConfig,
     plans: Sequence[Plan],
     *,
@@ -113,6 +119,7 @@ def placements(
 
     Args:
         layout: of the checkpoint, None where it is not known.
+        adapters: as in :func:`memory_need`.
 
     Raises:
         KTMemoryError: There is too little for each.
@@ -132,7 +139,7 @@ def _place(
     engine: type[Engine],
     opened: MoEModel,
     layout: CheckpointLayout | None,
-    adapters: AdapterSet,
+    adapters: Sequence[AdapterSet],
     config: KTExpertsConfig,
     *,
     on_gpu: bool,
@@ -145,7 +152,7 @@ def _place(
         choices = [copied]
     for choice, share in choices:
         need = memory_need(
-            opened.model, opened.experts, AdapterSet() if merged else adapters, engine, choice,
+            opened.model, opened.experts, () if merged else adapters, engine, choice,
             stored=stored, on_gpu=on_gpu,
         )  # fmt: skip
         if need.on_cpu <= share * (free := available_memory()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from ..adapters import AdapterSet, ExpertsShape
 from ..engines.base import Engine
 from ..engines.options import EngineOptions
 from ..engines.plan import Plan
-from ..ground.errors import KTModelError
+from ..ground.errors import KTModelError, name_some
 from ..native.cached_dense import CachedDense
 from ..prompt_cache.pool import PromptPool
 from .lock import ModelLock
@@ -71,8 +71,10 @@ class KTState:
     """a GPU computes all but the experts"""
     requested: AdapterSet
     """the adapters that the load was given and has checked; they are yet to be applied"""
+    choices: dict[str, AdapterSet]
+    """name -> adapters that may take their place, which have been checked with them"""
     merged: AdapterSet | None
-    """those of them whose experts' part is in the weights for good; None where LoRA is exchangeable"""
+    """those requested whose experts' part is in the weights for good; None where LoRA is exchangeable"""
     placement: Placement | None = None
     """which experts are on a GPU; None without ``kt_gpu_experts``"""
     adapters: AdapterSet = field(default_factory=AdapterSet)
@@ -81,6 +83,8 @@ class KTState:
     """those whose LoRA the experts have; others where ``load_moe_lora_from_adapter`` was called since"""
     report: LoadReport | None = None
     """what became of the tensors of what is in place; None without any"""
+    held: dict[AdapterSet, Callable[[], None]] = field(default_factory=dict)
+    """adapters that were in place and stay in memory -> how to put them back"""
     own_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     """the model's own parameters and buffers, of those that the adapters in place have changed"""
     cached_dense: CachedDense | None = None
@@ -100,6 +104,24 @@ class KTState:
     def engine(self) -> type[Engine]:
         """What computes the experts."""
         return type(self.wrappers[0].engine)
+
+    def choice(self, name: str | None) -> AdapterSet:
+        """The adapters that a name among the :attr:`choices` stands for; None: those that the load was given.
+
+        Raises:
+            KTModelError: There is no such name.
+        """
+        if name is None:
+            return self.requested
+        if name not in self.choices:
+            raise KTModelError(
+                f"There is no adapter called {name!r}; kt_adapters has {name_some(self.choices) or 'none'}."
+            )
+        return self.choices[name]
+
+    def is_in_place(self, adapters: AdapterSet) -> bool:
+        """Whether the model computes with just these adapters."""
+        return adapters == self.adapters == self.expert_adapters
 
     @property
     def weights_key(self) -> Hashable:

@@ -45,14 +45,15 @@ def exchange_peft_layers(model: Any, parts: Parts, own: Weights) -> tuple[Any, C
         own: the weights that earlier adapters have changed, as they were before; updated.
 
     Returns:
-        The model in PEFT's wrapper (the model itself if PEFT has no part), and a function that restores the old state.
+        The model in PEFT's wrapper (the model itself if PEFT has no part), and a call that puts the old state back, whatever is in place
+        then, as often as it is wanted.
 
     Raises:
         KTAdapterError: PEFT cannot wrap a module, needs a tensor that the file does not have, or has no place for one of
             the file's. The model is as it was.
     """
     require_peft_layers(parts)
-    undo = _remember(model, parts, own)
+    undo = _remember(model, own)
     try:
         _detach(model)
         _restore(model, own)
@@ -208,17 +209,18 @@ def _put(model: nn.Module, modules: dict[str, nn.Module]) -> None:
         setattr(model.get_submodule(parent), attribute, module)
 
 
-def _remember(model: Any, parts: Parts, own: Weights) -> Callable[[], None]:
+def _remember(model: Any, own: Weights) -> Callable[[], None]:
     layers, config, before = _layers(model), vars(model).get("peft_config"), dict(own)
-    weights = {name: weight_of(model, name) for name in {*own, *(name for _, part in parts for name in part.changes)}}
+    changed = {name: weight_of(model, name) for name in own}
 
     def undo() -> None:
         _detach(model)
-        _restore(model, weights)
+        _restore(model, own)
+        for name, weight in changed.items():
+            _set(model, name, weight)
+        own.update(before)
         _put(model, layers)
         if config is not None:
             model.peft_config = config
-        own.clear()
-        own.update(before)
 
     return undo

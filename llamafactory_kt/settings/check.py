@@ -12,6 +12,7 @@ from ..engines.plan import PlanRequest
 from ..engines.registry import AUTO, backend_names, canonical_name
 from ..ground.errors import KTConfigError, KTError, KTKernelError, KTPathError
 from ..ground.machine import numa_nodes
+from .adapter_choice import choice_problems, read_choices
 from .keys import CHAT_ONLY_KEYS, SCOPES, KTArguments, threadpool_count
 from .rules import experts_problems
 from .sglang_keys import SERVING_KEYS, check_serving_combinations, check_serving_values, infer_backend, serves
@@ -25,8 +26,8 @@ def check_for_inference(args: Any) -> None:
     """Check the kt_* keys of a configuration for chatting, and everything else that is known before the load.
 
     ``args`` is LLaMA-Factory's ModelArguments extended by :class:`KTArguments`. Its fields are normalised: ``kt_backend`` is
-    spelled as in :func:`~llamafactory_kt.engines.registry.backend_names`, ``kt_num_threads`` is an int or None, and
-    ``kt_config`` is merged into the others.
+    spelled as in :func:`~llamafactory_kt.engines.registry.backend_names`, ``kt_num_threads`` is an int or None, ``kt_adapters`` as
+    :func:`~.adapter_choice.read_choices` returns it, and ``kt_config`` is merged into the others.
 
     Raises:
         KTConfigError: With all mistakes at once.
@@ -76,6 +77,8 @@ def _check_values(args: Any) -> list[str]:
         problems.append(str(error))
     for name in ("kt_load", "kt_dense", "kt_cache"):
         setattr(args, name, str(getattr(args, name)).lower())
+    args.kt_adapters, wrong = read_choices(args.kt_adapters)
+    problems += wrong
     threads = args.kt_num_threads
     if threads is None or str(threads).lower() == "auto":
         args.kt_num_threads = None
@@ -142,7 +145,7 @@ def _check_combinations(args: Any) -> list[str]:
         problems.append(
             f"kt_moe_lora_path goes with one adapter, but adapter_name_or_path names {len(adapters)}: {', '.join(adapters)}."
         )
-    return problems + (check_serving_combinations(args) if serves(args) else [])
+    return problems + (check_serving_combinations(args) if serves(args) else choice_problems(args))
 
 
 def _check_paths(args: Any) -> list[str]:
@@ -152,9 +155,13 @@ def _check_paths(args: Any) -> list[str]:
     model = args.model_name_or_path
     if looks_local(model) and not os.path.isdir(os.path.expanduser(model)):
         missing.append(f"model_name_or_path: {model} does not exist or is not a directory.")
-    for adapter in args.adapter_name_or_path or []:
-        if adapter_looks_local(adapter) and not os.path.exists(os.path.expanduser(adapter)):
-            missing.append(f"adapter_name_or_path: {adapter} does not exist.")
+    choices = args.kt_adapters if isinstance(args.kt_adapters, dict) else {}
+    given = {"adapter_name_or_path": args.adapter_name_or_path or []}
+    given |= {f"kt_adapters: {name}": paths for name, paths in choices.items()}
+    for source, adapters in given.items():
+        for adapter in adapters:
+            if adapter_looks_local(adapter) and not os.path.exists(os.path.expanduser(adapter)):
+                missing.append(f"{source}: {adapter} does not exist.")
     if isinstance(args.kt_weight_path, str) and not os.path.isdir(os.path.expanduser(args.kt_weight_path)):
         missing.append(f"kt_weight_path: {args.kt_weight_path} does not exist or is not a directory.")
     directory = args.kt_prompt_cache_dir

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,11 @@ class KTArguments(KTServingArguments):
         "Which LoRA to apply besides the routed experts': all, or attention (without shared experts and dense MLP layers, "
         "as early KTransformers chats did).",
     )
+    kt_adapters: dict | str | None = key(  # type: ignore[type-arg]  # noqa: RUF009
+        None,
+        "Adapters to choose from, each by a name: the API's requests by their model, the terminal chat by /load. A dictionary (or JSON) of "
+        "names and adapters; without any, a name stands for the model alone.",
+    )
     kt_merge_adapter: bool = key(
         False,
         "Whether to merge the adapter into the weights while loading: LoRA then costs nothing, but the adapter cannot be "
@@ -129,13 +135,26 @@ def adapter_directories(args: Any) -> list[Path]:
     Raises:
         KTPathError: An adapter exists neither locally nor on the hub.
     """
+    return _located("adapter_name_or_path", args.adapter_name_or_path or [], args)
+
+
+def choice_directories(args: Any) -> dict[str, list[Path]]:
+    """The same for ``kt_adapters``, by their names.
+
+    Raises:
+        KTPathError: As :func:`adapter_directories`.
+    """
+    return {name: _located(f"kt_adapters: {name}", paths, args) for name, paths in (args.kt_adapters or {}).items()}
+
+
+def _located(source: str, names: Iterable[str], args: Any) -> list[Path]:
     from ..adapters import locate_adapter
 
     hub = {
         "subfolder": args.adapter_folder, "revision": args.model_revision, "cache_dir": args.cache_dir,
         "token": args.hf_hub_token,
     }  # fmt: skip
-    return [locate_adapter(name, **hub) for name in args.adapter_name_or_path or []]
+    return [locate_adapter(name, source, **hub) for name in names]
 
 
 def threadpool_count(args: KTArguments) -> int:

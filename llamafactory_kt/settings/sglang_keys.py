@@ -96,6 +96,11 @@ def check_serving_combinations(args: Any) -> list[str]:
             f"SGLang with KT serves one adapter, found {len(adapters)}: {', '.join(adapters)}. Merge all but one into the "
             "model (llamafactory-kt merge)."
         )
+    if args.kt_adapters:
+        problems.append(
+            "kt_adapters works with infer_backend: huggingface only: SGLang with KT serves one adapter, which it loads when it starts. Remove "
+            "it, or run a server for each."
+        )
     if not (adapters or args.kt_moe_lora_path):
         problems += [
             f"{name}: there is no adapter whose {what} this could be; name it in adapter_name_or_path."

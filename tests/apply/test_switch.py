@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.adapters import edit_adapter, make_adapter
+from helpers.adapters import edit_adapter, make_adapter, make_dora
 from helpers.foreign_adapters import BASE, BUNDLE, TARGETS
 from helpers.loading import load, logits
 from helpers.marks import ENGINES, needs_kernel
@@ -20,8 +20,11 @@ from helpers.references import merged_float32, per_token, rel
 from llamafactory_kt import (
     KTAdapterError,
     KTMemoryError,
+    KTModelError,
     apply_adapter,
+    choose_adapter,
     load_moe_lora_from_adapter,
+    optimize_for_inference,
     switch_adapter,
 )
 from llamafactory_kt.adapters import open_adapters
@@ -85,6 +88,71 @@ def test_switching_equals_loading(files, engine):
     assert set(dict(wrapped.named_parameters())) == set(
         dict(apply_adapter(load_engine(path, engine, **room), one)[0].named_parameters())
     )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_choosing_equals_switching(files, engine):
+    """Again and again, from the files and from memory, and after other changes; a failure leaves everything as it was."""
+    path, one, two = files
+    choices = {"two": [str(two)], "both": [str(one), str(two)], "none": []}
+    model, _ = apply_adapter(load_engine(path, engine, adapter=str(one), choices=choices), one)
+    state = kt_state(model)
+    optimize_for_inference(model)
+    wanted = {}
+    for name in (None, *choices):
+        switch_adapter(model, state.choice(name))
+        wanted[name] = logits(model)
+    assert len({str(values.flatten()[:50].tolist()) for values in wanted.values()}) == 4
+    for name in ("two", None, "both", "two", "none", "none", "both", None, "two"):
+        report = choose_adapter(model, name)
+        assert torch.equal(logits(model), wanted[name]), name
+        assert (report is None) == (name == "none") and state.is_in_place(state.choice(name))
+    assert len(state.held) == 4
+    load_moe_lora_from_adapter(model, one)
+    assert not state.is_in_place(state.choice("two"))
+    for name in ("two", "both", "two"):
+        choose_adapter(model, name)
+        assert torch.equal(logits(model), wanted[name]), name
+
+
+def test_routers_and_whole_modules_go_back_when_chosen(tmp_path):
+    make_dora(tmp_path, BASE)
+    choices = {"bundle": [str(BUNDLE)], "targets": [str(TARGETS)], "sum": [str(BUNDLE), str(TARGETS)]}
+    model = load_engine(BASE, "torch", choices={**choices, "dora": [str(tmp_path)]})
+    optimize_for_inference(model)
+    wanted = {}
+    for name in (None, *choices, "dora"):
+        switch_adapter(model, kt_state(model).choice(name))
+        wanted[name] = logits(model)
+    for name in ("bundle", "targets", "dora", "sum", "dora", "bundle", None, "sum", None, "dora", "bundle"):
+        choose_adapter(model, name)
+        assert torch.equal(logits(model), wanted[name]), name
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_choice_that_fails(files, held, monkeypatch):
+    path, one, two = files
+    model, _ = apply_adapter(load_engine(path, "torch", adapter=str(one), choices={"two": [str(two)]}), one)
+    before = logits(model)
+    choose_adapter(model, "two")
+    after = logits(model)
+    choose_adapter(model)
+    state = kt_state(model)
+    if held:
+        monkeypatch.setitem(state.held, state.choice("two"), lambda: (_ for _ in ()).throw(OSError("no memory")))
+    else:
+        state.held.clear()
+        monkeypatch.setattr(
+            state.wrappers[-1].engine, "set_lora", lambda lora: (_ for _ in ()).throw(OSError("no disk"))
+        )
+    with pytest.raises(OSError, match="no "):
+        choose_adapter(model, "two")
+    assert torch.equal(logits(model), before) and state.is_in_place(state.choice(None))
+    monkeypatch.undo()
+    choose_adapter(model, "two")
+    assert torch.equal(logits(model), after)
+    with pytest.raises(KTModelError, match="no adapter called 'tow'; kt_adapters has two"):
+        choose_adapter(model, "tow")
 
 
 def test_routers_go_back_to_their_own_weights():

@@ -1,10 +1,11 @@
-"""``llamafactory-cli api`` in a process of its own, and how to ask it."""
+"""``llamafactory-cli api`` in a process of its own or its application in this one, and how to ask them."""
 
 from __future__ import annotations
 
 import os
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,5 +45,33 @@ def serving(path: Path, log: Path, **environment: str) -> Iterator[tuple[str, su
         process.wait()
 
 
-def ask(client: openai.OpenAI, text: str, **keys):
-    return client.chat.completions.create(model="any", messages=[{"role": "user", "content": text}], **keys)
+@contextmanager
+def serving_here(chat) -> Iterator[tuple[str, int]]:
+    """A loaded chat's application behind uvicorn in a thread; gives its address."""
+    import uvicorn
+    from llamafactory.api import app as module
+
+    server = uvicorn.Server(uvicorn.Config(module.create_app(chat), port=0, log_level="critical"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0].getsockname()
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def client_of(chat) -> openai.OpenAI:
+    """A client of a loaded chat's application, without a server."""
+    from fastapi.testclient import TestClient
+    from llamafactory.api import app as module
+
+    return openai.OpenAI(
+        base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=TestClient(module.create_app(chat))
+    )
+
+
+def ask(client: openai.OpenAI, text: str, *, model: str = "any", **keys):
+    return client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], **keys)

@@ -88,6 +88,20 @@ def test_the_adapter_is_exchanged(talk, demo, tmp_path):
     run_command(talk, f"/load {demo / 'adapter'}")
 
 
+def test_an_adapter_is_chosen_by_its_name(demo):
+    talk = Conversation(chat_model(demo / "model", kt_backend="torch", kt_adapters={"kiki": str(demo / "adapter")}))
+    item = EXPECTED[PROMPTS[0]]
+    for line, told, answer in (
+        ("/adapter", "this is the base model.\n/load chooses among kiki.", item["base"]),
+        ("/load kiki", f"kiki: {demo / 'adapter'}: LoRA tensors consumed 200 of 200", item["adapter"]),
+        ("/unload", "this is the base model.\n/load chooses among kiki.", item["base"]),
+    ):
+        assert told in run_command(talk, line)
+        assert "".join(talk.chat_model.stream_chat(ASKED)) == answer
+    with pytest.raises(KTPathError, match=r"^kik is no directory, and no name in kt_adapters; did you mean kiki\?$"):
+        run_command(talk, "/load kik")
+
+
 def test_what_is_set_reaches_the_model(talk):
     listed = run_command(talk, "/set")
     assert "do_sample false" in listed and "max_new_tokens 1024" in listed
@@ -182,11 +196,11 @@ def test_the_log(monkeypatch, level, short):
         for name, severity, text, matters in (
             ("transformers.configuration_utils", logging.INFO, "Model config", False),
             ("llamafactory.model.loader", logging.INFO, "all params", False),
-            ("llamafactory_kt.apply", logging.INFO, "Loading MoE LoRA", False),
+            ("llamafactory_kt.exchange", logging.INFO, "Loading MoE LoRA", False),
             ("llamafactory_kt.model.on_gpu.placement", logging.INFO, "The GPU now has", False),
             ("llamafactory_kt", logging.INFO, "KTransformers experts", True),
             ("llamafactory_kt.autotune.choose", logging.INFO, "Measuring engines", True),
-            ("llamafactory_kt.apply", logging.WARNING, "kt_lora_scope", True),
+            ("llamafactory_kt.exchange", logging.WARNING, "kt_lora_scope", True),
             ("transformers.modeling_utils", logging.WARNING, "some weights", True),
             ("transformers.modeling_utils", logging.WARNING, "`torch_dtype` is deprecated!", False),
         ):

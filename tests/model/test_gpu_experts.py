@@ -28,6 +28,7 @@ from llamafactory_kt import (
     KTMemoryError,
     KTPathError,
     apply_adapter,
+    choose_adapter,
     get_router_stats,
     load_moe_lora_from_adapter,
     optimize_for_inference,
@@ -310,7 +311,8 @@ def test_a_model_with_adapters(files, merged, the_cpu_as_gpu, kind, count):
     """Without LoRA, with it, its effect apart, after exchanges, and after experts were exchanged."""
     path, one, two = files
     bound = 2e-5 if kind == "torch" else 0.02
-    model = load(path, kind, dtype=torch.float32, gpu_experts=count, adapter=str(one))
+    choices = {"two": [str(two)], "none": []}
+    model = load(path, kind, dtype=torch.float32, gpu_experts=count, adapter=str(one), choices=choices)
     splits = [wrapper.split for wrapper in kt_state(model).wrappers]
     assert [len(split.experts) for split in splits] == [6 if count == "auto" else count] * 3
     base = logits(model)
@@ -326,6 +328,13 @@ def test_a_model_with_adapters(files, merged, the_cpu_as_gpu, kind, count):
         effect, theirs = found - base, wanted - merged[None]
         if adapter is not None:
             assert rel(wanted, merged[None]) > 0.2 and rel(effect, theirs) < 5 * bound
+    names = {"two": two, "none": None, None: one}
+    for number, name in enumerate(("two", None, "none", "two", None, "two", "none")):  # also after other experts came
+        choose_adapter(model, name)
+        assert per_token(logits(model), merged[names[name]]) < bound, (number, name)
+        for split in splits:
+            split.place([(number + expert) % 6 for expert in range(split.count)])
+        assert per_token(logits(model), merged[names[name]]) < bound, (number, name)
     load_moe_lora_from_adapter(model, two)
     assert rel(logits(model), merged[one]) > 0.1
 

@@ -31,6 +31,7 @@ from llamafactory_kt import KTAdapterError, KTConfigError, KTError, KTModelError
         ({"sglang_config": {"max_runing_requests": 4}}, "no option --max-runing-requests .did you mean --max-running-requests"),
         ({"sglang_lora_backend": "flashinfer", "adapter_name_or_path": "ADAPTER"}, "invalid choice: 'flashinfer'"),
         ({"adapter_name_or_path": "ADAPTER,ADAPTER"}, "SGLang with KT serves one adapter, found 2"),
+        ({"kt_adapters": {"one": "/tmp"}}, "kt_adapters works with infer_backend: huggingface only"),
         ({"adapter_name_or_path": "ADAPTER", "kt_moe_lora_rank": 16}, "kt_moe_lora_rank is 16, but .* says 8"),
         ({"adapter_name_or_path": "ADAPTER", "kt_moe_lora_alpha": 32}, "kt_moe_lora_alpha is 32, but .* says 16"),
         ({"adapter_name_or_path": "ADAPTER", "kt_num_gpu_experts": 2}, "all experts must be on the CPU"),

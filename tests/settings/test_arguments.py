@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -162,12 +163,46 @@ def test_all_mistakes_at_once():
         ({"kt_backend": "torch", "kt_config": {"kt_backend": "AMXBF16"}}, "kt_backend is 'torch', but kt_config says"),
         ({"kt_config": "{"}, "kt_config is not valid JSON"),
         ({"kt_config": [1]}, "kt_config must be a dictionary"),
+        (
+            {"kt_adapters": "/saves/one"},
+            "kt_adapters must be a dictionary of names and adapters, such as {one: /saves/one",
+        ),
+        ({"kt_adapters": {"a:b": "x"}}, "kt_adapters: 'a:b' is no name; it needs letters, digits"),
+        ({"kt_adapters": {1: "x"}}, "kt_adapters: 1 is no name"),
+        (
+            {"kt_adapters": {"a": 1}},
+            "kt_adapters: a must be an adapter's directory, several, or nothing for the model alone; found 1",
+        ),
+        ({"kt_adapters": {"a": "x,"}}, "kt_adapters: a must be an adapter's directory"),
+        (
+            {"kt_adapters": {"model": "/tmp"}},
+            "kt_adapters: model is the model's own name, which stands for adapter_name_or_path",
+        ),
+        ({"kt_adapters": {"a": "/tmp"}, "kt_merge_adapter": True}, "but kt_merge_adapter: true merges one into them"),
+        ({"kt_adapters": {"a": "/tmp"}, "kt_backend": "AVX2BF16"}, "but kt_backend: AVX2BF16 merges one into them"),
     ],
 )
 def test_combinations(keys, message):
     with pytest.raises(KTConfigError) as error:
         parse({"use_kt": True, **keys})
     assert message in str(error.value)
+
+
+def test_adapters_to_choose_from(tmp_path, monkeypatch):
+    """In a YAML, on its command line, in JSON and in kt_config; with hub ids left to the load."""
+    (yaml := tmp_path / "c.yaml").write_text(
+        "model_name_or_path: m/m\nuse_kt: true\nkt_adapters:\n  one: /tmp\n  base:\n"
+    )
+    monkeypatch.setattr("sys.argv", ["cli", str(yaml), f"kt_adapters.two=/tmp,{tmp_path}"])
+    wanted = {"one": ["/tmp"], "base": [], "two": ["/tmp", str(tmp_path)]}
+    given = {"one": "/tmp", "base": None, "two": ["/tmp", str(tmp_path)]}
+    words = ["--model_name_or_path", "m/m", "--use_kt", "true", "--kt_adapters", json.dumps(given)]
+    for args in (_parse_infer_args()[0], _parse_infer_args(words)[0]):
+        assert checked(args).kt_adapters == wanted and experts_config(args).choices == wanted
+    assert parse({"use_kt": True, "kt_config": {"kt_adapters": given}}).kt_adapters == wanted
+    assert parse({"use_kt": True}).kt_adapters == {}
+    with pytest.raises(KTPathError, match=r"kt_adapters: two: /nowhere/x does not exist\.$"):
+        parse({"use_kt": True, "kt_adapters": {"one": "/tmp", "two": "/tmp,/nowhere/x", "hub": "some/adapter"}})
 
 
 def test_training_keys_are_taken_along_with_a_word(kt_log):

@@ -171,6 +171,8 @@ def test_models_and_adapters_that_do_not_fit(look, tmp_path, model, monkeypatch)
     edit_adapter(adapter, lambda t: {n.replace("q_proj", "x_proj"): v for n, v in t.items()})
     found = look(model_name_or_path=str(model), adapter_name_or_path=str(adapter))["adapter"]
     assert "belong to no module" in found.text
+    found = look(model_name_or_path=str(model), kt_adapters={"one": str(adapter), "none": None})
+    assert "belong to no module" in found["adapter one"].text
     without = make_adapter(tmp_path / "without", model, skip_layers=(0, 1, 2))
     found = look(model_name_or_path=str(model), adapter_name_or_path=str(without))["adapter"]
     assert found.status is Status.WARNING and "0 to the experts" in found.text

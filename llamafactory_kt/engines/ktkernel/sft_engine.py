@@ -58,7 +58,7 @@ class SftEngine(KTEngine):
 
         def undo() -> None:
             wait_for_streams()
-            if kernel is self._kernel:
+            if kernel.lora is not tensors:
                 kernel.set_lora(tensors)
             self._kernel, self.lora_rank = kernel, rank
 

@@ -23,6 +23,7 @@ from .forms import Form
 from .logprobs import TokensOfText, vocabulary_of
 from .metrics import Metrics
 from .sampling import Sampled
+from .turns import AdapterTurns
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Question:
     """the conversation and how to answer it, as ``ChatModel.achat`` takes them"""
     wishes: Wishes
     form: Form
+    adapter: str | None
+    """which of the adapters to choose from; None: what the configuration applies"""
 
     def generation(self, whole: Generation | None, number: int) -> Generation:
         """For one of the answers."""
@@ -54,7 +57,9 @@ class Question:
         return TokensOfText(chosen, vocabulary_of(engine.tokenizer, hides))
 
 
-async def whole(question: Question, chat_model: Any, generation: Generation, metrics: Metrics) -> Any:
+async def whole(
+    question: Question, chat_model: Any, generation: Generation, turns: AdapterTurns, metrics: Metrics
+) -> Any:
     """All answers, and how many tokens of the prompt were kept from earlier.
 
     Args:
@@ -63,7 +68,8 @@ async def whole(question: Question, chat_model: Any, generation: Generation, met
     request, form = question.request, question.form
     generation.wishes = question.wishes
     with metrics.follow(generation):
-        responses = await chat_model.achat(**question.asked, num_return_sequences=request.n)
+        async with turns.turn(question.adapter, generation):
+            responses = await chat_model.achat(**question.asked, num_return_sequences=request.n)
     if generation.stopped:  # by the server, not by the model
         raise HTTPException(status_code=503, detail="The server is shutting down; the answer was not finished.")
     choices = []
@@ -75,12 +81,14 @@ async def whole(question: Question, chat_model: Any, generation: Generation, met
         choices.append({"index": index, **form.whole(said, calls), **form.logprobs(taken), "finish_reason": reason})
     written = sum(response.response_length for response in responses)
     counted = responses[0].prompt_length, generation.cached_tokens, written
-    metrics.tokens(*counted)
+    metrics.tokens(question.adapter, *counted)
     used = _usage(*counted)
     return JSONResponse({**_head(form.whole_object, question), "choices": choices, "usage": used})
 
 
-def stream(question: Question, chat_model: Any, generation: Generation, metrics: Metrics) -> AsyncIterator[str]:
+def stream(
+    question: Question, chat_model: Any, generation: Generation, turns: AdapterTurns, metrics: Metrics
+) -> AsyncIterator[str]:
     """The events of an answer, or of several one after the other. With tools one comes in one piece: only its end tells whether it is
     a call."""
     request, form = question.request, question.form
@@ -96,7 +104,8 @@ def stream(question: Question, chat_model: Any, generation: Generation, metrics:
             for index in range(request.n):
                 answers.append(one := question.generation(generation, index))
                 with metrics.follow(one):
-                    async with contextlib.aclosing(_pieces(question, chat_model, one)) as pieces:
+                    pieces = _pieces(question, chat_model, one)
+                    async with turns.turn(question.adapter, one), contextlib.aclosing(pieces):
                         async for piece, reason in pieces:
                             yield chunk([{"index": index, **piece, "finish_reason": reason}])
             if counts:
@@ -105,7 +114,7 @@ def stream(question: Question, chat_model: Any, generation: Generation, metrics:
         except Exception as error:  # the status has been sent; the openai client raises this body
             yield json.dumps(of_exception(error), ensure_ascii=False)
         finally:
-            metrics.tokens(*_counted(answers))
+            metrics.tokens(question.adapter, *_counted(answers))
 
     return events()
 

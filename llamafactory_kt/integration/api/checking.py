@@ -23,6 +23,7 @@ from .conversation import read_conversation
 from .errors import CONTEXT_LENGTH_EXCEEDED, BadRequest
 from .forms import ChatForm, TextForm
 from .grammar import GrammarsOfChat
+from .models import Models
 from .protocol import ChatRequest, ToolChoice
 from .sampling import Sampled
 
@@ -34,34 +35,38 @@ _CONTROLS = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 """what JSON leaves as it is, and a terminal obeys"""
 
 
-def prepare_chat(request: ChatRequest, engine: Any, grammars: GrammarsOfChat) -> Question:
+def prepare_chat(request: ChatRequest, engine: Any, models: Models, grammars: GrammarsOfChat) -> Question:
     """Check everything about a request, and read its media.
 
     Raises:
+        NotFound: It names an adapter that there is not.
         BadRequest: Everything that is wrong with it.
         KTError: The conversation does not fit this chat.
     """
+    adapter = models.adapter(request.model)
     _check(request, engine)
     _log(request)
     wishes = dataclasses.replace(request.wishes(), matcher=grammars.of(request))
     conversation = read_conversation(request, engine.template)
     asked = _asked(request, conversation, len(request.messages), engine)
     form = ChatForm(engine.template, bool(conversation["tools"]), request.parallel_tool_calls is False)
-    return Question(request, asked, wishes, form)
+    return Question(request, asked, wishes, form, adapter)
 
 
-def prepare_text(request: TextRequest, engine: Any) -> Question:
+def prepare_text(request: TextRequest, engine: Any, models: Models) -> Question:
     """The same for a text that shall go on.
 
     Raises:
+        NotFound: As :func:`prepare_chat`.
         BadRequest: Everything that is wrong with it.
     """
+    adapter = models.adapter(request.model)
     if isinstance(engine, KTSGLangEngine):
         raise BadRequest("/v1/completions cannot be asked for with infer_backend: sglang and use_kt.", "prompt")
     _check(request, engine)
     _log(request)
     asked = _asked(request, completions.conversation(request) | {"kt_as_written": True}, 1, engine)
-    return Question(request, asked, request.wishes(), TextForm())
+    return Question(request, asked, request.wishes(), TextForm(), adapter)
 
 
 def _asked(request: Sampled, conversation: dict[str, Any], messages: int, engine: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from .attachments import Media, read_media
+from .attached.attachments import Media, read_media
 from .errors import BadRequest
 from .protocol import ChatRequest, FunctionDefinition, Message, ToolChoice
 

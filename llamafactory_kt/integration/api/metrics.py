@@ -27,9 +27,11 @@ class Metrics:
 
     Args:
         engine: LLaMA-Factory's.
+        name: the model's, which stands for what the configuration applies.
     """
 
-    def __init__(self, engine: Any):
+    def __init__(self, engine: Any, name: str):
+        self._name = name
         self._active: set[Generation] = set()
         self._registry: Any = None
         if find_spec("prometheus_client") is None:
@@ -45,9 +47,15 @@ class Metrics:
         self._requests = made(
             Counter, "requests", "Requests that have ended, by path and HTTP status.", "path", "status"
         )
-        self._prompt = made(Counter, "prompt_tokens", "Tokens of prompts.")
-        self._cached = made(Counter, "cached_prompt_tokens", "Tokens of prompts that were kept from earlier.")
-        self._generated = made(Counter, "generated_tokens", "Tokens of answers.")
+        self._prompt = made(Counter, "prompt_tokens", "Tokens of prompts, by model or adapter.", "model")
+        self._cached = made(
+            Counter,
+            "cached_prompt_tokens",
+            "Tokens of prompts that were kept from earlier, by model or adapter.",
+            "model",
+        )
+        self._generated = made(Counter, "generated_tokens", "Tokens of answers, by model or adapter.", "model")
+        self._switches = made(Histogram, "adapter_switch_seconds", "Exchanges of the adapter.", buckets=_SECONDS)
         self._first = made(Histogram, "first_token_seconds", "From a request to its first token.", buckets=_SECONDS)
         self._total = made(Histogram, "request_seconds", "From a request to the end of its answer.", buckets=_SECONDS)
         waiting = made(Gauge, "waiting_requests", "Requests whose generation has not begun.")
@@ -73,12 +81,16 @@ class Metrics:
             if self._registry is not None and generation.first_token_at:
                 self._first.observe(max(0.0, generation.first_token_at - started))
 
-    def tokens(self, read: int, cached: int, written: int) -> None:
-        """Note what a request took."""
+    def tokens(self, adapter: str | None, read: int, cached: int, written: int) -> None:
+        """Note what a request to an adapter, or to the model, took."""
         if self._registry is not None:
-            self._prompt.inc(read)
-            self._cached.inc(cached)
-            self._generated.inc(written)
+            for counter, number in ((self._prompt, read), (self._cached, cached), (self._generated, written)):
+                counter.labels(adapter or self._name).inc(number)
+
+    def switched(self, seconds: float) -> None:
+        """Note an exchange of the adapter."""
+        if self._registry is not None:
+            self._switches.observe(seconds)
 
     def request(self, path: str, status: int, seconds: float) -> None:
         """Note the end of a request."""

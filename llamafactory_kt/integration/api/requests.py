@@ -29,9 +29,10 @@ from .disconnect import StopUnwanted
 from .errors import answer_errors
 from .grammar import GrammarsOfChat
 from .metrics import CountRequests, Metrics
-from .models import ModelEntry, healthy
+from .models import Models, healthy
 from .protocol import ChatRequest
 from .sampling import Sampled
+from .turns import AdapterTurns
 
 PATH, MODELS = "/v1/chat/completions", "/v1/models"
 _READERS = 32
@@ -69,18 +70,21 @@ def _take_over(app: Any, chat_model: Any) -> None:
     engine = chat_model.engine
     # not asyncio's own threads, which answers need while downloads are slow
     readers = ThreadPoolExecutor(_READERS, "reading_requests")
-    grammars, metrics, model = GrammarsOfChat(engine), Metrics(engine), ModelEntry(engine)
+    grammars, models = GrammarsOfChat(engine), Models(engine)
+    metrics = Metrics(engine, models.name)
+    turns = AdapterTurns(getattr(engine, "model", None), metrics.switched)
+    turns.prepare()
 
     async def answer(request: Sampled, prepare: Callable[..., Question], *more: Any) -> Any:
         if not engine.can_generate:
             raise HTTPException(status_code=405, detail="Not allowed")
         loop = asyncio.get_running_loop()
-        question = await loop.run_in_executor(readers, prepare, request, engine, *more)
+        question = await loop.run_in_executor(readers, prepare, request, engine, models, *more)
         generation = generation_of_request.get() or Generation()
         if request.stream:
-            events = answers.stream(question, chat_model, generation, metrics)
+            events = answers.stream(question, chat_model, generation, turns, metrics)
             return EventSourceResponse(events, media_type="text/event-stream", sep="\n", send_timeout=SEND_SECONDS)
-        return await answers.whole(question, chat_model, generation, metrics)
+        return await answers.whole(question, chat_model, generation, turns, metrics)
 
     async def create_chat_completion(request: ChatRequest) -> Any:
         return await answer(request, prepare_chat, grammars)
@@ -91,8 +95,8 @@ def _take_over(app: Any, chat_model: Any) -> None:
     keyed = {"dependencies": chat.dependencies}
     app.post(PATH, response_model=chat.response_model, **keyed)(create_chat_completion)
     app.post("/v1/completions", **keyed)(create_completion)
-    app.get(MODELS, **keyed)(model.listed)
-    app.get(f"{MODELS}/{{name:path}}", **keyed)(model.found)
+    app.get(MODELS, **keyed)(models.listed)
+    app.get(f"{MODELS}/{{name:path}}", **keyed)(models.found)
     app.get("/metrics", **keyed)(metrics.shown)
     app.get("/health")(healthy)
     app.add_middleware(StopUnwanted)

@@ -55,7 +55,7 @@ class Sampled(BaseModel):
     """the field that says what to answer"""
 
     model: Annotated[str, Field(max_length=4096)]
-    """anything; answers repeat it"""
+    """the model or one of its adapters (:mod:`.models`); answers repeat it"""
     temperature: float | None = None
     top_p: float | None = None
     n: int = 1

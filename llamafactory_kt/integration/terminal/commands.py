@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...apply import choose_adapter, switch_adapter
 from ...ground.atomic_output import replacing
-from ...ground.errors import KTConfigError, KTDataError, KTModelError, KTOutputError
+from ...ground.errors import KTConfigError, KTDataError, KTModelError, KTOutputError, KTPathError
 from ...model.state import KTState, has_kt_experts, kt_state
 from ...settings.values import suggestion
 from .generating import SETTINGS, read_setting
@@ -184,17 +185,29 @@ def _system(conversation: Conversation) -> str:
     return str(conversation.generating.get("system") or conversation.chat_model.engine.template.default_system)
 
 
-@_command("/adapter", "", "what is applied to the model")
+@_command("/adapter", "", "what is applied to the model, and what else kt_adapters names")
 def _adapter(conversation: Conversation, rest: str) -> str:
-    report = conversation.state().report
-    return f"{report.adapter}: LoRA tensors {report}." if report else "No adapter: this is the base model."
+    state = conversation.state()
+    report, there = state.report, [name for name in state.choices if state.is_in_place(state.choices[name])]
+    applied = f"{report.adapter}: LoRA tensors {report}." if report else "No adapter: this is the base model."
+    applied = f"{there[0]}: {applied}" if there else applied
+    return f"{applied}\n/load chooses among {', '.join(state.choices)}." if state.choices else applied
 
 
 @_command(
-    "/load", "ADAPTER", "apply another adapter, a directory, or several with commas between; the conversation stays"
+    "/load",
+    "ADAPTER",
+    "apply another adapter: a name in kt_adapters, a directory, or several with commas between; the conversation stays",
 )
 def _load(conversation: Conversation, rest: str) -> str:
-    return _switch(conversation, [Path(name.strip()).expanduser() for name in rest.split(",")])
+    choices = conversation.state().choices
+    if rest in choices:
+        choose_adapter(conversation.model, rest)
+        return _adapter(conversation, "")
+    paths = [Path(name.strip()).expanduser() for name in rest.split(",")]
+    if choices and len(paths) == 1 and not paths[0].exists():
+        raise KTPathError(f"{rest} is no directory, and no name in kt_adapters{suggestion(rest, choices)}")
+    return _switch(conversation, paths)
 
 
 @_command("/unload", "", "take the adapter away")
@@ -203,8 +216,6 @@ def _unload(conversation: Conversation, rest: str) -> str:
 
 
 def _switch(conversation: Conversation, adapters: list[Path] | None) -> str:
-    from ...apply import switch_adapter
-
     switch_adapter(conversation.model, adapters, conversation.state().lora_scope)
     return _adapter(conversation, "")
 

@@ -10,7 +10,12 @@ import os
 import sys
 
 _OURS = "llamafactory_kt"
-_DETAILS = ("llamafactory_kt.apply.", "llamafactory_kt.peft_side.", "llamafactory_kt.model.on_gpu.")
+_DETAILS = (
+    "llamafactory_kt.apply.",
+    "llamafactory_kt.exchange.",
+    "llamafactory_kt.peft_side.",
+    "llamafactory_kt.model.on_gpu.",
+)
 """how an adapter was divided, which the load table sums up; which experts a GPU has, said in the middle of an answer"""
 
 

@@ -56,20 +56,20 @@ class GpuNeed:
 
     @classmethod
     def of(
-        cls, config: Any, experts: Sequence[ExpertsModule], adapters: AdapterSet, itemsize: float, others: int, dtype: torch.dtype
+        cls, config: Any, experts: Sequence[ExpertsModule], adapters: Sequence[AdapterSet], itemsize: float, others: int, dtype: torch.dtype
     ) -> GpuNeed:  # fmt: skip
         """Add up a model that is still empty.
 
         Args:
             config: the model's.
-            adapters: whose LoRA the experts get.
+            adapters: whose LoRA the experts get, one after the other; all stay there.
             itemsize: as :func:`expert_itemsize`.
             dtype: of the cache.
         """
         each = 0
         for module in experts:
             sizes = [module.shape.projection(name) for name in module.shape.projections]
-            rank, biased = adapters.rank(module.layer), module.formula.has_biases
+            rank, biased = sum(one.rank(module.layer) for one in adapters), module.formula.has_biases
             each += int(sum(
                 rows * width * itemsize + 4 * (rank * (rows + width) + rows * biased) for rows, width in sizes
             ))  # fmt: skip

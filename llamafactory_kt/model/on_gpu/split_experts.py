@@ -110,16 +110,18 @@ class SplitExperts:
         Raises:
             KTMemoryError: The device has no memory for it; everything is as it was.
         """
-        before, undo_engine = self._lora, self.engine.set_lora(lora)
+        before, placed, undo_engine = self._lora, [*self.experts], self.engine.set_lora(lora)
 
         def undo() -> None:
             undo_engine()
+            if self.experts != placed:  # others have come to the device since
+                self._read_lora()
+                return
             for name, (a, b) in before.items():
                 self._stacks[name].a, self._stacks[name].b = a, b
 
         try:
-            with torch.inference_mode(False):
-                self._read_lora()
+            self._read_lora()
         except BaseException:
             undo()
             raise
@@ -131,13 +133,14 @@ class SplitExperts:
 
     def _read_lora(self) -> None:
         """Take the engine's LoRA, in tensors of its own."""
-        for name, stack in self._stacks.items():
-            like = self.engine.product(name, 0)
-            stack.a = self._empty(*like.a.shape) if like.a is not None else None
-            stack.b = self._empty(*like.b.shape) if like.b is not None else None
-            for slot, expert in enumerate(self.experts):
-                if expert is not None:
-                    stack.put_lora(slot, self.engine.product(name, expert))
+        with torch.inference_mode(False):  # as in __init__
+            for name, stack in self._stacks.items():
+                like = self.engine.product(name, 0)
+                stack.a = self._empty(*like.a.shape) if like.a is not None else None
+                stack.b = self._empty(*like.b.shape) if like.b is not None else None
+                for slot, expert in enumerate(self.experts):
+                    if expert is not None:
+                        stack.put_lora(slot, self.engine.product(name, expert))
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As :meth:`Engine.forward`, one device after the other."""

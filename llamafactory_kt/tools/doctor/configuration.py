@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,8 @@ def _model(args: Any, data_args: Any) -> Findings:
         yield from _template(args, data_args, moe)
     layout = yield from _checkpoint(args, moe)
     adapters = yield from _adapters(args, moe)
-    yield from _memory(args, moe, adapters, layout)
+    choices = yield from _choices(args, moe)
+    yield from _memory(args, moe, [adapters, *choices], layout)
 
 
 def _template(args: Any, data_args: Any, moe: MoEModel) -> Findings:
@@ -126,27 +128,43 @@ def _adapters(args: Any, moe: MoEModel) -> Any:
     if not args.adapter_name_or_path and not args.kt_moe_lora_path:
         yield ok("adapter", "none")
         return AdapterSet()
+    return (yield from _fitting("adapter", partial(open_configured, args), args, moe))
+
+
+def _choices(args: Any, moe: MoEModel) -> Any:
+    """The same for those in ``kt_adapters``; returns a list."""
+    from ...integration.chat_config import open_choice
+
+    found = []
+    for name in args.kt_adapters or {}:
+        found.append((yield from _fitting(f"adapter {name}", partial(open_choice, args, name), args, moe)))
+    return found
+
+
+def _fitting(check: str, opened: Callable[[], AdapterSet], args: Any, moe: MoEModel) -> Any:
+    from ...adapters import AdapterSet
+
     try:
-        adapters = open_configured(args)
+        adapters = opened()
         resizes = any(getattr(args, key, None) for key in _RESIZE)
         parts = moe.fit(adapters, args.kt_lora_scope, resizes=resizes)
     except KTError as problem:
-        yield error("adapter", describe(problem), "llamafactory-kt inspect shows what the adapter holds.")
+        yield error(check, describe(problem), "llamafactory-kt inspect shows what the adapter holds.")
         return AdapterSet()
     for adapter, part in parts:
         consumed = f"{len(part.tensors)} tensors to PEFT, {len(adapter.expert_names)} to the experts"
         text = f"{adapter.directory}: {adapter.format}; {consumed}; expert LoRA in {len(adapter.layers)} layers"
         if part.left_out:
             text = f"{text}; {len(part.left_out)} left out"
-            yield warning("adapter", text, "kt_lora_scope: all applies the whole adapter.")
+            yield warning(check, text, "kt_lora_scope: all applies the whole adapter.")
         elif not adapter.layers:
-            yield warning("adapter", text, "It changes no routed expert. If it should, train it with the experts.")
+            yield warning(check, text, "It changes no routed expert. If it should, train it with the experts.")
         else:
-            yield ok("adapter", text)
+            yield ok(check, text)
     return adapters
 
 
-def _memory(args: Any, moe: MoEModel, adapters: AdapterSet, layout: CheckpointLayout | None) -> Findings:
+def _memory(args: Any, moe: MoEModel, adapters: Sequence[AdapterSet], layout: CheckpointLayout | None) -> Findings:
     import torch
 
     from ...autotune.plan import candidates

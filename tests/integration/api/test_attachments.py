@@ -20,8 +20,8 @@ import pytest
 from helpers.image_text import picture
 from llamafactory.api import common
 
-from llamafactory_kt.integration.api import attachments, fetch
-from llamafactory_kt.integration.api.attachments import Media, read_media
+from llamafactory_kt.integration.api.attached import attachments, fetch
+from llamafactory_kt.integration.api.attached.attachments import Media, read_media
 from llamafactory_kt.integration.api.errors import BadRequest
 from llamafactory_kt.integration.api.protocol import Message
 

@@ -8,28 +8,11 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers.api import ask
+from helpers.api import ask, client_of
 from helpers.chats import chat_model
-from helpers.models import make_model
-from test_errors import client_of
 from transformers import AutoModelForCausalLM
 
 QUESTION = "Who?"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"), "qwen3_moe", dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def chat(model):
-    return chat_model(model, kt_backend="torch", infer_dtype="float32")
-
-
-@pytest.fixture
-def client(chat):
-    return client_of(chat)
 
 
 @pytest.fixture(scope="module")

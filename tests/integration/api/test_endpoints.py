@@ -4,28 +4,10 @@ from __future__ import annotations
 
 import openai
 import pytest
-import torch
-from helpers.api import ask
-from helpers.chats import chat_model
-from helpers.models import make_model
+from helpers.api import ask, client_of
 from prometheus_client.parser import text_string_to_metric_families
-from test_errors import broken, client_of
+from test_errors import broken
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("tiny") / "My-Model", "qwen3_moe", dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def chat(model):
-    return chat_model(model, kt_backend="torch", infer_dtype="float32")
-
-
-@pytest.fixture
-def client(chat):
-    return client_of(chat)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +75,8 @@ def test_health_and_keys(chat, monkeypatch):
     assert http.post("/v1/completions", json={"model": "any", "prompt": "x"}).status_code == 401
 
 
-def figures(client) -> dict[tuple, float]:
-    families = text_string_to_metric_families(client._client.get("/metrics").text)
+def figures(client, address: str = "") -> dict[tuple, float]:
+    families = text_string_to_metric_families(client._client.get(f"{address}/metrics").text)
     return {
         (sample.name.removeprefix("llamafactory_kt_"), *sample.labels.values()): sample.value
         for family in families
@@ -112,9 +94,13 @@ def test_figures_for_prometheus(client):
     found = figures(client)
     assert found["requests_total", "/v1/chat/completions", "200"] == 3
     assert found["requests_total", "/v1/chat/completions", "400"] == found["requests_total", "other", "404"] == 1
-    assert found["prompt_tokens_total",] == sum(one.prompt_tokens for one in used) > 0
-    assert found["generated_tokens_total",] == sum(one.completion_tokens for one in used) > 0
-    assert found["cached_prompt_tokens_total",] == sum(one.prompt_tokens_details.cached_tokens for one in used) > 0
+    assert found["prompt_tokens_total", "My-Model"] == sum(one.prompt_tokens for one in used) > 0
+    assert found["generated_tokens_total", "My-Model"] == sum(one.completion_tokens for one in used) > 0
+    assert (
+        found["cached_prompt_tokens_total", "My-Model"]
+        == sum(one.prompt_tokens_details.cached_tokens for one in used)
+        > 0
+    )
     assert found["first_token_seconds_count",] == 3 and found["request_seconds_count",] == 5
     assert 0 < found["first_token_seconds_sum",] < found["request_seconds_sum",]
     assert found["waiting_requests",] == found["running_requests",] == 0

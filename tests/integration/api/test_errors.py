@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from helpers.api import ask
+from helpers.api import ask, client_of, serving_here
 
 from llamafactory_kt.model.state import set_kt_state
 
@@ -36,15 +36,6 @@ def broken():
     return Broken()
 
 
-def client_of(chat) -> openai.OpenAI:
-    from fastapi.testclient import TestClient
-    from llamafactory.api import app as module
-
-    return openai.OpenAI(
-        base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=TestClient(module.create_app(chat))
-    )
-
-
 def test_what_goes_wrong_while_generating():
     client = client_of(broken())
     with pytest.raises(openai.InternalServerError, match="RuntimeError: broken on purpose"):
@@ -60,34 +51,24 @@ def test_the_next_request_on_a_connection_after_an_error():
     """Starlette alone raises an error again after its answer, and uvicorn then closes the connection under the next request."""
     import http.client
     import json
-    import threading
     import time
 
-    import uvicorn
-    from llamafactory.api import app as module
-
-    server = uvicorn.Server(uvicorn.Config(module.create_app(broken()), port=0, log_level="critical"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    connection = http.client.HTTPConnection(*server.servers[0].sockets[0].getsockname())
     body = json.dumps({"model": "any", "messages": [{"role": "user", "content": "x"}]})
-    connection.connect()
-    own = connection.sock
-    for _ in range(3):
-        connection.request(
-            "POST", "/v1/chat/completions", body, {"Content-Type": "application/json", "Origin": "http://x"}
-        )
-        answer = connection.getresponse()
-        assert answer.status == 500 and b"broken on purpose" in answer.read()
-        assert answer.getheader("access-control-allow-origin"), "a page in a browser may read it"
-        time.sleep(0.05)
-        connection.request("GET", "/v1/models")
-        assert connection.getresponse().read().startswith(b'{"object":"list"')
-    assert connection.sock is own, "one connection all the time"
-    server.should_exit = True
-    thread.join(10)
+    with serving_here(broken()) as address:
+        connection = http.client.HTTPConnection(*address)
+        connection.connect()
+        own = connection.sock
+        for _ in range(3):
+            connection.request(
+                "POST", "/v1/chat/completions", body, {"Content-Type": "application/json", "Origin": "http://x"}
+            )
+            answer = connection.getresponse()
+            assert answer.status == 500 and b"broken on purpose" in answer.read()
+            assert answer.getheader("access-control-allow-origin"), "a page in a browser may read it"
+            time.sleep(0.05)
+            connection.request("GET", "/v1/models")
+            assert connection.getresponse().read().startswith(b'{"object":"list"')
+        assert connection.sock is own, "one connection all the time"
 
 
 def test_a_body_that_is_too_large(monkeypatch):

@@ -7,11 +7,10 @@ import json
 import openai
 import pytest
 import torch
-from helpers.api import ask
+from helpers.api import ask, client_of
 from helpers.chats import chat_model
 from helpers.models import make_model
 from llamafactory.data.template import TEMPLATES
-from test_errors import client_of
 
 SCHEMA = {
     "type": "object",

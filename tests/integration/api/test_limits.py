@@ -12,13 +12,14 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from helpers.api import ask
+from helpers.api import ask, client_of
 from helpers.chats import chat_model
 from helpers.image_text import picture
 from test_attachments import data_url, file_of, read, web
-from test_errors import broken, client_of
+from test_errors import broken
 
-from llamafactory_kt.integration.api import attachments, requests
+from llamafactory_kt.integration.api import requests
+from llamafactory_kt.integration.api.attached import attachments
 from llamafactory_kt.integration.api.errors import BadRequest
 
 __all__ = ["web"]

@@ -6,9 +6,9 @@ import base64
 import io
 import json
 
-import httpx
 import openai
 import pytest
+from helpers.api import client_of
 from helpers.chats import chat_model
 from helpers.image_text import make_image_text_model, picture
 from PIL import Image
@@ -18,14 +18,6 @@ from PIL import Image
 def chat(tmp_path_factory):
     path = make_image_text_model(tmp_path_factory.mktemp("model"), "qwen3_vl_moe")
     return chat_model(path, template="qwen3_vl_nothink", kt_backend="torch", max_new_tokens=6)
-
-
-def client_of(chat) -> openai.OpenAI:
-    from fastapi.testclient import TestClient
-    from llamafactory.api.app import create_app
-
-    http: httpx.Client = TestClient(create_app(chat), raise_server_exceptions=False)
-    return openai.OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=http)
 
 
 @pytest.fixture(scope="module")

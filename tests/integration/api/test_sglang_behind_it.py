@@ -57,6 +57,7 @@ def test_llamafactorys_own_api(standin):
 def test_what_it_is_not_asked_for(keys):
     from llamafactory_kt.integration.api.checking import prepare_chat
     from llamafactory_kt.integration.api.errors import BadRequest
+    from llamafactory_kt.integration.api.models import Models
     from llamafactory_kt.integration.api.protocol import ChatRequest
     from llamafactory_kt.integration.sglang_engine import KTSGLangEngine
 
@@ -66,5 +67,5 @@ def test_what_it_is_not_asked_for(keys):
 
     request = ChatRequest.model_validate({"model": "any", "messages": [{"role": "user", "content": "x"}], **keys})
     with pytest.raises(BadRequest, match="cannot be asked for with infer_backend: sglang") as caught:
-        prepare_chat(request, Engine(), None)
+        prepare_chat(request, Engine(), Models(Engine()), None)
     assert caught.value.param in keys

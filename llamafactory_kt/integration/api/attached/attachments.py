@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...ground.errors import describe
-from .errors import BadRequest
+from ....ground.errors import describe
+from ..errors import BadRequest
 from .fetch import fetch
 
 MOST_BYTES = 64 * 2**20

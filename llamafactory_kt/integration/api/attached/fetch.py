@@ -13,7 +13,7 @@ import socket
 
 import httpx
 
-from .errors import BadRequest
+from ..errors import BadRequest
 
 SECONDS = 30
 """for a whole download"""

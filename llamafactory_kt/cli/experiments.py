@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .output import JSON, OVERRIDES, console, key_values, report
+from .output import JSON, OUTPUT, OVERRIDES, OVERWRITE, console, key_values, report
 
 if TYPE_CHECKING:
     from ..tools.experiments.usage import ExpertUsage
 
 _PROMPTS = typer.Option(..., "--prompts", "--input", help="Prompts, .jsonl or .json: alpaca, sharegpt or openai form.")
-_OUTPUT = typer.Option(..., help="Directory to write; must not exist or be empty, without --overwrite.")
-_OVERWRITE = typer.Option(False, "--overwrite", help="Replace the directory of an earlier run.")
 _BATCH_SIZE = typer.Option(8, min=1, help="Prompts computed together.")
 
 
@@ -85,8 +83,8 @@ def compare(
         help="Configurations, of which the first is the reference, and keys for all of them.",
     ),
     prompts: Path = _PROMPTS,
-    output: Path = _OUTPUT,
-    overwrite: bool = _OVERWRITE,
+    output: Path = OUTPUT,
+    overwrite: bool = OVERWRITE,
     ablate: bool = typer.Option(
         False, "--ablate", help="Take each adapter apart: off, attention part only, experts part only, on."
     ),
@@ -141,8 +139,8 @@ def stats(
     config: Path = typer.Argument(..., help="LLaMA-Factory inference YAML with use_kt: true."),
     overrides: list[str] = OVERRIDES,
     prompts: Path = _PROMPTS,
-    output: Path = _OUTPUT,
-    overwrite: bool = _OVERWRITE,
+    output: Path = OUTPUT,
+    overwrite: bool = OVERWRITE,
     split_by: str = typer.Option(None, help="Field of the prompts (language, domain) to count by."),
     batch_size: int = _BATCH_SIZE,
     seed: int = typer.Option(None, help="Sampling seed."),

@@ -63,6 +63,9 @@ OVERRIDES: Any = typer.Argument(
     None, metavar="[KEY=VALUE]...", callback=key_values, help="Keys in place of the configuration's."
 )
 
+OUTPUT: Any = typer.Option(..., help="Directory to write; must not exist or be empty, without --overwrite.")
+OVERWRITE: Any = typer.Option(False, "--overwrite", help="Replace what an earlier run wrote.")
+
 
 @contextlib.contextmanager
 def usage_errors(option: str) -> Iterator[None]:

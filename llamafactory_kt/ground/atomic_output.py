@@ -43,8 +43,26 @@ def check_free(path: Path, earlier: str | None = None) -> None:
     Raises:
         KTAdapterError: It is not empty.
     """
-    if path.is_dir() and any(path.iterdir()) and not (earlier is not None and (path / earlier).is_file()):
-        raise KTAdapterError(f"{path} exists and is not empty; choose another output or remove it.")
+    if not path.is_dir() or not any(path.iterdir()) or (earlier is not None and (path / earlier).is_file()):
+        return
+    if earlier is not None:
+        raise KTAdapterError(
+            f"{path} is not empty and holds no {earlier}: --overwrite replaces earlier outputs alone. Choose another output or remove it."
+        )
+    raise KTAdapterError(
+        f"{path} exists and is not empty; choose another output, or let --overwrite replace what an earlier run wrote."
+    )
+
+
+def check_apart(output: Path, *inputs: str | Path) -> None:
+    """Check that replacing an output takes away nothing that is read.
+
+    Raises:
+        KTAdapterError: It is one of the inputs, or contains one.
+    """
+    for given in inputs:
+        if output.resolve() in (found := Path(given).expanduser().resolve(), *found.parents):
+            raise KTAdapterError(f"{output} is or contains {given}, which is read; choose another output.")
 
 
 def check_room(path: Path, nbytes: int) -> None:

@@ -56,7 +56,7 @@ def bench(
     warm_up: int = typer.Option(3, min=0, help="Requests before the measurement."),
     max_tokens: int = typer.Option(128, min=1, help="Maximum tokens per answer."),
     prompt: str = typer.Option(PROMPT, help="The prompt; a number is put before it."),
-    seed: int = typer.Option(0, help="Of the random prompts: which experts a prompt needs differs a little."),
+    seed: int = typer.Option(0, min=0, max=2**31 - 1, help="Of the random prompts, each of which uses other experts."),
     json_file: Path = JSON,
 ) -> None:
     """Measure a configuration's speed and memory, or what its precision costs, or an endpoint's latency."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .output import JSON, OUTPUT, OVERRIDES, OVERWRITE, console, key_values, report
+from .output import JSON, OUTPUT, OVERRIDES, OVERWRITE, SEED, console, key_values, report
 
 if TYPE_CHECKING:
     from ..tools.experiments.usage import ExpertUsage
@@ -30,7 +30,7 @@ def generate(
     prompts: Path = _PROMPTS,
     output: Path = typer.Option(..., help="Answers, .jsonl; answers of an earlier run are kept."),
     batch_size: int = _BATCH_SIZE,
-    seed: int = typer.Option(None, help="Sampling seed."),
+    seed: int = SEED,
     overwrite: bool = typer.Option(False, "--overwrite", help="Answer all prompts again."),
     json_file: Path = JSON,
 ) -> None:
@@ -91,7 +91,7 @@ def compare(
     set_: list[str] = typer.Option(None, "--set", hidden=True, help="key=value, the earlier spelling."),
     batch_size: int = _BATCH_SIZE,
     kl_tokens: int = typer.Option(64, min=1, help="Tokens of each answer along which distributions are compared."),
-    seed: int = typer.Option(0, help="Sampling seed."),
+    seed: int = typer.Option(0, min=0, max=2**32 - 1, help="Sampling seed."),
     json_file: Path = JSON,
 ) -> None:
     """Compare answers, distributions, perplexity, speed and memory; writes report.html, report.md and comparison.json."""
@@ -143,7 +143,7 @@ def stats(
     overwrite: bool = OVERWRITE,
     split_by: str = typer.Option(None, help="Field of the prompts (language, domain) to count by."),
     batch_size: int = _BATCH_SIZE,
-    seed: int = typer.Option(None, help="Sampling seed."),
+    seed: int = SEED,
     json_file: Path = JSON,
 ) -> None:
     """Count what the routers choose over a set of prompts and their answers: JSON, CSV, heat maps, SGLang's placement."""

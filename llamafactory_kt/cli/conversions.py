@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from ..ground.errors import KTOutputError
-from .output import JSON, OUTPUT, OVERWRITE, report
+from .output import JSON, OUTPUT, OVERWRITE, report, usage_errors
 
 _MODEL = typer.Option(..., help="Checkpoint directory (safetensors).")
 
@@ -43,7 +43,8 @@ def convert(
     from ..tools.convert import convert_peft_to_kt_format
 
     layout = format.value if format else None
-    done = convert_peft_to_kt_format(input, output, lora_alpha, config, layout, model, overwrite)
+    with usage_errors():
+        done = convert_peft_to_kt_format(input, output, lora_alpha, config, layout, model, overwrite)
     text = f"{output}: {done['total_keys']} expert tensors as {layout or output.suffix[1:]}; {done['num_experts']} experts a layer, rank {done['lora_rank']}, lora_alpha {done['lora_alpha']:g}."
     if done["status"] == "skipped":
         text = f"{input} has no LoRA for routed experts; nothing was written."
@@ -93,9 +94,10 @@ def quantize(
     from ..ground.machine import gib
     from ..tools.quantize import quantize_model
 
-    done = quantize_model(
-        model, output, method, dense=dense, pools=threadpool_count, threads=threads, overwrite=overwrite
-    )
+    with usage_errors():
+        done = quantize_model(
+            model, output, method, dense=dense, pools=threadpool_count, threads=threads, overwrite=overwrite
+        )
     kept = f", {done.kept} were there already" if done.kept else ""
     around = f"; {done.dense} weights around the experts" if done.dense else ""
     text = f"{done.output}: {done.layers} layers packed as {done.method}{kept}{around}; {gib(done.nbytes)} in all."

@@ -106,12 +106,13 @@ OVERWRITE: Any = typer.Option(False, "--overwrite", help="Replace what an earlie
 
 
 @contextlib.contextmanager
-def usage_errors(option: str) -> Iterator[None]:
-    """Around what reads an option's words: what is wrong with them is the usage, which ends with exit code 2."""
+def usage_errors(option: str | None = None) -> Iterator[None]:
+    """Around what reads an option's words, or those of all options: what is wrong with them is the usage, which ends with exit code 2."""
     try:
         yield
     except KTConfigError as error:
-        raise typer.BadParameter(str(error).removeprefix(f"{option}: "), param_hint=option) from error
+        text = str(error).removeprefix(f"{option}: ")
+        raise typer.BadParameter(text, param_hint=option) from error
 
 
 def console() -> Console:

@@ -35,14 +35,20 @@ _FAILED_WRITES = re.compile(
 
 
 def check_free(path: Path, earlier: str | None = None) -> None:
-    """Check that an output directory does not exist or is empty.
+    """Check that an output directory does not exist or is empty, before there is anything to write.
 
     Args:
         earlier: the name of a file by which a directory is known as an earlier output, which may go.
 
     Raises:
-        KTAdapterError: It is not empty.
+        KTAdapterError: It is not empty, or a file.
     """
+    if path.is_file():
+        raise KTAdapterError(f"{path} is a file, and a directory is to be written; choose another output.")
+    _check_empty(path, earlier)
+
+
+def _check_empty(path: Path, earlier: str | None) -> None:
     if not path.is_dir() or not any(path.iterdir()) or (earlier is not None and (path / earlier).is_file()):
         return
     if earlier is not None:
@@ -86,7 +92,7 @@ def replacing(path: Path, earlier: str | None = None) -> Iterator[Path]:
         KTAdapterError: ``path`` is a directory that is not empty.
         KTOutputError: As :func:`writing`.
     """
-    check_free(path, earlier)
+    _check_empty(path, earlier)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_directory(f".{path.name}.", path.parent) as directory:

@@ -51,6 +51,8 @@ def check_output(target: Path) -> None:
     Raises:
         KTModelError: It holds something else.
     """
+    if target.is_file():
+        raise KTModelError(f"{target} is a file, and a directory is to be written; choose another output.")
     if target.is_dir() and not _parts(target) and any(not path.name.startswith(".") for path in target.iterdir()):
         raise KTModelError(f"{target} is not empty, and holds no quantized layers; choose another output.")
 
@@ -78,7 +80,7 @@ def complete(target: Path, parts: Sequence[Part], *, overwrite: bool = False) ->
     nbytes = sum(part.nbytes for part in missing)
     check_room(target, nbytes)
     with tqdm(
-        total=nbytes, unit="B", unit_scale=True, unit_divisor=1024, desc="Quantizing", disable=not missing
+        total=nbytes, unit="B", unit_scale=True, unit_divisor=1024, desc="Quantizing", disable=None if missing else True
     ) as bar:
         for number, part in enumerate(missing, start=1):
             bar.set_postfix_str(f"{number} of {len(missing)}", refresh=True)

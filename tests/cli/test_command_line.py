@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -50,7 +51,7 @@ def test_help(name):
     assert result.exit_code == 0
     summary, *lines = HELP[name]
     assert all(f"  llamafactory-kt {line}\n" in result.output for line in lines) and lines
-    assert "<" not in result.output and "…" not in result.output
+    assert not re.search("<[a-z]", result.output) and "…" not in result.output
     if " " not in name:
         listed = CliRunner().invoke(app, ["--help"]).output
         assert f" {summary}\n" in listed, "not cut"

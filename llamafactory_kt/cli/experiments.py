@@ -38,6 +38,7 @@ def generate(
     _keep_log_short()
     from tqdm import tqdm
 
+    from ..ground.atomic_output import check_apart
     from ..integration.chat import LoadedChat
     from ..integration.chat_config import read_yaml
     from ..integration.prompts import read_prompts
@@ -45,6 +46,7 @@ def generate(
     from ..tools.experiments.generating import answer_all
 
     keys = read_yaml(config, overrides or [])
+    check_apart(output, prompts, config)
     rows = read_prompts(prompts, keys.get("media_dir"))
     answers = AnswerFile(output, rows, {**keys, "seed": seed}, overwrite)
     kept = len(answers.lines)

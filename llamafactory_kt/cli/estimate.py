@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from ..tools.estimate.results import Estimate, Row
 
 
-_WIDE = 122
-"""columns of the widest table"""
-
-
 def estimate(
     model: str = typer.Argument(
         ..., help="A model's folder, its config.json alone, or its name on the hub, of which config.json is fetched."
@@ -80,7 +76,10 @@ def _show(found: Estimate) -> None:
             if on_gpu
             else f"On the CPU alone; tokens/s with {', '.join(map(str, CONTEXTS))} tokens before, and of a prompt:"
         )
-        out.print(_table([row for row in found.rows if row.on_gpu == on_gpu], on_gpu, narrow=out.width < _WIDE))
+        rows = [row for row in found.rows if row.on_gpu == on_gpu]
+        table = _table(rows, on_gpu, narrow=False)
+        fits = out.measure(table, options=out.options.update(width=1000)).maximum <= out.width
+        out.print(table if fits else _table(rows, on_gpu, narrow=True))
         line(_advice(found, on_gpu))
 
 
@@ -97,7 +96,7 @@ def _table(rows: list[Row], on_gpu: bool, narrow: bool) -> Table:
     from ..tools.estimate.results import CONTEXTS
 
     contexts = CONTEXTS[:1] if on_gpu else CONTEXTS[:: 2 if narrow else 1]
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     titles = ["kt_backend", *(() if on_gpu else ("kt_dense", "kt_cache"))]
     if not narrow:
         titles += ["experts", "dense", *(["LoRA"] if any(row.lora for row in rows) else []), "cache"]

@@ -1,4 +1,4 @@
-"""Builds the native kernels with the package. Where they cannot be built, the package is installed without them."""
+"""Builds the native kernels with the package, which is installed without them where they cannot be built; adds the demo's model to wheels."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ _spec = importlib.util.spec_from_file_location(
 assert _spec is not None and _spec.loader is not None
 kernels = importlib.util.module_from_spec(_spec)  # without the package, which imports PyTorch
 _spec.loader.exec_module(kernels)
+
+
+DEMO = "examples/demo"
+"""whose model and adapter travel with the package"""
 
 
 class NativeKernels(BuildHookInterface):  # type: ignore[misc]
@@ -35,3 +39,7 @@ class NativeKernels(BuildHookInterface):  # type: ignore[misc]
             note.write_text(problem)
             self.app.display_warning(f"Without the native kernels (slower): {problem}")
         build_data["artifacts"].append(str((library if problem is None else note).relative_to(root)))
+        if version != "editable":  # which finds the demo where it is
+            build_data["force_include"].update(
+                {f"{DEMO}/{name}": f"llamafactory_kt/demo/{name}" for name in ("model", "adapter")}
+            )

@@ -13,10 +13,10 @@ __all__ = ["convert_peft_to_kt_format", "main", "parse_moe_key"]
 
 
 def main() -> None:
-    """Run ``llamafactory-kt convert``."""
+    """Run ``llamafactory-kt convert``, which logs and replaces a file as SGLang's converter does."""
     from .cli import main as run
 
-    sys.argv[:1] = ["llamafactory-kt", "convert"]
+    sys.argv[:1] = ["llamafactory-kt", "convert", "--overwrite", "--verbose"]
     run()
 
 

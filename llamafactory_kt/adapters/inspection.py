@@ -86,7 +86,7 @@ def inspect_adapter(
     groups: dict[str, Group] = {}
     settings, infos, experts = adapter.settings, adapter.store.infos, set(adapter.expert_names)
     pairs: dict[str, Counter[str]] = {}
-    for name, info in tqdm(infos.items(), "Reading tensors", delay=1.0, leave=False, disable=not values):
+    for name, info in tqdm(infos.items(), "Reading tensors", delay=1.0, leave=False, disable=None if values else True):
         module, part = split_module(name)
         kind = "routed experts" if name in experts else group_of(module)
         group = groups.setdefault(kind, Group(not_finite=[] if values else None))

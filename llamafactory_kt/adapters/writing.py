@@ -40,14 +40,14 @@ def write_stacked(uniform: Uniform, path: Path) -> None:
         write_safetensors(temporary, _stacked_names(uniform), _stacked(uniform), metadata)
 
 
-def write_peft(uniform: Uniform, path: Path) -> None:
+def write_peft(uniform: Uniform, path: Path, earlier: str | None = None) -> None:
     """Format B: one tensor pair per expert and projection, with all other tensors, under PEFT's names."""
     names = [*_other_names(uniform.adapter), *_per_expert_names(uniform, PEFT_PREFIX)]
     tensors = chain(_others(uniform.adapter), _per_expert(uniform, PEFT_PREFIX))
-    _write_directory(path, names, tensors, _whole_config(uniform))
+    _write_directory(path, names, tensors, _whole_config(uniform), earlier)
 
 
-def write_bundle(uniform: Uniform, path: Path) -> None:
+def write_bundle(uniform: Uniform, path: Path, earlier: str | None = None) -> None:
     """Format C: stacked experts in bfloat16 beside the other tensors, and a manifest with checksums.
 
     Raises:
@@ -61,7 +61,7 @@ def write_bundle(uniform: Uniform, path: Path) -> None:
             f"{uniform.lora_alpha:g}, the rest {settings.r} and {settings.lora_alpha:g}"
             f"{' with rsLoRA' if settings.use_rslora else ''}. Use --format peft."
         )
-    with replacing(path) as temporary:
+    with replacing(path, earlier) as temporary:
         temporary.mkdir()
         write_safetensors(temporary / BUNDLE, _stacked_names(uniform), _stacked(uniform, torch.bfloat16), _FORMAT)
         if adapter.other_names:
@@ -71,12 +71,12 @@ def write_bundle(uniform: Uniform, path: Path) -> None:
         write_manifest(temporary, base, uniform.lora_rank, uniform.lora_alpha)
 
 
-def write_sglang(uniform: Uniform, path: Path) -> None:
+def write_sglang(uniform: Uniform, path: Path, earlier: str | None = None) -> None:
     """Format F: every expert's tensors without PEFT's prefix, and nothing else."""
-    _write_directory(path, _per_expert_names(uniform, ""), _per_expert(uniform, ""), _expert_config(uniform))
+    _write_directory(path, _per_expert_names(uniform, ""), _per_expert(uniform, ""), _expert_config(uniform), earlier)
 
 
-def write_sglang_merged(uniform: Uniform, path: Path) -> None:
+def write_sglang_merged(uniform: Uniform, path: Path, earlier: str | None = None) -> None:
     """Experts and the other LoRA pairs in one directory with one rank and one alpha, since SGLang has no patterns and no rsLoRA.
 
     Raises:
@@ -88,7 +88,7 @@ def write_sglang_merged(uniform: Uniform, path: Path) -> None:
     names = [*rest.names, *_per_expert_names(uniform, PEFT_PREFIX)]
     tensors = chain(rest.tensors(rank, uniform.lora_alpha), _per_expert(uniform, PEFT_PREFIX))
     targets = sorted(rest.targets | set(MLP_TARGETS))
-    _write_directory(path, names, tensors, {**_expert_config(uniform), "target_modules": targets})
+    _write_directory(path, names, tensors, {**_expert_config(uniform), "target_modules": targets}, earlier)
 
 
 def write_sglang_rest(adapter: Adapter, path: Path) -> None:
@@ -103,16 +103,19 @@ def write_sglang_rest(adapter: Adapter, path: Path) -> None:
     _write_directory(path, rest.names, rest.tensors(rest.rank, alpha), config)
 
 
-WRITERS: dict[str, Callable[[Uniform, Path], None]] = {
+WRITERS: dict[str, Callable[[Uniform, Path, str | None], None]] = {
     "peft": write_peft,
     "kt-bundle": write_bundle,
     "sglang": write_sglang,
     "sglang-merged": write_sglang_merged,
 }
+"""layout of a directory -> its writer; the last argument as in :func:`~..ground.atomic_output.check_free`"""
 
 
-def _write_directory(path: Path, names: list[str], tensors: Tensors, config: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
+def _write_directory(
+    path: Path, names: list[str], tensors: Tensors, config: dict[str, Any], earlier: str | None = None
+) -> None:
+    with replacing(path, earlier) as temporary:
         temporary.mkdir()
         write_safetensors(temporary / SAFETENSORS, names, tensors, _FORMAT)
         _write_config(temporary, config)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,8 +20,8 @@ from ..adapters import ExpertsShape
 from ..checkpoint.formula import PLAIN, ExpertFormula
 from ..engines.options import EngineOptions
 from ..engines.plan import Plan
-from ..ground.machine import available_memory, usable_cores
-from ..ground.measurements import Remembered
+from ..ground.machine import available_memory
+from ..ground.measurements import BUSY, Remembered, load_of_cores
 from ..ground.progress import measuring
 
 logger = logging.getLogger(__name__)
@@ -37,8 +36,6 @@ AROUND = 512 * 2**20
 """most bytes of the weights around the experts, which all processes share"""
 TIMEOUT = 180
 """seconds for all plans together"""
-BUSY = 0.5
-"""tasks that run or wait, for each core, before anything is measured: with more, the figures are not the machine's"""
 PROMPT, ANSWER = 512, 256
 """tokens of a typical chat"""
 
@@ -100,7 +97,7 @@ def choose(
     )  # fmt: skip
     if recalibrate:
         memory.forget()
-    load = os.getloadavg()[0] / usable_cores()
+    load = load_of_cores()
     found = memory.recall(lambda kept: _Measured(_checked(kept["plans"], len(plans)), float(kept["load"])))
     if found is None or found.load > BUSY >= load:
         logger.info("Measuring engines and threads on a layer of this model's shape, once for this machine ...")

@@ -22,7 +22,7 @@ from .serve import cache, serve
 
 app = typer.Typer(
     name="llamafactory-kt", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"]}, epilog=examples(("demo", "estimate Qwen/Qwen3-30B-A3B", "doctor chat.yaml")),
 )  # fmt: skip
 
 

@@ -56,6 +56,7 @@ def bench(
     warm_up: int = typer.Option(3, min=0, help="Requests before the measurement."),
     max_tokens: int = typer.Option(128, min=1, help="Maximum tokens per answer."),
     prompt: str = typer.Option(PROMPT, help="The prompt; a number is put before it."),
+    seed: int = typer.Option(0, min=0, max=2**31 - 1, help="Of the random prompts, each of which uses other experts."),
     json_file: Path = JSON,
 ) -> None:
     """Measure a configuration's speed and memory, or what its precision costs, or an endpoint's latency."""
@@ -89,7 +90,15 @@ def bench(
     checkpoint = warm_page_cache(str(configs[0].config.get("model_name_or_path")))
     with tqdm(total=len(configs) * (loads + (rounds + parts) * len(lengths)), delay=1.0, desc="Measuring") as bar:
         found = measure(
-            configs, lengths, new_tokens, rounds, parts=parts, loads=loads, checkpoint=checkpoint, tick=bar.update
+            configs,
+            lengths,
+            new_tokens,
+            rounds,
+            parts=parts,
+            loads=loads,
+            checkpoint=checkpoint,
+            seed=seed,
+            tick=bar.update,
         )
     report(found.to_dict(), json_file, lambda: show(found, console()))
 

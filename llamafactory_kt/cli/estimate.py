@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,9 @@ def estimate(
     json_file: Path = JSON,
 ) -> None:
     """Say what a model will take of memory and disk, and how fast it will be on this machine, before its weights are downloaded."""
+    logger = logging.getLogger("llamafactory_kt.tools.estimate")
+    logger.addHandler(logging.StreamHandler(sys.stderr))
+    logger.setLevel(logging.INFO)
     from ..tools.estimate import estimate as run
 
     with contextlib.redirect_stdout(sys.stderr):  # libraries say what they miss
@@ -35,6 +39,8 @@ def estimate(
 
 
 def _show(found: Estimate) -> None:
+    from ..tools.estimate.results import CONTEXTS
+
     model, out = found.model, console()
 
     def line(text: str) -> None:
@@ -59,38 +65,53 @@ def _show(found: Estimate) -> None:
         f"{machine.reads / 1e9:.0f} GB/s and multiplies with {machine.products / 1e9:.0f} GFLOP/s"
         f"{f'; its kernels, with weights of so many bits, do {kernels}' if kernels else ''}."
     )
+    if machine.was_busy:
+        line(
+            "It was measured while other programs kept it busy; the speeds are too low. --recalibrate measures it again."
+        )
     for on_gpu in (False, True):
         line("")
-        line(_with_gpu(found) if on_gpu else "On the CPU alone:")
-        out.print(_table([row for row in found.rows if row.on_gpu == on_gpu], on_gpu))
+        line(
+            _with_gpu(found)
+            if on_gpu
+            else f"On the CPU alone; tokens/s with {', '.join(map(str, CONTEXTS))} tokens before, and of a prompt:"
+        )
+        rows = [row for row in found.rows if row.on_gpu == on_gpu]
+        table = _table(rows, on_gpu, narrow=False)
+        fits = out.measure(table, options=out.options.update(width=1000)).maximum <= out.width
+        out.print(table if fits else _table(rows, on_gpu, narrow=True))
         line(_advice(found, on_gpu))
 
 
 def _with_gpu(found: Estimate) -> str:
     here = f"{gib(found.gpu_free)} are free on it" if found.gpu_free is not None else "there is none here"
-    return f"With a GPU for everything but the routed experts ({here}); the CPU's part of the time alone:"
+    return f"With a GPU for everything but the routed experts ({here}); tokens/s of the CPU's part alone:"
 
 
-def _table(rows: list[Row], on_gpu: bool) -> Table:
+def _table(rows: list[Row], on_gpu: bool, narrow: bool) -> Table:
+    """One row for each choice; where there is little room, without the parts of the memory."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from ..tools.estimate.results import CONTEXTS
 
-    table = Table(padding=(0, 1))
-    titles = ["kt_backend", *(() if on_gpu else ("kt_dense", "kt_cache")), "experts", "dense"]
-    titles += ["LoRA"] if any(row.lora for row in rows) else []
-    titles += [f"cache of {CONTEXTS[-1]}", *(("on the CPU", "on the GPU") if on_gpu else ("in all",)), "fits"]
-    titles += ["tokens/s"] if on_gpu else [f"tokens/s after {tokens}" for tokens in CONTEXTS]
-    for title in (*titles, "prompt tokens/s"):
-        table.add_column(title, justify="left" if title.startswith(("kt_", "fits")) else "right")
+    contexts = CONTEXTS[:1] if on_gpu else CONTEXTS[:: 2 if narrow else 1]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    titles = ["kt_backend", *(() if on_gpu else ("kt_dense", "kt_cache"))]
+    if not narrow:
+        titles += ["experts", "dense", *(["LoRA"] if any(row.lora for row in rows) else []), "cache"]
+    titles += [*(("on the CPU", "on the GPU") if on_gpu else ("in all",)), "fits"]
+    titles += ["tokens/s"] if on_gpu else [f"at {tokens}" for tokens in contexts]
+    for title in (*titles, "prompt"):
+        table.add_column(title, justify="left" if title.startswith(("kt_", "fits")) else "right", no_wrap=True)
     for number, row in enumerate(rows):
         if number and row.kt_backend != rows[number - 1].kt_backend:
-            table.add_section()
-        cells = [row.kt_backend, *(() if on_gpu else (row.kt_dense, row.kt_cache)), gib(row.experts), gib(row.dense)]
-        cells += [gib(row.lora)] if "LoRA" in titles else []
-        cells += [gib(row.cache), gib(row.cpu), *([gib(row.gpu)] if on_gpu else []), "yes" if row.fits else "no"]
-        speeds = row.tokens_per_second
-        cells += [_rate(speeds[tokens]) for tokens in (CONTEXTS[:1] if on_gpu else CONTEXTS)]
+            table.add_row()
+        cells = [row.kt_backend, *(() if on_gpu else (row.kt_dense, row.kt_cache))]
+        if not narrow:
+            cells += [gib(row.experts), gib(row.dense), *([gib(row.lora)] if "LoRA" in titles else []), gib(row.cache)]
+        cells += [gib(row.cpu), *([gib(row.gpu)] if on_gpu else []), "yes" if row.fits else "no"]
+        cells += [_rate(row.tokens_per_second[tokens]) for tokens in contexts]
         table.add_row(*cells, _rate(row.prompt_tokens_per_second))
     return table
 

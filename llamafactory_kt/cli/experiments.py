@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .output import JSON, OVERRIDES, console, key_values, report
+from .output import JSON, OUTPUT, OVERRIDES, OVERWRITE, SEED, console, key_values, report
 
 if TYPE_CHECKING:
     from ..tools.experiments.usage import ExpertUsage
 
 _PROMPTS = typer.Option(..., "--prompts", "--input", help="Prompts, .jsonl or .json: alpaca, sharegpt or openai form.")
-_OUTPUT = typer.Option(..., help="Directory to write; must not exist or be empty, without --overwrite.")
-_OVERWRITE = typer.Option(False, "--overwrite", help="Replace the directory of an earlier run.")
 _BATCH_SIZE = typer.Option(8, min=1, help="Prompts computed together.")
 
 
@@ -32,7 +30,7 @@ def generate(
     prompts: Path = _PROMPTS,
     output: Path = typer.Option(..., help="Answers, .jsonl; answers of an earlier run are kept."),
     batch_size: int = _BATCH_SIZE,
-    seed: int = typer.Option(None, help="Sampling seed."),
+    seed: int = SEED,
     overwrite: bool = typer.Option(False, "--overwrite", help="Answer all prompts again."),
     json_file: Path = JSON,
 ) -> None:
@@ -40,6 +38,7 @@ def generate(
     _keep_log_short()
     from tqdm import tqdm
 
+    from ..ground.atomic_output import check_apart
     from ..integration.chat import LoadedChat
     from ..integration.chat_config import read_yaml
     from ..integration.prompts import read_prompts
@@ -47,6 +46,7 @@ def generate(
     from ..tools.experiments.generating import answer_all
 
     keys = read_yaml(config, overrides or [])
+    check_apart(output, prompts, config)
     rows = read_prompts(prompts, keys.get("media_dir"))
     answers = AnswerFile(output, rows, {**keys, "seed": seed}, overwrite)
     kept = len(answers.lines)
@@ -85,15 +85,15 @@ def compare(
         help="Configurations, of which the first is the reference, and keys for all of them.",
     ),
     prompts: Path = _PROMPTS,
-    output: Path = _OUTPUT,
-    overwrite: bool = _OVERWRITE,
+    output: Path = OUTPUT,
+    overwrite: bool = OVERWRITE,
     ablate: bool = typer.Option(
         False, "--ablate", help="Take each adapter apart: off, attention part only, experts part only, on."
     ),
     set_: list[str] = typer.Option(None, "--set", hidden=True, help="key=value, the earlier spelling."),
     batch_size: int = _BATCH_SIZE,
     kl_tokens: int = typer.Option(64, min=1, help="Tokens of each answer along which distributions are compared."),
-    seed: int = typer.Option(0, help="Sampling seed."),
+    seed: int = typer.Option(0, min=0, max=2**32 - 1, help="Sampling seed."),
     json_file: Path = JSON,
 ) -> None:
     """Compare answers, distributions, perplexity, speed and memory; writes report.html, report.md and comparison.json."""
@@ -141,11 +141,11 @@ def stats(
     config: Path = typer.Argument(..., help="LLaMA-Factory inference YAML with use_kt: true."),
     overrides: list[str] = OVERRIDES,
     prompts: Path = _PROMPTS,
-    output: Path = _OUTPUT,
-    overwrite: bool = _OVERWRITE,
+    output: Path = OUTPUT,
+    overwrite: bool = OVERWRITE,
     split_by: str = typer.Option(None, help="Field of the prompts (language, domain) to count by."),
     batch_size: int = _BATCH_SIZE,
-    seed: int = typer.Option(None, help="Sampling seed."),
+    seed: int = SEED,
     json_file: Path = JSON,
 ) -> None:
     """Count what the routers choose over a set of prompts and their answers: JSON, CSV, heat maps, SGLang's placement."""

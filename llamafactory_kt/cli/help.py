@@ -25,7 +25,7 @@ HELP: dict[str, tuple[str, ...]] = {
         "convert --input my_adapter --output moe_lora.pt",
         "convert --input my_adapter --output for_peft --format peft",
     ),
-    "demo": ("Answer prompts without and with an adapter.", "demo", "demo --directory examples/demo --log"),
+    "demo": ("Answer prompts without and with an adapter.", "demo", "demo --log"),
     "doctor": (
         "Say what prevents a chat on this machine.",
         "doctor",
@@ -49,7 +49,11 @@ HELP: dict[str, tuple[str, ...]] = {
         "inspect my_adapter --model my_model --values --heatmap changed.png",
         "inspect my_adapter --json adapter.json",
     ),
-    "merge": ("Merge an adapter into a checkpoint.", "merge --model my_model --adapter my_adapter --output merged"),
+    "merge": (
+        "Merge an adapter into a checkpoint.",
+        "merge --model my_model --adapter my_adapter --output merged",
+        "merge --model my_model --adapter my_adapter --output merged --overwrite",
+    ),
     "quantize": (
         "Quantize a model once, for later chats.",
         "quantize --model my_model --output my_model-int4 --method int4",

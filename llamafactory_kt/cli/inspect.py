@@ -32,7 +32,10 @@ def inspect(
     """Show an adapter's format, ranks, tensors and layers; reads only headers, unless values are needed."""
     from ..adapters import open_adapter
     from ..adapters.inspection import inspect_adapter
+    from ..ground.atomic_output import replacing
 
+    if heatmap is not None and heatmap.suffix.lower() != ".png":
+        raise typer.BadParameter(f"a name that ends in .png, found {heatmap}", param_hint="--heatmap")
     adapter = open_adapter(path)
     shapes, problem = _check_model(model, adapter) if model is not None else (None, "")
     result = inspect_adapter(adapter, values=values or heatmap is not None, shapes=None if problem else shapes)
@@ -41,7 +44,8 @@ def inspect(
 
         if not result.norms:
             raise typer.BadParameter("there is no expert LoRA to draw, or its sizes are unknown without --model")
-        save(heat_map(result.norms, f"‖ΔW‖ of {Path(result.path).name}"), heatmap)
+        with replacing(heatmap) as file:
+            save(heat_map(result.norms, f"‖ΔW‖ of {Path(result.path).name}"), file)
     fit = {"fits": not problem, "problem": problem or None} if model is not None else {}
     report({**result.to_dict(), **fit}, json_file, lambda: _show(result, model, problem, verbose))
     if problem or any(group.not_finite for group in result.groups.values()):

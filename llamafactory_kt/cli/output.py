@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,8 +31,36 @@ _ANY_WIDTH = 10_000
 """columns: wider than any table"""
 
 
+_TYPES = {
+    "list[str]": "TEXT",
+    "str": "TEXT",
+    "path": "PATH",
+    "file": "FILE",
+    "int": "N",
+    "int range": "N",
+    "float": "X",
+}
+"""as typer names what an option takes -> in a help text"""
+
+
 class Command(TyperCommand):
-    """A command whose ``--json`` may stand without a file."""
+    """A command whose ``--json`` may stand without a file, and whose help names what is to be given, without Python's types."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[OPTIONS]", *(_given(param) for param in self.get_params(ctx) if param.param_type_name == "argument")]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """The two lists of a help text."""
+        lists: dict[str, list[tuple[str, str]]] = {"argument": [], "option": []}
+        for param in self.get_params(ctx):
+            if (record := param.get_help_record(ctx)) is not None:
+                option = re.sub("<([^<>]+)>", lambda found: _TYPES.get(found[1], found[1]), record[0])
+                kind = param.param_type_name
+                lists[kind].append((_given(param) if kind == "argument" else option, record[1]))
+        for kind, records in lists.items():
+            if records:
+                with formatter.section(f"{kind.capitalize()}s"):
+                    formatter.write_dl(records)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """A word after ``--json`` that is an option, a ``key=value``, a configuration or a directory is no file to write."""
@@ -41,6 +70,14 @@ class Command(TyperCommand):
             if place == len(words) or not _is_output(args[place]):
                 args = [*args[:place], "-", *args[place:]]
         return super().parse_args(ctx, args)
+
+
+def _given(argument: Any) -> str:
+    """An argument's name as a help text has it."""
+    if argument.metavar is not None:
+        return str(argument.metavar)
+    name: str = argument.name.upper()
+    return name if argument.required else f"[{name}]"
 
 
 def _is_output(word: str) -> bool:
@@ -63,14 +100,19 @@ OVERRIDES: Any = typer.Argument(
     None, metavar="[KEY=VALUE]...", callback=key_values, help="Keys in place of the configuration's."
 )
 
+SEED: Any = typer.Option(None, min=0, max=2**32 - 1, help="Sampling seed.")
+OUTPUT: Any = typer.Option(..., help="Directory to write; must not exist or be empty, without --overwrite.")
+OVERWRITE: Any = typer.Option(False, "--overwrite", help="Replace what an earlier run wrote.")
+
 
 @contextlib.contextmanager
-def usage_errors(option: str) -> Iterator[None]:
-    """Around what reads an option's words: what is wrong with them is the usage, which ends with exit code 2."""
+def usage_errors(option: str | None = None) -> Iterator[None]:
+    """Around what reads an option's words, or those of all options: what is wrong with them is the usage, which ends with exit code 2."""
     try:
         yield
     except KTConfigError as error:
-        raise typer.BadParameter(str(error).removeprefix(f"{option}: "), param_hint=option) from error
+        text = str(error).removeprefix(f"{option}: ")
+        raise typer.BadParameter(text, param_hint=option) from error
 
 
 def console() -> Console:

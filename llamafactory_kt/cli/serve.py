@@ -20,7 +20,10 @@ from ..ground.errors import KTConfigError, KTServerError
 from .help import HELP, examples
 from .output import JSON, Command, key_values, report
 
-cache = typer.Typer(help="List or remove the adapters prepared for SGLang.", no_args_is_help=True)
+cache = typer.Typer(
+    help="List or remove the adapters prepared for SGLang.", no_args_is_help=True,
+    epilog=examples(line for name, lines in HELP.items() if name.startswith("cache ") for line in lines[1:]),
+)  # fmt: skip
 
 
 def serve(
@@ -112,10 +115,13 @@ def list_entries(json_file: Path = JSON) -> None:
 @_command("clean")
 def clean_entries(
     gone: bool = typer.Option(False, "--gone", help="Only those whose source no longer exists."),
+    json_file: Path = JSON,
 ) -> None:
     """Remove prepared adapters. A running server keeps working; its next start prepares the adapter again."""
     from ..ground.machine import gib
     from ..serving.adapter_cache import clean
 
     removed = clean((lambda entry: entry.source_exists) if gone else (lambda entry: False))
-    typer.echo(f"Removed {len(removed)} prepared adapter(s), {gib(sum(entry.nbytes for entry in removed))}.")
+    size = sum(entry.nbytes for entry in removed)
+    content = {"removed": [str(entry.path) for entry in removed], "nbytes": size}
+    report(content, json_file, lambda: typer.echo(f"Removed {len(removed)} prepared adapter(s), {gib(size)}."))

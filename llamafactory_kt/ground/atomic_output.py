@@ -35,16 +35,40 @@ _FAILED_WRITES = re.compile(
 
 
 def check_free(path: Path, earlier: str | None = None) -> None:
-    """Check that an output directory does not exist or is empty.
+    """Check that an output directory does not exist or is empty, before there is anything to write.
 
     Args:
         earlier: the name of a file by which a directory is known as an earlier output, which may go.
 
     Raises:
-        KTAdapterError: It is not empty.
+        KTAdapterError: It is not empty, or a file.
     """
-    if path.is_dir() and any(path.iterdir()) and not (earlier is not None and (path / earlier).is_file()):
-        raise KTAdapterError(f"{path} exists and is not empty; choose another output or remove it.")
+    if path.is_file():
+        raise KTAdapterError(f"{path} is a file, and a directory is to be written; choose another output.")
+    _check_empty(path, earlier)
+
+
+def _check_empty(path: Path, earlier: str | None) -> None:
+    if not path.is_dir() or not any(path.iterdir()) or (earlier is not None and (path / earlier).is_file()):
+        return
+    if earlier is not None:
+        raise KTAdapterError(
+            f"{path} is not empty and holds no {earlier}: --overwrite replaces earlier outputs alone. Choose another output or remove it."
+        )
+    raise KTAdapterError(
+        f"{path} exists and is not empty; choose another output, or let --overwrite replace what an earlier run wrote."
+    )
+
+
+def check_apart(output: Path, *inputs: str | Path) -> None:
+    """Check that replacing an output takes away nothing that is read.
+
+    Raises:
+        KTAdapterError: It is one of the inputs, or contains one.
+    """
+    for given in inputs:
+        if output.resolve() in (found := Path(given).expanduser().resolve(), *found.parents):
+            raise KTAdapterError(f"{output} is or contains {given}, which is read; choose another output.")
 
 
 def check_room(path: Path, nbytes: int) -> None:
@@ -68,7 +92,7 @@ def replacing(path: Path, earlier: str | None = None) -> Iterator[Path]:
         KTAdapterError: ``path`` is a directory that is not empty.
         KTOutputError: As :func:`writing`.
     """
-    check_free(path, earlier)
+    _check_empty(path, earlier)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_directory(f".{path.name}.", path.parent) as directory:

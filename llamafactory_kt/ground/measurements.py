@@ -23,7 +23,14 @@ from .machine import cache_directory, cpu_name, numa_nodes, private_cache, usabl
 logger = logging.getLogger(__name__)
 
 _DIRECTORY = "calibration"
+BUSY = 0.5
+"""tasks that run or wait, for each core, before anything is measured: with more, the figures are not the machine's"""
 Measured = TypeVar("Measured")
+
+
+def load_of_cores() -> float:
+    """Tasks that have run or waited in the last minute, for each core that this process may use."""
+    return os.getloadavg()[0] / usable_cores()
 
 
 @dataclass(frozen=True)

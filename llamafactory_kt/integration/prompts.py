@@ -63,7 +63,10 @@ def read_prompts(path: str | Path, media_dir: str | Path | None = None) -> list[
     if not path.is_file():
         raise KTPathError(f"{path}: the file of prompts does not exist.")
     folder = path.parent if media_dir is None else Path(media_dir).expanduser()
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise KTDataError(f"{path} is no text in UTF-8: {error}.") from error
     if path.suffix == ".json":
         try:
             rows = json.loads(text)
@@ -76,6 +79,8 @@ def read_prompts(path: str | Path, media_dir: str | Path | None = None) -> list[
         prompts = [_parse(index, line, folder) for index, line in enumerate(filter(str.strip, text.split("\n")))]
     if not prompts:
         raise KTDataError(f"{path} holds no prompts.")
+    if all(prompt.problem for prompt in prompts):
+        raise KTDataError(f"{path} holds no prompts that can be used; the first row: {prompts[0].problem}.")
     return prompts
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..adapters import Adapter, ExpertsShape, ProjectionAdapter, open_adapter, open_files
+from ..adapters.config import CONFIG
 from ..adapters.keys import parse_expert_key
 from ..adapters.target_parameters import TargetParametersAdapter
 from ..adapters.uniform import Uniform
 from ..adapters.writing import WRITERS, write_moe_lora, write_stacked
 from ..checkpoint.opening import MoEModel, empty_model
+from ..ground.atomic_output import check_apart, check_free
 from ..ground.errors import KTConfigError, KTPathError
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ def parse_moe_key(key: str) -> tuple[int, int, Literal["gate", "up", "down"], Li
 def convert_peft_to_kt_format(
     input_path: str | Path, output_path: str | Path, lora_alpha: float | None = None,
     config_path: str | Path | None = None, format: str | None = None, model_path: str | Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Convert an adapter's routed-expert LoRA.
 
@@ -45,6 +48,7 @@ def convert_peft_to_kt_format(
         config_path: ``adapter_config.json``; by default the one beside the input.
         format: layout of a directory: ``peft``, ``kt-bundle``, ``sglang`` or ``sglang-merged``.
         model_path: the adapter's model, of which ``config.json`` is read: it tells what an adapter on fused weights does not.
+        overwrite: a directory may also be that of an earlier conversion. Files are replaced in any case.
 
     Returns:
         ``status`` (``success``, or ``skipped`` without expert LoRA), ``num_layers``, ``num_experts``, ``lora_rank``,
@@ -57,7 +61,8 @@ def convert_peft_to_kt_format(
         KTConfigError: The output's name contradicts the format.
     """
     output = Path(output_path)
-    write = _writer(output, format)
+    write = _writer(output, format, CONFIG if overwrite else None)
+    check_apart(output, input_path)
     logger.info("Loading adapter from: %s", input_path)
     adapter = _open(Path(input_path), config_path, lora_alpha)
     result: dict[str, Any] = {
@@ -95,7 +100,7 @@ def _shapes(adapter: Adapter, model_path: str | Path | None) -> dict[int, Expert
     return None
 
 
-def _writer(output: Path, format: str | None) -> Callable[[Uniform, Path], None]:
+def _writer(output: Path, format: str | None, earlier: str | None) -> Callable[[Uniform, Path], None]:
     by_name = {".pt": write_moe_lora, ".safetensors": write_stacked}.get(output.suffix)
     if by_name is not None:
         if format is not None:
@@ -106,7 +111,9 @@ def _writer(output: Path, format: str | None) -> Callable[[Uniform, Path], None]
             f"The output {output} is a directory; --format must be one of {', '.join(WRITERS)}, found {format!r}. For a file, "
             "end its name in .pt or .safetensors."
         )
-    return WRITERS[format]
+    check_free(output, earlier)
+    write = WRITERS[format]
+    return lambda uniform, path: write(uniform, path, earlier)
 
 
 def _open(path: Path, config_path: str | Path | None, lora_alpha: float | None) -> Adapter:

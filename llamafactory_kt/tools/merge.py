@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..adapters import Adapter, AdapterSet, ExpertLora, open_adapter
 from ..adapters.keys import PROJECTIONS
 from ..checkpoint.opening import MoEModel, open_checkpoint
-from ..ground.atomic_output import check_free, check_room, replacing
+from ..ground.atomic_output import check_apart, check_free, check_room, replacing
 from ..ground.errors import KTAdapterError, KTModelError, name_some
 from ..ground.json_files import read_json_object
 from ..ground.tensor_files import SafetensorsStore
@@ -28,6 +28,7 @@ from ..peft_side.split import vocabulary_weights
 
 logger = logging.getLogger(__name__)
 
+_CONFIG = "config.json"
 _TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
@@ -45,7 +46,9 @@ class MergeReport:
     """tensors of the adapter; all of them were merged"""
 
 
-def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str | Path) -> MergeReport:
+def merge_adapter(
+    model_path: str | Path, adapter_path: str | Path, output: str | Path, *, overwrite: bool = False
+) -> MergeReport:
     """Write a checkpoint with attention, dense, shared-expert, router and routed-expert LoRA merged.
 
     Each weight becomes ``W + scaling * B @ A``, computed in float32 and rounded once to the stored dtype. Shards, tensor names
@@ -55,6 +58,7 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
         model_path: a local checkpoint directory in safetensors.
         adapter_path: a local adapter directory of any layout.
         output: a directory that does not exist or is empty.
+        overwrite: it may also hold an earlier checkpoint, which goes when the new one is complete.
 
     Raises:
         KTPathError: A directory does not exist.
@@ -63,12 +67,14 @@ def merge_adapter(model_path: str | Path, adapter_path: str | Path, output: str 
         KTOutputError: The output cannot be written; nothing of it is left.
     """
     source = Path(model_path).expanduser()
-    check_free(Path(output))
+    earlier = _CONFIG if overwrite else None
+    check_apart(Path(output), source, adapter_path)
+    check_free(Path(output), earlier)
     moe, adapter = open_checkpoint(source), open_adapter(adapter_path)
     plan = _MergePlan(moe, adapter)
     total = sum(info.nbytes for store in plan.stores for info in store.infos.values())
     check_room(Path(output), total)
-    with replacing(Path(output)) as temporary:
+    with replacing(Path(output), earlier) as temporary:
         temporary.mkdir()
         with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Merging", delay=1.0) as bar:
             for store in plan.stores:
@@ -117,11 +123,11 @@ def _write_vocabulary(directory: Path, before: int, now: int, adapter: Path) -> 
 
 def _edit_config(directory: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     """Edit ``config.json`` and the configurations of its parts (``text_config``)."""
-    config = read_json_object(directory / "config.json", KTModelError)
+    config = read_json_object(directory / _CONFIG, KTModelError)
     for part in (config, *config.values()):
         if part is config or (isinstance(part, dict) and part.keys() & {"tie_word_embeddings", "vocab_size"}):
             edit(part)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _resize(moe: MoEModel, adapter: Adapter) -> tuple[int, int] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 from helpers.marks import needs_kernel, needs_onednn
@@ -37,7 +36,7 @@ def measuring(monkeypatch):
         return TIMES
 
     monkeypatch.setattr(choosing, "_measure", measure)
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0.1, 0.1))
+    monkeypatch.setattr(choosing, "load_of_cores", lambda: 0.1)
     return calls
 
 
@@ -82,7 +81,7 @@ def test_a_damaged_or_foreign_memory_is_ignored(measuring, cache, damage):
 
 def test_what_was_measured_on_a_busy_machine_is_measured_again(measuring, monkeypatch):
     load = [9.0]
-    monkeypatch.setattr(os, "getloadavg", lambda: (load[0] * choosing.usable_cores(), 0.0, 0.0))
+    monkeypatch.setattr(choosing, "load_of_cores", lambda: load[0])
     for busy, times in ((9.0, 1), (8.0, 1), (0.2, 2), (0.2, 2), (9.0, 2)):
         load[0] = busy
         _, reason = chosen()

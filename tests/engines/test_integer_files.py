@@ -276,6 +276,11 @@ def test_files_of_another_checkpoint(model, cached, tmp_path):
         quantize_model(model, tmp_path / "o", "int4", pools=1)
     with pytest.raises(KTConfigError, match="--dense: unknown value 'int3', expected one of same, int8, int4"):
         quantize_model(model, tmp_path / "o", "int4", dense="int3")
+    replaced = shutil.copytree(cached("int4"), tmp_path / "replaced")
+    report = quantize_model(other, replaced, "int8", overwrite=True)
+    assert not report.kept and report.layers and not (replaced / "dense_int4").exists()
+    with pytest.raises(KTModelError, match="other is not empty, and holds no quantized layers"):
+        quantize_model(model, tmp_path / "other", "int4", overwrite=True)
 
 
 @pytest.mark.parametrize("model", ["qwen3_moe"], indirect=True)

@@ -6,12 +6,14 @@ import json
 import tomllib
 
 import pytest
+import yaml
 from helpers.places import ROOT
 from matrix.run import PAGES, RESULTS, ROWS, table
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from llamafactory_kt import __version__
 from llamafactory_kt.ground.internals import TESTED
 
 FOUND = json.loads(RESULTS.read_text())
@@ -47,3 +49,7 @@ def test_ranges_end_where_the_results_do(library):
     asked = next(requirement.specifier for requirement in requirements if requirement.name == library)
     assert all(str(newest) in tested for newest in versions if newest in asked)
     assert {bound.version for bound in asked} <= {bound.version for bound in tested} | {"5.6.0", "2.9.1", "2.11"}
+
+
+def test_the_citation_names_this_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__

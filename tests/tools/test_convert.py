@@ -260,6 +260,13 @@ def test_outputs_that_do_not_go_together(tmp_path, adapter):
     (tmp_path / "full" / "precious").write_text("")
     with pytest.raises(KTAdapterError, match="exists and is not empty"):
         convert_peft_to_kt_format(adapter, tmp_path / "full", format="peft")
+    with pytest.raises(KTAdapterError, match=r"full is not empty and holds no adapter_config\.json"):
+        convert_peft_to_kt_format(adapter, tmp_path / "full", format="peft", overwrite=True)
+    with pytest.raises(KTAdapterError, match=r"is or contains .*adapter, which is read"):
+        convert_peft_to_kt_format(adapter, adapter, format="peft", overwrite=True)
+    for layout in ("peft", "kt-bundle"):
+        convert_peft_to_kt_format(adapter, tmp_path / "again", format=layout, overwrite=True)
+    assert (tmp_path / "again" / "kt_adapter_manifest.json").is_file() and (tmp_path / "full" / "precious").is_file()
 
 
 def test_one_target_parameter_needs_a_model(tmp_path):
@@ -297,4 +304,6 @@ def test_command_line(tmp_path, adapter, command):
         and result.stderr.splitlines()[-1].startswith("Error: ")
         and "Traceback" not in result.stderr
     )
+    replaces = command[0] != KT  # SGLang's converter always did; the command wants --overwrite
+    assert ("moe_lora.pt exists; choose another output" in result.stderr) is not replaces
     assert json.loads((adapter / "adapter_config.json").read_text())

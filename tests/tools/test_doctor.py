@@ -130,7 +130,9 @@ def look(tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "try_imports", lambda: packages.Imports({}, frozenset()))
 
     def findings(*overrides, **keys) -> dict[str, object]:
-        return {f.subject: f for f in diagnose(write(tmp_path / "c.yaml", **keys), overrides)}
+        every = diagnose(write(tmp_path / "c.yaml", **keys), overrides)
+        findings.texts = [f.text for f in every if f.status is Status.ERROR]
+        return {f.subject: f for f in every}
 
     return findings
 
@@ -155,8 +157,8 @@ def test_native_kernels(monkeypatch):
 def test_configurations_with_mistakes(look, tmp_path, model, monkeypatch):
     found = look(model_name_or_path=str(model), kt_bakend="torch")["configuration"]
     assert found.status is Status.ERROR and "kt_bakend" in found.text and "\n" not in found.text
-    found = look("kt_num_threads=0", model_name_or_path=str(tmp_path / "none"))["configuration"]
-    assert "kt_num_threads must be" in found.text and "model_name_or_path" in found.text
+    look("kt_num_threads=0", model_name_or_path=str(tmp_path / "none"))
+    assert "kt_num_threads must be" in look.texts[0] and "model_name_or_path" in look.texts[1]
     found = look(model_name_or_path=str(model), use_kt=False)["configuration"]
     assert found.status is Status.WARNING and "use_kt" in found.text
     (tmp_path / "bad.yaml").write_text("a: [1")
@@ -202,12 +204,33 @@ def test_what_a_chat_would_end_with(look, tmp_path, model):
     )
     assert "did you mean deepseek3?" in problem("configuration", template="deepsek3")
     assert re.search(r" It has .*\balpaca, ", problem("configuration", template="xyzzy"))
+    text = problem("configuration", temperature="hot", do_sample="no")
+    assert text.endswith("do_sample must be true or false, found 'no'. temperature must be a number, found 'hot'.")
     text = problem("template", template="qwen")
     assert "template: qwen puts '<|im_end|>' into prompts" in text and "(it has 1024)" in text
     gguf = tmp_path / "gguf"
     gguf.mkdir()
     (gguf / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     assert "Download the model's own repository" in problem("model", model_name_or_path=str(gguf))
+
+
+def test_all_mistakes_are_found_at_once(look, tmp_path, model):
+    """One run; what is wrong with a key does not hide what is wrong with a file."""
+    adapter = make_adapter(tmp_path / "adapter", make_model(tmp_path / "other", "deepseek_v2", n_routed_experts=9))
+    look(
+        model_name_or_path=str(model), adapter_name_or_path=[str(adapter), str(tmp_path / "none")], tempalte="x", do_train=True,
+        template="deepsek3", kt_num_threads=0,
+    )  # fmt: skip
+    wanted = [
+        "adapter_name_or_path must be text (several paths have commas", "did you mean template?", "did you mean deepseek3?",
+        "kt_num_threads must be a positive", "/none does not exist.", "the model has 6 experts",
+    ]  # fmt: skip
+    assert len(look.texts) == len(wanted), look.texts
+    assert all(part in text for part, text in zip(wanted, look.texts, strict=True)), look.texts
+    assert "do_train: unknown key, which is for training" in look.texts[1]
+    look(model_name_or_path=str(tmp_path / "none"), adapter_name_or_path=str(model), temperature="hot")
+    wanted = "temperature must be", "model_name_or_path: ", "adapter_config.json is missing"
+    assert all(part in text for part, text in zip(wanted, look.texts, strict=True)), look.texts
 
 
 def test_a_model_without_a_tokenizer(look, tmp_path, model):

@@ -49,7 +49,10 @@ def load(path, dtype=torch.bfloat16):
 def test_every_weight_is_the_float32_sum_rounded_once(tmp_path, architecture, naming, save):
     model = make_model(tmp_path / "model", architecture, **save)
     adapter = make_adapter(tmp_path / "adapter", model, rank=5, alpha=7, naming=naming, skip_layers=(1,))
-    report = merge_adapter(model, adapter, tmp_path / "merged")
+    (tmp_path / "merged").mkdir()
+    for name in ("config.json", "stale.safetensors"):  # an earlier output
+        (tmp_path / "merged" / name).write_text("{}")
+    report = merge_adapter(model, adapter, tmp_path / "merged", overwrite=True)
     wanted, found, before = (
         state(merged_float32(model, adapter, dtype=torch.bfloat16)),
         state(load(tmp_path / "merged")),
@@ -141,6 +144,11 @@ def test_nothing_is_left_of_a_merge_that_fails(tmp_path):
     (tmp_path / "full" / "precious").write_text("")
     with pytest.raises(KTAdapterError, match="exists and is not empty"):
         merge_adapter(model, adapter, tmp_path / "full")
+    with pytest.raises(KTAdapterError, match=r"full is not empty and holds no config\.json"):
+        merge_adapter(model, adapter, tmp_path / "full", overwrite=True)
+    for mine in (model, tmp_path):
+        with pytest.raises(KTAdapterError, match=r"is or contains .*, which is read"):
+            merge_adapter(model, adapter, mine, overwrite=True)
     (tmp_path / "model" / "config.json").rename(tmp_path / "config.json")
     with pytest.raises(KTPathError, match="is not a model that can be opened"):
         merge_adapter(model, adapter, tmp_path / "out")

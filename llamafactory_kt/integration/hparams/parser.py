@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from ...ground.errors import KTConfigError
 from ...ground.paging import share_heaps
 from ...ground.streams import take_any_text
 from ...settings.check import check_for_inference
 from ...settings.sglang_keys import serves
-from ...settings.upstream_keys import gather, gather_words
+from ...settings.upstream_keys import KEYS, gather, gather_words
 from .. import bootstrap
 from ..excepthook import end_in_one_paragraph
 from ..patching import asks_for, check_stock, expect, replace, require_hooks
+from .generating import check_numbers
 from .option_lists import accept_json, settle_conflicts
-from .template import check_keys, check_name
+from .template import check_keys, check_name, check_text
 
 
 def patch(module: ModuleType) -> None:
@@ -58,6 +61,44 @@ def take_kt_config(model_args: Any) -> None:
     model_args._kt_inference_config = None
 
 
+def without_mistakes(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[KTConfigError]]:
+    """A configuration for a chat without what :func:`check_text`, :func:`check_keys`, :func:`check_name` and :func:`check_numbers` refuse;
+    and what they say. Each is what a chat would end with if it were alone."""
+    from llamafactory.hparams import parser
+
+    known, left, problems = _known(parser), dict(values), []
+    while True:
+        try:
+            check_text(left)
+            break
+        except KTConfigError as error:
+            problems.append(error)
+            key = str(error).partition(" ")[0]
+            left[key] = ",".join(map(str, left[key])) if isinstance(left[key], list) else None
+    try:
+        check_keys(gather(left), known)
+    except KTConfigError as error:
+        problems.append(error)
+        left = {key: value for key, value in left.items() if key in known or key in KEYS}
+    try:
+        check_name(left.get("template"))
+    except KTConfigError as error:
+        problems.append(error)
+        left["template"] = None
+    sampling = {field.name for field in dataclasses.fields(parser.GeneratingArguments)}
+    try:
+        check_numbers(parser.GeneratingArguments(**{key: left[key] for key in sampling & left.keys()}))
+    except KTConfigError as error:
+        problems.append(error)
+        left = {key: value for key, value in left.items() if key not in sampling}
+    return left, problems
+
+
+def _known(module: Any) -> set[str]:
+    """The keys of a configuration for inference."""
+    return {field.name for kind in module._INFER_ARGS for field in dataclasses.fields(kind)}
+
+
 def _guard(module: ModuleType) -> None:
     stock = module.get_infer_args
 
@@ -73,12 +114,14 @@ def _guard(module: ModuleType) -> None:
             values = module.read_args(given)
             if isinstance(values, dict):
                 values = gather(values)
-                check_keys(values, {field.name for kind in module._INFER_ARGS for field in dataclasses.fields(kind)})
+                check_text(values)
+                check_keys(values, _known(module))
             else:
                 values = gather_words(values)
             found = stock(values)
             if getattr(found[0], "kt_inference", False):
                 check_name(found[1].template)
+                check_numbers(found[-1])
             return found
         return stock(*args, **kwargs)
 

@@ -32,8 +32,28 @@ def check_keys(values: Mapping[str, Any], known: Collection[str]) -> None:
         return
     ours = KTArguments.__dataclass_fields__
     wrong += [str(key) for key in dictionary(values.get("kt_config")) if key not in ours and key not in KEYS]
-    names = " ".join(f"{key}: unknown key{suggestion(key, known)}" for key in wrong)
+    names = " ".join(f"{key}: unknown key{_meant(key, known)}" for key in wrong)
     raise KTConfigError(f"The configuration has keys that nobody reads. {names}")
+
+
+def _meant(key: str, known: Collection[str]) -> str:
+    from transformers import Seq2SeqTrainingArguments
+
+    if key in Seq2SeqTrainingArguments.__dataclass_fields__:
+        return ", which is for training; remove it."
+    return suggestion(key, known)
+
+
+def check_text(values: Mapping[str, Any]) -> None:
+    """Refuse what LLaMA-Factory takes for text, and is none.
+
+    Raises:
+        KTConfigError: A key has another value.
+    """
+    for key in ("model_name_or_path", "adapter_name_or_path", "template"):
+        if not isinstance(value := values.get(key), str | None):
+            several = " (several paths have commas between them)" if key.startswith("adapter") else ""
+            raise KTConfigError(f"{key} must be text{several}, found {value!r}.")
 
 
 def check_name(name: str | None) -> None:

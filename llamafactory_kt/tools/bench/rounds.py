@@ -17,7 +17,7 @@ from .worker import serve_config
 
 def bench(
     configs: Sequence[BenchConfig], prompt_tokens: Sequence[int] = (128,), new_tokens: int = 64, rounds: int = 5, *,
-    parts: bool = True, loads: int = 1, checkpoint: int = 0, tick: Callable[[], object] = lambda: None,
+    parts: bool = True, loads: int = 1, checkpoint: int = 0, seed: int = 0, tick: Callable[[], object] = lambda: None,
 ) -> BenchReport:  # fmt: skip
     """Load all configurations, then measure them in turn; each round begins with another one. The machine's speed is measured before
     and after each prompt, and after its tokens.
@@ -28,6 +28,7 @@ def bench(
         parts: afterwards, also time the parts of a forward.
         loads: how often each configuration is loaded, in turn; only the last load stays.
         checkpoint: bytes of the model's checkpoint, for the report.
+        seed: of the random prompts.
         tick: called after each load and each measurement.
 
     Raises:
@@ -37,7 +38,7 @@ def bench(
     seconds: dict[str, list[float]] = {config.name: [] for config in configs}
     for _ in range(loads - 1):
         for config in configs:
-            with worker(config.name, serve_config, config, tuple(prompt_tokens)) as (loaded, _):
+            with worker(config.name, serve_config, config, tuple(prompt_tokens), seed) as (loaded, _):
                 seconds[config.name].append(loaded.load)
             tick()
     cores = usable_cores()
@@ -45,7 +46,7 @@ def bench(
         _, measure_speed = stack.enter_context(worker("the machine's speed", serve_speed, cores))
         measured: list[tuple[Callable[..., Any], ConfigResult]] = []
         for config in configs:
-            loaded, ask = stack.enter_context(worker(config.name, serve_config, config, tuple(prompt_tokens)))
+            loaded, ask = stack.enter_context(worker(config.name, serve_config, config, tuple(prompt_tokens), seed))
             measured.append((ask, ConfigResult(config.name, loaded, [*seconds[config.name], loaded.load])))
             tick()
         speeds: list[Speed] = [measure_speed()]

@@ -107,7 +107,9 @@ class SyntheticModel:
                 f"{self.directory}: the synthetic model takes {gib(total)}, and {gib(free)} are free on this disk. Free some, "
                 "put the cache elsewhere with XDG_CACHE_HOME, or take fewer layers (--synthetic NAME:LAYERS)."
             )
-        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Writing", disable=not total) as bar:
+        with tqdm(
+            total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Writing", disable=None if total else True
+        ) as bar:
             for path, tensors, write in missing:
                 with replacing(path) as temporary:
                     temporary.mkdir()

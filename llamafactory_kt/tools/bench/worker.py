@@ -29,7 +29,7 @@ Prepare = Callable[[int], None]
 """called with the number of tokens of the next forward"""
 
 
-def serve_config(pipe: Connection, config: BenchConfig, prompt_tokens: Sequence[int]) -> None:
+def serve_config(pipe: Connection, config: BenchConfig, prompt_tokens: Sequence[int], seed: int) -> None:
     """Load a configuration and measure it on request.
 
     Sends :class:`LoadStats`, or a string with the reason why loading failed. Then answers ``(prompt length, new tokens, whether to
@@ -42,9 +42,9 @@ def serve_config(pipe: Connection, config: BenchConfig, prompt_tokens: Sequence[
     from .turns import second_turn
 
     try:
-        model, stats, prepare = _load(config, prompt_tokens)
+        model, stats, prepare = _load(config, prompt_tokens, seed)
         for length in prompt_tokens:
-            _warm_up(model, stats, length, prepare)
+            _warm_up(model, stats, length, seed, prepare)
         reset_peak_resident_memory()
     except Exception as error:
         pipe.send(one_line(error))
@@ -63,9 +63,11 @@ def serve_config(pipe: Connection, config: BenchConfig, prompt_tokens: Sequence[
             busy, (length, new_tokens, parts) = _busy_cores(waiting), request
             answer: object
             if parts:
-                answer = _time_parts(model, length, new_tokens, prepare, pause)
+                answer = _time_parts(model, length, seed, new_tokens, prepare, pause)
             else:
-                found = _generate(model, length, new_tokens, prepare, lambda number: pause() if number == 1 else None)
+                found = _generate(
+                    model, length, seed, new_tokens, prepare, lambda number: pause() if number == 1 else None
+                )
                 answer = found.prompt, statistics.median(found.tokens), busy, second_turn(model, found.ids, found.cache)
             waiting = settle()
             pipe.send(answer)
@@ -89,7 +91,7 @@ def check_configs(pipe: Connection, configs: Sequence[BenchConfig]) -> None:
     pipe.send(refused)
 
 
-def _load(config: BenchConfig, prompt_tokens: Sequence[int]) -> tuple[Any, LoadStats, Prepare]:
+def _load(config: BenchConfig, prompt_tokens: Sequence[int], seed: int) -> tuple[Any, LoadStats, Prepare]:
     import torch
 
     from ...integration.chat import LoadedChat, import_chat
@@ -107,7 +109,7 @@ def _load(config: BenchConfig, prompt_tokens: Sequence[int]) -> tuple[Any, LoadS
         model = LoadedChat.load(config.loaded_config).model
     load = time.perf_counter() - started
     prepare: Prepare = lambda tokens: None  # noqa: E731
-    _generate(model, min(prompt_tokens), 2, prepare)  # weights that are only mapped become resident
+    _generate(model, min(prompt_tokens), seed, 2, prepare)  # weights that are only mapped become resident
     resident = resident_memory()
     peak = max(resident, peak_resident_memory())  # the system updates its peak late
     push, threads = None, f"torch {torch.get_num_threads()}"
@@ -128,7 +130,7 @@ def _load(config: BenchConfig, prompt_tokens: Sequence[int]) -> tuple[Any, LoadS
     )
 
 
-def _warm_up(model: Any, stats: LoadStats, length: int, prepare: Prepare) -> None:
+def _warm_up(model: Any, stats: LoadStats, length: int, seed: int, prepare: Prepare) -> None:
     """Generate after a prompt, and count what it takes."""
     from .memory import cache_bytes
     from .parts import operations_of
@@ -136,11 +138,13 @@ def _warm_up(model: Any, stats: LoadStats, length: int, prepare: Prepare) -> Non
     with ExitStack() as counting:
         counted = counting.enter_context(operations_of(model))
         # after some tokens: layers learn from the first ones what they compute
-        found = _generate(model, length, 4, prepare, lambda number: counting.close() if number else None)
+        found = _generate(model, length, seed, 4, prepare, lambda number: counting.close() if number else None)
     stats.operations[length], stats.cache[length] = dict(counted), cache_bytes(found.cache)
 
 
-def _time_parts(model: Any, length: int, new_tokens: int, prepare: Prepare, pause: Callable[[], None]) -> PartsResult:
+def _time_parts(
+    model: Any, length: int, seed: int, new_tokens: int, prepare: Prepare, pause: Callable[[], None]
+) -> PartsResult:
     """Time the parts of a prompt and of every other token; the tokens between them show what the timing costs."""
     from .parts import PartTimes, parts_of
 
@@ -155,7 +159,7 @@ def _time_parts(model: Any, length: int, new_tokens: int, prepare: Prepare, paus
             timed[number] = timing.enter_context(parts_of(model))
 
     with timing:
-        found = _generate(model, length, max(new_tokens, 2), prepare, before)
+        found = _generate(model, length, seed, max(new_tokens, 2), prepare, before)
     forwards = [found.prompt, *found.tokens]
     parts = [(forwards[number], times.seconds) for number, times in timed.items() if number < len(forwards)]
     plain = statistics.median(found.tokens[1::2])
@@ -189,7 +193,12 @@ class _Generated(NamedTuple):
 
 
 def _generate(
-    model: Any, length: int, new_tokens: int, prepare: Prepare, before: Callable[[int], object] = lambda number: None
+    model: Any,
+    length: int,
+    seed: int,
+    new_tokens: int,
+    prepare: Prepare,
+    before: Callable[[int], object] = lambda number: None,
 ) -> _Generated:
     """Generate greedily from a random prompt as LLaMA-Factory's chats do: ``generate`` in its own thread.
 
@@ -199,7 +208,7 @@ def _generate(
     import torch
 
     vocabulary = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(length)
+    generator = torch.Generator().manual_seed(length + (seed << 32))
     ids = torch.randint(10, vocabulary, (1, length), generator=generator).to(model.device)
 
     def ready(number: int) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from logging.handlers import BufferingHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ...ground.errors import KTError, KTMemoryError, describe, name_some
+from ...ground.errors import KTConfigError, KTError, KTMemoryError, describe, name_some
 from ...ground.machine import available_memory, gib
-from .finding import Findings, error, ok, see, warning
+from .finding import Finding, Findings, error, ok, see, warning
 
 if TYPE_CHECKING:
     from ...adapters import AdapterSet
@@ -22,33 +24,91 @@ _RESIZE = ("resize_vocab", "add_tokens", "add_special_tokens", "new_special_toke
 """keys with which LLaMA-Factory resizes embeddings"""
 
 
+_OF_FILES = (
+    "use_kt",
+    "model_name_or_path",
+    "adapter_name_or_path",
+    "adapter_folder",
+    "template",
+    "trust_remote_code",
+    "cache_dir",
+    *_RESIZE,
+)
+"""keys that say which files a chat reads; with these alone, they are looked at where others are wrong"""
+
+
 def configuration(config: Path, overrides: Sequence[str] = ()) -> Findings:
-    """Check everything that a load checks before it reads weights, and estimate the memory of a load."""
-    from ...integration.chat_config import parse_chat, read_yaml
+    """Check everything that a load checks before it reads weights, also after a mistake, and estimate the memory of a load."""
+    from ...integration.chat_config import read_yaml
 
     logged = BufferingHandler(capacity=1000)
     logged.setLevel(logging.WARNING)
     logger = logging.getLogger("llamafactory_kt")
     logger.addHandler(logged)
     try:
-        args, data_args = parse_chat(read_yaml(config, overrides))
-    except Exception as problem:
-        text = f"{config}: {describe(problem)}"
-        yield error("configuration", text, f"Correct the file.{see('chat-guide.md')}")
+        values = read_yaml(config, overrides)
+        found = yield from _parsed(config, values)
+    except KTError as problem:
+        yield error("configuration", describe(problem), "Correct the file.")
         return
     finally:
         logger.removeHandler(logged)
-    for record in logged.buffer:
-        yield warning("configuration", record.getMessage(), "Remove the key for chats.")
+    for message in dict.fromkeys(record.getMessage() for record in logged.buffer):
+        yield warning("configuration", message, "Remove the key for chats.")
+    if found is None:
+        if (named := _named(values)).adapter_name_or_path or named.kt_moe_lora_path:
+            yield from _adapters(named, None)
+        return
+    args, data_args, whole = found
     if not args.use_kt:
         text = f"{config} does not ask for use_kt"
         yield warning("configuration", text, "use_kt: true puts the experts into kt-kernel.")
         return
-    yield ok("configuration", f"{config} parses; kt_backend: {args.kt_backend}")
-    yield from _model(args, data_args)
+    if whole:
+        yield ok("configuration", f"{config} parses; kt_backend: {args.kt_backend}")
+    yield from _model(args, data_args, whole, values)
 
 
-def _model(args: Any, data_args: Any) -> Findings:
+def _parsed(config: Path, values: dict[str, Any]) -> Generator[Finding, None, tuple[Any, Any, bool] | None]:
+    """LLaMA-Factory's arguments for model and data, and whether all keys are in them. What is wrong is left out, so that the rest is
+    looked at, too; None if nothing remains."""
+    from ...integration.chat_config import parse_chat
+    from ...integration.hparams.parser import without_mistakes
+
+    advice = f"Correct the file.{see('chat-guide.md')}"
+    left, problems = without_mistakes(values)
+    for problem in problems:
+        yield error("configuration", f"{config}: {describe(problem)}", advice)
+    try:
+        return *parse_chat(left), not problems
+    except Exception as problem:
+        each = re.findall("^- (.*)", str(problem), re.M) if isinstance(problem, KTConfigError) else []
+        for text in each or [describe(problem)]:
+            yield error("configuration", f"{config}: {text}", advice)
+    files = {key: left[key] for key in _OF_FILES if key in left}
+    there = _named(left).adapter_name_or_path
+    files["adapter_name_or_path"] = ",".join(there) or None
+    try:
+        return *parse_chat(files), False
+    except Exception:  # most likely the same: no model
+        return None
+
+
+def _named(values: Mapping[str, Any]) -> Any:
+    """A configuration's adapters that exist, as :func:`~...integration.chat_config.open_configured` takes them."""
+    given = values.get("adapter_name_or_path")
+    names = given if isinstance(given, list) else str(given or "").split(",")
+    there = [str(name).strip() for name in names if name and Path(str(name).strip()).expanduser().exists()]
+    moe_lora = values.get("kt_moe_lora_path")
+    there_too = moe_lora if isinstance(moe_lora, str) and Path(moe_lora).expanduser().is_file() else None
+    hub = dict.fromkeys(("model_revision", "cache_dir", "hf_hub_token"))
+    return SimpleNamespace(
+        adapter_name_or_path=there, kt_moe_lora_path=there_too, adapter_folder=values.get("adapter_folder"), **hub
+    )
+
+
+def _model(args: Any, data_args: Any, whole: bool, values: Mapping[str, Any]) -> Findings:
+    from ...adapters import AdapterSet
     from ...checkpoint.discovery import formulas
     from ...checkpoint.opening import MoEModel, empty_model, weight_files
 
@@ -57,8 +117,12 @@ def _model(args: Any, data_args: Any) -> Findings:
         moe = MoEModel(empty_model(name, quantized=True), weight_files(name))
     except KTError as problem:
         yield error(
-            "model", describe(problem), f"Use a model that is accepted, in safetensors.{see('architectures.md')}"
+            "model",
+            describe(problem),
+            f"Give a folder with config.json and safetensors files, or a name on a hub that this machine reaches.{see('architectures.md')}",
         )
+        yield from _adapters(args, None)
+        yield from _choices(args, None)
         return
     first = moe.experts[0]
     yield ok(
@@ -68,15 +132,17 @@ def _model(args: Any, data_args: Any) -> Findings:
         f"{name_some(list(map(str, formulas(moe.experts))), 2)}",
     )
     if Path(args.model_name_or_path).expanduser().is_dir():
-        yield from _template(args, data_args, moe)
+        yield from _template(args, data_args if data_args.template == values.get("template") else None, moe)
     layout = yield from _checkpoint(args, moe)
-    adapters = yield from _adapters(args, moe)
+    lost = values.get("adapter_name_or_path") and not args.adapter_name_or_path  # which has been reported
+    adapters = AdapterSet() if lost else (yield from _adapters(args, moe))
     choices = yield from _choices(args, moe)
-    yield from _memory(args, moe, [adapters, *choices], layout)
+    if whole:  # else it is not known how the experts are to be kept
+        yield from _memory(args, moe, [adapters, *choices], layout)
 
 
 def _template(args: Any, data_args: Any, moe: MoEModel) -> Findings:
-    """Make a prompt as a chat does."""
+    """Make a prompt as a chat does; where the template is wrong (None), load the tokenizer alone."""
     from ...integration.hparams.template import check_prompt, load_tokenizer
 
     try:
@@ -85,6 +151,8 @@ def _template(args: Any, data_args: Any, moe: MoEModel) -> Findings:
         yield error(
             "tokenizer", describe(problem), "A chat needs the tokenizer's files, and no others beside the weights."
         )
+        return
+    if data_args is None:
         return
     try:
         check_prompt(tokenizer, data_args, moe.model.config, resizes=bool(args.resize_vocab))
@@ -120,8 +188,8 @@ def _checkpoint(args: Any, moe: MoEModel) -> Any:
     return layout
 
 
-def _adapters(args: Any, moe: MoEModel) -> Any:
-    """Check headers and fit; returns the adapters that can be applied."""
+def _adapters(args: Any, moe: MoEModel | None) -> Any:
+    """Check headers and, with a model, fit; returns the adapters that can be applied."""
     from ...adapters import AdapterSet
     from ...integration.chat_config import open_configured
 
@@ -131,7 +199,7 @@ def _adapters(args: Any, moe: MoEModel) -> Any:
     return (yield from _fitting("adapter", partial(open_configured, args), args, moe))
 
 
-def _choices(args: Any, moe: MoEModel) -> Any:
+def _choices(args: Any, moe: MoEModel | None) -> Any:
     """The same for those in ``kt_adapters``; returns a list."""
     from ...integration.chat_config import open_choice
 
@@ -141,11 +209,16 @@ def _choices(args: Any, moe: MoEModel) -> Any:
     return found
 
 
-def _fitting(check: str, opened: Callable[[], AdapterSet], args: Any, moe: MoEModel) -> Any:
+def _fitting(check: str, opened: Callable[[], AdapterSet], args: Any, moe: MoEModel | None) -> Any:
+    """What :func:`_adapters` says of one set of adapters."""
     from ...adapters import AdapterSet
 
     try:
         adapters = opened()
+        if moe is None:
+            for adapter in adapters.adapters:
+                yield ok(check, f"{adapter.directory}: {adapter.format}; without a model its fit is not known")
+            return adapters
         resizes = any(getattr(args, key, None) for key in _RESIZE)
         parts = moe.fit(adapters, args.kt_lora_scope, resizes=resizes)
     except KTError as problem:

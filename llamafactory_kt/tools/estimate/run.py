@@ -85,6 +85,8 @@ class _Counted:
     lora: dict[type[Engine], LoraBytes]
     cache: dict[str, dict[int, int]]
     """by the value of ``kt_cache``: tokens -> bytes"""
+    gpu_cache: int
+    """bytes on a GPU after the most tokens: keys and values, also of latent attention"""
     operations: dict[str, float]
     """part -> those of a prompt of :data:`PROMPT` tokens"""
 
@@ -110,6 +112,7 @@ class _Counted:
                 for name, bits in CACHES.items()
                 if native or not bits
             },
+            cache_bytes(after[CONTEXTS[-1]][0], {}, int8=False),
             dict(after[PROMPT][1]),
         )
 
@@ -158,17 +161,17 @@ def _on_cpu(counted: _Counted, machine: MachineSpeed, free: int) -> Iterator[Row
 
 def _with_gpu(counted: _Counted, machine: MachineSpeed, free: int, gpu_free: int | None) -> Iterator[Row]:
     """The CPU's part of the time alone, which is nearly all of it."""
-    dense, cache = counted.dense["same"], counted.cache["same"]
+    dense, cache = counted.dense["same"], counted.gpu_cache
     for engine, experts in counted.experts.items():
         lora = counted.lora[engine]
         cpu = experts.memory + lora.experts + PROCESS_OVERHEAD
-        gpu = dense.memory + lora.others + cache[CONTEXTS[-1]]
+        gpu = dense.memory + lora.others + cache
         experts_lora = lora.token - lora.others
         seconds = _seconds(experts, machine) + experts_lora / machine.reads
         read = sum(experts.token.values()) + experts_lora
         computing = counted.operations.get(EXPERTS, 0.0) / machine.of(_bits(experts)).products
         yield Row(
-            True, engine.name, "same", "same", experts.memory, dense.memory, lora.experts + lora.others, cache[CONTEXTS[-1]], cpu, gpu,
+            True, engine.name, "same", "same", experts.memory, dense.memory, lora.experts + lora.others, cache, cpu, gpu,
             experts.loading, cpu + experts.loading <= free and gpu <= (gpu_free if gpu_free is not None else gpu),
             dict.fromkeys(CONTEXTS, read),
             dict.fromkeys(CONTEXTS, 1 / seconds),

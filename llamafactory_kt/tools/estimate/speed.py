@@ -4,15 +4,16 @@ It takes seconds, and is kept for later estimates."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from ...ground.machine import cpu_name, usable_cores
-from ...ground.measurements import Remembered
+from ...ground.measurements import BUSY, Remembered, load_of_cores
 from ...ground.paging import empty_in_huge_pages
 from ...native.fused_linear import FusedLinear
 from ...native.library import library
@@ -21,6 +22,8 @@ from ...native.quantized_tensor import QuantizedTensor
 from ..bench.processes import worker
 from ..bench.speed import BANDWIDTH_BUFFER, Speed, median_seconds, serve_speed
 from .weights import PLAIN
+
+logger = logging.getLogger(__name__)
 
 _WIDTH = 2048
 """inner size of the products"""
@@ -46,6 +49,13 @@ class MachineSpeed:
     """rate of torch's large product, operations per second"""
     kernels: Mapping[int, Speed]
     """bits of a weight -> what the native kernels reach; none where they do not run"""
+    load: float = 0.0
+    """tasks for each core that ran or waited before it was measured"""
+
+    @property
+    def was_busy(self) -> bool:
+        """Whether other programs had their part of these figures."""
+        return self.load > BUSY
 
     def of(self, bits: int) -> Speed:
         """With weights of so many bits."""
@@ -63,9 +73,10 @@ def machine_speed(measure_again: bool = False) -> MachineSpeed:
     memory = Remembered({"speed": [BANDWIDTH_BUFFER, _READ, _WIDTH, _ROWS, _MULTIPLIED], "kernels": build})
     if measure_again:
         memory.forget()
-    measured = memory.recall(_read)
-    if measured is None:
-        measured = _measure()
+    measured, load = memory.recall(_read), load_of_cores()
+    if measured is None or (measured.was_busy and load <= BUSY):
+        logger.info("Measuring this machine, once; it takes some seconds ...")
+        measured = replace(_measure(), load=load)
         memory.keep(asdict(measured))
     return measured
 
@@ -117,4 +128,5 @@ def _read(found: Any) -> MachineSpeed:
     speed = MachineSpeed(**{**found, "kernels": kernels})
     if not all(0 < rate < math.inf for one in (speed.of(0), *kernels.values()) for rate in (one.reads, one.products)):
         raise ValueError("not the speed of a machine")
+    float(speed.load)
     return speed

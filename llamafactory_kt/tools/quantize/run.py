@@ -20,7 +20,7 @@ from ...engines.options import DENSE
 from ...ground.errors import KTConfigError, KTKernelError
 from .integers import dense_part, dense_weights, integer_layer
 from .ktkernel import kt_layers
-from .parts import complete
+from .parts import check_output, complete
 
 METHODS: dict[str, type[Engine]] = {engine.name.lower(): engine for engine in (*INTEGERS, *PACKING.values())}
 """``--method`` -> the engine that reads such files"""
@@ -45,7 +45,7 @@ class QuantizeReport:
 
 def quantize_model(
     model_path: str | Path, output: str | Path, method: str = "int8", *, dense: str | None = None, pools: int | None = None,
-    threads: int | None = None,
+    threads: int | None = None, overwrite: bool = False,
 ) -> QuantizeReport:  # fmt: skip
     """Write a directory for ``kt_weight_path``, layer by layer.
 
@@ -60,12 +60,13 @@ def quantize_model(
         pools: with kt-kernel's, NUMA sub-pools that the weights are split into, the ``kt_threadpool_count`` of later chats; None for one
             per NUMA node.
         threads: that quantize; None for the physical cores.
+        overwrite: keep nothing of what an earlier run wrote, of whatever model and method.
 
     Raises:
         KTConfigError: An argument is unknown, or not one of the method's.
         KTPathError: The checkpoint does not exist.
         KTModelError: The checkpoint is not in safetensors or not a supported MoE model, a weight is not finite, the disk is too small, or
-            the output holds layers of another model or method.
+            the output holds layers of another model or method, or something else.
         KTKernelError: The kernels cannot run here, or kt-kernel's process ended.
         KTOutputError: The output could not be written. The layers that are complete stay.
     """
@@ -83,7 +84,9 @@ def quantize_model(
         )
     if problem := engine.problem():
         raise KTKernelError(f"{engine.name} cannot pack weights here: {problem}. A chat with them needs the same.")
-    opened, target = open_checkpoint(model_path, quantized=True), Path(output)
+    target = Path(output)
+    check_output(target)
+    opened = open_checkpoint(model_path, quantized=True)
     around: list[StoredTensor] = []
     if issubclass(engine, IntegerEngine):
         layers = parts = [integer_layer(engine, opened.layout.layer(module.name), target) for module in opened.experts]
@@ -91,11 +94,11 @@ def quantize_model(
             around = dense_weights(opened)
             parts = [*layers, dense_part(around, target, bits)]
         with _threads_of_torch(threads):
-            made = complete(target, parts)
+            made = complete(target, parts, overwrite=overwrite)
     else:
         assert issubclass(engine, KTEngine)
         with kt_layers(engine, opened, Path(model_path), target, pools or sub_pools(), threads) as layers:
-            made = complete(target, layers)
+            made = complete(target, layers, overwrite=overwrite)
     written = sum(part in made for part in layers)
     total = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     return QuantizeReport(str(target), engine.name, written, len(layers) - written, len(around), total)

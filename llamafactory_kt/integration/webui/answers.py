@@ -5,17 +5,21 @@ A page that is reloaded in mid-answer finds the answer again; Stop, Clear histor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import copy_context
 from threading import Event, Lock, Thread
 from typing import Any
 
+from ...model.state import has_kt_experts
+from ...router_stats.stats import LayerStats, counted_since, counts_experts, get_router_stats
 from ..generation import Generation
 from .texts import say
 
 Messages = list[dict[str, Any]]
 Shown = tuple[Messages, Messages]
 """a conversation as a page shows it, and as the model gets it"""
+Counts = dict[int, LayerStats]
+"""layer -> how often its experts were used; empty if nobody counts, or nothing was counted yet"""
 
 INTERVAL = 0.1
 """seconds between two looks at an answer"""
@@ -30,34 +34,61 @@ class PageAnswer:
         generation: what ``stream`` generates with.
         stream: starts generating; its pieces are the conversation with more and more of the answer.
         conversation: with the question, without the answer.
-        turn: held while an answer is generated.
+        ahead: the answers that come first, one after the other.
+        count: what the model has counted so far.
+        counted: in this conversation, before this answer.
     """
 
-    def __init__(self, generation: Generation, stream: Callable[[], Iterator[Shown]], conversation: Shown, turn: Lock):
+    def __init__(
+        self, generation: Generation, stream: Callable[[], Iterator[Shown]], conversation: Shown,
+        ahead: Sequence[PageAnswer] = (), count: Callable[[], Counts] = dict, counted: Counts | None = None,
+    ):  # fmt: skip
         self.generation = generation
         self.conversation = conversation
+        self.asked = [*conversation[1]]
+        """what the model was given"""
+        self.taken_back = False
+        """whether the question was taken back, to be edited"""
+        self.counted = counted or {}
         self.stopped = False
+        self._ahead, self._count = [*ahead], count
         self._dropped = False
         self._error: Exception | None = None
         self._followers: set[object] = set()
         self._followed = False
         self._done = Event()
-        Thread(target=copy_context().run, args=(self._run, stream, turn), name="answer", daemon=True).start()
+        Thread(target=copy_context().run, args=(self._run, stream), name="answer", daemon=True).start()
 
-    def _run(self, stream: Callable[[], Iterator[Shown]], turn: Lock) -> None:
+    def _run(self, stream: Callable[[], Iterator[Shown]]) -> None:
         try:
-            with turn:
-                if not self.stopped:
-                    for chatbot, messages in stream():
-                        self.conversation = [*chatbot], messages
+            for other in self._ahead:
+                while not other._done.wait(INTERVAL) and not self.stopped:
+                    pass
+            self._ahead = []
+            if not self.stopped:
+                self._answer(stream)
         except Exception as error:
             self._error = error
         finally:
             self._done.set()
 
+    def _answer(self, stream: Callable[[], Iterator[Shown]]) -> None:
+        before = self._count()
+        try:
+            for chatbot, messages in stream():
+                self.conversation = [*chatbot], messages
+        finally:
+            new = counted_since(before, self._count())
+            self.counted = {layer: self.counted[layer] + e if layer in self.counted else e for layer, e in new.items()}
+
     @property
     def running(self) -> bool:
         return not self._done.is_set()
+
+    @property
+    def ahead(self) -> int:
+        """How many answers come first."""
+        return sum(other.running for other in self._ahead)
 
     @property
     def abandoned(self) -> bool:
@@ -69,6 +100,10 @@ class PageAnswer:
         if self.running:
             self.stopped = True
             self.generation.stop()
+
+    def take_back(self, kept: Shown) -> None:
+        """The page has only this part of the conversation now, and the question is being edited."""
+        self.conversation, self.taken_back = kept, True
 
     def drop(self) -> None:
         """End it, and empty the pages that show it."""
@@ -104,7 +139,8 @@ class PageAnswer:
         if at.tokens:
             return self.conversation
         if not at.prompt_tokens:
-            return self._with(say("begun", language))
+            ahead = self.ahead
+            return self._with(say("in_line", language, ahead=ahead) if ahead else say("begun", language))
         return self._with(say("reading", language, read=at.read_tokens, prompt=at.prompt_tokens))
 
     def _with(self, note: str) -> Shown:
@@ -116,7 +152,7 @@ class PageAnswer:
     def _figures(self, language: str | None) -> str:
         at = self.generation
         if not at.tokens:
-            return say("not_answered" if self._error else "stopped", language).lstrip(" ·")
+            return say("not_answered" if self._error else "stopped_early", language)
         kept = say("kept", language, cached=at.cached_tokens) if at.cached_tokens else ""
         figures = say(
             "figures", language, speed=at.tokens_per_second, prompt=at.prompt_tokens, kept=kept,
@@ -130,23 +166,36 @@ class PageAnswer:
 class Answers:
     """The answers of one model: those that run, and the last one of each page and browser."""
 
-    def __init__(self) -> None:
-        self._turn = Lock()
+    def __init__(self, count: Callable[[], Counts]) -> None:
+        """Args:
+        count: what the model has counted so far; nothing if it does not count.
+        """
+        self._count = count
+        self._asking = Lock()
         self._running: set[PageAnswer] = set()
         self._last: dict[str, PageAnswer] = {}
         self._browsers: dict[str, str] = {}
 
     def ask(self, page: str | None, stream: Callable[[Generation], Iterator[Shown]], conversation: Shown) -> PageAnswer:
-        """Start an answer as soon as no other is running. Ends those that no page shows any more."""
-        for other in self.running():
-            if other.abandoned:
-                other.stop()
-        generation = Generation()
-        answer = PageAnswer(generation, lambda: stream(generation), conversation, self._turn)
-        self._running.add(answer)
+        """Start an answer as soon as those that were asked for before are done. Ends those that no page shows any more."""
+        generation, before = Generation(), self.last(page)
+        with self._asking:
+            for other in (ahead := self.running()):
+                if other.abandoned:
+                    other.stop()
+            answer = PageAnswer(
+                generation, lambda: stream(generation), conversation, ahead, self._count,
+                counted=before.counted if before else None,
+            )  # fmt: skip
+            self._running.add(answer)
         for key in filter(None, (page, self._browsers.get(page or ""))):
             _put(self._last, key, answer)
         return answer
+
+    def count_anew(self) -> None:
+        """Forget what was counted in all conversations. The model's own counts are its owner's to reset."""
+        for answer in {*self._last.values(), *self.running()}:
+            answer.counted = {}
 
     def running(self) -> list[PageAnswer]:
         """Those that have not ended."""
@@ -184,7 +233,12 @@ class Answers:
 
 def answers_of(chatter: Any) -> Answers:
     """The answers of LLaMA-Factory's chatter."""
-    answers: Answers = vars(chatter).setdefault("_kt_answers", Answers())
+
+    def count() -> Counts:
+        model = getattr(chatter.engine, "model", None)
+        return get_router_stats(model) if has_kt_experts(model) and counts_experts(model) else {}
+
+    answers: Answers = vars(chatter).setdefault("_kt_answers", Answers(count))
     return answers
 
 

@@ -68,7 +68,7 @@ def patch(module: ModuleType) -> None:
 
             def work() -> None:
                 if switching:
-                    _switch(self.engine.model, args)
+                    _switch(self, args)
                 else:
                     base.__init__(self, args)
                 self._kt_args, self._kt_offered, self._kt_unloaded = args, None, False
@@ -100,7 +100,7 @@ def patch(module: ModuleType) -> None:
         import gradio
 
         if not has_kt_experts(_model(self)):
-            if not self.loaded and getattr(self, "_kt_unloaded", False):
+            if is_gone(self):
                 yield chatbot, messages
                 raise gradio.Error(say("gone", lang), duration=None, print_exception=False)
             yield from stock_stream(self, chatbot, messages, lang, *rest, **more)
@@ -128,17 +128,24 @@ def with_section(manager: Any, data: dict[Any, Any], args: dict[str, Any]) -> di
     return {k: v for k, v in values.items() if not (isinstance(nested, dict) and k in nested)} | args
 
 
-def _switch(model: Any, args: dict[str, Any]) -> None:
+def _switch(chatter: Any, args: dict[str, Any]) -> None:
     from ...apply import switch_adapter
     from ...router_stats.stats import counts_experts, reset_router_stats
     from ..chat_config import open_configured, parse
     from ..model.loader import log_load_table
+    from .answers import answers_of
 
-    model_args = parse(args)
+    model, model_args = _model(chatter), parse(args)
     switch_adapter(model, open_configured(model_args), model_args.kt_lora_scope)
     if counts_experts(model):
         reset_router_stats(model)
+        answers_of(chatter).count_anew()
     log_load_table(model)
+
+
+def is_gone(chatter: Any) -> bool:
+    """Whether a model of ours was loaded last, and has been unloaded."""
+    return not chatter.loaded and getattr(chatter, "_kt_unloaded", False)
 
 
 class _Asking:

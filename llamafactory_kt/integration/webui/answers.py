@@ -56,7 +56,7 @@ class PageAnswer:
         self._error: Exception | None = None
         self._followers: set[object] = set()
         self._followed = False
-        self._done = Event()
+        self._turn, self._done = Event(), Event()
         Thread(target=copy_context().run, args=(self._run, stream), name="answer", daemon=True).start()
 
     def _run(self, stream: Callable[[], Iterator[Shown]]) -> None:
@@ -65,11 +65,13 @@ class PageAnswer:
                 while not other._done.wait(INTERVAL) and not self.stopped:
                     pass
             self._ahead = []
+            self._turn.set()
             if not self.stopped:
                 self._answer(stream)
         except Exception as error:
             self._error = error
         finally:
+            self._turn.set()
             self._done.set()
 
     def _answer(self, stream: Callable[[], Iterator[Shown]]) -> None:
@@ -109,6 +111,10 @@ class PageAnswer:
         """End it, and empty the pages that show it."""
         self.stop()
         self._dropped = True
+
+    def wait_for_turn(self) -> None:
+        """Return when no other comes first any more."""
+        self._turn.wait()
 
     def wait(self) -> None:
         """Return when it has ended."""

@@ -14,7 +14,7 @@ from ...ground.errors import KTError, describe, traceback_wanted
 from ...ground.machine import gib
 from ...ground.paging import give_back_memory
 from ...ground.progress import LoadProgress, MeasureProgress, watch_loads
-from .texts import say
+from .texts import say, with_fields
 
 logger = logging.getLogger("llamafactory_kt")
 
@@ -34,6 +34,7 @@ class PageLoad:
     def __init__(self, work: Callable[[], None], switching: bool, debug: bool):
         self._switching = switching
         self._debug = debug or traceback_wanted()
+        self._stopped = False
         self._progress: LoadProgress | MeasureProgress | None = None
         self._error: str | None = None
         self._started = time.monotonic()
@@ -48,8 +49,11 @@ class PageLoad:
         try:
             with watch_loads(self._note):
                 work()
+            self._stopped = False
+        except _Stopped:
+            pass
         except Exception as error:
-            self._error = describe(error)
+            self._stopped, self._error = False, describe(error, lines=True)
             logger.error("%s", self._error, exc_info=self._debug or not isinstance(error, KTError))
         finally:
             gc.collect()  # a failed load leaves reference cycles that hold half a model
@@ -58,6 +62,16 @@ class PageLoad:
 
     def _note(self, progress: LoadProgress | MeasureProgress) -> None:
         self._progress = progress
+        if self._stopped:
+            raise _Stopped
+
+    def stop(self) -> None:
+        """End it before the next layer, or the next engine that is measured."""
+        self._stopped = True
+
+    def wait(self) -> None:
+        """Return when it has ended."""
+        self._done.wait()
 
     def report(self, language: str) -> Iterator[str]:
         """The status line of a page whenever it changes, the result last."""
@@ -72,10 +86,17 @@ class PageLoad:
             if (status := self._status(language, begun)) != shown:
                 yield status
             shown = status
-        yield warn(say(failed, language, error=self._error)) if self._error else done
+        if self._stopped:
+            yield say("load_stopped", language)
+        elif self._error:
+            yield warn(say(failed, language, error=with_fields(self._error, language)))
+        else:
+            yield done
 
     def _status(self, language: str, begun: str) -> str:
         at, seconds = self._progress, time.monotonic() - self._started
+        if self._stopped:
+            return say("stopping_load", language)
         if isinstance(at, MeasureProgress):
             return say("measuring", language, plan=at.plan, plans=at.plans, seconds=seconds)
         if self._switching or at is None or at.read == at.total:
@@ -90,5 +111,9 @@ def warn(text: str) -> str:
     """Show a warning as LLaMA-Factory's pages do; returns it for the status line."""
     import gradio
 
-    gradio.Warning(html.escape(text))
+    gradio.Warning(html.escape(text).replace("\n", "<br>"))
     return text
+
+
+class _Stopped(Exception):
+    """Ends a load that the user has stopped."""

@@ -63,9 +63,7 @@ def create(stock: Any, engine: Any, visible: bool) -> Any:
     chatbot, messages, elements = stock(
         _Instead(engine, chatter=_Instead(chatter, append=append, stream=stream)), visible
     )
-    for event in gr.context.Context.root_block.fns.values():
-        if event.fn is stream:  # with gradio's limit of one, a second tab waits without a word, and cannot be stopped
-            event.concurrency_limit = None
+    unlimited(stream)  # otherwise a second tab waits without a word, and cannot be stopped
     ours = {f"kt_{name}": element for name, element in _create(elements["chat_box"], chatbot).items()}
     elements |= ours
     lang = engine.manager.get_elem_by_id("top.lang")
@@ -155,6 +153,9 @@ def follow(engine: Any, elements: dict[str, Any], triggers: list[Any]) -> None:
     def renew(language: str | None, request: gr.Request) -> Iterator[list[Any]]:
         answer = answers_of(chatter).last(request.session_hash)
         if answer is not None and answer.running:
+            if answer.ahead:
+                yield show(language, answer)
+                answer.wait_for_turn()
             yield show(language, answer)
             answer.wait()
         yield show(language, answer)
@@ -207,6 +208,14 @@ def question_field(stock: Any, loaded: bool, language: str | None) -> Any:
     if loaded:
         return gr.Textbox(lines=1, placeholder=say("placeholder", language))
     return gr.Textbox(lines=stock.lines, **LOCALES["query"].get(language, {}))
+
+
+def unlimited(function: Any) -> None:
+    """Lift gradio's limit, of one call at a time, from the events of the page being made that call this function."""
+    page: Any = gr.context.Context.root_block
+    for event in page.fns.values():
+        if event.fn == function:
+            event.concurrency_limit = None
 
 
 def _model(chatter: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -59,6 +60,10 @@ COMPONENTS: dict[str, dict[str, dict[str, str]]] = {
         },
     },
     "kt_report": {"en": {"label": "Load report"}, "zh": {"label": "加载报告"}},
+    "kt_fill": {
+        "en": {"value": "Set the form to what is loaded"},
+        "zh": {"value": "把表单恢复为已加载的设置"},
+    },
     "kt_stop": {"en": {"value": "Stop"}, "zh": {"value": "停止"}},
     "kt_again": {"en": {"value": "Regenerate"}, "zh": {"value": "重新生成"}},
     "kt_edit": {"en": {"value": "Edit last question"}, "zh": {"value": "修改上一个问题"}},
@@ -84,10 +89,11 @@ MESSAGES: dict[str, dict[str, str]] = {
         "en": "The adapter was not exchanged; the previous one is still in place. {error}",
         "zh": "adapter 未能切换，原来的 adapter 仍然生效。{error}",
     },
-    "busy": {
-        "en": "A model is being loaded. Unload it when that is done.",
-        "zh": "模型正在加载，请等加载完成后再卸载。",
+    "stopping_load": {
+        "en": "Stopping the load, after what is being read or measured…",
+        "zh": "正在停止加载，等当前的读取或测量结束……",
     },
+    "load_stopped": {"en": "The load was stopped.", "zh": "加载已停止。"},
     "loaded_so": {
         "en": "The model is already loaded as it is set here.",
         "zh": "模型已经按这里的设置加载。",
@@ -161,6 +167,29 @@ def add_components(locales: dict[str, Any], languages: Iterable[str]) -> None:
 def _with_key(name: str, properties: dict[str, str]) -> dict[str, str]:
     """A field for a key also says what the key is called in a YAML."""
     return properties | {"label": f"{properties['label']} ({name})"} if "info" in properties else properties
+
+
+_FIELDS = {
+    "model_name_or_path": "model_path", "adapter_name_or_path": "checkpoint_path", "template": "template",
+    "infer_backend": "infer_backend",
+}  # fmt: skip
+"""keys that LLaMA-Factory's own fields set -> the fields"""
+
+
+def with_fields(error: str, language: str) -> str:
+    """An error with the names of the page's fields beside those of their keys, once each."""
+    from llamafactory.webui.locales import LOCALES
+
+    for key, field in {
+        **_FIELDS,
+        **{name: name for name, texts in COMPONENTS.items() if "info" in texts["en"]},
+    }.items():
+        label = LOCALES[field][language]["label"].removesuffix(f" ({key})")
+        # a word such as "template" also stands in sentences
+        pattern = rf"\b{key}\b" if "_" in key else rf"(?m)(?<=^- )\b{key}(?=:)|^{key}(?=:)"
+        if found := re.search(pattern, error):
+            error = f"{error[: found.start()]}{label} ({key}){error[found.end() :]}"
+    return error
 
 
 def say(name: str, language: str | None, /, **values: Any) -> str:

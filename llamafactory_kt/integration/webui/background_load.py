@@ -94,17 +94,20 @@ class PageLoad:
             yield done
 
     def _status(self, language: str, begun: str) -> str:
+        from llamafactory.webui.locales import LOCALES
+
         at, seconds = self._progress, time.monotonic() - self._started
         if self._stopped:
             return say("stopping_load", language)
+        stop = say("can_stop", language, button=LOCALES["unload_btn"][language]["value"])
         if isinstance(at, MeasureProgress):
-            return say("measuring", language, plan=at.plan, plans=at.plans, seconds=seconds)
+            return say("measuring", language, plan=at.plan, plans=at.plans, seconds=seconds) + stop
         if self._switching or at is None or at.read == at.total:
             return say("waiting", language, before=begun, seconds=seconds)
         return say(
             "experts", language, layer=at.layer, layers=at.layers, read=gib(at.read), total=gib(at.total),
             speed=gib(at.bytes_per_second), seconds=seconds,
-        )  # fmt: skip
+        ) + stop  # fmt: skip
 
 
 def warn(text: str) -> str:

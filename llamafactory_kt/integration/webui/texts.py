@@ -81,6 +81,7 @@ MESSAGES: dict[str, dict[str, str]] = {
         "en": "Measuring engines: {plan} of {plans}, once for this machine... {seconds:.0f} s",
         "zh": "正在测量引擎：{plan} / {plans}，这台机器只测一次……{seconds:.0f} 秒",
     },
+    "can_stop": {"en": " · “{button}” stops it", "zh": " · 点“{button}”可停止"},
     "waiting": {"en": "{before} {seconds:.0f} s", "zh": "{before}{seconds:.0f} 秒"},
     "switching": {"en": "Exchanging the adapter...", "zh": "正在切换 adapter……"},
     "switched": {"en": "Adapter exchanged; the model stayed loaded.", "zh": "adapter 已切换，模型没有重新加载。"},

@@ -1,6 +1,7 @@
 """``llamafactory.webui.components.chatbot``: the conversation of both pages with Stop, Regenerate, and what is loaded.
 
-Made for gradio 5: ``create_chat_box`` is checked by its parameters, the components are gradio's public ones.
+Made for gradio 5: ``create_chat_box`` is checked by its parameters, the components are gradio's public ones. The limit of the page's events, one
+at a time, is lifted in ``fns`` of the page that is being made.
 """
 
 from __future__ import annotations

@@ -105,15 +105,21 @@ def _create_section() -> dict[str, Any]:
     with gr.Accordion(open=False) as section:
         elements: dict[str, Any] = {"kt_section": section}
         with gr.Row():
-            elements["use_kt"] = gr.Checkbox(value=False)
-            elements["kt_backend"] = gr.Dropdown(choices=list(backend_names()), value=_DEFAULTS["kt_backend"])
-            elements["kt_num_threads"] = gr.Textbox(value=_SHOWN["kt_num_threads"])
-            elements["kt_threadpool_count"] = gr.Number(value=_SHOWN["kt_threadpool_count"], precision=0, minimum=1)
+            elements["use_kt"] = gr.Checkbox(value=False, min_width=190)
+            elements["kt_backend"] = gr.Dropdown(
+                choices=list(backend_names()), value=_DEFAULTS["kt_backend"], min_width=190
+            )
+            elements["kt_num_threads"] = gr.Textbox(value=_SHOWN["kt_num_threads"], min_width=190)
+            elements["kt_threadpool_count"] = gr.Number(
+                value=_SHOWN["kt_threadpool_count"], precision=0, minimum=1, min_width=190
+            )
         with gr.Row():
-            elements["kt_weight_path"] = gr.Textbox(value=_SHOWN["kt_weight_path"])
-            elements["kt_lora_scope"] = gr.Dropdown(choices=list(SCOPES), value=_DEFAULTS["kt_lora_scope"])
-            elements["kt_router_stats"] = gr.Checkbox(value=False)
-            elements["kt_debug"] = gr.Checkbox(value=False)
+            elements["kt_weight_path"] = gr.Textbox(value=_SHOWN["kt_weight_path"], min_width=190)
+            elements["kt_lora_scope"] = gr.Dropdown(
+                choices=list(SCOPES), value=_DEFAULTS["kt_lora_scope"], min_width=190
+            )
+            elements["kt_router_stats"] = gr.Checkbox(value=False, min_width=190)
+            elements["kt_debug"] = gr.Checkbox(value=False, min_width=190)
         elements["kt_names"] = gr.Markdown()
     return elements
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import yaml
 
+BOOSTERS = ("use_unsloth", "enable_liger_kernel")
+"""keys that LLaMA-Factory's page always sets, mostly to false"""
+
 
 class LoadedForm:
     """The form's values at a load that has succeeded.
@@ -32,6 +35,6 @@ class LoadedForm:
         said = {
             key: value
             for key, value in self._args.items()
-            if value not in (None, False, "", "auto") and not key.endswith("_token")
+            if value not in (None, "", "auto") and not (key in BOOSTERS and not value) and not key.endswith("_token")
         }
         return f"```yaml\n{yaml.safe_dump(said, sort_keys=False, allow_unicode=True)}```"

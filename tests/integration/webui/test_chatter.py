@@ -83,7 +83,7 @@ def slowly(monkeypatch) -> None:
 def test_fields_for_pictures(tab, tmp_path):
     """LLaMA-Factory shows them for names of its list, and for no model that is given by its path."""
     box = tab.manager.get_elem_by_id("infer.mm_box")
-    refresh = next(each for each in tab.page.fns.values() if each.fn.__name__ == "refresh")
+    refresh = next(each for each in tab.page.fns.values() if getattr(each.fn, "__name__", "") == "refresh")
     assert box in refresh.outputs
 
     def shown() -> bool:
@@ -217,7 +217,9 @@ def test_a_load_that_is_stopped(tab, monkeypatch):
     loading = tab.chatter.load_model(tab.data)
     next(loading)
     box = tab.manager.get_elem_by_id("infer.info_box")
-    opened = next(each for each in tab.page.fns.values() if each.fn.__name__ == "opened" and box in each.outputs)
+    opened = next(
+        each for each in tab.page.fns.values() if getattr(each.fn, "__name__", "") == "opened" and box in each.outputs
+    )
     said = [status for status, *_ in opened.fn("zh", False)]
     assert said[-3] == "模型已加载，现在可以与模型对话了！", "a page that is opened meanwhile follows"
     assert [*loading][-1].startswith("Model loaded")

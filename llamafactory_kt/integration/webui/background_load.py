@@ -110,6 +110,12 @@ class PageLoad:
         ) + stop  # fmt: skip
 
 
+def running_load(chatter: Any) -> PageLoad | None:
+    """The load that another page, or this one before a reload, has started."""
+    load: PageLoad | None = getattr(chatter, "_kt_load", None)
+    return load if load is not None and load.running else None
+
+
 def warn(text: str) -> str:
     """Show a warning as LLaMA-Factory's pages do; returns it for the status line."""
     import gradio

@@ -14,8 +14,7 @@ import gradio as gr
 from ...model.state import has_kt_experts, kt_state
 from ...router_stats.svg import POINTER
 from .answers import Messages, Shown, answers_of, up_to_question
-from .chatter import is_gone
-from .status import heat_map, status_line
+from .status import heat_map, is_gone, status_line
 from .texts import say
 
 ASKING = ("user", "observation")

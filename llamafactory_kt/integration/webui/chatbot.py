@@ -29,6 +29,7 @@ def patch(module: ModuleType) -> None:
             engine.manager.get_elem_by_id("top.lang").value = None
         chatbot, messages, elements = create(stock, engine, visible)
         if ours:
+            elements["query"].lines = 1
             elements["mm_box"].visible = takes_media(engine.chatter.engine.template)
         return chatbot, messages, elements
 

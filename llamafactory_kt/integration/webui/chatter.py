@@ -21,9 +21,9 @@ from ...ground.paging import give_back_memory
 from ...model.state import has_kt_experts, kt_state
 from ..listening import warn_if_open
 from ..patching import asks_for, expect, replace
-from .background_load import PageLoad, warn
+from .background_load import PageLoad, running_load, warn
 from .loaded_form import LoadedForm
-from .status import model_path
+from .status import is_gone, model_path
 from .texts import say
 
 
@@ -152,11 +152,6 @@ def _switch(chatter: Any, args: dict[str, Any]) -> None:
     log_load_table(model)
 
 
-def is_gone(chatter: Any) -> bool:
-    """Whether a model of ours was loaded last, and has been unloaded."""
-    return not chatter.loaded and getattr(chatter, "_kt_unloaded", False)
-
-
 class _Asking:
     """The chatter for one answer: passes the Generation along with the question, and keeps its engine after Unload."""
 
@@ -179,12 +174,6 @@ def _loads(chatter: Any) -> Lock:
     """Held until a load has begun, or a plain one has ended."""
     lock: Lock = vars(chatter).setdefault("_kt_loads", Lock())
     return lock
-
-
-def running_load(chatter: Any) -> PageLoad | None:
-    """The load that another page, or this one before a reload, has started."""
-    load: PageLoad | None = getattr(chatter, "_kt_load", None)
-    return load if load is not None and load.running else None
 
 
 def _adapter_alone_differs(chatter: Any, args: dict[str, Any]) -> bool:

@@ -190,7 +190,7 @@ def _follow_load(engine: Any, elements: dict[str, Any]) -> None:
     """A page that is opened shows the load that is running, as far as it has come."""
     import gradio as gr
 
-    from .chatter import running_load
+    from .background_load import running_load
 
     def opened(language: str, seen: bool) -> Iterator[tuple[Any, Any, bool]]:
         if not seen and (load := running_load(engine.chatter)) is not None:

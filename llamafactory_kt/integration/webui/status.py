@@ -65,3 +65,8 @@ def heat_map(model: Any, answer: Any, language: str | None) -> str:
 def model_path(model: Any) -> str:
     """What a model was loaded from; empty if nobody knows."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+
+
+def is_gone(chatter: Any) -> bool:
+    """Whether a model of ours was loaded last, and has been unloaded."""
+    return not chatter.loaded and bool(getattr(chatter, "_kt_unloaded", False))

@@ -221,7 +221,7 @@ def test_a_load_that_is_stopped(tab, monkeypatch):
         each for each in tab.page.fns.values() if getattr(each.fn, "__name__", "") == "opened" and box in each.outputs
     )
     said = [status for status, *_ in opened.fn("zh", False)]
-    assert said[-3] == "模型已加载，现在可以与模型对话了！", "a page that is opened meanwhile follows"
+    assert said[-3].startswith("模型已加载"), "a page that is opened meanwhile follows"
     assert [*loading][-1].startswith("Model loaded")
 
 

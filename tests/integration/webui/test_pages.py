@@ -90,6 +90,7 @@ def test_answers_are_stopped_repeated_and_kept(browser, webchat, shots):
     choose_language(page, "en", "Submit")
     question.fill("")
     question.press("Enter")  # does nothing
+    settle(page)
     question.fill(PROMPTS[2])
     question.press("Enter")
     begun()

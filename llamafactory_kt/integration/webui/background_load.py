@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from threading import Event, Thread
+from typing import Any
 
 from ...ground.errors import KTError, describe, traceback_wanted
 from ...ground.machine import gib

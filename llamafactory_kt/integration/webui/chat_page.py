@@ -13,7 +13,8 @@ import gradio as gr
 
 from ...model.state import has_kt_experts, kt_state
 from ...router_stats.svg import POINTER
-from .answers import Messages, Shown, answers_of, up_to_question
+from .answers import answers_of, up_to_question
+from .page_answer import Messages, Shown
 from .status import heat_map, is_gone, status_line
 from .texts import say
 

@@ -33,10 +33,8 @@ def status_line(model: Any, answer: Any, language: str | None) -> str:
         at = answer.generation
         if at.tokens > 1 and not answer.running:
             parts.append(say("speed", language, speed=at.tokens_per_second))
-        used, whole = (
-            at.prompt_tokens + at.tokens,
-            getattr(model.config.get_text_config(), "max_position_embeddings", None),
-        )
+        used = at.prompt_tokens + at.tokens
+        whole = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         name = "context_used" if not whole else "context" if used <= whole else "context_over"
         parts.append(say(name, language, used=used, whole=whole))
     if answer is not None and answer.running:

@@ -14,6 +14,7 @@ import gradio as gr
 from ...model.state import has_kt_experts, kt_state
 from ...router_stats.svg import POINTER
 from .answers import answers_of, up_to_question
+from .making import Instead, move, move_out, unlimited
 from .page_answer import Messages, Shown
 from .status import heat_map, is_gone, status_line
 from .texts import say
@@ -61,7 +62,7 @@ def create(stock: Any, engine: Any, visible: bool) -> Any:
 
     asked_with = list(inspect.signature(chatter.append).parameters)
     chatbot, messages, elements = stock(
-        _Instead(engine, chatter=_Instead(chatter, append=append, stream=stream)), visible
+        Instead(engine, chatter=Instead(chatter, append=append, stream=stream)), visible
     )
     unlimited(stream)  # otherwise a second tab waits without a word, and cannot be stopped
     ours = {f"kt_{name}": element for name, element in _create(elements["chat_box"], chatbot).items()}
@@ -117,7 +118,7 @@ def create(stock: Any, engine: Any, visible: bool) -> Any:
         button.click(None, js=FOCUS, show_api=False)
 
     browser = gr.BrowserState()
-    _move_out(browser)
+    move_out(browser)
 
     def opened(known: str | None, language: str | None, request: gr.Request) -> Iterator[Any]:
         known = known or secrets.token_hex()
@@ -210,14 +211,6 @@ def question_field(stock: Any, loaded: bool, language: str | None) -> Any:
     return gr.Textbox(lines=stock.lines, **LOCALES["query"].get(language, {}))
 
 
-def unlimited(function: Any) -> None:
-    """Lift gradio's limit, of one call at a time, from the events of the page being made that call this function."""
-    page: Any = gr.context.Context.root_block
-    for event in page.fns.values():
-        if event.fn == function:
-            event.concurrency_limit = None
-
-
 def _model(chatter: Any) -> Any:
     return getattr(chatter.engine, "model", None)
 
@@ -233,17 +226,6 @@ def _as_typed(question: str) -> str:
     ('What are they?', 'a <image>')
     """
     return re.sub(r"^(<(image|video|audio)>)+", "", question)
-
-
-class _Instead:
-    """An object with some of its attributes replaced."""
-
-    def __init__(self, stock: Any, **replaced: Any):
-        self._stock = stock
-        vars(self).update(replaced)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stock, name)
 
 
 def _create(box: Any, chatbot: Any) -> dict[str, Any]:
@@ -265,21 +247,6 @@ def _create(box: Any, chatbot: Any) -> dict[str, Any]:
         "status": status, "buttons": buttons, "stop": stop, "again": again, "edit": edit, "heat_map": section, "plot": plot,
         "reset": reset, "loaded": loaded, "cleared": cleared,
     }  # fmt: skip
-
-
-def move(element: Any, before: Any = None, after: Any = None) -> None:
-    """Move an element of the page before or after a sibling."""
-    siblings = element.parent.children
-    siblings.remove(element)
-    siblings.insert(siblings.index(before) if before else siblings.index(after) + 1, element)
-
-
-def _move_out(element: Any) -> None:
-    """Move an element to the end of the page. In a tab, it would not exist before the tab is opened."""
-    element.parent.children.remove(element)
-    while element.parent.parent is not None:
-        element.parent = element.parent.parent
-    element.parent.children.append(element)
 
 
 def _ask_again(chatbot: Messages, messages: Messages) -> Shown:

@@ -52,7 +52,7 @@ def patch(module: ModuleType) -> None:
     languages = _languages(locales)
 
     def create_infer_tab(engine: Any) -> dict[str, Any]:
-        from .chat_page import move, unlimited
+        from .making import move, unlimited
 
         section = _create_section()
         with _more_inputs(engine.manager, {section[key] for key in _KEYS}):
@@ -141,7 +141,8 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
 
     from ...load_report import load_markdown, load_rows
     from ..media import takes_media
-    from .chat_page import follow, move
+    from .chat_page import follow
+    from .making import move
 
     def refresh(lang: str, status: str) -> list[Any]:
         model: Any = getattr(engine.chatter.engine, "model", None)

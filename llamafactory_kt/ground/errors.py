@@ -102,13 +102,22 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def describe(error: BaseException) -> str:
+def describe(error: BaseException, lines: bool = False) -> str:
     """An error's type and message without line breaks. Of our own errors only the message: the type tells users nothing.
+
+    Args:
+        lines: whether lists of mistakes keep their lines.
 
     >>> describe(ValueError("too\\nlong")), describe(KTConfigError("kt_backend: unknown value"))
     ('ValueError: too long', 'kt_backend: unknown value')
+    >>> describe(KTConfigError("Invalid:\\n  - one\\n  - two"), lines=True)
+    'Invalid:\\n- one\\n- two'
     """
-    return one_line(error) if isinstance(error, KTError) else f"{type(error).__name__}: {one_line(error)}"
+    if not isinstance(error, KTError):
+        return f"{type(error).__name__}: {one_line(error)}"
+    if lines:
+        return "\n".join(" ".join(line.split()) for line in str(error).splitlines()) or one_line(error)
+    return one_line(error)
 
 
 def traceback_wanted() -> bool:

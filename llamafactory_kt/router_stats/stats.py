@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, overload
 
 import numpy as np
@@ -75,6 +77,18 @@ class LayerStats:
         """``Expert load balance variance: 1250.5 (high variance)``, or None."""
         return f"Expert load balance variance: {self.variance:.1f} (high variance)" if self.high_variance else None
 
+    def __add__(self, other: LayerStats) -> LayerStats:
+        """Both counts of the same layer together."""
+        return self._with(other, operator.add)
+
+    def __sub__(self, other: LayerStats) -> LayerStats:
+        """What has been counted since an earlier look at the same layer."""
+        return self._with(other, operator.sub)
+
+    def _with(self, other: LayerStats, combine: Callable[[Any, Any], Any]) -> LayerStats:
+        names = [field.name for field in fields(self) if field.name != "layer"]
+        return LayerStats(self.layer, *(combine(getattr(self, name), getattr(other, name)) for name in names))
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
         arrays = ("prompt_counts", "answer_counts", "prompt_weights", "answer_weights", "counts", "weights", "balance")
@@ -121,6 +135,14 @@ def reset_router_stats(model: Any) -> None:
 def counts_experts(model: Any) -> bool:
     """Whether a model with KT experts counts what its routers choose."""
     return all(wrapper.router_counts is not None for wrapper in kt_state(model).wrappers)
+
+
+def counted_since(before: Mapping[int, LayerStats], now: Mapping[int, LayerStats]) -> dict[int, LayerStats]:
+    """What was counted between two looks at a model; all of ``now`` if its counts were reset in between."""
+    return {
+        layer: e - before[layer] if layer in before and before[layer].tokens <= e.tokens else e
+        for layer, e in now.items()
+    }
 
 
 def print_router_stats(model: Any) -> None:

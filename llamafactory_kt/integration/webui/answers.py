@@ -1,152 +1,53 @@
-"""Answers that run in threads of their own, and which of them each page shows.
-
-A page that is reloaded in mid-answer finds the answer again; Stop, Clear history and Unload end it.
-"""
+"""Which answers run, one after the other, and which of them each page shows. Stop, Clear history and Unload end them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextvars import copy_context
-from threading import Event, Lock, Thread
+from threading import Lock
 from typing import Any
 
+from ...model.state import has_kt_experts
+from ...router_stats.stats import counts_experts, get_router_stats
 from ..generation import Generation
-from .texts import say
+from .page_answer import Counts, Messages, PageAnswer, Shown
 
-Messages = list[dict[str, Any]]
-Shown = tuple[Messages, Messages]
-"""a conversation as a page shows it, and as the model gets it"""
-
-INTERVAL = 0.1
-"""seconds between two looks at an answer"""
 MOST = 100
 """pages and browsers whose last answer is kept"""
-
-
-class PageAnswer:
-    """An answer that is being generated. Continues if the page that asked for it is closed.
-
-    Args:
-        generation: what ``stream`` generates with.
-        stream: starts generating; its pieces are the conversation with more and more of the answer.
-        conversation: with the question, without the answer.
-        turn: held while an answer is generated.
-    """
-
-    def __init__(self, generation: Generation, stream: Callable[[], Iterator[Shown]], conversation: Shown, turn: Lock):
-        self.generation = generation
-        self.conversation = conversation
-        self.stopped = False
-        self._dropped = False
-        self._error: Exception | None = None
-        self._followers: set[object] = set()
-        self._followed = False
-        self._done = Event()
-        Thread(target=copy_context().run, args=(self._run, stream, turn), name="answer", daemon=True).start()
-
-    def _run(self, stream: Callable[[], Iterator[Shown]], turn: Lock) -> None:
-        try:
-            with turn:
-                if not self.stopped:
-                    for chatbot, messages in stream():
-                        self.conversation = [*chatbot], messages
-        except Exception as error:
-            self._error = error
-        finally:
-            self._done.set()
-
-    @property
-    def running(self) -> bool:
-        return not self._done.is_set()
-
-    @property
-    def abandoned(self) -> bool:
-        """Whether all pages that have shown it are gone."""
-        return self._followed and not self._followers
-
-    def stop(self) -> None:
-        """End it after the current token."""
-        if self.running:
-            self.stopped = True
-            self.generation.stop()
-
-    def drop(self) -> None:
-        """End it, and empty the pages that show it."""
-        self.stop()
-        self._dropped = True
-
-    def wait(self) -> None:
-        """Return when it has ended."""
-        self._done.wait()
-
-    def follow(self, language: str | None) -> Iterator[Shown]:
-        """The conversation whenever it changes, at last with the answer's figures below it.
-
-        Raises:
-            Exception: What ended the answer.
-        """
-        follower, shown = object(), None
-        self._followers.add(follower)
-        self._followed = True
-        try:
-            while not self._done.wait(INTERVAL) and not self._dropped:
-                if (now := self._now(language)) != shown:
-                    yield now
-                shown = now
-        finally:
-            self._followers.discard(follower)
-        yield ([], []) if self._dropped else self._with(self._figures(language))
-        if self._error is not None:
-            raise self._error
-
-    def _now(self, language: str | None) -> Shown:
-        at = self.generation
-        if at.tokens:
-            return self.conversation
-        if not at.prompt_tokens:
-            return self._with(say("begun", language))
-        return self._with(say("reading", language, read=at.read_tokens, prompt=at.prompt_tokens))
-
-    def _with(self, note: str) -> Shown:
-        """With a message of its own below: an answer may end inside a code block."""
-        chatbot, messages = self.conversation
-        said = [message for message in chatbot if message["role"] == "user" or message["content"]]
-        return ([*said, {"role": "assistant", "content": f"<small>{note}</small>"}] if note else said), messages
-
-    def _figures(self, language: str | None) -> str:
-        at = self.generation
-        if not at.tokens:
-            return say("not_answered" if self._error else "stopped", language).lstrip(" ·")
-        kept = say("kept", language, cached=at.cached_tokens) if at.cached_tokens else ""
-        figures = say(
-            "figures", language, speed=at.tokens_per_second, prompt=at.prompt_tokens, kept=kept,
-            first=at.seconds_to_first_token, answer=at.tokens,
-        )  # fmt: skip
-        if self.stopped:
-            return figures + say("stopped", language)
-        return figures + (say("cut", language) if at.finish_reason == "length" else "")
 
 
 class Answers:
     """The answers of one model: those that run, and the last one of each page and browser."""
 
-    def __init__(self) -> None:
-        self._turn = Lock()
+    def __init__(self, count: Callable[[], Counts]) -> None:
+        """Args:
+        count: what the model has counted so far; nothing if it does not count.
+        """
+        self._count = count
+        self._asking = Lock()
         self._running: set[PageAnswer] = set()
         self._last: dict[str, PageAnswer] = {}
         self._browsers: dict[str, str] = {}
 
     def ask(self, page: str | None, stream: Callable[[Generation], Iterator[Shown]], conversation: Shown) -> PageAnswer:
-        """Start an answer as soon as no other is running. Ends those that no page shows any more."""
-        for other in self.running():
-            if other.abandoned:
-                other.stop()
-        generation = Generation()
-        answer = PageAnswer(generation, lambda: stream(generation), conversation, self._turn)
-        self._running.add(answer)
+        """Start an answer as soon as those that were asked for before are done. Ends those that no page shows any more."""
+        generation, before = Generation(), self.last(page)
+        with self._asking:
+            for other in (ahead := self.running()):
+                if other.abandoned:
+                    other.stop()
+            answer = PageAnswer(
+                generation, lambda: stream(generation), conversation, ahead, self._count,
+                counted=before.counted if before else None,
+            )  # fmt: skip
+            self._running.add(answer)
         for key in filter(None, (page, self._browsers.get(page or ""))):
             _put(self._last, key, answer)
         return answer
+
+    def count_anew(self) -> None:
+        """Forget what was counted in all conversations. The model's own counts are its owner's to reset."""
+        for answer in {*self._last.values(), *self.running()}:
+            answer.counted = {}
 
     def running(self) -> list[PageAnswer]:
         """Those that have not ended."""
@@ -184,7 +85,12 @@ class Answers:
 
 def answers_of(chatter: Any) -> Answers:
     """The answers of LLaMA-Factory's chatter."""
-    answers: Answers = vars(chatter).setdefault("_kt_answers", Answers())
+
+    def count() -> Counts:
+        model = getattr(chatter.engine, "model", None)
+        return get_router_stats(model) if has_kt_experts(model) and counts_experts(model) else {}
+
+    answers: Answers = vars(chatter).setdefault("_kt_answers", Answers(count))
     return answers
 
 

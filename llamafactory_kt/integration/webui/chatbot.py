@@ -1,6 +1,7 @@
 """``llamafactory.webui.components.chatbot``: the conversation of both pages with Stop, Regenerate, and what is loaded.
 
-Made for gradio 5: ``create_chat_box`` is checked by its parameters, the components are gradio's public ones.
+Made for gradio 5: ``create_chat_box`` is checked by its parameters, the components are gradio's public ones. The limit of the page's events, one
+at a time, is lifted in ``fns`` of the page that is being made.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def patch(module: ModuleType) -> None:
             engine.manager.get_elem_by_id("top.lang").value = None
         chatbot, messages, elements = create(stock, engine, visible)
         if ours:
+            elements["query"].lines = 1
             elements["mm_box"].visible = takes_media(engine.chatter.engine.template)
         return chatbot, messages, elements
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -20,8 +21,9 @@ from ...ground.paging import give_back_memory
 from ...model.state import has_kt_experts, kt_state
 from ..listening import warn_if_open
 from ..patching import asks_for, expect, replace
-from .background_load import PageLoad, warn
-from .status import model_path
+from .background_load import PageLoad, running_load, warn
+from .loaded_form import LoadedForm
+from .status import is_gone, model_path
 from .texts import say
 
 
@@ -46,40 +48,47 @@ def patch(module: ModuleType) -> None:
             self.manager, self.demo_mode, self.engine = page.manager, page.demo_mode, None
 
     def load_model(self: Any, data: dict[Any, Any]) -> Iterator[str]:
-        if (running := _running(self)) is None:
-            reader = Reader(self)
-            refused = list(stock_load(reader, data))
-            if not hasattr(reader, "args"):
-                yield from refused
-                return
-            args = with_section(self.manager, data, reader.args)
-            switching = self.loaded and _adapter_alone_differs(self, args)
-            if self.loaded and not switching and (asks_for("use_kt", args) or has_kt_experts(_model(self))):
-                if offer := _offer(self, args, data[self.manager.get_elem_by_id("top.lang")]):
-                    yield warn(offer)
+        with _loads(self):  # the page's events are not limited to one at a time
+            if (running := running_load(self)) is None:
+                reader = Reader(self)
+                refused = list(stock_load(reader, data))
+                if not hasattr(reader, "args"):
+                    yield from refused
                     return
-                yield from self.unload_model(data)
-            if not asks_for("use_kt", args):
-                yield from stock_load(self, data)
-                return
+                args = with_section(self.manager, data, reader.args)
+                switching = self.loaded and _adapter_alone_differs(self, args)
+                if self.loaded and not switching and (asks_for("use_kt", args) or has_kt_experts(_model(self))):
+                    if offer := _offer(self, args, data[self.manager.get_elem_by_id("top.lang")]):
+                        yield warn(offer)
+                        return
+                    yield from self.unload_model(data)
+                if not asks_for("use_kt", args):
+                    yield from stock_load(self, data)
+                    return
 
-            if not switching:
-                warn_if_open()
+                if not switching:
+                    warn_if_open()
 
-            def work() -> None:
-                if switching:
-                    _switch(self.engine.model, args)
-                else:
-                    base.__init__(self, args)
-                self._kt_args, self._kt_offered, self._kt_unloaded = args, None, False
+                def work() -> None:
+                    if switching:
+                        _switch(self, args)
+                    else:
+                        base.__init__(self, args)
+                    self._kt_args, self._kt_offered, self._kt_unloaded = args, None, False
+                    self._kt_form = LoadedForm(self.manager, data, args)
 
-            running = self._kt_load = PageLoad(work, switching, debug=asks_for("kt_debug", args))
+                running = self._kt_load = PageLoad(work, switching, debug=asks_for("kt_debug", args))
         yield from running.report(data[self.manager.get_elem_by_id("top.lang")])
 
     def unload_model(self: Any, data: dict[Any, Any]) -> Iterator[str]:
-        if _running(self) is not None:
-            yield warn(say("busy", data[self.manager.get_elem_by_id("top.lang")]))
-            return
+        if (load := running_load(self)) is not None:
+            language = data[self.manager.get_elem_by_id("top.lang")]
+            load.stop()
+            yield say("stopping_load", language)
+            load.wait()
+            if not self.loaded:
+                yield say("load_stopped", language)
+                return
         ours = has_kt_experts(_model(self))
         if ours:
             from .answers import answers_of
@@ -88,7 +97,7 @@ def patch(module: ModuleType) -> None:
             kt_state(_model(self)).lock.wait_until_idle()
         yield from stock_unload(self, data)
         if ours and not self.loaded:
-            self._kt_args, self._kt_unloaded = None, True
+            self._kt_args, self._kt_form, self._kt_unloaded = None, None, True
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -100,7 +109,7 @@ def patch(module: ModuleType) -> None:
         import gradio
 
         if not has_kt_experts(_model(self)):
-            if not self.loaded and getattr(self, "_kt_unloaded", False):
+            if is_gone(self):
                 yield chatbot, messages
                 raise gradio.Error(say("gone", lang), duration=None, print_exception=False)
             yield from stock_stream(self, chatbot, messages, lang, *rest, **more)
@@ -128,16 +137,18 @@ def with_section(manager: Any, data: dict[Any, Any], args: dict[str, Any]) -> di
     return {k: v for k, v in values.items() if not (isinstance(nested, dict) and k in nested)} | args
 
 
-def _switch(model: Any, args: dict[str, Any]) -> None:
+def _switch(chatter: Any, args: dict[str, Any]) -> None:
     from ...apply import switch_adapter
     from ...router_stats.stats import counts_experts, reset_router_stats
     from ..chat_config import open_configured, parse
     from ..model.loader import log_load_table
+    from .answers import answers_of
 
-    model_args = parse(args)
+    model, model_args = _model(chatter), parse(args)
     switch_adapter(model, open_configured(model_args), model_args.kt_lora_scope)
     if counts_experts(model):
         reset_router_stats(model)
+        answers_of(chatter).count_anew()
     log_load_table(model)
 
 
@@ -159,10 +170,10 @@ def _model(chatter: Any) -> Any:
     return getattr(chatter.engine, "model", None)
 
 
-def _running(chatter: Any) -> PageLoad | None:
-    """The load that another page, or this one before a reload, has started."""
-    load: PageLoad | None = getattr(chatter, "_kt_load", None)
-    return load if load is not None and load.running else None
+def _loads(chatter: Any) -> Lock:
+    """Held until a load has begun, or a plain one has ended."""
+    lock: Lock = vars(chatter).setdefault("_kt_loads", Lock())
+    return lock
 
 
 def _adapter_alone_differs(chatter: Any, args: dict[str, Any]) -> bool:

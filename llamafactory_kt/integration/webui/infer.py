@@ -30,6 +30,12 @@ _KEYS = (
     "use_kt", "kt_backend", "kt_num_threads", "kt_threadpool_count", "kt_weight_path", "kt_lora_scope",
     "kt_router_stats", "kt_debug",
 )  # fmt: skip
+_TOP = (
+    "model_path", "finetuning_type", "checkpoint_path", "quantization_bit", "quantization_method", "template", "rope_scaling", "booster",
+)  # fmt: skip
+_FIELDS = ("infer_backend", "infer_dtype", "extra_args")
+"""LLaMA-Factory's fields that a load reads, above the tabs and in this one. Without the model's name: when it changes, LLaMA-Factory fills in
+others."""
 
 
 def patch(module: ModuleType) -> None:
@@ -46,13 +52,14 @@ def patch(module: ModuleType) -> None:
     languages = _languages(locales)
 
     def create_infer_tab(engine: Any) -> dict[str, Any]:
-        from .chat_page import move
+        from .making import move, unlimited
 
         section = _create_section()
         with _more_inputs(engine.manager, {section[key] for key in _KEYS}):
             elements: dict[str, Any] = stock(engine)
+        unlimited(engine.chatter.load_model)  # what another page loads can be followed
         move(section["kt_section"], before=elements["load_btn"].parent)
-        return elements | section | _create_report(engine, elements, locales)
+        return elements | section | _create_report(engine, elements | section, locales)
 
     add_components(locales.LOCALES, languages)
     replace(module, create_infer_tab)
@@ -98,15 +105,21 @@ def _create_section() -> dict[str, Any]:
     with gr.Accordion(open=False) as section:
         elements: dict[str, Any] = {"kt_section": section}
         with gr.Row():
-            elements["use_kt"] = gr.Checkbox(value=False)
-            elements["kt_backend"] = gr.Dropdown(choices=list(backend_names()), value=_DEFAULTS["kt_backend"])
-            elements["kt_num_threads"] = gr.Textbox(value=_SHOWN["kt_num_threads"])
-            elements["kt_threadpool_count"] = gr.Number(value=_SHOWN["kt_threadpool_count"], precision=0, minimum=1)
+            elements["use_kt"] = gr.Checkbox(value=False, min_width=190)
+            elements["kt_backend"] = gr.Dropdown(
+                choices=list(backend_names()), value=_DEFAULTS["kt_backend"], min_width=190
+            )
+            elements["kt_num_threads"] = gr.Textbox(value=_SHOWN["kt_num_threads"], min_width=190)
+            elements["kt_threadpool_count"] = gr.Number(
+                value=_SHOWN["kt_threadpool_count"], precision=0, minimum=1, min_width=190
+            )
         with gr.Row():
-            elements["kt_weight_path"] = gr.Textbox(value=_SHOWN["kt_weight_path"])
-            elements["kt_lora_scope"] = gr.Dropdown(choices=list(SCOPES), value=_DEFAULTS["kt_lora_scope"])
-            elements["kt_router_stats"] = gr.Checkbox(value=False)
-            elements["kt_debug"] = gr.Checkbox(value=False)
+            elements["kt_weight_path"] = gr.Textbox(value=_SHOWN["kt_weight_path"], min_width=190)
+            elements["kt_lora_scope"] = gr.Dropdown(
+                choices=list(SCOPES), value=_DEFAULTS["kt_lora_scope"], min_width=190
+            )
+            elements["kt_router_stats"] = gr.Checkbox(value=False, min_width=190)
+            elements["kt_debug"] = gr.Checkbox(value=False, min_width=190)
         elements["kt_names"] = gr.Markdown()
     return elements
 
@@ -128,11 +141,12 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
 
     from ...load_report import load_markdown, load_rows
     from ..media import takes_media
-    from .chat_page import follow, move
+    from .chat_page import follow
+    from .making import move
 
     def refresh(lang: str, status: str) -> list[Any]:
         model: Any = getattr(engine.chatter.engine, "model", None)
-        loaded = has_kt_experts(model)
+        loaded, form = has_kt_experts(model), getattr(engine.chatter, "_kt_form", None)
         # A change of language resets the status line to "unloaded", even if a model is loaded.
         says_loaded, says_unloaded = locales.ALERTS["info_loaded"][lang], locales.LOCALES["info_box"][lang]["value"]
         gone = engine.chatter.engine is None and status == says_loaded  # another tab has unloaded it
@@ -140,6 +154,7 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
             says_loaded if loaded and status == says_unloaded else says_unloaded if gone else gr.skip(),
             gr.Accordion(visible=loaded),
             load_markdown(load_rows(model)) if loaded else "",
+            form.as_yaml() if loaded and form else "",
             # LLaMA-Factory shows it for names of its list, which a model given by its path has not
             gr.Column(visible=True) if loaded and takes_media(engine.chatter.engine.template) else gr.skip(),
         ]
@@ -147,14 +162,46 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
     box, lang = elements["info_box"], engine.manager.get_elem_by_id("top.lang")
     box.lines = 2  # from two lines on, a text field grows with its text
     with gr.Accordion(open=True, visible=False) as report:
-        table = gr.Markdown()
+        table = gr.Markdown(elem_classes="kt-steady")
+        keys = gr.Markdown(elem_classes="kt-steady")
+        fill = gr.Button(size="sm")
     move(report, after=box)
     triggers = [box.change]
     if "kt_loaded" in elements:  # the chat box was hooked
         follow(engine, elements, triggers)
         triggers = [*triggers, elements["kt_loaded"].change]
     gr.on(
-        triggers, refresh, [lang, box], [box, report, table, elements["mm_box"]],
+        triggers, refresh, [lang, box], [box, report, table, keys, elements["mm_box"]],
         trigger_mode="always_last", show_progress="hidden", show_api=False,
     )  # fmt: skip
-    return {"kt_report": report}
+    _follow_load(engine, elements)
+
+    def fill_in() -> list[Any]:
+        form = getattr(engine.chatter, "_kt_form", None)
+        return form.values(filled) if form else [gr.skip()] * len(filled)
+
+    names = [name for name in (*_FIELDS, *_KEYS) if name in elements]
+    filled = {f"infer.{name}": elements[name] for name in names}
+    filled |= {f"top.{name}": engine.manager.get_elem_by_id(f"top.{name}") for name in _TOP}
+    fill.click(fill_in, outputs=list(filled.values()), show_api=False)
+    return {"kt_report": report, "kt_fill": fill}
+
+
+def _follow_load(engine: Any, elements: dict[str, Any]) -> None:
+    """A page that is opened shows the load that is running, as far as it has come."""
+    import gradio as gr
+
+    from .background_load import running_load
+
+    def opened(language: str, seen: bool) -> Iterator[tuple[Any, Any, bool]]:
+        if not seen and (load := running_load(engine.chatter)) is not None:
+            for status in load.report(language):
+                yield status, gr.skip(), True
+            yield gr.skip(), gr.Column(visible=engine.chatter.loaded), True
+        yield gr.skip(), gr.skip(), True
+
+    seen, lang = gr.State(False), engine.manager.get_elem_by_id("top.lang")  # which a page gets when it is opened
+    lang.change(
+        opened, [lang, seen], [elements["info_box"], elements["chat_box"], seen],
+        concurrency_limit=None, show_progress="hidden", show_api=False,
+    )  # fmt: skip

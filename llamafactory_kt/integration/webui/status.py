@@ -9,9 +9,13 @@ from typing import Any
 from ...model.state import has_kt_experts, kt_state
 from .texts import MESSAGES, say
 
-_STEADY = "<style>.kt-steady .html-container {opacity: 1 !important}</style>"
-"""what waits for an answer's end, gradio would fade meanwhile"""
-_PARTS = ("axes", "summary", "cell", "scale")
+_STYLE = """<style>
+.kt-steady .html-container, .kt-steady .prose {opacity: 1 !important}
+.kt-query textarea {field-sizing: content; height: auto !important; min-height: 84px; max-height: 40vh; overflow-y: auto !important}
+</style>"""
+"""What waits for an answer's end, gradio would fade meanwhile. A field of one line, which gradio sends on Enter, shall look like more, grow with
+its text, and shrink when that has been sent."""
+_PARTS = ("axes", "point", "cell", "scale")
 
 
 def status_line(model: Any, answer: Any, language: str | None) -> str:
@@ -25,34 +29,42 @@ def status_line(model: Any, answer: Any, language: str | None) -> str:
         html.escape(say("adapters", language, names=" + ".join(names)) if names else say("no_adapter", language)),
         html.escape(say("engine", language, name=state.engine.name)),
     ]
-    if answer is not None and answer.generation.prompt_tokens:
+    if answer is not None and answer.generation.prompt_tokens and not answer.taken_back:
         at = answer.generation
         if at.tokens > 1 and not answer.running:
             parts.append(say("speed", language, speed=at.tokens_per_second))
+        used = at.prompt_tokens + at.tokens
         whole = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        parts.append(
-            say("context" if whole else "context_used", language, used=at.prompt_tokens + at.tokens, whole=whole)
-        )
+        name = "context_used" if not whole else "context" if used <= whole else "context_over"
+        parts.append(say(name, language, used=used, whole=whole))
     if answer is not None and answer.running:
-        parts.append(say("answering", language))
-    return f'{_STEADY}<span style="font-size:13px">{" · ".join(parts)}</span>'
+        parts.append(say("in_line_short" if answer.ahead else "answering", language))
+    return f'{_STYLE}<span style="font-size:13px">{" · ".join(parts)}</span>'
 
 
-def heat_map(model: Any, language: str | None) -> str:
-    """HTML: how often the experts were used, or that nothing was counted yet; empty for a model that does not count."""
+def heat_map(model: Any, answer: Any, language: str | None) -> str:
+    """HTML: how often the experts were used in a page's conversation, or that nothing was counted in it yet; empty for a model that does not
+    count."""
     from ...router_stats.stats import counts_experts, get_router_stats
     from ...router_stats.svg import heat_map_html
 
     if not has_kt_experts(model) or not counts_experts(model):
         return ""
-    stats = get_router_stats(model)
-    if not any(entry.tokens for entry in stats.values()):
-        return f"<p>{say('uncounted', language)}</p>"
-    return heat_map_html(
-        stats, {part: MESSAGES[f"map_{part}"].get(language or "en", MESSAGES[f"map_{part}"]["en"]) for part in _PARTS}
-    )
+    total = next(iter(get_router_stats(model).values())).tokens
+    counted = answer.counted if answer is not None else {}
+    first = next(iter(counted.values()), None)
+    if first is None or not first.tokens:
+        return f"<p>{say('uncounted', language)} {say('map_total', language, total=total) if total else ''}</p>"
+    summary = say("map_summary", language, tokens=first.tokens, answers=first.tokens - first.prompt_tokens)
+    texts = {part: MESSAGES[f"map_{part}"].get(language or "en", MESSAGES[f"map_{part}"]["en"]) for part in _PARTS}
+    return f"<p>{summary} {say('map_total', language, total=total)}</p>{heat_map_html(counted, texts)}"
 
 
 def model_path(model: Any) -> str:
     """What a model was loaded from; empty if nobody knows."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+
+
+def is_gone(chatter: Any) -> bool:
+    """Whether a model of ours was loaded last, and has been unloaded."""
+    return not chatter.loaded and bool(getattr(chatter, "_kt_unloaded", False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -59,6 +60,10 @@ COMPONENTS: dict[str, dict[str, dict[str, str]]] = {
         },
     },
     "kt_report": {"en": {"label": "Load report"}, "zh": {"label": "加载报告"}},
+    "kt_fill": {
+        "en": {"value": "Set the form to what is loaded"},
+        "zh": {"value": "把表单恢复为已加载的设置"},
+    },
     "kt_stop": {"en": {"value": "Stop"}, "zh": {"value": "停止"}},
     "kt_again": {"en": {"value": "Regenerate"}, "zh": {"value": "重新生成"}},
     "kt_edit": {"en": {"value": "Edit last question"}, "zh": {"value": "修改上一个问题"}},
@@ -76,6 +81,7 @@ MESSAGES: dict[str, dict[str, str]] = {
         "en": "Measuring engines: {plan} of {plans}, once for this machine... {seconds:.0f} s",
         "zh": "正在测量引擎：{plan} / {plans}，这台机器只测一次……{seconds:.0f} 秒",
     },
+    "can_stop": {"en": " · “{button}” stops it", "zh": " · 点“{button}”可停止"},
     "waiting": {"en": "{before} {seconds:.0f} s", "zh": "{before}{seconds:.0f} 秒"},
     "switching": {"en": "Exchanging the adapter...", "zh": "正在切换 adapter……"},
     "switched": {"en": "Adapter exchanged; the model stayed loaded.", "zh": "adapter 已切换，模型没有重新加载。"},
@@ -84,10 +90,11 @@ MESSAGES: dict[str, dict[str, str]] = {
         "en": "The adapter was not exchanged; the previous one is still in place. {error}",
         "zh": "adapter 未能切换，原来的 adapter 仍然生效。{error}",
     },
-    "busy": {
-        "en": "A model is being loaded. Unload it when that is done.",
-        "zh": "模型正在加载，请等加载完成后再卸载。",
+    "stopping_load": {
+        "en": "Stopping the load, after what is being read or measured…",
+        "zh": "正在停止加载，等当前的读取或测量结束……",
     },
+    "load_stopped": {"en": "The load was stopped.", "zh": "加载已停止。"},
     "loaded_so": {
         "en": "The model is already loaded as it is set here.",
         "zh": "模型已经按这里的设置加载。",
@@ -101,8 +108,18 @@ MESSAGES: dict[str, dict[str, str]] = {
         "en": "The model was unloaded, in another tab or by another user. Load one, then ask again.",
         "zh": "模型已在另一个标签页或由其他用户卸载。请重新加载后再提问。",
     },
+    "placeholder": {
+        "en": "Ask something. Enter sends it, Shift+Enter starts a new line.",
+        "zh": "请输入问题。按 Enter 发送，按 Shift+Enter 换行。",
+    },
     "begun": {"en": "Waiting for the model…", "zh": "等待模型……"},
+    "in_line": {
+        "en": "Waiting in line: the model answers others first ({ahead}).",
+        "zh": "排队等待：模型先回答前面的提问（{ahead} 个）。",
+    },
+    "in_line_short": {"en": "waiting in line…", "zh": "正在排队……"},
     "stopped": {"en": " · stopped", "zh": " · 已停止"},
+    "stopped_early": {"en": "Stopped before the first word.", "zh": "尚未开始回答就已停止。"},
     "not_answered": {"en": "Not answered.", "zh": "没有得到回答。"},
     "cut": {"en": " · cut at the maximum of new tokens", "zh": " · 达到最大生成长度，已截断"},
     "adapters": {"en": "adapter {names}", "zh": "adapter：{names}"},
@@ -110,17 +127,23 @@ MESSAGES: dict[str, dict[str, str]] = {
     "engine": {"en": "engine {name}", "zh": "引擎：{name}"},
     "speed": {"en": "{speed:.1f} tokens/s", "zh": "{speed:.1f} token/s"},
     "context": {"en": "context {used} of {whole} tokens", "zh": "上下文已用 {used} / {whole} 个 token"},
+    "context_over": {
+        "en": "<b>context {used} tokens, more than the model's {whole}: clear the history</b>",
+        "zh": "<b>上下文已用 {used} 个 token，超出模型的 {whole} 个：请清空历史</b>",
+    },
     "context_used": {"en": "context {used} tokens", "zh": "上下文已用 {used} 个 token"},
     "answering": {"en": "answering…", "zh": "正在回答……"},
     "uncounted": {"en": "No answers counted yet.", "zh": "还没有统计到任何回答。"},
     "map_axes": {"en": "Rows: layers, columns: experts", "zh": "行：层，列：专家"},
     "map_summary": {
-        "en": "{tokens} tokens, {answers} of them in answers",
-        "zh": "{tokens} 个 token，其中 {answers} 个在回答里",
+        "en": "This conversation: {tokens} tokens, {answers} of them in answers.",
+        "zh": "本次对话：{tokens} 个 token，其中 {answers} 个在回答里。",
     },
+    "map_total": {"en": "All conversations: {total} tokens.", "zh": "全部对话：{total} 个 token。"},
+    "map_point": {"en": "Point at a cell to see its figures.", "zh": "把指针移到格子上，即可查看数值。"},
     "map_cell": {
-        "en": "layer {layer}, expert {expert}: {tokens} tokens, {balance:.2f} × the layer's mean",
-        "zh": "第 {layer} 层，专家 {expert}：{tokens} 个 token，为该层平均值的 {balance:.2f} 倍",
+        "en": "layer {layer}, expert {expert}: {tokens} tokens, {balance} × the layer's mean",
+        "zh": "第 {layer} 层，专家 {expert}：{tokens} 个 token，为该层平均值的 {balance} 倍",
     },
     "map_scale": {"en": "tokens / mean of the layer", "zh": "token 数 / 该层平均值"},
     "reading": {
@@ -145,6 +168,29 @@ def add_components(locales: dict[str, Any], languages: Iterable[str]) -> None:
 def _with_key(name: str, properties: dict[str, str]) -> dict[str, str]:
     """A field for a key also says what the key is called in a YAML."""
     return properties | {"label": f"{properties['label']} ({name})"} if "info" in properties else properties
+
+
+_FIELDS = {
+    "model_name_or_path": "model_path", "adapter_name_or_path": "checkpoint_path", "template": "template",
+    "infer_backend": "infer_backend",
+}  # fmt: skip
+"""keys that LLaMA-Factory's own fields set -> the fields"""
+
+
+def with_fields(error: str, language: str) -> str:
+    """An error with the names of the page's fields beside those of their keys, once each."""
+    from llamafactory.webui.locales import LOCALES
+
+    for key, field in {
+        **_FIELDS,
+        **{name: name for name, texts in COMPONENTS.items() if "info" in texts["en"]},
+    }.items():
+        label = LOCALES[field][language]["label"].removesuffix(f" ({key})")
+        # a word such as "template" also stands in sentences
+        pattern = rf"\b{key}\b" if "_" in key else rf"(?m)(?<=^- )\b{key}(?=:)|^{key}(?=:)"
+        if found := re.search(pattern, error):
+            error = f"{error[: found.start()]}{label} ({key}){error[found.end() :]}"
+    return error
 
 
 def say(name: str, language: str | None, /, **values: Any) -> str:

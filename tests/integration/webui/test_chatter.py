@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import gradio
@@ -82,7 +83,7 @@ def slowly(monkeypatch) -> None:
 def test_fields_for_pictures(tab, tmp_path):
     """LLaMA-Factory shows them for names of its list, and for no model that is given by its path."""
     box = tab.manager.get_elem_by_id("infer.mm_box")
-    refresh = next(each for each in tab.page.fns.values() if each.fn.__name__ == "refresh")
+    refresh = next(each for each in tab.page.fns.values() if getattr(each.fn, "__name__", "") == "refresh")
     assert box in refresh.outputs
 
     def shown() -> bool:
@@ -148,12 +149,13 @@ def test_nor_is_one_that_was_stopped_while_it_was_read(tab, slowly):
     from llamafactory_kt.integration.webui.answers import answers_of
 
     tab.load()
-    for state in tab.ask("word " * 1500, kt_page="page"):
+    for _, messages in tab.ask("word " * 1500, kt_page="page"):
+        left = messages
         answer = answers_of(tab.chatter).last("page")
         if answer.generation.read_tokens:
             answer.stop()
     assert answer.stopped and answer.generation.tokens == 0
-    asked = [*state[1], {"role": "user", "content": PROMPTS[2]}]
+    asked = [*left, {"role": "user", "content": PROMPTS[2]}]
     *_, (_, messages) = tab.ask(PROMPTS[2], messages=asked)
     assert messages[-1] == {"role": "assistant", "content": EXPECTED[PROMPTS[2]]["base"]} and len(messages) == 2
 
@@ -186,7 +188,59 @@ def test_answers_of_pages(tab, slowly):
     assert [*asking][-1] == ([], []) and answers.last("page") is None
 
 
+def test_pages_wait_in_line(tab, slowly):
+    from llamafactory_kt.integration.webui.answers import answers_of
+
+    tab.load()
+    answers = answers_of(tab.chatter)
+    first, second, third = (tab.ask(PROMPTS[2], kt_page=page) for page in ("first", "second", "third"))
+    next(first)
+    assert [next(asking)[0][-1]["content"] for asking in (second, third)] == [
+        f"<small>Waiting in line: the model answers others first ({ahead}).</small>" for ahead in (1, 2)
+    ]
+    answers.last("second").stop()
+    *_, (shown, _) = second
+    assert "Stopped before the first word." in shown[-1]["content"] and answers.last("first").running
+    for asking in (first, third):
+        *_, (shown, _) = asking
+        assert shown[-2]["content"] == EXPECTED[PROMPTS[2]]["base"]
+
+
+def test_a_load_that_is_stopped(tab, monkeypatch):
+    going_on, load = Event(), ReferenceEngine.load
+    monkeypatch.setattr(ReferenceEngine, "load", lambda *args: going_on.wait() and load(*args))
+    loading, unloading = tab.chatter.load_model(tab.data), tab.chatter.unload_model(tab.data)
+    next(loading)
+    next(unloading)
+    going_on.set()
+    assert [*unloading][-1] == [*loading][-1] == "The load was stopped." and not tab.chatter.loaded
+    loading = tab.chatter.load_model(tab.data)
+    next(loading)
+    box = tab.manager.get_elem_by_id("infer.info_box")
+    opened = next(
+        each for each in tab.page.fns.values() if getattr(each.fn, "__name__", "") == "opened" and box in each.outputs
+    )
+    said = [status for status, *_ in opened.fn("zh", False)]
+    assert said[-3].startswith("模型已加载"), "a page that is opened meanwhile follows"
+    assert [*loading][-1].startswith("Model loaded")
+
+
+def test_errors_name_the_fields(tab, tmp_path):
+    tab.set("infer", extra_args='{"kt_bakend": "torch"}', kt_num_threads="many")
+    tab.set("top", checkpoint_path=[str(tmp_path / "nowhere")])
+    first, *mistakes = tab.load().split("\n")
+    assert first.startswith("The model was not loaded. ") and len(mistakes) == 3
+    for part in (
+        "- kt_bakend: unknown key",
+        "- Threads (kt_num_threads) ",
+        "- Checkpoint path (adapter_name_or_path): ",
+    ):
+        assert any(line.startswith(part) for line in mistakes), mistakes
+
+
 def test_adapters_that_cannot_be_exchanged(tab, tmp_path, demo):
+    from llamafactory_kt.integration.webui.answers import answers_of
+
     tab.set("top", checkpoint_path=[str(demo / "adapter")])
     assert tab.load().startswith("Model loaded")
     model = tab.chatter.engine.model
@@ -210,10 +264,13 @@ def test_adapters_that_cannot_be_exchanged(tab, tmp_path, demo):
     assert tab.load().startswith("Model loaded") and tab.chatter.engine.model is not model, "asked for twice"
 
     tab.set("top", checkpoint_path=[str(demo / "adapter")])
-    list(tab.ask(PROMPTS[2]))
-    assert get_router_stats(tab.chatter.engine.model, 1).tokens
+    answers = answers_of(tab.chatter)
+    for page in ("one", "one", "other"):
+        list(tab.ask(PROMPTS[2], kt_page=page))
+    one, other = (answers.last(page).counted[1].tokens for page in ("one", "other"))
+    assert one > other > 0 and one + other == get_router_stats(tab.chatter.engine.model, 1).tokens
     assert tab.load().startswith("Adapter exchanged")
-    assert not get_router_stats(tab.chatter.engine.model, 1).tokens
+    assert not get_router_stats(tab.chatter.engine.model, 1).tokens and not answers.last("one").counted
 
 
 @pytest.mark.skipif(not HAS_SEED, reason="LLaMA-Factory 0.9.5's page has no seed")

@@ -57,7 +57,9 @@ def test_webchat(browser, webchat, shots):
     assert answer == EXPECTED[PROMPTS[2]]["adapter"]
     drawn.append(redrawn(page, drawn[-1]))
     prompts.append(tokens)
-    assert "layer 1, expert 7: " in drawn[-1]
+    counts = page.locator(".kt-heat-map").get_attribute("data-counts").split(";")[1].split()
+    page.locator(".kt-heat-map image").hover(position={"x": 7.5 * 28, "y": 1.5 * 14})  # the middle of a cell
+    page.locator(".kt-cell", has_text=f"layer 2, expert 7: {counts[7]} tokens").wait_for()
     assert re.search(
         rf"[\d.]+ tokens/s · context {tokens + 19} of 1024 tokens", page.locator(".kt-status").first.inner_text()
     )
@@ -66,8 +68,10 @@ def test_webchat(browser, webchat, shots):
     _, tokens = ask(page, PROMPTS[3], "提交", "zh")
     drawn.append(redrawn(page, drawn[-1]))
     page.screenshot(path=shots / "webchat_zh.png", full_page=True)
+    press(page, "清空历史")
+    page.get_by_text("还没有统计到任何回答。 全部对话：").wait_for()
     press(page, "重新统计")
-    page.get_by_text("还没有统计到任何回答。").wait_for()
+    page.get_by_text("全部对话：").wait_for(state="detached")
     assert prompts[0] + 20 < tokens < prompts[0] + 60, "the first question and answer, without the figures below it"
     page.close()
 
@@ -77,15 +81,18 @@ def test_answers_are_stopped_repeated_and_kept(browser, webchat, shots):
     context = browser.new_context()
     page = open_page(context, webchat)
     whole, said, asked = EXPECTED[PROMPTS[2]]["adapter"], "[data-testid=bot]", "[data-testid=user]"
-    question = page.locator("textarea").locator("visible=true").last
+    question, waits = page.locator(".kt-query textarea"), "the model answers others first (1)"
 
     def begun(text: str = whole[:4]) -> None:
         page.locator(said, has_text=text).wait_for()
 
     settle(page)
     choose_language(page, "en", "Submit")
+    question.fill("")
+    question.press("Enter")  # does nothing
+    settle(page)
     question.fill(PROMPTS[2])
-    press(page, "Submit")
+    question.press("Enter")
     begun()
     press(page, "Stop")
     begun("· stopped")
@@ -106,15 +113,23 @@ def test_answers_are_stopped_repeated_and_kept(browser, webchat, shots):
     press(second, "Submit")
     second.locator(said, has_text=EXPECTED[PROMPTS[3]]["adapter"][:12]).wait_for()
     second.screenshot(path=shots / "webchat_second_tab.png", full_page=True)
-    second.close()
 
     page.bring_to_front()
     assert page.locator(asked).count() == 1, "each tab goes on by itself"
     press(page, "Edit last question")
     page.locator(asked).wait_for(state="detached")
     assert question.input_value() == PROMPTS[2]
+    question.fill("word " * 300)  # what the model says to that has no end
     press(page, "Submit")
     begun()
+    assert page.evaluate("document.activeElement.tagName") == "TEXTAREA", "the next question can be typed"
+    second.locator(".kt-query textarea").fill(PROMPTS[2])
+    second.locator(".kt-query textarea").press("Enter")
+    second.locator(said, has_text=waits).wait_for()
+    second.screenshot(path=shots / "webchat_waiting.png", full_page=True)
+    press(second, "Stop")
+    second.locator(said, has_text="Stopped before the first word").wait_for()
+    second.close()
     press(page, "Clear history")
     page.locator(asked).wait_for(state="detached")
     settle(page)
@@ -166,7 +181,9 @@ def test_board(browser, board, demo, shots):
 
     field(page, "Threads").fill("many")
     press(page, "Load model")
-    assert "kt_num_threads must be a positive whole number or auto, found 'many'" in status(page, "was not loaded")
+    assert "Threads (kt_num_threads) must be a positive whole number or auto, found 'many'" in status(
+        page, "was not loaded"
+    )
     page.get_by_test_id("toast-body").filter(has_text="found 'many'").wait_for()
     page.wait_for_timeout(500)
     page.screenshot(path=shots / "board_en_failed.png")
@@ -176,7 +193,8 @@ def test_board(browser, board, demo, shots):
     press(page, "Load model")
     progress = status(page, "layer 2 of 3")
     assert re.fullmatch(
-        r"Loading the experts: layer 2 of 3 · 0\.\d MiB of 1\.7 MiB · [\d.]+ [KM]iB/s · \d+ s", progress
+        r"Loading the experts: layer 2 of 3 · 0\.\d MiB of 1\.7 MiB · [\d.]+ [KM]iB/s · \d+ s · “Unload model” stops it",
+        progress,
     ), progress
     page.screenshot(path=shots / "board_en_loading.png")
     status(page, "Model loaded")
@@ -187,9 +205,18 @@ def test_board(browser, board, demo, shots):
     redrawn(page, "")
     page.screenshot(path=shots / "board_en_answered.png", full_page=True)
 
+    page.reload()
+    page.get_by_role("tab", name="Chat").click()
+    page.locator("[data-testid=bot]", has_text=answer).wait_for()
+    press(page, "Set the form to what is loaded")
+    page.get_by_text("kt_router_stats: true").wait_for()
+    settle(page)
+    assert field(page, "Chat template").input_value() == "deepseek"
+
     choose_language(page, "zh", "提交")
     status(page, "模型已加载")  # LLaMA-Factory's language switch says that no model is loaded
-    page.get_by_label("启用 KTransformers").wait_for()
+    page.get_by_text("KTransformers（MoE 专家在 CPU 上计算）").click()
+    assert page.get_by_label("启用 KTransformers").is_checked()
     choose(page, "检查点路径", str(demo / "adapter"))
     press(page, "加载模型")
     status(page, "adapter 已切换")

@@ -147,6 +147,25 @@ def test_stopped_and_failing_prompts(tmp_path, tokens):
     assert exact(model, prompt) == 24
 
 
+@pytest.mark.parametrize("name", ["qwen3_next", "gpt_oss"])
+def test_stopped_where_layers_cannot_go_back(tmp_path, tokens, name):
+    """States of linear attention and windows, which have begun with a part of the prompt, are not taken for those before it."""
+    model = load(tmp_path, name)
+    history = ask(model, tokens(120))[0]
+    new, stops = (4, (1, 2)) if KINDS[name] == ONE_BY_ONE else (60, (10, 30))
+    for stop in stops:
+        more = [*history, *tokens(new)]
+        found, logits, reading = ask(model, more, reading=Reading(stop_at=len(history) + stop))
+        assert found == more and logits is None and reading.told[-1] >= len(history) + stop
+        exact(model, more)
+    fail = model.model.layers[-1].register_forward_pre_hook(lambda *_: 1 / 0)
+    more = [*history, *tokens(4)]
+    with pytest.raises(ZeroDivisionError):
+        ask(model, more)
+    fail.remove()
+    exact(model, more)
+
+
 def test_either_mode_of_torch(tmp_path, tokens):
     """LLaMA-Factory generates whole answers in inference mode, and streams without: what one keeps, the other goes on with."""
     model = load(tmp_path, "gpt_oss")

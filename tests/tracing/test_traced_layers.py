@@ -23,6 +23,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils import _python_dispatch
+from transformers import DynamicCache
 
 from llamafactory_kt import apply_adapter, get_router_stats, optimize_for_inference, reset_router_stats, switch_adapter
 from llamafactory_kt.model.experts_module import KTExperts
@@ -601,6 +602,17 @@ def test_layers_of_any_kind(compute):
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6), number
         if compute is not its_input:
             assert found.data_ptr() != given.data_ptr()
+
+
+def test_a_number_that_follows_from_the_length_of_the_cache():
+    """Also where the first two tokens that are recorded come after as many others, in two conversations."""
+    layer = Layer(lambda own, x, past_key_values: x * past_key_values.get_seq_length()).eval()
+    layer.forward = TracedLayer(layer, layers.Shared())
+    with torch.no_grad():
+        for held in (5, 5, 5, 7, 8):
+            cache, x = DynamicCache(), torch.randn(1, 1, 8)
+            cache.update(*(torch.zeros(1, 1, held, 2),) * 2, 0)
+            assert torch.equal(layer(x, past_key_values=cache), x * held)
 
 
 def test_results_stay(qwen):

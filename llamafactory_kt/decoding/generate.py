@@ -166,9 +166,9 @@ class _Generation:
         reading.cached_tokens = self._done
 
     def run(self) -> torch.Tensor:
-        found, failed = self._input_ids, True
         if self._way == NEVER:
-            return _sample(self._model, found, self._arguments)
+            return _sample(self._model, self._input_ids, self._arguments)
+        found, failed = self._input_ids, True
         try:
             for end in self._ends():
                 with self._watched(end):
@@ -191,8 +191,7 @@ class _Generation:
 
     @contextlib.contextmanager
     def _watched(self, end: int) -> Iterator[None]:
-        """While the next part of the prompt is read, up to ``end``: tell how far it is before each layer, and stop if that is wished. Layers
-        that forget cannot go back, once they have begun: there, before the part."""
+        """While the next part of the prompt is read, up to ``end``: tell how far it is before each layer, and stop if that is wished."""
         number, start, forgets = count(), self._done, layers.forgets(self._kept.cache)
 
         def look(may_stop: bool = not forgets) -> None:
@@ -201,7 +200,7 @@ class _Generation:
             if not self._reading.read(start + (end - start) * layer // self._layers) and may_stop:
                 raise _Stopped
 
-        if forgets:
+        if forgets:  # once they have begun, layers cannot go back
             look(may_stop=True)
         with before_layers(look):
             yield
@@ -236,11 +235,7 @@ class _Generation:
         self._model(**inputs, return_dict=True)
 
     def _keep(self, ids: np.ndarray, failed: bool) -> None:
-        """Keep what the cache holds, of the prompt and its first answer.
-
-        Args:
-            failed: an error, or Ctrl-C, came out of the model: the newest rows may not be written, although there are as many in each layer.
-        """
+        """Keep what the cache holds, of the prompt and its first answer; of its newest part nothing where the model failed in it."""
         kept = self._kept
         held = layers.length(kept.cache)
         # something broke off in the middle of the layers, or before its token was chosen

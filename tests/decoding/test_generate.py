@@ -15,6 +15,7 @@ from llamafactory_kt.decoding import generate as module
 from llamafactory_kt.decoding.continuing import NEVER, ONE_BY_ONE, TOGETHER
 from llamafactory_kt.decoding.generate import REWRITTEN, generate, keep_prompts
 from llamafactory_kt.decoding.optimize import optimize_for_inference
+from llamafactory_kt.engines.native import NativeEngine
 from llamafactory_kt.model.state import kt_state
 
 NEW = Version(__version__) >= Version("5.24")
@@ -47,8 +48,9 @@ class Reading:
 def load(directory, name="qwen3_moe", **keys):
     made = architectures.tiny_model(name)
     made.save_pretrained(directory)
+    backend = "native" if NativeEngine.problem() is None else "torch"  # with its recorded layers
     model = type(made).from_pretrained(
-        directory, dtype=torch.float32, quantization_config=KTExpertsConfig(backend="torch", **keys)
+        directory, dtype=torch.float32, quantization_config=KTExpertsConfig(backend=backend, **keys)
     )
     optimize_for_inference(model)
     keep_prompts(kt_state(model), gib=1)

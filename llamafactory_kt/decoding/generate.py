@@ -166,9 +166,9 @@ class _Generation:
         reading.cached_tokens = self._done
 
     def run(self) -> torch.Tensor:
-        found = self._input_ids
         if self._way == NEVER:
-            return _sample(self._model, found, self._arguments)
+            return _sample(self._model, self._input_ids, self._arguments)
+        found, failed = self._input_ids, True
         try:
             for end in self._ends():
                 with self._watched(end):
@@ -182,24 +182,26 @@ class _Generation:
                 cache.batch_repeat_interleave(len(found))
             with self._watched(len(self._ids)):
                 found = _sample(self._model, found, {**self._arguments, self._name: cache})
+            failed = False
         except _Stopped:
-            pass
+            failed = False
         finally:
-            self._keep(getattr(found, "sequences", found)[0].cpu().numpy())
+            self._keep(getattr(found, "sequences", found)[0].cpu().numpy(), failed)
         return found
 
     @contextlib.contextmanager
     def _watched(self, end: int) -> Iterator[None]:
         """While the next part of the prompt is read, up to ``end``: tell how far it is before each layer, and stop if that is wished."""
-        number, start = count(), self._done
+        number, start, forgets = count(), self._done, layers.forgets(self._kept.cache)
 
-        def look() -> None:
+        def look(may_stop: bool = not forgets) -> None:
             if (layer := next(number)) >= self._layers:  # of an answer's tokens
                 return
-            goes_on = self._reading.read(start + (end - start) * layer // self._layers)
-            if not goes_on and (layer == 0 or not layers.forgets(self._kept.cache)):
+            if not self._reading.read(start + (end - start) * layer // self._layers) and may_stop:
                 raise _Stopped
 
+        if forgets:  # once they have begun, layers cannot go back
+            look(may_stop=True)
         with before_layers(look):
             yield
 
@@ -232,12 +234,12 @@ class _Generation:
         )
         self._model(**inputs, return_dict=True)
 
-    def _keep(self, ids: np.ndarray) -> None:
-        """Keep what the cache holds, of the prompt and its first answer."""
+    def _keep(self, ids: np.ndarray, failed: bool) -> None:
+        """Keep what the cache holds, of the prompt and its first answer; of its newest part nothing where the model failed in it."""
         kept = self._kept
         held = layers.length(kept.cache)
         # something broke off in the middle of the layers, or before its token was chosen
-        if held is None or held > len(ids):
+        if failed or held is None or held > len(ids):
             held = 0 if self._done and layers.fixed(kept.cache) else self._done
         if not held:
             return

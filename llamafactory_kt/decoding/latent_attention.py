@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ground.internals import TESTED, Internal
 from ..model.growing_cache import GrowingLayer
-from ..native.fused_linear import Factors, FusedLinear, fits
+from ..native.fused_linear import Factors, FusedLinear, Unchanged, fits
 from ..native.head_products import HeadProducts
 from ..native.library import library
 from ..native.quantized_tensor import QuantizedTensor
@@ -157,7 +157,7 @@ class LatentAttention(nn.Module):
         active = layer.active() if isinstance(layer, InferenceLora) else ()
         kept, key = vars(layer).setdefault("_kt_fused", {}), ("latents", active)
         found: _UpProjection | None = kept.get(key)
-        if found is None or found.address != weight.data_ptr():
+        if found is None or not found.is_of(weight):
             found = kept[key] = _UpProjection(weight, [layer.factors(name) for name, _ in active], self._kt_contract)
         return found
 
@@ -166,13 +166,18 @@ class _UpProjection:
     """Weight [heads * (plain + values), latent] and LoRA of what makes keys and values of latents."""
 
     def __init__(self, weight: torch.Tensor, factors: Sequence[Factors], of: LatentContract):
-        self.address, self._factors = weight.data_ptr(), list(factors)
+        self._address, self._factors = weight.data_ptr(), list(factors)
+        self._copied = Unchanged(tensor for a, b, _ in factors for tensor in (a, b))
         self._weight, self._of = weight.detach().unflatten(0, (of.heads, -1)), of
         self.keys = HeadProducts(self._weight[:, : of.plain], self._part(slice(None, of.plain)), transposed=True)
         """[..., heads, plain] -> [..., heads, latent]"""
         self.values = HeadProducts(self._weight[:, of.plain :], self._part(slice(of.plain, None)))
         """[..., heads, latent] -> [..., heads, values]"""
         self._some: dict[tuple[int, int], FusedLinear] = {}
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        """As :meth:`FusedLinear.is_of`."""
+        return self._address == weight.data_ptr() and bool(self._copied)
 
     def _part(self, rows: slice) -> list[Factors]:
         return [(a, b.unflatten(0, (self._of.heads, -1))[:, rows], scaling) for a, b, scaling in self._factors]

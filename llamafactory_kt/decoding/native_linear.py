@@ -24,21 +24,20 @@ class NativeLinear(nn.Linear):
 def fused_linear(
     layer: nn.Linear, owner: nn.Module, x: torch.Tensor, key: Any = None, factors: Callable[[], list[Factors]] = list
 ) -> FusedLinear | None:
-    """The call that computes a layer, kept by its owner for as long as the weight lies where it did; None if the kernels cannot.
+    """The call that computes a layer, kept by its owner for as long as it is of the layer's weights; None if the kernels cannot, or PyTorch
+    has to say what is wrong with the input.
 
     Args:
         key: tells the owner's calls apart.
         factors: of the LoRA on top.
     """
     weight, kept = layer.weight, vars(owner).setdefault("_kt_fused", {})
-    found: FusedLinear | None = kept.get(key)
-    if found is not None and found.address == weight.data_ptr() and found.takes(x):
-        return found
-    if not (fits(weight) and FusedLinear.takes(x)) or (
-        torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    ):
+    gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if gradients or not FusedLinear.takes(x) or x.shape[-1] != layer.in_features:
         return None
-    found = kept[key] = FusedLinear(weight, layer.bias, factors())
+    found: FusedLinear | None = kept.get(key)
+    if found is None or not found.is_of(weight):
+        found = kept[key] = FusedLinear(weight, layer.bias, factors()) if fits(weight) else None
     return found
 
 

@@ -20,9 +20,14 @@ _LEAST = 256
 
 
 class Room:
-    """Memory [B, heads, capacity, d] with room for rows to come; the capacity doubles when it is full."""
+    """Memory [B, heads, capacity, d] with room for rows to come; the capacity doubles when it is full.
 
-    def __init__(self) -> None:
+    Args:
+        owner: ``id`` of the layer that grows in it.
+    """
+
+    def __init__(self, owner: int) -> None:
+        self.owner = owner
         self.memory: torch.Tensor | None = None
 
     def extended(self, kept: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
@@ -63,10 +68,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Called when the layer gets this class."""
 
     def rooms(self) -> tuple[Room, Room]:
-        """Of keys and values."""
+        """Of keys and values. A copy of a layer (``copy.copy``) begins with rooms of its own: two must not write to the same rows."""
         found: tuple[Room, Room] | None = vars(self).get("_kt_rooms")
-        if found is None:
-            found = self._kt_rooms = Room(), Room()
+        if found is None or found[0].owner != id(self):
+            found = self._kt_rooms = Room(id(self)), Room(id(self))
         return found
 
     def extend(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,18 @@ Factors = tuple[torch.Tensor, torch.Tensor, float]
 """A [r, in], B [out, r], and the scaling of their product"""
 
 
+class Unchanged:
+    """Whether tensors of which copies were made still hold what they held. What is written past PyTorch's counts (``.data``, views of NumPy) is
+    not noticed."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor | None]):
+        # tensors that were made in inference mode count no changes
+        self._versions = [(t, t._version) for t in tensors if t is not None and not t.is_inference()]
+
+    def __bool__(self) -> bool:
+        return all(tensor._version == version for tensor, version in self._versions)
+
+
 def fits(weight: torch.Tensor) -> bool:
     """Whether the kernels read such a weight where it lies."""
     return weight.device.type == "cpu" and weight.dim() == 2 and weight.dtype in DTYPES and weight.stride(1) == 1
@@ -36,7 +48,7 @@ class FusedLinear:
         b = in_panels(torch.cat([scaling * b.detach().float() for _, b, scaling in each], 1)) if each else None
         wide = bias.detach().float().clone() if bias is not None else None
         self.weight, self.address = weight, weight.data_ptr()
-        self._kept = a, b, wide
+        self._kept, self._copied = (a, b, wide), Unchanged([bias, *(tensor for a, b, _ in each for tensor in (a, b))])
         dtype, packing, own = call_of(weight)
         own.a, own.b, own.bias = (t.data_ptr() if t is not None else None for t in (a, b, wide))
         self._rows, width = weight.shape
@@ -48,6 +60,10 @@ class FusedLinear:
     def takes(x: torch.Tensor) -> bool:
         """Whether the kernels read such an input."""
         return x.dtype in DTYPES and x.device.type == "cpu"
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        """Whether a weight is the one that is read, and bias and factors are as they were copied."""
+        return self.address == weight.data_ptr() and bool(self._copied)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out], in the dtype of x."""

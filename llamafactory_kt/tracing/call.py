@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 MOST = 16
 """sequences at once"""
@@ -61,6 +61,12 @@ class Call:
         ):
             return None
         return cls(tuple(key), inputs, mask, cache, args, kwargs)
+
+    @property
+    def length(self) -> int | None:
+        """Tokens that the cache holds; None where there is none, or where it does not grow."""
+        layers = getattr(self.cache, "layers", ())
+        return max((int(layer.get_seq_length()) for layer in layers if isinstance(layer, DynamicLayer)), default=None)
 
     def continues(self, before: Call, result: Any) -> bool:
         """Whether a layer called so takes what the layer before returned, and all else that that one took."""

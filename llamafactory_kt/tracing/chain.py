@@ -35,7 +35,8 @@ class Chain:
         self._writes: list[tuple[CacheUse, Step, Step]] = []
         """the steps that write new keys and values"""
         self._attentions = [call for program in programs for use in program.caches for call in use.attentions]
-        self._most_keys = self._most_threads = self._scratch = 0
+        self._experts = [call for program in programs for call in program.experts]
+        self._most_keys = self._most_rank = self._most_threads = self._scratch = 0
         for number, program in enumerate(self.programs):
             self._add(program, self.programs[number - 1].output if number else None)
         self._end_part()
@@ -107,10 +108,12 @@ class Chain:
         return seen
 
     def _scratch_bytes(self, threads: int) -> int:
-        """What the steps need; attention's part grows with the keys and threads, and is asked for in steps of twice as many."""
+        """What the steps need; attention's part grows with the keys and threads, and is asked for in steps of twice as many. The experts' grows
+        with the rank of the LoRA that they have now."""
         most = max((call.keys for call in self._attentions), default=0)
-        if most > self._most_keys or threads > self._most_threads or not self._scratch:
-            self._most_keys, self._most_threads = 2 * most, max(threads, self._most_threads)
+        rank = max((call.rank for call in self._experts), default=0)
+        if most > self._most_keys or rank > self._most_rank or threads > self._most_threads or not self._scratch:
+            self._most_keys, self._most_rank, self._most_threads = 2 * most, rank, max(threads, self._most_threads)
             needed = [
                 kernels().kt_run_scratch(part, len(part), self._most_threads)
                 for part in self.parts

@@ -51,6 +51,8 @@ class _Known:
 
     first: list[Any] | None = None
     """what the first recording does"""
+    length: int | None = None
+    """tokens that the cache held then"""
     program: Program | None = None
     continues: bool = False
     """the layer before has the same kind of call, and gives this one its input"""
@@ -203,7 +205,11 @@ class TracedLayer:
         return known.chain, wanted
 
     def _record(self, known: _Known, call: Call) -> Any:
-        layer = self._layer()
+        layer, length = self._layer(), call.length
+        if known.first is not None and length is not None and length == known.length:
+            # in another conversation: a number that follows from the length would look like a constant
+            self._shared.of_thread.last = None
+            return self._stock(layer, *call.args, **call.kwargs)
         with record() as recording:
             result = self._stock(layer, *call.args, **call.kwargs)
         last = getattr(self._shared.of_thread, "last", None)
@@ -215,6 +221,7 @@ class TracedLayer:
                 raise CannotLower("it returns more than hidden states")
             if known.first is None:
                 known.first = description(recording.operations, call.inputs, call.mask)
+                known.length = length
             else:
                 # its tensors are written to in any mode
                 with self._shared.lock, torch.inference_mode(False), torch.no_grad():

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from ..native import coded_rows
 from ..native.coded_rows import STORED
 from ..native.fused_linear import FusedLinear, fits
-from ..native.library import DTYPES, MOST_LINEARS, STEPS, AttentionCall, LinearsCall, Step
+from ..native.library import DTYPES, MOST_LINEARS, STEPS, AttentionCall, ExpertsCall, LinearsCall, Step
 from .operators import OPERATORS
 from .places import CannotLower, Places
 from .program import CacheUse, Observation, Program
@@ -51,6 +51,7 @@ class Lowering:
         self._kept: list[Any] = []
         self._caches: list[CacheUse] = []
         self._masks: list[AttentionCall] = []
+        self._engines: list[ExpertsCall] = []
         self._groups: dict[Any, LinearsCall] = {}
         """input -> the products with it, for as long as nothing has been changed in place"""
         for operation in operations:
@@ -65,6 +66,7 @@ class Lowering:
             self.places.moved(output),
             self._caches,
             self._masks,
+            self._engines,
             [self._kept, self.places],
         )
 
@@ -210,6 +212,7 @@ class Lowering:
     ) -> None:
         if not (index.is_contiguous() and scores.is_contiguous() and x.is_contiguous()):
             raise CannotLower("experts of strided tensors")
+        self._engines.append(engine.call)
         step = self._call("experts", engine.call, out, x, n=x.shape[0])
         step.b, step.c = self.places.address(index), self.places.address(scores)
         step.sizes[0] = index.shape[1]

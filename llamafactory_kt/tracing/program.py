@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..native.library import AttentionCall, Step
+from ..native.library import AttentionCall, ExpertsCall, Step
 
 
 @dataclass
@@ -55,5 +55,7 @@ class Program:
     caches: list[CacheUse]
     masks: list[AttentionCall]
     """the calls that read the mask of the layer's call"""
+    experts: list[ExpertsCall]
+    """the engines' own calls, whose LoRA may be exchanged"""
     kept: list[Any]
     """what the addresses in the steps are of"""

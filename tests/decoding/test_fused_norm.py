@@ -42,6 +42,9 @@ def test_they_compute_the_same(dtype, size):
         wanted = [[norm(x.to(dtype)) for x in inputs] for norm in model]
         fuse_norms(model)
         found = [[norm(x.to(dtype)) for x in inputs] for norm in model]
+        assert model[0](torch.ones(2, 1, dtype=dtype)).shape == (2, size), "PyTorch repeats a lone value"
+        with pytest.raises(RuntimeError, match="must match the size"):
+            model[0](torch.ones(2, size - 1, dtype=dtype))
     assert [isinstance(norm, FusedNorm) for norm in model] == [True, True, True, False, False]
     bound = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}[dtype]
     for one, other in zip(chain(*found), chain(*wanted), strict=True):

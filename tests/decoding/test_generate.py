@@ -15,6 +15,7 @@ from llamafactory_kt.decoding import generate as module
 from llamafactory_kt.decoding.continuing import NEVER, ONE_BY_ONE, TOGETHER
 from llamafactory_kt.decoding.generate import REWRITTEN, generate, keep_prompts
 from llamafactory_kt.decoding.optimize import optimize_for_inference
+from llamafactory_kt.engines.native import NativeEngine
 from llamafactory_kt.model.state import kt_state
 
 NEW = Version(__version__) >= Version("5.24")
@@ -47,8 +48,9 @@ class Reading:
 def load(directory, name="qwen3_moe", **keys):
     made = architectures.tiny_model(name)
     made.save_pretrained(directory)
+    backend = "native" if NativeEngine.problem() is None else "torch"  # with its recorded layers
     model = type(made).from_pretrained(
-        directory, dtype=torch.float32, quantization_config=KTExpertsConfig(backend="torch", **keys)
+        directory, dtype=torch.float32, quantization_config=KTExpertsConfig(backend=backend, **keys)
     )
     optimize_for_inference(model)
     keep_prompts(kt_state(model), gib=1)
@@ -145,6 +147,25 @@ def test_stopped_and_failing_prompts(tmp_path, tokens):
         ask(model, prompt)
     handle.remove()
     assert exact(model, prompt) == 24
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "gpt_oss"])
+def test_stopped_where_layers_cannot_go_back(tmp_path, tokens, name):
+    """States of linear attention and windows, which have begun with a part of the prompt, are not taken for those before it."""
+    model = load(tmp_path, name)
+    history = ask(model, tokens(120))[0]
+    new, stops = (4, (1, 2)) if KINDS[name] == ONE_BY_ONE else (60, (10, 30))
+    for stop in stops:
+        more = [*history, *tokens(new)]
+        found, logits, reading = ask(model, more, reading=Reading(stop_at=len(history) + stop))
+        assert found == more and logits is None and reading.told[-1] >= len(history) + stop
+        exact(model, more)
+    fail = model.model.layers[-1].register_forward_pre_hook(lambda *_: 1 / 0)
+    more = [*history, *tokens(4)]
+    with pytest.raises(ZeroDivisionError):
+        ask(model, more)
+    fail.remove()
+    exact(model, more)
 
 
 def test_either_mode_of_torch(tmp_path, tokens):

@@ -80,6 +80,33 @@ def test_lora_of_another_dtype_or_scaling():
     assert rel(model(x), reference(x)) < 1e-5
 
 
+def test_lora_and_bias_that_are_changed_in_place():
+    """As PEFT's ``set_peft_model_state_dict`` and PyTorch's ``load_state_dict`` do it, at any time."""
+    model, reference = lora_layer()
+    for each in (model, reference):
+        each.base_model.model[0].base_layer.bias.requires_grad_(False)
+    prepare_layers(model, copy=True)
+    x = torch.randn(3, 96).bfloat16()
+    seen = [model(x)]
+    for name in ("base_layer.bias", "lora_A.one.weight", "lora_B.two.weight"):
+        for each in (model, reference):
+            with torch.no_grad():
+                each.base_model.model[0].get_parameter(name).mul_(-30)
+        seen.append(model(x))
+        assert rel(seen[-1], reference(x.float())) < 0.02 and rel(seen[-1], seen[-2]) > 0.05, name
+
+
+def test_what_pytorch_has_to_say():
+    """Of inputs with another width, and gradients, also once a call is kept."""
+    model, _ = lora_layer()
+    prepare_layers(model, copy=True)
+    model(torch.randn(3, 96).bfloat16())
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.randn(3, 95).bfloat16())
+    model(x := torch.randn(3, 96, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    assert x.grad is not None and x.grad.any()
+
+
 def test_lora_with_a_bias_is_left_to_peft():
     model, reference = lora_layer(lora_bias=True)
     x = torch.randn(2, 9, 96).to(torch.bfloat16)

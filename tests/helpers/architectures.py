@@ -16,9 +16,10 @@ import torch
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, __version__
 
-from llamafactory_kt import KTExpertsConfig
+from llamafactory_kt import KTExpertsConfig, optimize_for_inference
 from llamafactory_kt.checkpoint.discovery import find_experts
 from llamafactory_kt.checkpoint.opening import auto_class
+from llamafactory_kt.engines.native import NativeEngine
 from llamafactory_kt.engines.registry import engines
 
 from .places import ROOT
@@ -209,11 +210,13 @@ def tiny_model(model_type: str, **changes: Any) -> torch.nn.Module:
 
 @torch.inference_mode()
 def errors(model: Any, directory: Path) -> tuple[Row, float, float]:
-    """The row of a model, its logits' error with KT experts in float32 (median of the tokens), and how much experts matter."""
+    """The row of a model, its logits' error in float32 as chats compute it (median of the tokens), and how much experts matter."""
     model.save_pretrained(directory)
+    backend = "native" if NativeEngine.problem() is None else "torch"
     loaded = type(model).from_pretrained(
-        directory, dtype=torch.float32, quantization_config=KTExpertsConfig(backend="torch")
+        directory, dtype=torch.float32, quantization_config=KTExpertsConfig(backend=backend)
     )
+    optimize_for_inference(loaded)
     modules = find_experts(model)
     ids = torch.randint(2, 1000, (1, 48), generator=torch.Generator().manual_seed(1))
     wanted, found = model(input_ids=ids).logits, loaded(input_ids=ids).logits

@@ -41,7 +41,7 @@ class Walk:
     def __init__(self, kind: str, seed: int):
         self.random, self.tensors = random.Random(seed), torch.Generator().manual_seed(seed)
         self.kind, self.batch, self.both = kind, self.random.choice([1, 2, 3]), pair(kind)
-        self.returned: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.others: list[tuple[DynamicLayer, DynamicLayer]] = []
 
     def update(self, most: int = 5) -> None:
         rows = self.random.randint(1, most)
@@ -83,7 +83,9 @@ class Walk:
 
     def copy(self) -> None:
         """The copy goes on; what the original gets afterwards must not show."""
-        before, self.both = self.both, copy.deepcopy(self.both)
+        copied = self.random.choice([copy.copy, copy.deepcopy])
+        before, self.both = self.both, tuple(map(copied, self.both))
+        self.others.append(before)
         if before[0].get_seq_length():
             more = [torch.randn(before[0].keys.shape[0], 2, 2, width, generator=self.tensors) for width in (4, 3)]
             for layer in before:
@@ -98,7 +100,8 @@ class Walk:
         stock, grown = self.both
         assert stock.get_seq_length() == grown.get_seq_length() and stock.get_mask_sizes(1) == grown.get_mask_sizes(1)
         if stock.get_seq_length():
-            assert torch.equal(stock.keys, grown.keys) and torch.equal(stock.values, grown.values)
+            for stock, grown in (self.both, *self.others):
+                assert torch.equal(stock.keys, grown.keys) and torch.equal(stock.values, grown.values)
 
 
 OPERATIONS = [*["update"] * 12, "prompt", "crop", "crop", "reorder", "select", "repeat", "copy"]

@@ -130,6 +130,19 @@ def test_nan_among_codes_is_seen(instructions, queries):
     assert not found[:, 0].any() and found[queries // 2 :, 1].all() and not found[: queries // 2, 1].any()
 
 
+@pytest.mark.parametrize("queries", [1, 3, 60])
+def test_a_query_of_zeros_sees_all_keys_alike(instructions, queries):
+    """As of a token that fills up a batch, and whose embedding is zeros; some keys are hidden."""
+    keys, q = 300, torch.zeros(1, 2, queries, 64)
+    k, v = torch.randn(1, 2, keys, 64), torch.randn(1, 2, keys, 64)
+    seen = torch.rand(1, keys) < 0.5
+    coded = [CodedRows(encode(t), 64, t.dtype) for t in (k, v)]
+    for given in ((q, k, v), (q, *coded)):
+        found = calls.attention(*given, 0.1, mask=seen, threads=1)
+        wanted = attention_by_sums(q, k, v, 0.1, 0, None, seen)
+        assert (found - wanted).abs().max() < 1e-2  # of codes
+
+
 def test_other_operators_get_the_values():
     states = torch.randn(2, 3, 9, 30).bfloat16()
     rows = encode(states)

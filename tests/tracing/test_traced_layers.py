@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.adapters import make_adapter
 from helpers.architectures import tiny_model
+from helpers.experts import lora_for
 from helpers.loading import load
 from helpers.marks import needs_native
 from helpers.models import ARCHITECTURES, make_model
@@ -22,9 +23,12 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils import _python_dispatch
+from transformers import DynamicCache
 
 from llamafactory_kt import apply_adapter, get_router_stats, optimize_for_inference, reset_router_stats, switch_adapter
-from llamafactory_kt.tracing import layers
+from llamafactory_kt.model.experts_module import KTExperts
+from llamafactory_kt.native.library import byref, kernels
+from llamafactory_kt.tracing import chain, layers
 from llamafactory_kt.tracing.call import MOST
 from llamafactory_kt.tracing.chain import Chain
 from llamafactory_kt.tracing.layers import TracedLayer
@@ -212,6 +216,35 @@ def test_peft_changes_its_adapters(with_adapters, runs):
     model.base_model.set_adapter([name, "more"], inference_mode=True)
     more = tokens(model)
     assert rel(more, expected(model)) < ROUNDING and rel(more, before) > 0.02
+
+
+def test_lora_is_changed_in_place(with_adapters):
+    """Of attention, as PEFT's ``set_peft_model_state_dict`` does it; and of the experts alone, whose larger rank needs more memory."""
+    model, *_ = with_adapters
+    before = tokens(model)
+    lora = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    with torch.no_grad():
+        lora.lora_A[lora.active_adapters[0]].weight.mul_(-2)
+    changed = tokens(model)
+    assert rel(changed, expected(model)) < ROUNDING and rel(changed, before) > 1e-3
+
+
+def test_experts_get_a_larger_rank(qwen, runs, monkeypatch):
+    """``load_moe_lora_from_adapter`` exchanges the experts' LoRA alone, and a chain goes on."""
+    engine = next(module.engine for module in qwen.modules() if isinstance(module, KTExperts))
+    given, stock = [], chain.scratch
+    monkeypatch.setattr(chain, "scratch", lambda nbytes: given.append(nbytes) or stock(nbytes))
+    before, undo = tokens(qwen, batch=8), engine.set_lora(lora_for(engine.spec.shape, 5000, 0.1))
+    try:
+        given.clear(), runs.clear()
+        found = tokens(qwen, batch=8)
+        needed = kernels().kt_experts_scratch(
+            byref(engine.call), 8, engine.spec.num_experts_per_tok, torch.get_num_threads()
+        )
+        assert len(runs) == 6 * 3 and min(given) >= needed
+        assert rel(found, expected(qwen, batch=8)) < 2 * ROUNDING and rel(found, before) > 0.01
+    finally:
+        undo()
 
 
 def test_peft_wraps_a_model(tmp_path, runs):
@@ -569,6 +602,17 @@ def test_layers_of_any_kind(compute):
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6), number
         if compute is not its_input:
             assert found.data_ptr() != given.data_ptr()
+
+
+def test_a_number_that_follows_from_the_length_of_the_cache():
+    """Also where the first two tokens that are recorded come after as many others, in two conversations."""
+    layer = Layer(lambda own, x, past_key_values: x * past_key_values.get_seq_length()).eval()
+    layer.forward = TracedLayer(layer, layers.Shared())
+    with torch.no_grad():
+        for held in (5, 5, 5, 7, 8):
+            cache, x = DynamicCache(), torch.randn(1, 1, 8)
+            cache.update(*(torch.zeros(1, 1, held, 2),) * 2, 0)
+            assert torch.equal(layer(x, past_key_values=cache), x * held)
 
 
 def test_results_stay(qwen):

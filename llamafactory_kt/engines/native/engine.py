@@ -111,7 +111,7 @@ class NativeEngine(Engine):
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         x = hidden.contiguous() if hidden.dtype in DTYPES else hidden.float().contiguous()
-        chosen, scores, out = index.contiguous(), weights.float().contiguous(), torch.empty_like(x)
+        chosen, scores, out = index.long().contiguous(), weights.float().contiguous(), torch.empty_like(x)
         for start in range(0, len(x), CHUNK):
             rows = slice(start, start + CHUNK)
             self.compute(x[rows], chosen[rows], scores[rows], out[rows])

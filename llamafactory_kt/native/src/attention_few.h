@@ -146,7 +146,8 @@ struct FewQueries {
         float *s = m.scores + n * PART;
         if constexpr (CODED)
             for (int64_t i = 0; i < keys; i += L) store(s + i, mul(load(s + i), load(m.key_scales + i)));
-        const float factor = (CODED ? m.query_scales[n] : 1) * a.scale * LOG2_E;
+        float factor = (CODED ? m.query_scales[n] : 1) * a.scale * LOG2_E;
+        if (factor < 1e-37f) factor = 1e-37f; /* of a query of zeros: the scores of keys that it does not see stay -inf. NaN stays NaN */
         const int64_t lower = shape.first(row) - from, upper = shape.last(row) - from;
         const uint8_t *mask = shape.mask(head);
         for (int64_t i = 0; i < lower && i < keys; i++) s[i] = -INFINITY;

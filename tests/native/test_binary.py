@@ -1,8 +1,9 @@
 """``check_kernels.cpp``: the kernels against loops of doubles, with every array exactly as long as may be read; plain, and with sanitizers. AMX is
-emulated: few machines have it."""
+emulated: few machines have it. AVX-512 is emulated where ``SIMDE`` names a directory with SIMDe."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -20,6 +21,8 @@ pytestmark = [
 ]
 CHECKS = Path(__file__).with_name("check_kernels.cpp")
 INCLUDE = [f"-I{SOURCES}", "-pthread"]
+KERNELS = "avx2", "avx512", "avx512bf16", "amx"
+NO_KERNELS = '#include "isa.h"\nnamespace kt {{ extern const Kernels {0}{{"none"}}; }}'
 PROBES = {
     "address": """
         #include <stdlib.h>
@@ -69,6 +72,23 @@ def test_kernels(plain, instructions):
 
 def test_emulated_tiles(emulated, tmp_path):
     check(linked_with(emulated, tmp_path), "amx")
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif("SIMDE" not in os.environ, reason="needs SIMDE=DIR, a clone of github.com/simd-everywhere/simde")
+@pytest.mark.parametrize("instructions", ["avx512", "avx512bf16", "amx"])
+def test_emulated_vectors(instructions, tmp_path):
+    """Of a CPU without them. Each file is compiled under another name, which has no flags of an instruction set."""
+    files = [source for source in SOURCES.glob("*.cpp") if source.stem not in KERNELS]
+    for name in KERNELS:
+        emulated = f'#include "{SOURCES / name}.cpp"' if name == instructions else NO_KERNELS.format(name)
+        files.append(tmp_path / f"emulated_{name}.cpp")
+        files[-1].write_text(emulated)
+    vectors = [f"-I{CHECKS.with_name('simde')}", f"-I{os.environ['SIMDE']}", "-DKT_EMULATED_VECTORS", EMULATED_TILES]
+    program = tmp_path / "check_kernels"
+    problem = compile_files(compilers()[0], [*files, CHECKS], program, [*INCLUDE, *vectors, "-O1", "-w"])
+    assert not problem, problem
+    check(program, instructions)
 
 
 def test_an_instruction_set_that_the_cpu_does_not_have(plain):

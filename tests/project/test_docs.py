@@ -282,11 +282,13 @@ def test_names(page):
 
 
 def test_load_table():
-    """The guides explain each row of the load table, and no others, in its order."""
+    """The guides explain each row of the load table, and no others, in its order; the page has a Chinese name for each."""
+    from llamafactory_kt.integration.webui.load_table import ROWS
+
     source = (ROOT / "llamafactory_kt" / "load_report.py").read_text()
     rows = re.findall(r'\(\s*"([A-Z][\w ]+)", ', source.partition("def load_table")[0])
     for page in (ROOT / "docs" / "chat-guide.md", ROOT / "docs" / "chat-guide_zh.md"):
         table = re.search(
             r"<!-- output: load table -->.*?\n\|[^\n]*\n\|---\|---\|\n(.*?)\n\n", page.read_text("utf-8"), re.S
         )[1]
-        assert re.findall(r"^\| ([\w ]+) \|", table, re.M) == rows
+        assert re.findall(r"^\| ([\w ]+) \|", table, re.M) == rows == list(ROWS)

@@ -142,6 +142,7 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
     from ...load_report import load_markdown, load_rows
     from ..media import takes_media
     from .chat_page import follow
+    from .load_table import in_language
     from .making import move
 
     def refresh(lang: str, status: str) -> list[Any]:
@@ -153,7 +154,7 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
         return [
             says_loaded if loaded and status == says_unloaded else says_unloaded if gone else gr.skip(),
             gr.Accordion(visible=loaded),
-            load_markdown(load_rows(model)) if loaded else "",
+            load_markdown(in_language(load_rows(model), lang)) if loaded else "",
             form.as_yaml() if loaded and form else "",
             # LLaMA-Factory shows it for names of its list, which a model given by its path has not
             gr.Column(visible=True) if loaded and takes_media(engine.chatter.engine.template) else gr.skip(),

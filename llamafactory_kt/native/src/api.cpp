@@ -16,7 +16,7 @@ struct Cpu {
 
 /* Whether CPU and system have tiles, and let this process use them: that makes its threads' state larger, and is asked once for all of them (Linux,
  * Documentation/arch/x86/xstate.rst). */
-bool tiles([[maybe_unused]] unsigned leaf7_edx, [[maybe_unused]] unsigned xcr0) {
+[[maybe_unused]] bool tiles([[maybe_unused]] unsigned leaf7_edx, [[maybe_unused]] unsigned xcr0) {
 #ifdef KT_EMULATED_TILES
     return true;
 #else
@@ -29,6 +29,9 @@ bool tiles([[maybe_unused]] unsigned leaf7_edx, [[maybe_unused]] unsigned xcr0) 
 
 /* avx512bf16 has VNNI and VBMI, too: every CPU with BF16 does, but the first has no VBMI. Bits as in Intel's manual (CPUID leaves 1 and 7), and whether the system saves the registers (XCR0). */
 Cpu detect() {
+#ifdef KT_EMULATED_VECTORS
+    return {true, true, true, true};
+#else
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return {};
     bool fma = c >> 12 & 1, osxsave = c >> 27 & 1, f16c = c >> 29 & 1;
@@ -41,6 +44,7 @@ Cpu detect() {
     const unsigned features = d, more = c;
     bool bf16 = avx512 && (more >> 1 & 1) && (more >> 11 & 1) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
     return {avx2, avx512, bf16, bf16 && tiles(features, low)};
+#endif
 }
 
 const Kernels *runnable(const char *name) {

@@ -49,6 +49,7 @@ def test_the_base_kernel_against_float64(shape, tokens):
 BOUNDS = {"AMXINT8": 0.03, "AMXINT4": 0.25}
 
 
+@needs_kernel
 @pytest.mark.parametrize("shape", [ExpertsShape(5, 128, 256), ExpertsShape(6, 72, 40)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 37])
 def test_int4_against_float64(shape, tokens):

@@ -64,7 +64,8 @@ def test_other_bus_errors_end_the_process_as_before(tmp_path):
     compute(weight)
     """
     done = child((WEIGHTS + code).format(path=str(tmp_path / "weights")))
-    assert done.returncode == -signal.SIGBUS and "Fatal Python error: Bus error" in done.stderr
+    # a second thread's error may end the process in the middle of the message
+    assert done.returncode == -signal.SIGBUS and done.stderr.startswith("Fatal Python error: "), done.stderr
 
 
 def test_a_model_whose_file_is_cut_short_gives_no_answer(tmp_path):

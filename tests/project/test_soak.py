@@ -6,8 +6,11 @@ LLAMAFACTORY_KT_SOAK_TURNS sets the length; see CONTRIBUTING. Measurements are p
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 
@@ -27,8 +30,25 @@ from llamafactory_kt.model.state import kt_state
 ENGINE = "torch" if KERNEL_PROBLEM else "AMXBF16"
 TURNS = int(os.environ.get("LLAMAFACTORY_KT_SOAK_TURNS", "1000"))
 SAMPLES = 24
+ALONE = "LLAMAFACTORY_KT_SOAK_ALONE"
+"""set in the process that :func:`alone` starts"""
 NOISE = 8 * 2**20
 """bytes; two runs of about 1000 turns grew by 1 and by 3 MiB"""
+
+
+def alone(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test in a process of its own: what other tests have left in memory, and still free or take, is not its growth."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        if ALONE in os.environ:
+            return test(*args, **kwargs)
+        command = [sys.executable, "-m", "pytest", "-q", "-rP", f"{__file__}::{test.__name__}"]
+        done = subprocess.run(command, env=os.environ | {ALONE: "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        print(done.stdout)
+
+    return run
 
 
 def slope(step: Callable[[int], None], steps: int) -> float:
@@ -100,6 +120,7 @@ def test_thousands_of_turns(demo):
     assert [ask(question) for question in questions[:8]] == before
 
 
+@alone
 def test_loads_and_switches(tmp_path):
     """The experts are most of this model; kt-kernel itself does not free them."""
     model = make_model(

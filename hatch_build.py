@@ -1,4 +1,4 @@
-"""Builds the native kernels with the package, which is installed without them where they cannot be built; adds the demo's model to wheels."""
+"""Builds the native kernels with the package, which is installed without them where they cannot be built; adds to wheels what the package reads outside itself."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ kernels = importlib.util.module_from_spec(_spec)  # without the package, which i
 _spec.loader.exec_module(kernels)
 
 
-DEMO = "examples/demo"
-"""whose model and adapter travel with the package"""
+TRAVELLING = ("examples/demo/model", "examples/demo/adapter", "docs/messages_zh.md")
+"""what is outside the package, and read by it: llamafactory_kt/ground/travelling.py"""
 
 
 class NativeKernels(BuildHookInterface):  # type: ignore[misc]
@@ -39,7 +39,5 @@ class NativeKernels(BuildHookInterface):  # type: ignore[misc]
             note.write_text(problem)
             self.app.display_warning(f"Without the native kernels (slower): {problem}")
         build_data["artifacts"].append(str((library if problem is None else note).relative_to(root)))
-        if version != "editable":  # which finds the demo where it is
-            build_data["force_include"].update(
-                {f"{DEMO}/{name}": f"llamafactory_kt/demo/{name}" for name in ("model", "adapter")}
-            )
+        if version != "editable":  # which finds them where they are
+            build_data["force_include"].update({path: f"llamafactory_kt/travelling/{path}" for path in TRAVELLING})

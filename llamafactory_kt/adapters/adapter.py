@@ -10,7 +10,7 @@ import torch
 
 from ..ground.errors import KTAdapterError, name_some
 from ..ground.file_hash import file_versions
-from ..ground.tensor_files import TensorStore
+from ..ground.tensors.stores import TensorStore
 from .config import LoraSettings
 from .expert_lora import ExpertLora, ExpertsShape
 from .keys import is_placeholder, split_module

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from ..ground.errors import KTAdapterError
 from ..ground.file_hash import file_sha256
 from ..ground.json_files import problems, read_json_object
-from ..ground.tensor_files import SafetensorsStore, is_there
+from ..ground.tensors.stores import SafetensorsStore, is_there
 from .config import LoraSettings
 from .stacked import StackedAdapter
 

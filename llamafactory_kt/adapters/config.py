@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..ground.errors import KTAdapterError, name_some, printable
 from ..ground.json_files import problems, read_json_object
-from ..ground.tensor_files import is_there
+from ..ground.tensors.stores import is_there
 
 CONFIG = "adapter_config.json"
 _SECONDS = 1.0

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..ground.errors import KTAdapterError
-from ..ground.tensor_files import all_finite
+from ..ground.tensors.stores import all_finite
 from .adapter import Adapter
 from .expert_lora import ExpertsShape
 from .keys import split_module

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..ground.errors import KTAdapterError, KTPathError
-from ..ground.tensor_files import PickledStore, SafetensorsStore, TensorStore, has_store, is_there, open_store
+from ..ground.tensors.stores import PickledStore, SafetensorsStore, TensorStore, has_store, is_there, open_store
 from .adapter import Adapter
 from .bundle import BUNDLE, open_bundle
 from .config import CONFIG, LoraSettings

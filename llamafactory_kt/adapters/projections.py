@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from ..ground.errors import KTAdapterError, name_some
-from ..ground.tensor_files import TensorStore
+from ..ground.tensors.stores import TensorStore
 from .adapter import Adapter
 from .config import LoraSettings
 from .expert_lora import ExpertLora, ExpertsShape, common_dtype

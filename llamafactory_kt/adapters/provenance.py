@@ -7,7 +7,7 @@ import re
 
 from ..ground.errors import KTAdapterError
 from ..ground.json_files import read_json_object
-from ..ground.tensor_files import is_there
+from ..ground.tensors.stores import is_there
 from .config import LoraSettings
 
 logger = logging.getLogger(__name__)

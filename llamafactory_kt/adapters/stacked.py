@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from ..ground.errors import KTAdapterError, name_some
 from ..ground.file_hash import file_versions
-from ..ground.tensor_files import (
+from ..ground.tensors.stores import (
     CombinedStore,
     NestedPickledStore,
     SafetensorsStore,

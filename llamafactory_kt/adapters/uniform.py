@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..ground.errors import KTAdapterError, name_some
 from ..ground.paging import give_back_memory
-from ..ground.tensor_files import all_finite
+from ..ground.tensors.stores import all_finite
 from .adapter import Adapter
 from .expert_lora import ExpertLora, ExpertsShape
 from .keys import PEFT_PREFIX, PROJECTIONS, split_module

@@ -13,9 +13,9 @@ import torch
 
 from ..ground.atomic_output import replacing
 from ..ground.errors import KTAdapterError
-from ..ground.tensor_files import SAFETENSORS
-from ..ground.tensor_writer import write_safetensors
-from ..ground.torch_archive import write_torch_archive
+from ..ground.tensors.stores import SAFETENSORS
+from ..ground.tensors.torch_archive import write_torch_archive
+from ..ground.tensors.writer import write_safetensors
 from .adapter import Adapter
 from .bundle import BUNDLE, write_manifest
 from .config import CONFIG

@@ -16,7 +16,7 @@ from torch import nn
 from ..adapters import Adapter, AdapterSet, ExpertsShape
 from ..adapters.keys import layer_module
 from ..ground.errors import KTAdapterError, KTModelError, KTPathError, first_line
-from ..ground.tensor_files import shards
+from ..ground.tensors.stores import shards
 from ..peft_side.model_names import ModuleNames
 from ..peft_side.part import PeftPart
 from ..peft_side.split import check_peft_part

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 
 from ..ground.errors import KTModelError
-from ..ground.safetensors_files import open_mapped, read_header, read_tensor
-from ..ground.tensor_files import bits
+from ..ground.tensors.safetensors_files import open_mapped, read_header, read_tensor
+from ..ground.tensors.stores import bits
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from rich.table import Table
 
 from ..ground.atomic_output import temporary_directory, writing
 from ..ground.errors import KTPathError
+from ..ground.travelling import travelling
 from .output import JSON, console, report
 
-EXAMPLE = Path("examples/demo")
+EXAMPLE = "examples/demo"
 PROMPTS = [
     "你好，请介绍一下你自己。", "什么是混合专家模型？", "Hello, who are you?", "What is LoRA?", "Tell me a joke.",
 ]  # fmt: skip
@@ -32,7 +33,7 @@ def demo(
     json_file: Path = JSON,
 ) -> None:
     """Answer the same prompts with the base model and with its adapter, on the CPU alone."""
-    directory = directory or example()
+    directory = directory or travelling(EXAMPLE)
     for part in ("model", "adapter"):
         if not (directory / part).is_dir():
             raise KTPathError(
@@ -89,12 +90,3 @@ def chat(config: dict[str, Any], prompts: list[str], title: str, log: bool = Fal
         typer.echo(before, err=True)
     turns = conversation.split(f"\n{_USER}")
     return [turn.removeprefix(_ASSISTANT).strip() for turn in turns if turn.startswith(_ASSISTANT)]
-
-
-def example() -> Path:
-    """The example in the package, or in the source tree for editable installs."""
-    package = Path(__file__).parents[1]
-    inside, source = package / "demo", package.parent / EXAMPLE
-    if (inside / "model" / "config.json").is_file() or not source.is_dir():
-        return inside
-    return source

@@ -180,7 +180,7 @@ def is_whole(file: Path) -> bool:
     if file.suffix in (".pt", ".bin"):
         return zipfile.is_zipfile(file)
     if file.suffix == ".safetensors":
-        from .safetensors_files import read_header  # with torch, without which commands say what is wrong
+        from .tensors.safetensors_files import read_header  # with torch, without which commands say what is wrong
 
         try:
             read_header(file)

@@ -7,7 +7,7 @@ import sys
 from types import TracebackType
 
 from ..ground.errors import KTError, traceback_wanted
-from ..ground.safetensors_files import is_interrupt
+from ..ground.tensors.safetensors_files import is_interrupt
 
 _MARK = "__llamafactory_kt__"
 

@@ -32,7 +32,7 @@ from ..ground.machine import usable_cores
 from ..ground.paging import give_back_memory
 from ..ground.process import require_own_process
 from ..ground.progress import with_progress
-from ..ground.safetensors_files import open_mapped
+from ..ground.tensors.safetensors_files import open_mapped
 from ..native.cached_dense import CachedDense
 from ..native.mapped import MappedFile, watch
 from ..native.openmp import release_team

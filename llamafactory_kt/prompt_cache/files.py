@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 
 from ..ground.atomic_output import replacing
 from ..ground.errors import KTError, one_line
-from ..ground.safetensors_files import open_mapped, read_header, read_tensor
-from ..ground.tensor_writer import write_safetensors
+from ..ground.tensors.safetensors_files import open_mapped, read_header, read_tensor
+from ..ground.tensors.writer import write_safetensors
 from . import layers
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from ..checkpoint.opening import MoEModel, open_checkpoint
 from ..ground.atomic_output import check_apart, check_free, check_room, replacing
 from ..ground.errors import KTAdapterError, KTModelError, name_some
 from ..ground.json_files import read_json_object
-from ..ground.tensor_files import SafetensorsStore
-from ..ground.tensor_writer import write_safetensors
+from ..ground.tensors.stores import SafetensorsStore
+from ..ground.tensors.writer import write_safetensors
 from ..peft_side.changes import Replace
 from ..peft_side.model_names import CheckpointNames, tied_weights
 from ..peft_side.split import vocabulary_weights

@@ -20,7 +20,7 @@ from llamafactory_kt.checkpoint.formats.fp8 import widened
 from llamafactory_kt.checkpoint.formats.mxfp4 import e2m1, powers_of_two
 from llamafactory_kt.checkpoint.stored import StoredTensor
 from llamafactory_kt.checkpoint.stored_weight import StoredWeight
-from llamafactory_kt.ground.tensor_files import DTYPES
+from llamafactory_kt.ground.tensors.stores import DTYPES
 
 OUT, IN = 64, 96
 

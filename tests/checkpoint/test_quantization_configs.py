@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from llamafactory_kt import KTModelError
 from llamafactory_kt.checkpoint.formats import Format, format_of, quantization
 from llamafactory_kt.checkpoint.stored import StoredTensor
-from llamafactory_kt.ground.tensor_files import DTYPES
+from llamafactory_kt.ground.tensors.stores import DTYPES
 
 OUT, IN = 64, 96
 WRONG = (None, "other", "3", 3, -5, 0, 1.5, True, [], [4], ["x"], [[]], {}, {"x": 1}, {"x": {"bits": 3}})

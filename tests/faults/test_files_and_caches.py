@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from llamafactory_kt import KTAdapterError, KTMemoryError
 from llamafactory_kt.adapters import open_adapter
 from llamafactory_kt.ground.measurements import Remembered
-from llamafactory_kt.ground.safetensors_files import open_mapped, read_header
+from llamafactory_kt.ground.tensors.safetensors_files import open_mapped, read_header
 from llamafactory_kt.serving import adapter_cache
 
 

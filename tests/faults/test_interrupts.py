@@ -29,7 +29,7 @@ import llamafactory_kt
 from llamafactory_kt import apply_adapter, load_moe_lora_from_adapter, optimize_for_inference, switch_adapter
 from llamafactory_kt.decoding.lora_linear import InferenceLora
 from llamafactory_kt.decoding.native_linear import NativeLinear
-from llamafactory_kt.ground.safetensors_files import open_mapped, read_tensor
+from llamafactory_kt.ground.tensors.safetensors_files import open_mapped, read_tensor
 from llamafactory_kt.ground.uninterrupted import uninterrupted
 from llamafactory_kt.model.lock import ModelLock
 

@@ -19,7 +19,8 @@ CHECK = (
     "from llamafactory.hparams import ModelArguments\n"
     "print(ModelArguments(model_name_or_path='m', use_kt=True, kt_backend='AMXBF16').kt_backend)\n"
     "print(llamafactory_kt.__file__); print(_llamafactory_kt_autoload.__file__)\n" + KERNELS + "\n"
-    "from llamafactory_kt.cli.demo import example; print(*(sorted(p.name for p in example().glob('*/*.safetensors'))))"
+    "from llamafactory_kt.ground.travelling import travelling; from llamafactory_kt.integration.webui.advice import advice\n"
+    "print(*sorted(p.name for p in travelling('examples/demo').glob('*/*.safetensors')), bool(advice('kt_debug_dir needs kt_debug: true')))"
 )
 
 pytestmark = pytest.mark.skipif(not UV.exists(), reason="uv is not installed in this environment")
@@ -32,7 +33,7 @@ def environment(tmp_path):
     site = next((tmp_path / "env" / "lib").glob("python*")) / "site-packages"
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "tests", "docs", "__pycache__", ".*_cache"))
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "tests", "images", "__pycache__", ".*_cache"))
     return tmp_path / "env", site, source
 
 
@@ -63,8 +64,8 @@ def test_install_and_uninstall(environment, editable):
     assert backend == "AMXBF16" and autoload.startswith(str(site))
     assert package.startswith(str(source) if editable else str(site))
     assert not kernels.startswith("the native kernels were not built"), kernels
-    assert demo == "adapter_model.safetensors model.safetensors"
-    assert (site / "llamafactory_kt" / "demo").is_dir() is not editable
+    assert demo == "adapter_model.safetensors model.safetensors True"
+    assert (site / "llamafactory_kt" / "travelling").is_dir() is not editable
     if editable:  # the source tree moves away: one warning, and torch still imports
         source.rename(source.with_name("moved"))
         result = run(env, "import torch; print(torch.ones(1).item())")

@@ -18,8 +18,8 @@ import torch
 from ...adapters import ExpertsShape
 from ...checkpoint.stored import StoredTensor, fingerprint, stored_tensors
 from ...ground.errors import KTModelError, KTPathError
-from ...ground.safetensors_files import open_mapped, read_tensor
-from ...ground.tensor_writer import write_safetensors
+from ...ground.tensors.safetensors_files import open_mapped, read_tensor
+from ...ground.tensors.writer import write_safetensors
 from ...native.packed import GROUP, PackedExpert, Packing
 from ...native.packed_block import block_nbytes, weights_in
 from ..weight_files import RECORD, check_checksums, check_record, check_sizes, read_record

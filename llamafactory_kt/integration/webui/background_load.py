@@ -15,7 +15,7 @@ from ...ground.errors import KTError, describe, traceback_wanted
 from ...ground.machine import gib
 from ...ground.paging import give_back_memory
 from ...ground.progress import LoadProgress, MeasureProgress, watch_loads
-from .texts import say, with_fields
+from .texts import in_page_words, say
 
 logger = logging.getLogger("llamafactory_kt")
 
@@ -90,7 +90,7 @@ class PageLoad:
         if self._stopped:
             yield say("load_stopped", language)
         elif self._error:
-            yield warn(say(failed, language, error=with_fields(self._error, language)))
+            yield warn(say(failed, language, error=in_page_words(self._error, language)))
         else:
             yield done
 

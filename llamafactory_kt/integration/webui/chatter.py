@@ -16,7 +16,7 @@ from threading import Lock
 from types import ModuleType
 from typing import Any
 
-from ...ground.errors import KTError
+from ...ground.errors import KTError, describe
 from ...ground.paging import give_back_memory
 from ...model.state import has_kt_experts, kt_state
 from ..listening import warn_if_open
@@ -24,7 +24,7 @@ from ..patching import asks_for, expect, replace
 from .background_load import PageLoad, running_load, warn
 from .loaded_form import LoadedForm
 from .status import is_gone, model_path
-from .texts import say
+from .texts import in_page_words, say
 
 
 def patch(module: ModuleType) -> None:
@@ -122,8 +122,10 @@ def patch(module: ModuleType) -> None:
 
         try:
             yield from answers_of(self).ask(kt_page, start, (chatbot, messages)).follow(lang)
-        except KTError as error:
-            raise gradio.Error(html.escape(str(error)), duration=None, print_exception=False) from error
+        except Exception as error:
+            text = html.escape(in_page_words(describe(error, lines=True), lang)).replace("\n", "<br>")
+            unknown = not isinstance(error, KTError)
+            raise gradio.Error(text, duration=None, print_exception=unknown) from error
 
     replace(chatter, load_model, unload_model, stream)
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from .advice import advice
+
 COMPONENTS: dict[str, dict[str, dict[str, str]]] = {
     "kt_section": {
         "en": {"label": "KTransformers (MoE experts on the CPU)"},
@@ -177,7 +179,14 @@ _FIELDS = {
 """keys that LLaMA-Factory's own fields set -> the fields"""
 
 
-def with_fields(error: str, language: str) -> str:
+def in_page_words(error: str, language: str | None) -> str:
+    """An error as a page shows it: with the names of its fields; on pages in Chinese, with what to do in Chinese."""
+    shown = _with_fields(error, language or "en").split("\n")
+    advised = map(advice if language == "zh" else lambda line: None, error.split("\n"))
+    return "\n".join(f"{line}\n  → {what}" if what else line for line, what in zip(shown, advised, strict=True))
+
+
+def _with_fields(error: str, language: str) -> str:
     """An error with the names of the page's fields beside those of their keys, once each."""
     from llamafactory.webui.locales import LOCALES
 

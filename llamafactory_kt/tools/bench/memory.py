@@ -16,7 +16,7 @@ from ...checkpoint.opening import weight_files
 from ...engines.registry import AUTO, find_engine
 from ...ground.errors import KTMemoryError
 from ...ground.machine import available_memory, gib
-from ...ground.tensor_files import SafetensorsStore
+from ...ground.tensors.stores import SafetensorsStore
 from ...model.memory import nbytes_by_device
 from ...model.state import has_kt_experts, kt_state
 from .configs import BenchConfig

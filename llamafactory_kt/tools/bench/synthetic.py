@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ...ground.atomic_output import replacing, writing
 from ...ground.errors import KTModelError
 from ...ground.machine import cache_directory, gib
-from ...ground.tensor_writer import write_safetensors
+from ...ground.tensors.writer import write_safetensors
 from .memory import CheckpointBytes
 from .shapes import ModelShape
 

@@ -17,7 +17,7 @@ from ...adapters.keys import MLP_TARGETS, split_module
 from ...apply import switch_adapter
 from ...checkpoint.opening import open_checkpoint
 from ...engines.bounds import Bounds
-from ...ground.tensor_files import SafetensorsStore
+from ...ground.tensors.stores import SafetensorsStore
 from ...model.experts_module import KTExperts
 from ...model.state import kt_state, plain_model
 from ...peft_side.model_names import CheckpointNames, ModuleNames, tied_weights

@@ -20,7 +20,7 @@ from ...checkpoint.discovery import ExpertsModule
 from ...checkpoint.formula import ExpertFormula
 from ...checkpoint.opening import open_checkpoint
 from ...checkpoint.stored_weight import StoredWeight
-from ...ground.safetensors_files import open_mapped, read_tensor
+from ...ground.tensors.safetensors_files import open_mapped, read_tensor
 from .peft_reading import read_by_peft
 
 ExpertWeights = dict[str, torch.Tensor]

@@ -236,6 +236,10 @@ def test_errors_name_the_fields(tab, tmp_path):
         "- Checkpoint path (adapter_name_or_path): ",
     ):
         assert any(line.startswith(part) for line in mistakes), mistakes
+    tab.set("top", lang="zh")
+    said = tab.load().split("\n")
+    place = next(number for number, line in enumerate(said) if line.startswith("- 线程数 (kt_num_threads) "))
+    assert said[place + 1] == "  → 改正数值，或去掉该参数。", "what docs/messages_zh.md says of it"
 
 
 def test_adapters_that_cannot_be_exchanged(tab, tmp_path, demo):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import KTMemoryError
-from .machine import available_memory, gib
+from ..errors import KTMemoryError
+from ..machine import available_memory, gib
 
 _LONGEST = 100_000_000
 """bytes of a header, as safetensors allows them"""

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .internals import TESTED, Internal
+from ..internals import TESTED, Internal
 
 INTERNAL = Internal("torch-archive", "torch", TESTED["torch"])
 _STORAGES = {

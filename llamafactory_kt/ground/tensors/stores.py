@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 
-from .errors import KTAdapterError, KTError, first_line, name_some
-from .json_files import read_json_object
+from ..errors import KTAdapterError, KTError, first_line, name_some
+from ..json_files import read_json_object
 from .safetensors_files import open_mapped, read_header, read_tensor
 
 SAFETENSORS, INDEX, PICKLED = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .tensor_files import DTYPES
+from .stores import DTYPES
 
 _ENTRY = 200
 """bytes reserved in the header for one tensor's dtype, shape and byte range"""

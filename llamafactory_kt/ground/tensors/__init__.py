@@ -1,0 +1,1 @@
+"""Files of tensors: read by name and in pieces, written whole."""

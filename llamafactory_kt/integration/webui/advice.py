@@ -15,7 +15,7 @@ _LINK = re.compile(r"\[([^]]+)\]\([^)]+\)")
 _AS_ABOVE = re.compile(r"^同上[，。：]?")
 _HOLE = "…"
 _FEWEST_LETTERS = 10
-"""that an error and a quote must have in common"""
+"""that an error and a quote must have in common in one piece"""
 
 
 class _Quote(NamedTuple):
@@ -26,13 +26,15 @@ class _Quote(NamedTuple):
 
 
 def advice(message: str) -> str | None:
-    """What the page says of a message, by the quote that has most in common with it; None if none has.
+    """What the page says of a message, by the quote that has most in common with it; None if none has, or rows compete.
 
     >>> advice("kt_num_threads must be a positive whole number or auto")
     '改正数值，或去掉该参数。'
     """
     fitting = [quote for quote in _quotes() if quote.pattern.search(message)]
-    return max(fitting, key=lambda quote: quote.letters).advice if fitting else None
+    most = max((quote.letters for quote in fitting), default=0)
+    found = {quote.advice for quote in fitting if quote.letters == most}
+    return found.pop() if len(found) == 1 else None
 
 
 @cache
@@ -45,7 +47,7 @@ def _quotes() -> tuple[_Quote, ...]:
             said = above + _AS_ABOVE.sub("", said)
         for quote in _QUOTE.findall(messages):
             parts = [part.strip(" .") for part in quote.split(_HOLE)]
-            if (letters := sum(map(len, parts))) >= _FEWEST_LETTERS and " " in quote:  # and no exception's name
-                quotes.append(_Quote(re.compile(".*?".join(map(re.escape, parts))), letters, said))
+            if max(map(len, parts)) >= _FEWEST_LETTERS and " " in quote:  # and no exception's name
+                quotes.append(_Quote(re.compile(".*?".join(map(re.escape, parts))), sum(map(len, parts)), said))
         above = said
     return tuple(quotes)

@@ -16,6 +16,7 @@ from .auto_hf_quantizer import accept_quantized_checkpoints
 from .config import QUANT_METHOD, KTExpertsConfig
 from .experts_module import KTExperts
 from .load import ExpertsLoad
+from .load_plan import LoadPlan
 from .loading_rules import Decode, loading_rules
 
 __all__ = ["KTExperts", "KTExpertsConfig", "KTExpertsQuantizer"]
@@ -43,7 +44,7 @@ class KTExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         everything_on_cpu = device_map in (None, {"": "cpu"}, {"": torch.device("cpu")})
         on_gpu = torch.cuda.is_available() and not everything_on_cpu
-        self._load = ExpertsLoad(self.quantization_config, model, checkpoint_files or [], on_gpu=on_gpu)
+        self._load = ExpertsLoad(LoadPlan(self.quantization_config, model, checkpoint_files or [], on_gpu=on_gpu))
         self._load.replace_experts()
         known = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
         kind = set if isinstance(known, set) else list  # a list in transformers 5.6, a set in 5.24, which adds to it

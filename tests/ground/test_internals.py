@@ -11,7 +11,7 @@ from helpers.places import ROOT
 
 from llamafactory_kt import KTConfigError, KTExpertsConfig
 from llamafactory_kt.ground.internals import NAMES, SWITCH, TESTED, Internal, switch_problem, untested
-from llamafactory_kt.model.load import ExpertsLoad
+from llamafactory_kt.model.load_plan import LoadPlan
 
 FILES = sorted(
     file for file in (ROOT / "llamafactory_kt").rglob("*.py") if re.search(r"^INTERNAL = ", file.read_text(), re.M)
@@ -86,4 +86,4 @@ def test_names_that_nothing_has(monkeypatch):
     with pytest.raises(
         KTConfigError, match=r"unknown name 'Openmp', 'typo', expected some of auto-classes, .*, or all"
     ):
-        ExpertsLoad(KTExpertsConfig(backend="torch"), None, [], on_gpu=False)
+        LoadPlan(KTExpertsConfig(backend="torch"), None, [], on_gpu=False)

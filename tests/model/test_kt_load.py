@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 from llamafactory_kt import KTConfigError, KTMemoryError, apply_adapter, optimize_for_inference
 from llamafactory_kt.engines.plan import Plan
 from llamafactory_kt.load_report import load_rows
-from llamafactory_kt.model import load as loading
-from llamafactory_kt.model import memory
+from llamafactory_kt.model import load_plan, memory
 from llamafactory_kt.model.state import kt_state
 from llamafactory_kt.native.packed import PackedWeight
 
@@ -96,7 +95,7 @@ def test_little_memory(path, monkeypatch):
 
 def test_auto_takes_an_engine_for_which_there_is_memory(path, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: EXPERTS // 2)
-    monkeypatch.setattr(loading, "candidates", lambda *_, **__: [Plan("torch", 0, 1), Plan("native", 0, 1)])
+    monkeypatch.setattr(load_plan, "candidates", lambda *_, **__: [Plan("torch", 0, 1), Plan("native", 0, 1)])
     model = load(path, "auto")
     assert mapped_from(path, model) == {True}
     assert "no memory for torch, which would copy the weights" in kt_state(model).reason
@@ -182,7 +181,7 @@ def test_quantized_weights_stay_where_they_are(tmp_path, make, kind, monkeypatch
     assert needs[1].experts == scales + sum(matrix.codes.nbytes for matrix in matrices)
     rows = dict(load_rows(mapped))
     assert rows["Weights"] == f"{kind} as the checkpoint has them, mapped from the checkpoint's files"
-    monkeypatch.setattr(loading, "candidates", lambda *_, **__: [Plan("torch", 0, 1), Plan("native", 0, 1)])
+    monkeypatch.setattr(load_plan, "candidates", lambda *_, **__: [Plan("torch", 0, 1), Plan("native", 0, 1)])
     chosen = load(path, "auto")
     assert kt_state(chosen).plan.backend == "native" and "torch would decode the weights" in kt_state(chosen).reason
     monkeypatch.undo()

@@ -41,12 +41,14 @@ def test_a_text_goes_on(client, written, prompt):
     chunks = list(client.completions.create(**keys, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == text
     assert chunks[-2].choices[0].finish_reason == "length" and chunks[-1].usage.completion_tokens == 9
-    assert client.completions.create(**{**keys, "prompt": [prompt], "n": 2, "seed": 1}).choices[1].index == 1
+    for given in ([prompt], "x"):  # of one token, too
+        answers = client.completions.create(**{**keys, "prompt": given, "n": 2, "seed": 1, "temperature": 0}).choices
+        assert [answer.index for answer in answers] == [0, 1] and answers[0].text == answers[1].text
 
 
 @pytest.mark.parametrize(
     "keys",
-    [{"echo": True}, {"suffix": "x"}, {"best_of": 2}, {"prompt": ["a", "b"]}, {"prompt": [1, 2]}, {"prompt": ""}, {"logprobs": 6},
+    [{"echo": True}, {"suffix": "x"}, {"best_of": 2}, {"best_of": 1, "n": 2}, {"prompt": ["a", "b"]}, {"prompt": [1, 2]}, {"prompt": ""}, {"logprobs": 6},
      {"max_tokens": 10**9}, {"messages": []}, {"prompt": "word " * 3000}],
 )  # fmt: skip
 def test_texts_that_are_refused(client, keys):
@@ -55,12 +57,22 @@ def test_texts_that_are_refused(client, keys):
     assert caught.value.param.partition("[")[0] in keys
 
 
+def test_defaults_of_fields_that_are_refused(client):
+    """As clients send them."""
+    keys = {"model": "any", "prompt": "x", "max_tokens": 4, "temperature": 0}
+    (plain,) = client.completions.create(**keys).choices
+    for same in ({"best_of": 1}, {"best_of": 2, "n": 2}, {"echo": False}, {"suffix": ""}):
+        assert client.completions.create(**keys, **same).choices[0].text == plain.text
+
+
 def test_the_models_name(chat, client, monkeypatch):
     (entry,) = client.models.list().data
     assert (entry.id, entry.object) == ("My-Model", "model") and client.models.retrieve("My-Model") == entry
     with pytest.raises(openai.NotFoundError, match="does not exist; this server has 'My-Model'") as caught:
         client.models.retrieve("a/b")
     assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError, match="'My-Model:one' does not exist"):  # whatever other names mean here
+        ask(client, "x", model="My-Model:one")
     monkeypatch.setenv("API_MODEL_NAME", "org/name")
     assert client_of(chat).models.retrieve("org/name").id == "org/name"
 

@@ -6,7 +6,6 @@ import asyncio
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,17 +15,8 @@ import psutil
 import pytest
 from helpers.api import ask, serving
 from helpers.chats import EXPECTED, PROMPTS, config
-from helpers.marks import FASTEST
 from helpers.models import make_model
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, demo) -> Iterator[str]:
-    """The address of a server with the demo's adapter, which handles four requests at a time."""
-    directory = tmp_path_factory.mktemp("server")
-    keys = {"kt_backend": FASTEST, "kt_num_threads": None, "adapter_name_or_path": str(demo / "adapter")}
-    with serving(config(directory, demo, **keys), directory / "log", MAX_CONCURRENT="4") as (address, _):
-        yield address
+from test_endpoints import figures
 
 
 @pytest.fixture
@@ -125,6 +115,7 @@ def test_one_worker(tmp_path, demo):
             return ask(client, str(number % 8), max_tokens=12).choices[0].message.content
 
         alone = [answer(number) for number in range(8)]
+        assert figures(client, address)["requests_total", "/v1/chat/completions", "499"] == 1, "of those, no stream"
         with ThreadPoolExecutor(8) as clients:
             assert [*clients.map(answer, range(40))] == alone * 5 and len(set(alone)) == 8
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import httpx
 import openai
 import pytest
 from helpers.api import ask
 from helpers.chats import EXPECTED, PROMPTS
+from helpers.places import ROOT
 from openai.types import completion_create_params as texts
 from openai.types.chat import completion_create_params as chats
 from test_endpoints import figures
@@ -78,6 +80,16 @@ def unknown(module, *known) -> list[dict]:
     named = {name for rows in known for row in rows for name in (row[0] if isinstance(row, tuple) else row)}
     fields = {*module.CompletionCreateParamsBase.__annotations__} - named - {"messages", "model", "prompt", "stream"}
     return [{"extra_body": {name: "x"}} for name in sorted(fields)]
+
+
+@pytest.mark.parametrize("page", ["chat-guide.md", "chat-guide_zh.md"])
+def test_the_guide_names_every_field(page):
+    (section,) = re.findall(
+        r"^## (?:The )?API\n(.*?)^## ", (ROOT / "docs" / page).read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    for module in (chats, texts):
+        for name in module.CompletionCreateParamsBase.__annotations__:
+            assert re.search(rf"`{name}\b", section), name
 
 
 def chat(client, **keys):

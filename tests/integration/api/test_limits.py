@@ -53,7 +53,8 @@ def test_usage_of_a_stream(client):
 
 
 def test_several_streamed_answers(client):
-    one = ask(client, "Who?", temperature=0, max_tokens=6).choices[0].message.content
+    whole = ask(client, "Who?", temperature=0, max_tokens=6)
+    one = whole.choices[0].message.content
     chunks = list(
         ask(client, "Who?", temperature=0, max_tokens=6, n=3, stream=True, stream_options={"include_usage": True})
     )
@@ -65,7 +66,7 @@ def test_several_streamed_answers(client):
         if choice.finish_reason:
             ends[choice.index] = choice.finish_reason
     assert set(texts.values()) == {one} and ends == dict.fromkeys(range(3), "length")
-    assert chunks[-1].usage.completion_tokens == 18
+    assert chunks[-1].usage.completion_tokens == 18 and chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
     drawn = ask(client, "Who?", temperature=100, max_tokens=6, n=4, stream=True)
     texts = {}
     for chunk in drawn:
@@ -162,6 +163,7 @@ def test_millions_of_mistakes_are_one(client, body):
     answer = client._client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["message"].count(";") < 3 and len(answer.content) < 3000, error
+    assert b"aaa" not in body or "cannot hold" in error["message"], "it is not tokenized"
 
 
 def test_a_body_of_another_type(client):

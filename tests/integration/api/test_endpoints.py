@@ -35,7 +35,11 @@ def test_a_text_goes_on(client, written, prompt):
     (choice,) = answer.choices
     assert choice.text == text and answer.object == "text_completion" and choice.finish_reason == "length"
     assert choice.logprobs.token_logprobs == pytest.approx(logprobs, abs=1e-4)
-    assert choice.logprobs.text_offset[0] == 0 and choice.logprobs.text_offset == sorted(choice.logprobs.text_offset)
+    offsets = choice.logprobs.text_offset
+    assert offsets[0] == 0 < offsets[-1] and offsets == sorted(offsets)
+    for offset, token in zip(offsets, choice.logprobs.tokens, strict=True):
+        # a part of a character has no text of its own, and may stand before a token's
+        assert "\ufffd" in token or token in text[offset : offset + 1 + len(token)]
     assert all(len(top) <= 2 for top in choice.logprobs.top_logprobs)
     assert answer.usage.completion_tokens == 9
     chunks = list(client.completions.create(**keys, stream=True, stream_options={"include_usage": True}))

@@ -45,7 +45,7 @@ def training(tmp_path: Path, model: Path) -> str:
 
 
 def test_training_is_unchanged(tmp_path, demo):
-    """Nor is a chat; with the hooks, and without them from the start."""
+    """And so is a plain chat: with the hooks, and without them from the start."""
     model = make_model(tmp_path / "model", "qwen3_moe")
     first = textwrap.dedent(LOGITS.format(model=str(demo / "model")))
     hooked = child(first + textwrap.dedent(training(tmp_path, model)))

@@ -146,7 +146,8 @@ class _Generation:
         assert state.prompts is not None
         self._pool, key, self._layers = state.prompts, state.weights_key, len(state.wrappers)
         fresh = Kept(key, self._ids[:0], arguments[name])
-        known = layers.are_known(fresh.cache)
+        # of several answers to one token, each reads it itself
+        known = self._whole > 0 and layers.are_known(fresh.cache)
         asked = self._pool.sequences or len(self._ids) > CHUNK or len(input_ids) > 1 or layers.forgets(fresh.cache)
         self._way = (way_to_continue(model, input_ids[:1], name) if asked else TOGETHER) if known else NEVER
         # two tokens at least are left to read: a call with one is a token of an answer, for whoever counts

@@ -123,6 +123,11 @@ def test_several_answers_share_the_prompt(tmp_path, tokens):
     wanted = ask(model, prompt, tokens=5, kept=False)[0]
     assert three.tolist() == [wanted] * 3 and reading.told[-1] == 59
     assert exact(model, [*prompt, *tokens(9)]) == 59
+    one = torch.tensor([prompt[:1]])
+    several = model.generate(
+        one, generation_config=config, custom_generate=functools.partial(generate, reading=Reading())
+    )
+    assert several.tolist() == [ask(model, prompt[:1], tokens=5, kept=False)[0]] * 3, "of one token nothing is shared"
 
 
 def test_stopped_and_failing_prompts(tmp_path, tokens):

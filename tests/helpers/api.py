@@ -32,13 +32,15 @@ def serving(path: Path, log: Path, **environment: str) -> Iterator[tuple[str, su
         process = subprocess.Popen([CLI, "api", path], stdout=out, stderr=subprocess.STDOUT, env=env)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        for _ in range(2000):
             assert process.poll() is None, log.read_text()
             try:
                 httpx.get(f"{address}/v1/models")
                 break
             except httpx.TransportError:
                 time.sleep(0.2)
+        else:
+            raise AssertionError(f"no answer: {log.read_text()}")
         yield address, process
     finally:
         process.kill()

@@ -41,7 +41,8 @@ def test_changed_llamafactory(demo, module, change, named):
     code = textwrap.dedent(code) + textwrap.dedent(
         CHAT.format(model=str(demo / "model"), kt=True, more="kt_backend='torch'")
     )
-    result = child(code)
+    plain = CHAT.format(model=str(demo / "model"), kt=False, more="")
+    result = child(code + textwrap.dedent(plain))
     assert "KTHookError" in result.stdout, result.stdout + result.stderr
     for part in (
         named,
@@ -51,8 +52,7 @@ def test_changed_llamafactory(demo, module, change, named):
         "llamafactory-kt-experts",
     ):
         assert part in result.stdout
-    plain = child(code.replace("use_kt=True, kt_backend='torch'", "use_kt=False"))
-    assert plain.stdout.strip().endswith("loaded"), plain.stdout + plain.stderr
+    assert result.stdout.strip().endswith("loaded"), "a chat without use_kt"
 
 
 def test_changed_sglang_engine(demo):
@@ -67,10 +67,11 @@ def test_changed_sglang_engine(demo):
     bootstrap._patch = patch
     """
     chat = CHAT.format(model=str(demo / "model"), kt=True, more="kt_backend='torch', infer_backend='huggingface'")
-    code = textwrap.dedent(code) + textwrap.dedent(chat)
-    assert child(code).stdout.strip().endswith("loaded")
-    result = child(code.replace("infer_backend='huggingface'", "infer_backend='sglang'"))
+    result = child(
+        textwrap.dedent(code) + textwrap.dedent(chat) + textwrap.dedent(chat.replace("huggingface", "sglang"))
+    )
     assert "KTHookError llamafactory.chat.sglang_engine.SGLangEngine cannot be hooked" in result.stdout, result.stderr
+    assert "loaded" in result.stdout.splitlines(), result.stdout
 
 
 def test_changed_pages(tmp_path, demo):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from pathlib import Path
 
 from helpers.children import child
@@ -14,14 +16,8 @@ LOGITS = """
     from llamafactory.chat import ChatModel
     model = ChatModel(dict(model_name_or_path={model!r}, template="deepseek", infer_dtype="float32")).engine.model
     with torch.inference_mode():
-        print(model(input_ids=torch.arange(2, 30)[None]).logits.double().sum().item())
+        print("sum of logits:", model(input_ids=torch.arange(2, 30)[None]).logits.double().sum().item())
 """
-
-
-def test_plain_chat_is_unchanged(demo):
-    code = LOGITS.format(model=str(demo / "model"))
-    hooked, stock = child(code), python(code, LLAMAFACTORY_KT_DISABLE="1")
-    assert hooked.stdout.splitlines()[-1] == stock.stdout.splitlines()[-1], hooked.stderr
 
 
 def training(tmp_path: Path, model: Path) -> str:
@@ -48,10 +44,14 @@ def training(tmp_path: Path, model: Path) -> str:
     """
 
 
-def test_training_is_unchanged(tmp_path):
+def test_training_is_unchanged(tmp_path, demo):
+    """And so is a plain chat: with the hooks, and without them from the start."""
     model = make_model(tmp_path / "model", "qwen3_moe")
-    hooked = child(training(tmp_path, model))
-    stock = python(training(tmp_path, model), LLAMAFACTORY_KT_DISABLE="1")
+    first = textwrap.dedent(LOGITS.format(model=str(demo / "model")))
+    hooked = child(first + textwrap.dedent(training(tmp_path, model)))
+    stock = python(first + textwrap.dedent(training(tmp_path, model)), LLAMAFACTORY_KT_DISABLE="1")
+    sums = [re.findall("^sum of logits: (.+)$", result.stdout, re.MULTILINE) for result in (hooked, stock)]
+    assert len(sums[0]) == 1 and sums[0] == sums[1], hooked.stderr
     losses = [json.loads(result.stdout.splitlines()[-1]) for result in (hooked, stock)]
     assert len(losses[0]) == 2 and losses[0] == losses[1]
     assert all(result.returncode == 1 and "transformers-kt" in result.stderr for result in (hooked, stock)), (

@@ -66,36 +66,33 @@ def test_interrupted_answers(tmp_path, demo, rambling):
     assert chat.exitstatus == 0 and "Traceback" not in chat.before
 
 
-def test_whole_answers_and_figures(tmp_path, demo):
-    adapter = str(demo / "adapter")
-    chat = start(config(tmp_path, demo, kt_backend="torch", kt_num_threads=None, adapter_name_or_path=adapter))
-    for line, shown in (
-        (PROMPTS[2], EXPECTED[PROMPTS[2]]["adapter"]),
-        ("/stats", "Figures after each answer: on."),
-        (PROMPTS[3], "Assistant: "),
-    ):
-        chat.sendline(line)
-        chat.expect_exact(shown)
-    chat.expect(STATS)
-    assert int(chat.match[1]) > 20 and int(chat.match[2]) > 5
-    chat.sendline("exit")
-    chat.expect(pexpect.EOF)
-    chat.close()
-    assert chat.exitstatus == 0
-
-
 def test_typed_and_pasted(tmp_path, demo):
     """From the command to the first question there are few lines; several lines are one question, pasted or between triple quotes."""
     adapter, saved = str(demo / "adapter"), tmp_path / "saved.json"
     path = config(tmp_path, demo, kt_backend="torch", kt_num_threads=None, adapter_name_or_path=adapter)
-    chat = start(path, "max_new_tokens=3", TERM="xterm", LLAMAFACTORY_VERBOSITY=None)
+    chat = start(path, TERM="xterm", LLAMAFACTORY_VERBOSITY=None)
     said = [line for line in chat.before.split("\r\n") if line.strip()]  # a progress bar is one
     assert any("LoRA tensors" in line for line in said) and any("Loaded adapter(s)" in line for line in said)
     assert len(said) <= 25 and not any("Model config" in line or "torch_dtype" in line for line in said), chat.before
     assert "\x1b[?2004h" in chat.before, "the terminal shall mark what is pasted"
     assert "`/help`" in chat.before and "`/experts`" not in chat.before, "which is not on"
     pasted = "def f():\n\treturn 1\n\n/help"
-    chat.send("\r")  # nothing happens
+    for line, shown in (
+        (PROMPTS[2], EXPECTED[PROMPTS[2]]["adapter"]),
+        ("/stats", "Figures after each answer: on."),
+        (PROMPTS[3], "Assistant: "),
+    ):
+        chat.send(f"{line}\r")
+        chat.expect_exact(shown)
+    chat.expect(STATS)
+    assert int(chat.match[1]) > 20 and int(chat.match[2]) > 5
+    for line, shown in (
+        ("clear", "History has been removed."),
+        ("/set max_new_tokens 3", "max_new_tokens"),
+        ("", "User: "),
+    ):
+        chat.send(f"{line}\r")
+        chat.expect_exact(shown)
     chat.expect("User: ")
     chat.send(f"\x1b[200~{pasted}\n\x1b[201~\r")
     chat.expect("Assistant: ")

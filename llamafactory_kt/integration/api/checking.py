@@ -24,7 +24,7 @@ from .errors import CONTEXT_LENGTH_EXCEEDED, BadRequest
 from .forms import ChatForm, TextForm
 from .grammar import GrammarsOfChat
 from .models import Models
-from .protocol import ChatRequest, ToolChoice
+from .protocol import ChatRequest
 from .sampling import Sampled
 
 logger = logging.getLogger("llamafactory_kt")
@@ -111,10 +111,16 @@ def _check(request: Sampled, engine: Any) -> None:
 def _problems_of_chat(request: ChatRequest, engine: Any) -> Iterator[tuple[str, str]]:
     if request.top_logprobs and not request.logprobs:
         yield "top_logprobs", "top_logprobs: only with logprobs: true."
-    if isinstance(choice := request.tool_choice, ToolChoice) and not any(
-        tool.function.name == choice.function.name for tool in request.tools or ()
+    if (
+        None not in (request.max_tokens, request.max_completion_tokens)
+        and request.max_tokens != request.max_completion_tokens
     ):
-        yield "tool_choice", f"tool_choice: {choice.function.name!r} is not among the tools."
+        yield "max_tokens", "max_tokens: it differs from max_completion_tokens, which is the same field; leave one out."
+    there = {tool.function.name for tool in request.tools or ()}
+    for name in request.chosen_names() or ():
+        if name not in there:
+            yield "tool_choice", f"tool_choice: {name!r} is not among the tools."
+            break
     if isinstance(engine, KTSGLangEngine):
         for n, message in enumerate(request.messages):
             if any(part.type != "text" for part in message.parts()):

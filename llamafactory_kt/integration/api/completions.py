@@ -5,9 +5,9 @@ https://platform.openai.com/docs/api-reference/completions/create
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .sampling import Sampled
 
@@ -15,6 +15,7 @@ MOST_LOGPROBS = 5
 """likely tokens beside each one, as in OpenAI's API"""
 REFUSED = {
     "best_of": "n says how many answers are made, and all are returned",
+    "echo": "an answer is the text after the prompt alone",
     "suffix": "the model goes on with the prompt, and knows of no end",
 }
 """OpenAI's fields that are not done here, and why"""
@@ -29,8 +30,16 @@ class TextRequest(Sampled):
 
     prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=1)]
     """one text; OpenAI's API takes several, and tokens"""
-    echo: Literal[False] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_for_nothing(cls, data: Any) -> Any:
+        """What clients send for the defaults of fields that are refused."""
+        if not isinstance(data, dict):
+            return data
+        defaults = {"best_of": data.get("n") or 1, "echo": False, "suffix": ""}
+        return {key: value for key, value in data.items() if key not in defaults or value != defaults[key]}
 
     def noted(self) -> int | None:
         """How many likely tokens are reported beside each one; None: no probabilities."""

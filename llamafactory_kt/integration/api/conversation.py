@@ -15,7 +15,7 @@ from typing import Any
 
 from .attached.attachments import Media, read_media
 from .errors import BadRequest
-from .protocol import ChatRequest, FunctionDefinition, Message, ToolChoice
+from .protocol import ChatRequest, FunctionDefinition, Message
 
 ASKING, ANSWERING = ("user", "observation"), ("assistant", "function")
 """roles of LLaMA-Factory's ``data_utils.Role``, by side"""
@@ -42,7 +42,7 @@ def read_conversation(request: ChatRequest, template: Any) -> dict[str, Any]:
     media = Media()
     system, turns = [], list[Turn]()
     previous = None
-    for number, message in enumerate(request.messages):
+    for number, message in _ordered(request.messages):
         text = _text(message, number, media)
         if message.role in ("system", "developer"):
             system.append(text)
@@ -63,15 +63,32 @@ def read_conversation(request: ChatRequest, template: Any) -> dict[str, Any]:
     }
 
 
+def _ordered(messages: list[Message]) -> list[tuple[int, Message]]:
+    """The messages with their numbers; results of tools in the order of the calls, which is all that tells a model whose they are."""
+    numbered = list(enumerate(messages))
+    for number, message in numbered[:]:
+        if not message.tool_calls:
+            continue
+        places = {call.id: place for place, call in enumerate(message.tool_calls)}
+        end = number + 1
+        while end < len(messages) and messages[end].role == "tool":
+            end += 1
+        if all(result.tool_call_id in places for result in messages[number + 1 : end]):
+            numbered[number + 1 : end] = sorted(
+                numbered[number + 1 : end], key=lambda result: places[result[1].tool_call_id]
+            )
+    return numbered
+
+
 def _text(message: Message, number: int, media: Media) -> str:
     """A message's text, with LLaMA-Factory's placeholders where media are, which are read into ``media``."""
     problem = f"messages[{number}] has no content."
-    if message.content is None:
+    if not (parts := message.parts()) and message.content is None:
         if message.role == "assistant" and message.calls():
             return ""
         raise BadRequest(problem, "messages")
     texts = []
-    for part in message.parts():
+    for part in parts:
         if part.type != "text" and message.role in ("system", "developer"):
             kind = part.type.removesuffix("_url")
             raise BadRequest(
@@ -165,11 +182,8 @@ def _content(role: str, said: Any, template: Any) -> str:
 
 def _tools(request: ChatRequest, template: Any) -> str | None:
     """The tools in JSON, as the client describes them if the template can write that, else as every template can."""
-    if not request.tools or request.tool_choice == "none":
+    if not (functions := request.functions()):
         return None
-    functions = [tool.function for tool in request.tools]
-    if isinstance(request.tool_choice, ToolChoice):
-        functions = [function for function in functions if function.name == request.tool_choice.function.name]
     for describe in (_as_given, _simple):
         written = json.dumps([describe(function) for function in functions], ensure_ascii=False)
         with contextlib.suppress(Exception):  # templates expect one shape of a description, and check none

@@ -17,6 +17,8 @@ from .errors import BadRequest
 MOST_BYTES = 128 * 2**20
 """of a request"""
 _POLL_SECONDS = 0.5
+GONE = "llamafactory_kt.gone"
+"""in a request's scope: the client has disconnected"""
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -47,7 +49,7 @@ class StopUnwanted:
             return message
 
         token = generation_of_request.set(generation)
-        watcher = asyncio.create_task(_stop_when_unwanted(generation, complete, receive))
+        watcher = asyncio.create_task(_stop_when_unwanted(scope, generation, complete, receive))
         try:
             await self.app(scope, receive_body, send)
         finally:
@@ -55,7 +57,7 @@ class StopUnwanted:
             generation_of_request.reset(token)
 
 
-async def _stop_when_unwanted(generation: Generation, complete: asyncio.Event, receive: Receive) -> None:
+async def _stop_when_unwanted(scope: Any, generation: Generation, complete: asyncio.Event, receive: Receive) -> None:
     """After the whole body, ``receive`` returns only when the client disconnects."""
     from sse_starlette import sse
 
@@ -67,5 +69,6 @@ async def _stop_when_unwanted(generation: Generation, complete: asyncio.Event, r
         except TimeoutError:
             continue
         if message["type"] == "http.disconnect":
+            scope[GONE] = True
             break
     generation.stop()

@@ -101,10 +101,12 @@ def _place(problem: Any, sent: Any) -> str:
     'messages'
     """
     place = ""
-    for step in problem["loc"][1:]:
+    steps = problem["loc"][1:]
+    for number, step in enumerate(steps):
+        is_missing = problem["type"] == "missing" and number == len(steps) - 1
         if isinstance(sent, list) and isinstance(step, int):
             place, sent = f"{place}[{step}]", sent[step]
-        elif isinstance(sent, dict) and (step in sent or problem["type"] == "missing"):
+        elif isinstance(sent, dict) and (step in sent or is_missing):
             place, sent = f"{place}.{step}".removeprefix("."), sent.get(step)
     return place
 

@@ -11,7 +11,7 @@ from ...decoding.choosing import Matcher
 from ...decoding.grammar import INSTALL, Grammars, is_installed
 from ...ground.errors import KTError
 from .errors import BadRequest
-from .protocol import ChatRequest, FunctionDefinition, ToolChoice
+from .protocol import ChatRequest, FunctionDefinition
 from .sampling import vocabulary_size
 
 _MARK = {"llamafactory_kt": 1}
@@ -34,7 +34,7 @@ class GrammarsOfChat:
         if schema is None and not calls:
             return None
         name = "tool_choice" if calls else "response_format"
-        if schema is not None and request.tools and request.tool_choice != "none":
+        if schema is not None and request.functions():
             raise BadRequest(
                 "response_format: not together with tools, which have a form of their own.", "response_format"
             )
@@ -56,13 +56,7 @@ class GrammarsOfChat:
             return self._grammars
 
     def _forms(self, request: ChatRequest) -> list[tuple[str, dict[str, Any], str]]:
-        choice = request.tool_choice
-        functions = [
-            tool.function
-            for tool in request.tools or ()
-            if not isinstance(choice, ToolChoice) or tool.function.name == choice.function.name
-        ]
-        if not functions:
+        if not (functions := request.functions()):
             raise BadRequest("tool_choice: there are no tools to choose from.", "tool_choice")
         return [_form(function, self._engine.template) for function in functions]
 

@@ -16,6 +16,7 @@ from fastapi.responses import Response
 
 from ...model.state import has_kt_experts, kt_state
 from ..generation import Generation
+from .disconnect import GONE
 
 INSTALL = "pip install prometheus-client"
 _PREFIX = "llamafactory_kt_"
@@ -121,7 +122,7 @@ class CountRequests:
 
         async def send_noting(message: Any) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
+            if message["type"] == "http.response.start" and GONE not in scope:
                 status = message["status"]
             await send(message)
 

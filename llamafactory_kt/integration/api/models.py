@@ -15,8 +15,8 @@ OWNER = "llamafactory"
 class Models:
     """The model of a server and the adapters of ``kt_adapters``, by their names.
 
-    Without ``kt_adapters`` there is one model, whatever a request calls it. With them a name that nobody knows is refused, as it may be
-    misspelt, and the answer of another adapter looks like one of the right one.
+    Without ``kt_adapters`` there is one model, whatever a request calls it, unless it names an adapter of it. With them a name that nobody
+    knows is refused, as it may be misspelt, and the answer of another adapter looks like one of the right one.
     """
 
     def __init__(self, engine: Any):
@@ -32,9 +32,9 @@ class Models:
         """The adapter that a request's ``model`` chooses; None: what the configuration applies.
 
         Raises:
-            NotFound: There are adapters to choose from, and this is none of them.
+            NotFound: There are adapters to choose from, or this is the model's name with an adapter's, and there is no such adapter.
         """
-        return self._chosen(name) if self._adapters else None
+        return self._chosen(name) if self._adapters or name.startswith(f"{self.name}:") else None
 
     def _chosen(self, name: str) -> str | None:
         if name == self.name:

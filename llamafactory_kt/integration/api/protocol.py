@@ -124,6 +124,20 @@ class ToolChoice(_Model):
     function: FunctionName
 
 
+class AllowedTools(_Model):
+    """Some of the tools, and whether one of them shall be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ToolChoice], _LIST]
+
+
+class AllowedToolsChoice(_Model):
+    """Hides all other tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class JsonSchema(_Model):
     """The schema of an answer; it is followed, whatever ``strict`` says."""
 
@@ -180,7 +194,33 @@ class AudioUrl(_Model):
     audio_url: Address | None = None
 
 
-Part = Annotated[Text | ImageUrl | VideoUrl | AudioUrl, Field(discriminator="type")]
+class Sound(_Model):
+    """A file in Base64."""
+
+    data: str
+    format: Literal["wav", "mp3"]
+
+
+class InputAudio(_Model):
+    """A sound, as OpenAI's API has it."""
+
+    type: Literal["input_audio"]
+    input_audio: Sound
+
+    def as_address(self) -> AudioUrl:
+        """The same as a data URL."""
+        url = f"data:audio/{self.input_audio.format};base64,{self.input_audio.data}"
+        return AudioUrl(type="audio_url", audio_url=Address(url=url))
+
+
+class Refusal(_Model):
+    """What another server's model said in place of an answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+Part = Annotated[Text | ImageUrl | VideoUrl | AudioUrl | InputAudio | Refusal, Field(discriminator="type")]
 
 
 class Message(_Model):
@@ -188,7 +228,11 @@ class Message(_Model):
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[Part], _LIST] | None = None
+    refusal: str | None = None
+    """in place of the content of an assistant's message"""
     tool_calls: Annotated[list[ToolCall], _LIST] | None = None
+    tool_call_id: str | None = None
+    """the call whose result a tool's message is"""
     function_call: Function | None = None
     """OpenAI's older form of a single call"""
 
@@ -198,16 +242,24 @@ class Message(_Model):
         return called + ([self.function_call] if self.function_call else [])
 
     def parts(self) -> list[Any]:
-        """The content as a list of parts."""
-        if isinstance(self.content, str):
-            return [Text(type="text", text=self.content)]
-        return self.content or []
+        """The content as a list of parts: texts, and media with their addresses."""
+        content = self.refusal if self.content is None and self.role == "assistant" else self.content
+        return [
+            _plain(part) for part in ([Text(type="text", text=content)] if isinstance(content, str) else content or ())
+        ]
+
+
+def _plain(part: Any) -> Any:
+    if isinstance(part, Refusal):
+        return Text(type="text", text=part.refusal)
+    return part.as_address() if isinstance(part, InputAudio) else part
 
 
 REFUSED = {
     "audio": "answers are text",
     "function_call": "write tool_choice instead",
     "functions": "write tools instead",
+    "moderation": "nothing is moderated here",
     "reasoning_effort": "the server's configuration says whether the model thinks",
     "verbosity": "no model is asked for it here",
     "web_search_options": "nothing is searched here",
@@ -222,8 +274,12 @@ class ChatRequest(Sampled):
 
     messages: Annotated[list[Message], _LIST]
     tools: Annotated[list[Tool], _LIST] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    """``none`` hides the tools from the model, and the name of a function all others"""
+    tool_choice: (
+        Literal["none", "auto", "required"]
+        | Annotated[ToolChoice | AllowedToolsChoice, Field(discriminator="type")]
+        | None
+    ) = None
+    """``none`` hides the tools from the model, and names of functions all others"""
     parallel_tool_calls: bool | None = None
     """false: of several calls, the first counts"""
     max_completion_tokens: int | None = None
@@ -235,6 +291,7 @@ class ChatRequest(Sampled):
     modalities: list[Literal["text"]] | None = None
     prediction: JsonValue = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: JsonValue = None
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -258,7 +315,24 @@ class ChatRequest(Sampled):
 
     def must_call(self) -> bool:
         """Whether the answer has to call a tool."""
-        return self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice)
+        choice = self.tool_choice
+        if isinstance(choice, AllowedToolsChoice):
+            return choice.allowed_tools.mode == "required"
+        return choice == "required" or isinstance(choice, ToolChoice)
+
+    def chosen_names(self) -> list[str] | None:
+        """The functions that ``tool_choice`` names; None: it names none."""
+        choice = self.tool_choice
+        if isinstance(choice, AllowedToolsChoice):
+            return [one.function.name for one in choice.allowed_tools.tools]
+        return [choice.function.name] if isinstance(choice, ToolChoice) else None
+
+    def functions(self) -> list[FunctionDefinition]:
+        """What the model may call."""
+        if self.tool_choice == "none":
+            return []
+        names = self.chosen_names()
+        return [tool.function for tool in self.tools or () if names is None or tool.function.name in names]
 
     def schema_of_answer(self) -> dict[str, Any] | None:
         """The JSON Schema that the answer follows, if any."""

@@ -82,7 +82,9 @@ def test_a_name_chooses(client_of_all, alone):
     assert client_of_all.completions.create(model="My-Model:one", **prompt).choices[0].text == written["one"]
 
 
-@pytest.mark.parametrize("name", ["gpt-3.5-turbo", "tow", "", "My-Model:", "My-Model:two", "two:one", "my-model"])
+@pytest.mark.parametrize(
+    "name", ["gpt-3.5-turbo", "tow", "", "My-Model:", ":one", "My-Model:two", "two:one", "my-model", "One", "My-Model:My-Model", " one", "оne"]
+)  # fmt: skip
 def test_an_unknown_name(client_of_all, name):
     """It may be misspelt, and any answer would look like the right one."""
     asked = (

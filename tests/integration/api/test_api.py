@@ -6,7 +6,6 @@ import asyncio
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,17 +15,8 @@ import psutil
 import pytest
 from helpers.api import ask, serving
 from helpers.chats import EXPECTED, PROMPTS, config
-from helpers.marks import FASTEST
 from helpers.models import make_model
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, demo) -> Iterator[str]:
-    """The address of a server with the demo's adapter, which handles four requests at a time."""
-    directory = tmp_path_factory.mktemp("server")
-    keys = {"kt_backend": FASTEST, "kt_num_threads": None, "adapter_name_or_path": str(demo / "adapter")}
-    with serving(config(directory, demo, **keys), directory / "log", MAX_CONCURRENT="4") as (address, _):
-        yield address
+from test_endpoints import figures
 
 
 @pytest.fixture
@@ -122,17 +112,19 @@ def test_one_worker(tmp_path, demo):
         assert ask(client, "two", max_tokens=3).usage.completion_tokens == 3
 
         def answer(number: int) -> str:
-            return ask(client, str(number % 8), max_tokens=12).choices[0].message.content
+            return ask(client, str(number % 8), max_tokens=6).choices[0].message.content
 
         alone = [answer(number) for number in range(8)]
+        assert figures(client, address)["requests_total", "/v1/chat/completions", "499"] == 1, "of those, no stream"
         with ThreadPoolExecutor(8) as clients:
-            assert [*clients.map(answer, range(40))] == alone * 5 and len(set(alone)) == 8
+            assert [*clients.map(answer, range(16))] == alone * 2 and len(set(alone)) == 8
 
         stream = ask(client, "one", stream=True, max_tokens=50_000)
         next(iter(stream))
         with ThreadPoolExecutor(1) as waiting:
             whole = waiting.submit(ask, client, "two", max_tokens=50_000)
-            time.sleep(2)  # the request is there
+            while not figures(client, address)["waiting_requests",]:
+                time.sleep(0.05)
             ends(process, log)
             with pytest.raises(openai.InternalServerError, match="The server is shutting down"):
                 whole.result()

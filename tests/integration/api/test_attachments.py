@@ -246,6 +246,14 @@ def test_playlists_are_no_videos(kind, playlist):
         read(data_url(playlist, kind), kind.partition("/")[0])
 
 
+def test_sounds_as_openai_sends_them():
+    sound = b"RIFF\0\0\0\0WAVEfmt "
+    part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(sound).decode(), "format": "wav"}}
+    (given,) = Message.model_validate({"role": "user", "content": [part]}).parts()
+    media = Media()
+    assert read_media(given, "messages[0]", media) == "<audio>" and media.audios[0].read() == sound
+
+
 @pytest.mark.parametrize("url", ["data:image/png;base64,A", "data:image/png;base64,=", "data:image/png;base64,AA AA", "data:image/png,AAAA",
                                  "data:image/png;base64,", "data:;base64,AAAA", "data:text/html;base64,AAAA"])  # fmt: skip
 def test_data_urls(url):

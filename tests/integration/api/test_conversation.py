@@ -62,6 +62,16 @@ def test_calls_and_their_results_are_those_of_a_dataset():
     assert [message["role"] for message in converted["_prompt"]] == ["user", "function", "observation"]
 
 
+def test_results_stand_in_the_order_of_their_calls():
+    """Whatever order they come in: a template writes no ids. Results of other calls stay as they are."""
+    assert read(ASKED, CALLED, *reversed(RESULTS)) == read(ASKED, CALLED, *RESULTS)
+    assert turns(ASKED, CALLED, RESULTS[1])[-1][1] == "25 C"
+    others = [{**RESULTS[1], "tool_call_id": "call_3"}, RESULTS[0]]
+    assert turns(ASKED, CALLED, *others)[-1][1].startswith("25 C")
+    with pytest.raises(BadRequest, match=r"messages\[2\] has no content"):
+        read(ASKED, CALLED, says("tool", None, tool_call_id="call_2"), RESULTS[0])
+
+
 def test_results_stand_apart_as_the_template_marks_them():
     assert turns(*RESULTS)[-1][1] == "18 C\n</tool_response>\n<tool_response>\n25 C"
     assert turns(*RESULTS, template="minimax2")[-1][1] == "18 C</response>\n<response>25 C"
@@ -141,7 +151,7 @@ def test_every_format_reads_what_it_is_made_to_write(tool_format):
         tool_call_words=("<tool_call>", "</tool_call>"),
     )
     marks = {"thought_words": ("<think>", "</think>"), "tool_call_words": template.tool_call_words}
-    for text, arguments in ((None, TRICKY), ("Let me see.", {"city": "Paris"})):
+    for text, arguments in ((None, TRICKY), ("Let me see.", TRICKY)):
         asked = [ASKED, says("assistant", text, tool_calls=[call("weather", json.dumps(arguments))]), RESULTS[0]]
         request = ChatRequest.model_validate({"model": "any", "messages": asked})
         message = read_conversation(request, template)["messages"][1]
@@ -185,5 +195,23 @@ def test_every_format_can_describe_every_tool(tool_format, parameters):
 
 
 def test_hidden_tools():
-    tools = [{"function": {"name": "f"}}]
-    assert read(ASKED, tools=tools)["tools"] and read(ASKED, tools=tools, tool_choice="none")["tools"] is None
+    tools = [{"function": {"name": name}} for name in "fgh"]
+
+    def shown(choice) -> list[str]:
+        return [tool["name"] for tool in json.loads(read(ASKED, tools=tools, tool_choice=choice)["tools"] or "[]")]
+
+    def called(name: str) -> dict:
+        return {"type": "function", "function": {"name": name}}
+
+    assert (shown("auto"), shown("none"), shown(called("g"))) == (["f", "g", "h"], [], ["g"])
+    for mode in ("auto", "required"):
+        assert shown(
+            {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [called("h"), called("f")]}}
+        ) == ["f", "h"]
+
+
+def test_refusals_of_another_server():
+    for refused in (says("assistant", refusal="No."), says("assistant", [{"type": "refusal", "refusal": "No."}])):
+        assert turns(ASKED, refused, ASKED) == [("user", "Weather?"), ("assistant", "No."), ("user", "Weather?")]
+    with pytest.raises(BadRequest, match="has no content"):
+        turns(says("user", refusal="No."))

@@ -35,18 +35,24 @@ def test_a_text_goes_on(client, written, prompt):
     (choice,) = answer.choices
     assert choice.text == text and answer.object == "text_completion" and choice.finish_reason == "length"
     assert choice.logprobs.token_logprobs == pytest.approx(logprobs, abs=1e-4)
-    assert choice.logprobs.text_offset[0] == 0 and choice.logprobs.text_offset == sorted(choice.logprobs.text_offset)
+    offsets = choice.logprobs.text_offset
+    assert offsets[0] == 0 < offsets[-1] and offsets == sorted(offsets)
+    for offset, token in zip(offsets, choice.logprobs.tokens, strict=True):
+        # a part of a character has no text of its own, and may stand before a token's
+        assert "\ufffd" in token or token in text[offset : offset + 1 + len(token)]
     assert all(len(top) <= 2 for top in choice.logprobs.top_logprobs)
     assert answer.usage.completion_tokens == 9
     chunks = list(client.completions.create(**keys, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == text
     assert chunks[-2].choices[0].finish_reason == "length" and chunks[-1].usage.completion_tokens == 9
-    assert client.completions.create(**{**keys, "prompt": [prompt], "n": 2, "seed": 1}).choices[1].index == 1
+    for given in ([prompt], "x"):  # of one token, too
+        answers = client.completions.create(**{**keys, "prompt": given, "n": 2, "seed": 1, "temperature": 0}).choices
+        assert [answer.index for answer in answers] == [0, 1] and answers[0].text == answers[1].text
 
 
 @pytest.mark.parametrize(
     "keys",
-    [{"echo": True}, {"suffix": "x"}, {"best_of": 2}, {"prompt": ["a", "b"]}, {"prompt": [1, 2]}, {"prompt": ""}, {"logprobs": 6},
+    [{"echo": True}, {"suffix": "x"}, {"best_of": 2}, {"best_of": 1, "n": 2}, {"prompt": ["a", "b"]}, {"prompt": [1, 2]}, {"prompt": ""}, {"logprobs": 6},
      {"max_tokens": 10**9}, {"messages": []}, {"prompt": "word " * 3000}],
 )  # fmt: skip
 def test_texts_that_are_refused(client, keys):
@@ -55,12 +61,22 @@ def test_texts_that_are_refused(client, keys):
     assert caught.value.param.partition("[")[0] in keys
 
 
+def test_defaults_of_fields_that_are_refused(client):
+    """As clients send them."""
+    keys = {"model": "any", "prompt": "x", "max_tokens": 4, "temperature": 0}
+    (plain,) = client.completions.create(**keys).choices
+    for same in ({"best_of": 1}, {"best_of": 2, "n": 2}, {"echo": False}, {"suffix": ""}):
+        assert client.completions.create(**keys, **same).choices[0].text == plain.text
+
+
 def test_the_models_name(chat, client, monkeypatch):
     (entry,) = client.models.list().data
     assert (entry.id, entry.object) == ("My-Model", "model") and client.models.retrieve("My-Model") == entry
     with pytest.raises(openai.NotFoundError, match="does not exist; this server has 'My-Model'") as caught:
         client.models.retrieve("a/b")
     assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError, match="'My-Model:one' does not exist"):  # whatever other names mean here
+        ask(client, "x", model="My-Model:one")
     monkeypatch.setenv("API_MODEL_NAME", "org/name")
     assert client_of(chat).models.retrieve("org/name").id == "org/name"
 

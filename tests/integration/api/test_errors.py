@@ -129,6 +129,8 @@ def test_a_stream_with_tools():
         for found in (streamed, message.tool_calls):
             assert [(call.function.name, call.function.arguments) for call in found] == wanted
             assert len({call.id for call in found}) == len(wanted)
+        (only,) = ask(client, "x", tools=tools, parallel_tool_calls=False).choices[0].message.tool_calls
+        assert only.function.name == "f"
 
 
 def test_errors_in_a_stream_end_it():

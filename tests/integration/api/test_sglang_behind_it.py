@@ -1,45 +1,38 @@
-"""``llamafactory-cli api`` in front of an SGLang server."""
+"""LLaMA-Factory's API in front of an SGLang server."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import time
 
 import openai
 import pytest
+import yaml
+from helpers.api import ask, serving_here
 from helpers.children import KT, child
-from helpers.places import CLI
-
-from llamafactory_kt.serving.server import free_port
 
 
 def test_llamafactorys_own_api(standin):
     """Bad requests get status 400, ``n`` gives several answers, and ``bench`` can measure it, as it reports
     token counts."""
+    from llamafactory.chat import ChatModel
+
     path, _ = standin()
-    port = free_port()
-    env = {**os.environ, "API_PORT": str(port), "API_HOST": "127.0.0.1"}
-    api = subprocess.Popen([CLI, "api", path], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    model = ChatModel(yaml.safe_load(path.read_text("utf-8")))
     try:
-        while socket.socket().connect_ex(("127.0.0.1", port)) and api.poll() is None:
-            time.sleep(0.1)
-        words = ["bench", "--endpoint", f"http://127.0.0.1:{port}", "--requests", "3", "--json", "-"]
-        result = child(KT, *words)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        messages = [{"role": "user", "content": "hello"}]
-        two = client.chat.completions.create(model="any", messages=messages, n=2)
-        picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "picture.png"}}]}]
-        refused = []
-        for bad in ({"max_tokens": 10**6}, {"temperature": -1, "stream": True}, {"messages": picture}):
-            with pytest.raises(openai.BadRequestError) as error:
-                client.chat.completions.create(**{"model": "any", "messages": messages, **bad})
-            refused.append(error.value.response.json()["error"]["message"])
+        with serving_here(model) as (host, port):
+            words = ["bench", "--endpoint", f"http://{host}:{port}", "--requests", "3", "--json", "-"]
+            result = child(KT, *words)
+            client = openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none", max_retries=0)
+            two = ask(client, "hello", n=2)
+            picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "picture.png"}}]}]
+            refused = []
+            for bad in ({"max_tokens": 10**6}, {"temperature": -1, "stream": True}, {"messages": picture}):
+                with pytest.raises(openai.BadRequestError) as error:
+                    messages = [{"role": "user", "content": "hello"}]
+                    client.chat.completions.create(**{"model": "any", "messages": messages, **bad})
+                refused.append(error.value.body["message"])
     finally:
-        api.terminate()
-        api.wait()
+        model.engine._cleanup_server()
     assert [choice.message.content for choice in two.choices] == ["lora=None tokens=14 你好"] * 2
     for wanted, found in zip(("context has 4096 tokens", "temperature: -1", "more than text"), refused, strict=True):
         assert wanted in found

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..ground.errors import name_some
+from ..ground.errors import ranges
 from .output import JSON, OVERRIDES, console, key_values, report
 from .quality import CHUNKS, CONTEXT, measured, quality_option, sorted_words
 
@@ -82,11 +82,12 @@ def verify(
     """Load the model as a chat would. Compare each layer's experts with float32 arithmetic from the files, and all else with the files and
     with what PEFT makes of the adapter."""
     cost: QualityReport | None = None
+    asked = None if layers is None else _parse_layers(layers)
     config, text, keys = sorted_words(words) if quality else (words[0], None, key_values(words[1:]))
     with contextlib.redirect_stdout(sys.stderr):  # LLaMA-Factory logs to stdout
         if quality:  # before the model is loaded here: its processes load it, too
             cost = measured(config, text, keys, [], context, chunks)
-        results, dense, skipped, merged = _verify(Path(config), keys, layers, prompt)
+        results, dense, skipped, merged = _verify(Path(config), keys, asked, prompt)
     failed = [result for result in results if result.problem]
     worst = max(results, key=lambda result: (bool(result.problem), max(result.prompt.total, result.worst.total)))
     others = {"modules": len(dense.modules), "base_weights": dense.base, "problems": dense.problems}
@@ -111,7 +112,7 @@ def verify(
 
 
 def _verify(
-    config: Path, overrides: list[str], layers: str | None, prompt: str
+    config: Path, overrides: list[str], layers: list[int] | None, prompt: str
 ) -> tuple[list[LayerResult], DenseResult, bool, bool]:
     """(experts, all else, whether layers were left out, whether the adapter is merged into the weights)."""
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
@@ -125,7 +126,12 @@ def _verify(
 
     chat = LoadedChat.load_yaml(config, overrides)
     reference = Reference(chat.checkpoint, chat.adapters)
-    wanted = _parse_layers(layers, list(reference.modules))
+    wanted = list(reference.modules) if layers is None else layers
+    if missing := sorted({*wanted} - {*reference.modules}):
+        raise typer.BadParameter(
+            f"no routed experts in {ranges(missing)}; the model has them in {ranges(reference.modules)}",
+            param_hint="--layers",
+        )
     ids = chat.encode(Prompt(0, messages=[{"role": "user", "content": prompt}])).ids
     inputs = record_inputs(chat.model, ids)
     chosen = {layer: inputs[layer] for layer in wanted}
@@ -136,25 +142,18 @@ def _verify(
     return results, dense, len(chosen) < len(inputs), merged
 
 
-def _parse_layers(text: str | None, known: list[int]) -> list[int]:
-    """Parse ``--layers``; None means all.
+def _parse_layers(text: str) -> list[int]:
+    """Parse ``--layers``.
 
-    >>> _parse_layers("1,3-5", [1, 2, 3, 4, 5])
+    >>> _parse_layers("1,3-5")
     [1, 3, 4, 5]
     """
-    if text is None:
-        return known
     numbers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise typer.BadParameter(f"numbers and ranges such as 1,3-5, found {text!r}", param_hint="--layers")
         numbers |= set(range(int(first), int(last or first) + 1))
-    if missing := sorted(numbers - set(known)):
-        raise typer.BadParameter(
-            f"{name_some(missing)} have no routed experts; the model's layers that do are {name_some(known, 8)}",
-            param_hint="--layers",
-        )
     return sorted(numbers)
 
 

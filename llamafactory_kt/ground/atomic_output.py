@@ -48,6 +48,21 @@ def check_free(path: Path, earlier: str | None = None) -> None:
     _check_empty(path, earlier)
 
 
+def check_file(path: Path) -> None:
+    """Check that a file can be written under a name, before there is anything to write.
+
+    Raises:
+        KTAdapterError: The name is a directory's.
+        KTOutputError: As :func:`writing`.
+    """
+    if path.is_dir():
+        raise KTAdapterError(f"{path} is a directory, and a file is to be written; choose another output.")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_directory(f".{path.name}.", path.parent):
+            pass
+
+
 def _check_empty(path: Path, earlier: str | None) -> None:
     if not path.is_dir() or not any(path.iterdir()) or (earlier is not None and (path / earlier).is_file()):
         return

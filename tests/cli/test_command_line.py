@@ -63,12 +63,17 @@ def test_examples_are_command_lines(line, monkeypatch, tmp_path):
     parsed(line)
 
 
-def test_completion():
-    asked = {"_LLAMAFACTORY_KT_COMPLETE": "complete_bash", "COMP_WORDS": "llamafactory-kt es", "COMP_CWORD": "1"}
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("es", "estimate"), ("convert --format sglang-", "sglang-merged"), ("quantize --method i", "int8 int4"), ("bench --synthetic m", "mixtral-8x7b")],
+)  # fmt: skip
+def test_completion(words, offered):
+    line = f"llamafactory-kt {words}"
+    asked = {"_LLAMAFACTORY_KT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
     done = subprocess.run(
         [sys.executable, "-m", "llamafactory_kt"], capture_output=True, text=True, env={**os.environ, **asked}
     )
-    assert done.stdout.split() == ["estimate"], done.stderr
+    assert done.stdout.split() == offered.split(), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -252,13 +252,13 @@ def test_links_are_those_of_the_installed_package(monkeypatch):
     assert finding.see("engines.md") == " See https://example.org/docs/engines.md."
 
 
-def test_problems_come_first(demo, tmp_path):
-    """What is in order is counted; -v lists it, last."""
+def test_problems_come_first(look, demo, tmp_path):
+    """What is in order is counted; -v lists it, last. Lines have no blanks at their ends."""
     config = write(tmp_path / "c.yaml", model_name_or_path=str(demo / "model"), template="none")
     texts = []
     for words in ([], ["-v"]):
         result = CliRunner().invoke(app, ["doctor", str(config), *words])
-        assert result.exit_code == 1
+        assert result.exit_code == 1 and " \n" not in result.stdout
         texts.append([line.split()[0] for line in result.stdout.splitlines() if line[:1] in "oew"])
     short, long = texts
     assert short[0] == long[0] == "error" and "ok" not in short and long[-1] == "ok"

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,9 +55,12 @@ def _show_findings(findings: list[Finding], verbose: bool) -> None:
 
     found = {status: [finding for finding in findings if finding.status is status] for status in Status}
     table = Table.grid(padding=(0, 2, 0, 0))
-    for finding in found[Status.ERROR] + found[Status.WARNING] + (found[Status.OK] if verbose else []):
-        color = _COLORS[finding.status]
-        text = escape(finding.text) + (f"\n[bold]→[/] {escape(finding.advice)}" if finding.advice else "")
+    shown = found[Status.ERROR] + found[Status.WARNING] + (found[Status.OK] if verbose else [])
+    for finding, following in zip_longest(shown, shown[1:]):
+        color, advice = _COLORS[finding.status], finding.advice
+        if following and (following.subject, following.advice) == (finding.subject, advice):
+            advice = ""  # once, after the last of them
+        text = escape(finding.text) + (f"\n[bold]→[/] {escape(advice)}" if advice else "")
         table.add_row(f"[{color}]{finding.status}[/]", escape(finding.subject), text)
     out = console()
     if table.row_count:

@@ -55,12 +55,16 @@ def check_file(path: Path) -> None:
         KTAdapterError: The name is a directory's.
         KTOutputError: As :func:`writing`.
     """
-    if path.is_dir():
-        raise KTAdapterError(f"{path} is a directory, and a file is to be written; choose another output.")
+    _check_no_directory(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_directory(f".{path.name}.", path.parent):
             pass
+
+
+def _check_no_directory(path: Path) -> None:
+    if path.is_dir():
+        raise KTAdapterError(f"{path} is a directory, and a file is to be written; choose another output.")
 
 
 def _check_empty(path: Path, earlier: str | None) -> None:
@@ -117,6 +121,8 @@ def replacing(path: Path, earlier: str | None = None) -> Iterator[Path]:
                 if file.is_file():
                     _finish(file)
             if path.is_dir():
+                if temporary.is_file():
+                    _check_no_directory(path)
                 os.replace(path, directory / "earlier")  # which goes with this directory
             os.replace(temporary, path)
 

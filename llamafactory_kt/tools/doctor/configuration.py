@@ -261,9 +261,7 @@ def _packed(moe: MoEModel, layout: CheckpointLayout, backend: str, options: Engi
             )  # fmt: skip
             engine(spec, tensors.experts, options)
     except KTError as problem:
-        yield error(
-            "kt_weight_path", describe(problem), "INT8 and INT4 also quantize at each load, without the key."
-        )
+        yield error("kt_weight_path", describe(problem), "INT8 and INT4 also quantize at each load, without the key.")
         return
     yield ok("kt_weight_path", f"{options.packed_files}: all layers, for {backend}")
 

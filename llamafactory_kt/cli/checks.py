@@ -174,7 +174,10 @@ def _to_dict(result: LayerResult) -> dict[str, Any]:
 
 def _show(results: list[LayerResult], failed: list[LayerResult], worst: LayerResult, skipped: bool) -> None:
     out = console()
-    table = Table("layer", "base", "with LoRA", "effect", "strength", "cosine", "expert", "error", "", padding=(0, 1))
+    titles = ("layer", "base", "with LoRA", "effect", "strength", "cosine", "expert", "error", "")
+    table = Table(
+        *titles, padding=(0, 1), pad_edge=out.width > 81
+    )  # else it would be two columns too wide for a terminal of 80
     for result in results:
         found = result.prompt
         lora = ["-", "none", "-"]
@@ -186,16 +189,16 @@ def _show(results: list[LayerResult], failed: list[LayerResult], worst: LayerRes
         table.add_row(str(result.layer), f"{found.base:.4f}", *lora, cosine, *expert, mark)
     out.print(table)
     for result in failed:
-        out.print(f"layer {result.layer}: {escape(result.problem)}", highlight=False, soft_wrap=True)
+        out.print(f"layer {result.layer}: {escape(result.problem)}", highlight=False)
     verdict = f"{len(failed)} of {len(results)} layers are wrong" if failed else f"All {len(results)} layers are right"
     more = " (others were not asked for)" if skipped else ""
-    out.print(f"{verdict}{more}; engine {worst.engine}; worst: layer {worst.layer}.", highlight=False, soft_wrap=True)
+    out.print(f"{verdict}{more}; engine {worst.engine}; worst: layer {worst.layer}.", highlight=False)
 
 
 def _show_dense(dense: DenseResult) -> None:
     out = console()
     for problem in dense.problems:
-        out.print(escape(problem), highlight=False, soft_wrap=True)
+        out.print(escape(problem), highlight=False)
     wrong = sum(bool(module.comparison.problem) for module in dense.modules)
     text = f"{wrong} of {len(dense.modules)} other modules with LoRA or weights of their own are wrong"
     if not wrong:
@@ -205,4 +208,4 @@ def _show_dense(dense: DenseResult) -> None:
             else ""
         )
     base = f"without adapters, {dense.base - len(dense.differing)} of {dense.base} other weights are the checkpoint's, bit for bit"
-    out.print("; ".join(filter(None, [text, base if dense.base else ""])) + ".", highlight=False, soft_wrap=True)
+    out.print("; ".join(filter(None, [text, base if dense.base else ""])) + ".", highlight=False)

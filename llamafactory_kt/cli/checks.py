@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -175,9 +176,8 @@ def _to_dict(result: LayerResult) -> dict[str, Any]:
 def _show(results: list[LayerResult], failed: list[LayerResult], worst: LayerResult, skipped: bool) -> None:
     out = console()
     titles = ("layer", "base", "with LoRA", "effect", "strength", "cosine", "expert", "error", "")
-    table = Table(
-        *titles, padding=(0, 1), pad_edge=out.width > 81
-    )  # else it would be two columns too wide for a terminal of 80
+    frame: dict[str, Any] = {} if out.width >= 85 else {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}  # fits 80 columns
+    table = Table(*titles, **frame)
     for result in results:
         found = result.prompt
         lora = ["-", "none", "-"]

@@ -89,13 +89,9 @@ def _is_output(word: str) -> bool:
     return word == "-" or not given
 
 
-def one_of(words: Sequence[str]) -> Callable[[str], list[str]]:
-    """What a shell completes an option's value with."""
-
-    def complete(incomplete: str) -> list[str]:
-        return [word for word in words if word.startswith(incomplete)]
-
-    return complete
+def one_of(words: Sequence[str]) -> Callable[[], list[str]]:
+    """What a shell completes an option's value with; typer keeps those that begin as what is typed."""
+    return lambda: list(words)
 
 
 def key_values(words: Sequence[str] | None) -> list[str]:

@@ -13,6 +13,7 @@ from torch import nn
 from .ground.errors import ranges
 from .ground.machine import available_memory, gib
 from .ground.paging import spread_over
+from .ground.streams import terminal_width
 from .model.memory import nbytes_by_device
 from .model.on_gpu.placement import by_device
 from .model.state import kt_state
@@ -101,7 +102,7 @@ def load_table(rows: Rows) -> str:
     table = Table(title=TITLE, show_header=False, title_justify="left")
     for row in rows:
         table.add_row(*row)
-    console = Console(file=io.StringIO(), width=110, color_system=None)
+    console = Console(file=io.StringIO(), width=terminal_width(110), color_system=None)
     console.print(table)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return text.rstrip()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import struct
+import termios
+
 import pytest
 from helpers.loading import load
 from helpers.marks import needs
@@ -51,3 +56,16 @@ def test_without_native_kernels(tmp_path, monkeypatch):
     monkeypatch.setattr(load_report, "library", lambda: "they were not built")
     rows = dict(load_rows(model))
     assert rows["Native kernels"] == "none: they were not built" and "Weights" not in rows
+
+
+def test_a_table_fits_its_terminal(monkeypatch):
+    """A pipe has the same width, whatever is said of it."""
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = [("Chosen because", " ".join(["AMXBF16 cannot run"] * 9))]
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 71, 0, 0))
+    with open(slave, "w") as terminal, open(master), open(os.devnull, "w") as pipe:
+        for stream, columns in ((terminal, 71), (pipe, 110)):
+            monkeypatch.setattr("sys.stdout", stream)
+            table = load_report.load_table(rows)
+            assert max(map(len, table.splitlines())) == columns

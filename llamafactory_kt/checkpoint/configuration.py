@@ -25,7 +25,10 @@ def reading_configuration(name: str | Path) -> Iterator[None]:
     except Exception as error:  # of any kind: JSON of other types, strict dataclasses, remote code
         if hint := _other_type(name):
             raise KTModelError(hint) from error
-        reason = first_line(error) if isinstance(error, OSError | ValueError) else describe(error)
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            reason = "it has no config.json."
+        else:
+            reason = first_line(error) if isinstance(error, OSError | ValueError) else describe(error)
         raise KTPathError(f"{name} is not a model that can be opened: {reason}") from error
 
 

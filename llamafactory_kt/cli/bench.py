@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .output import JSON, console, key_values, report, usage_errors
+from .output import JSON, console, key_values, one_of, report, usage_errors
 from .quality import CHUNKS, CONTEXT, measured, quality_option, sorted_words
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def bench(
     synthetic: str = typer.Option(
         None,
         metavar="NAME[:LAYERS]",
+        autocompletion=one_of(("deepseek-v2-lite", "deepseek-v3", "mixtral-8x7b", "qwen3-30b-a3b")),
         help="Instead of a configuration: a random model with real layer sizes and a random adapter, written to the "
         "cache directory: deepseek-v2-lite, deepseek-v3, mixtral-8x7b, qwen3-30b-a3b.",
     ),

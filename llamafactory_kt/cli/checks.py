@@ -6,14 +6,16 @@ import contextlib
 import os
 import sys
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from ..ground.errors import name_some
+from ..ground.errors import ranges
 from .output import JSON, OVERRIDES, console, key_values, report
 from .quality import CHUNKS, CONTEXT, measured, quality_option, sorted_words
 
@@ -54,9 +56,12 @@ def _show_findings(findings: list[Finding], verbose: bool) -> None:
 
     found = {status: [finding for finding in findings if finding.status is status] for status in Status}
     table = Table.grid(padding=(0, 2, 0, 0))
-    for finding in found[Status.ERROR] + found[Status.WARNING] + (found[Status.OK] if verbose else []):
-        color = _COLORS[finding.status]
-        text = escape(finding.text) + (f"\n[bold]→[/] {escape(finding.advice)}" if finding.advice else "")
+    shown = found[Status.ERROR] + found[Status.WARNING] + (found[Status.OK] if verbose else [])
+    for finding, following in zip_longest(shown, shown[1:]):
+        color, advice = _COLORS[finding.status], finding.advice
+        if following and (following.subject, following.advice) == (finding.subject, advice):
+            advice = ""  # once, after the last of them
+        text = escape(finding.text) + (f"\n[bold]→[/] {escape(advice)}" if advice else "")
         table.add_row(f"[{color}]{finding.status}[/]", escape(finding.subject), text)
     out = console()
     if table.row_count:
@@ -82,11 +87,12 @@ def verify(
     """Load the model as a chat would. Compare each layer's experts with float32 arithmetic from the files, and all else with the files and
     with what PEFT makes of the adapter."""
     cost: QualityReport | None = None
+    asked = None if layers is None else _parse_layers(layers)
     config, text, keys = sorted_words(words) if quality else (words[0], None, key_values(words[1:]))
     with contextlib.redirect_stdout(sys.stderr):  # LLaMA-Factory logs to stdout
         if quality:  # before the model is loaded here: its processes load it, too
             cost = measured(config, text, keys, [], context, chunks)
-        results, dense, skipped, merged = _verify(Path(config), keys, layers, prompt)
+        results, dense, skipped, merged = _verify(Path(config), keys, asked, prompt)
     failed = [result for result in results if result.problem]
     worst = max(results, key=lambda result: (bool(result.problem), max(result.prompt.total, result.worst.total)))
     others = {"modules": len(dense.modules), "base_weights": dense.base, "problems": dense.problems}
@@ -111,7 +117,7 @@ def verify(
 
 
 def _verify(
-    config: Path, overrides: list[str], layers: str | None, prompt: str
+    config: Path, overrides: list[str], layers: list[int] | None, prompt: str
 ) -> tuple[list[LayerResult], DenseResult, bool, bool]:
     """(experts, all else, whether layers were left out, whether the adapter is merged into the weights)."""
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
@@ -125,7 +131,12 @@ def _verify(
 
     chat = LoadedChat.load_yaml(config, overrides)
     reference = Reference(chat.checkpoint, chat.adapters)
-    wanted = _parse_layers(layers, list(reference.modules))
+    wanted = list(reference.modules) if layers is None else layers
+    if missing := sorted({*wanted} - {*reference.modules}):
+        raise typer.BadParameter(
+            f"no routed experts in {ranges(missing)}; the model has them in {ranges(reference.modules)}",
+            param_hint="--layers",
+        )
     ids = chat.encode(Prompt(0, messages=[{"role": "user", "content": prompt}])).ids
     inputs = record_inputs(chat.model, ids)
     chosen = {layer: inputs[layer] for layer in wanted}
@@ -136,25 +147,18 @@ def _verify(
     return results, dense, len(chosen) < len(inputs), merged
 
 
-def _parse_layers(text: str | None, known: list[int]) -> list[int]:
-    """Parse ``--layers``; None means all.
+def _parse_layers(text: str) -> list[int]:
+    """Parse ``--layers``.
 
-    >>> _parse_layers("1,3-5", [1, 2, 3, 4, 5])
+    >>> _parse_layers("1,3-5")
     [1, 3, 4, 5]
     """
-    if text is None:
-        return known
     numbers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise typer.BadParameter(f"numbers and ranges such as 1,3-5, found {text!r}", param_hint="--layers")
         numbers |= set(range(int(first), int(last or first) + 1))
-    if missing := sorted(numbers - set(known)):
-        raise typer.BadParameter(
-            f"{name_some(missing)} have no routed experts; the model's layers that do are {name_some(known, 8)}",
-            param_hint="--layers",
-        )
     return sorted(numbers)
 
 
@@ -171,7 +175,9 @@ def _to_dict(result: LayerResult) -> dict[str, Any]:
 
 def _show(results: list[LayerResult], failed: list[LayerResult], worst: LayerResult, skipped: bool) -> None:
     out = console()
-    table = Table("layer", "base", "with LoRA", "effect", "strength", "cosine", "expert", "error", "", padding=(0, 1))
+    titles = ("layer", "base", "with LoRA", "effect", "strength", "cosine", "expert", "error", "")
+    frame: dict[str, Any] = {} if out.width >= 85 else {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}  # fits 80 columns
+    table = Table(*titles, **frame)
     for result in results:
         found = result.prompt
         lora = ["-", "none", "-"]
@@ -183,16 +189,16 @@ def _show(results: list[LayerResult], failed: list[LayerResult], worst: LayerRes
         table.add_row(str(result.layer), f"{found.base:.4f}", *lora, cosine, *expert, mark)
     out.print(table)
     for result in failed:
-        out.print(f"layer {result.layer}: {escape(result.problem)}", highlight=False, soft_wrap=True)
+        out.print(f"layer {result.layer}: {escape(result.problem)}", highlight=False)
     verdict = f"{len(failed)} of {len(results)} layers are wrong" if failed else f"All {len(results)} layers are right"
     more = " (others were not asked for)" if skipped else ""
-    out.print(f"{verdict}{more}; engine {worst.engine}; worst: layer {worst.layer}.", highlight=False, soft_wrap=True)
+    out.print(f"{verdict}{more}; engine {worst.engine}; worst: layer {worst.layer}.", highlight=False)
 
 
 def _show_dense(dense: DenseResult) -> None:
     out = console()
     for problem in dense.problems:
-        out.print(escape(problem), highlight=False, soft_wrap=True)
+        out.print(escape(problem), highlight=False)
     wrong = sum(bool(module.comparison.problem) for module in dense.modules)
     text = f"{wrong} of {len(dense.modules)} other modules with LoRA or weights of their own are wrong"
     if not wrong:
@@ -202,4 +208,4 @@ def _show_dense(dense: DenseResult) -> None:
             else ""
         )
     base = f"without adapters, {dense.base - len(dense.differing)} of {dense.base} other weights are the checkpoint's, bit for bit"
-    out.print("; ".join(filter(None, [text, base if dense.base else ""])) + ".", highlight=False, soft_wrap=True)
+    out.print("; ".join(filter(None, [text, base if dense.base else ""])) + ".", highlight=False)

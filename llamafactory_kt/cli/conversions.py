@@ -10,8 +10,9 @@ from pathlib import Path
 import typer
 
 from ..ground.errors import KTOutputError
-from .output import JSON, OUTPUT, OVERWRITE, report, usage_errors
+from .output import JSON, OUTPUT, OVERWRITE, one_of, report, usage_errors
 
+_METHODS, _DENSE = ("int8", "int4", "amxint8", "amxint4"), ("same", "int8", "int4")
 _MODEL = typer.Option(..., help="Checkpoint directory (safetensors).")
 
 
@@ -74,12 +75,15 @@ def quantize(
     output: Path = typer.Option(..., help="Directory for kt_weight_path; complete layers in it are kept."),
     method: str = typer.Option(
         "int8",
+        metavar="|".join(_METHODS),
+        autocompletion=one_of(_METHODS),
         help="int8 or int4: for kt_backend INT8 and INT4; amxint8 or amxint4: kt-kernel's, for AMXINT8 and AMXINT4.",
     ),
     dense: str = typer.Option(
         None,
-        help="With int8 and int4, also the linear layers around the experts, for this kt_dense: same (none of them), int8 or int4. "
-        "Default: the method's.",
+        metavar="|".join(_DENSE),
+        autocompletion=one_of(_DENSE),
+        help="With int8 and int4, also the linear layers around the experts, for this kt_dense; same: none of them. Default: the method's.",
     ),
     threadpool_count: int = typer.Option(
         None,
@@ -99,6 +103,6 @@ def quantize(
             model, output, method, dense=dense, pools=threadpool_count, threads=threads, overwrite=overwrite
         )
     kept = f", {done.kept} were there already" if done.kept else ""
-    around = f"; {done.dense} weights around the experts" if done.dense else ""
+    around = f"; weights around the experts: {done.dense}" if done.dense else ""
     text = f"{done.output}: {done.layers} layers packed as {done.method}{kept}{around}; {gib(done.nbytes)} in all."
     report(asdict(done), json_file, lambda: typer.echo(text))

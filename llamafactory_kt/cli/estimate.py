@@ -47,7 +47,7 @@ def _show(found: Estimate) -> None:
         out.print(text, markup=False, highlight=False)
 
     line(
-        f"{model.name}: {model.architecture}, {model.parameters / 1e9:.1f} billion parameters; {model.expert_layers} of {model.layers} layers "
+        f"{model.name}: {model.architecture}, {_count(model.parameters)} parameters; {model.expert_layers} of {model.layers} layers "
         f"have {model.experts} experts, of which a token takes {model.experts_per_token}."
     )
     line(
@@ -105,7 +105,7 @@ def _table(rows: list[Row], on_gpu: bool, narrow: bool) -> Table:
     for title in (*titles, "prompt"):
         table.add_column(title, justify="left" if title.startswith(("kt_", "fits")) else "right", no_wrap=True)
     for number, row in enumerate(rows):
-        if number and row.kt_backend != rows[number - 1].kt_backend:
+        if number and not on_gpu and row.kt_backend != rows[number - 1].kt_backend:
             table.add_row()
         cells = [row.kt_backend, *(() if on_gpu else (row.kt_dense, row.kt_cache))]
         if not narrow:
@@ -114,6 +114,14 @@ def _table(rows: list[Row], on_gpu: bool, narrow: bool) -> Table:
         cells += [_rate(row.tokens_per_second[tokens]) for tokens in contexts]
         table.add_row(*cells, _rate(row.prompt_tokens_per_second))
     return table
+
+
+def _count(parameters: int) -> str:
+    """
+    >>> _count(30_532_122_624), _count(1_500_000)
+    ('30.5 billion', '1.5 million')
+    """
+    return f"{parameters / 1e9:.1f} billion" if parameters >= 10**8 else f"{parameters / 1e6:.1f} million"
 
 
 def _rate(speed: float) -> str:

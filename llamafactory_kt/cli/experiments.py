@@ -64,7 +64,7 @@ def generate(
                         bar.write(f"prompt {answer.index}: {answer.error}", file=sys.stderr)
                 bar.update(len(batch))
                 bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.1f} tokens/s", refresh=False)
-        answers.sort()
+    answers.sort()
     counts = {
         "prompts": len(rows),
         "answered": len(rows) - failed,
@@ -160,7 +160,7 @@ def stats(
     keys = read_yaml(config, overrides or [])
     rows = read_prompts(prompts, keys.get("media_dir"))
     check_free(output, FILE if overwrite else None)
-    with tqdm(total=len(rows), unit="prompt", desc="Counting") as bar:
+    with tqdm(total=len(rows), unit="prompt", desc="Counting", delay=1.0) as bar:
         usage = count_usage(keys, rows, split_by, batch_size, bar.update, seed=seed)
     write_usage(usage, output, Path(str(keys.get("model_name_or_path", config))).name, overwrite=overwrite)
     report(usage.to_dict(), json_file, lambda: _show_usage(usage, output))

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import typer
 from typer.core import TyperCommand
@@ -89,6 +89,11 @@ def _is_output(word: str) -> bool:
     return word == "-" or not given
 
 
+def one_of(words: Sequence[str]) -> Callable[[], list[str]]:
+    """What a shell completes an option's value with; typer keeps those that begin as what is typed."""
+    return lambda: list(words)
+
+
 def key_values(words: Sequence[str] | None) -> list[str]:
     """Words that replace a configuration's keys; another word is a usage error."""
     if wrong := [word for word in words or () if "=" not in word]:
@@ -121,7 +126,17 @@ def console() -> Console:
 
     if sys.stdout.isatty():
         return Console()
-    return Console(width=_ANY_WIDTH, color_system=None, force_terminal=False)
+    return Console(file=cast(IO[str], _Trimmed()), width=_ANY_WIDTH, color_system=None, force_terminal=False)
+
+
+class _Trimmed:
+    """Standard output without the blanks with which rich fills a table's lines."""
+
+    def write(self, text: str) -> int:
+        return sys.stdout.write(re.sub(r" +$", "", text, flags=re.MULTILINE))
+
+    def flush(self) -> None:
+        sys.stdout.flush()
 
 
 def without_progress_bars() -> None:

@@ -48,6 +48,25 @@ def check_free(path: Path, earlier: str | None = None) -> None:
     _check_empty(path, earlier)
 
 
+def check_file(path: Path) -> None:
+    """Check that a file can be written under a name, before there is anything to write.
+
+    Raises:
+        KTAdapterError: The name is a directory's.
+        KTOutputError: As :func:`writing`.
+    """
+    _check_no_directory(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_directory(f".{path.name}.", path.parent):
+            pass
+
+
+def _check_no_directory(path: Path) -> None:
+    if path.is_dir():
+        raise KTAdapterError(f"{path} is a directory, and a file is to be written; choose another output.")
+
+
 def _check_empty(path: Path, earlier: str | None) -> None:
     if not path.is_dir() or not any(path.iterdir()) or (earlier is not None and (path / earlier).is_file()):
         return
@@ -102,6 +121,8 @@ def replacing(path: Path, earlier: str | None = None) -> Iterator[Path]:
                 if file.is_file():
                     _finish(file)
             if path.is_dir():
+                if temporary.is_file():
+                    _check_no_directory(path)
                 os.replace(path, directory / "earlier")  # which goes with this directory
             os.replace(temporary, path)
 

@@ -29,6 +29,14 @@ def _is_ascii(encoding: str) -> bool:
     return codecs.lookup(encoding).name == "ascii"
 
 
+def terminal_width(most: int) -> int:
+    """Columns of the terminal that stdout is, at most ``most``; so many, too, where it is none: ``COLUMNS`` says nothing of a pipe."""
+    try:
+        return min(most, os.get_terminal_size(sys.stdout.fileno()).columns)
+    except (OSError, ValueError, AttributeError):  # no terminal, no file, None
+        return most
+
+
 def keep_stdout_clean() -> None:
     """From now on, what libraries write to file descriptor 1, such as ``DNNL_VERBOSE=1``, goes to stderr; ``sys.stdout`` and the logs
     that go there stay. A terminal, which shows both, is left alone: ``input`` edits lines only on the real one."""

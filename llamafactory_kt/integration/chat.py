@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..adapters import AdapterSet
-from ..ground.errors import KTConfigError
+from ..ground.errors import KTConfigError, KTError
 from . import bootstrap
 from .chat_config import open_configured, parse, parse_from, read_yaml
 from .hf_engine import TEXT
@@ -66,13 +66,20 @@ class LoadedChat:
         """Load a configuration as ``llamafactory-cli chat`` does, with or without ``use_kt``.
 
         Raises:
-            KTConfigError: ``infer_backend`` is not huggingface, or, with ``use_kt``, a key is wrong.
+            KTConfigError: ``infer_backend`` is not huggingface, LLaMA-Factory refuses the configuration, or, with ``use_kt``, a key is wrong.
             KTError: With ``use_kt``, another of our checks failed.
         """
         backend = config.get("infer_backend", "huggingface")
         if backend != "huggingface":
             raise KTConfigError(f"infer_backend: {backend} cannot be used here; use infer_backend: huggingface.")
-        return cls.of(import_chat()(dict(config)), config)
+        chat_model = import_chat()
+        try:
+            return cls.of(chat_model(dict(config)), config)
+        except KTError:
+            raise
+        except Exception:
+            parse_from("The configuration", dict(config))  # which is an error in a line, if that is what is wrong
+            raise
 
     @classmethod
     def load_yaml(cls, path: Path, overrides: Sequence[str] = ()) -> LoadedChat:

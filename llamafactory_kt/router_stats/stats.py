@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import operator
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, overload
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..ground.errors import KTModelError, name_some
+from ..ground.streams import terminal_width
 from ..model.state import kt_state
 
 MANY_LAYERS, WORST = 8, 3
@@ -167,9 +169,9 @@ def router_table(stats: dict[int, LayerStats]) -> str:
             f"{len(entry.idle)} of {len(counts)}",
         )  # fmt: skip
     out = io.StringIO()
-    Console(file=out, width=110, color_system=None).print(table)
+    Console(file=out, width=terminal_width(110), color_system=None).print(table)
     warnings = [f"layer {layer}: {entry.warning}" for layer, entry in stats.items() if entry.warning]
-    return "\n".join([*_summary(stats), out.getvalue().rstrip(), *warnings])
+    return "\n".join([*_summary(stats), re.sub(" +$", "", out.getvalue(), flags=re.M).rstrip(), *warnings])
 
 
 def _summary(stats: dict[int, LayerStats]) -> list[str]:

@@ -108,8 +108,7 @@ def _writer(output: Path, format: str | None, earlier: str | None) -> Callable[[
         return by_name
     if format not in WRITERS:
         raise KTConfigError(
-            f"The output {output} is a directory; --format must be one of {', '.join(WRITERS)}, found {format!r}. For a file, "
-            "end its name in .pt or .safetensors."
+            f"{output} names a directory, so --format must be one of {', '.join(WRITERS)}; for a file, end its name in .pt or .safetensors."
         )
     check_free(output, earlier)
     write = WRITERS[format]

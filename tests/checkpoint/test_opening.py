@@ -153,6 +153,8 @@ def test_a_value_that_the_configuration_refuses(tmp_path):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_type": ["qwen3_moe"]}'])
 def test_what_is_no_configuration(tmp_path, text):
+    with pytest.raises(KTPathError, match=r"is not a model that can be opened: it has no config\.json\."):
+        empty_model(tmp_path)
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(KTPathError, match="is not a model that can be opened"):
         empty_model(tmp_path)

@@ -13,6 +13,7 @@ import sys
 import pytest
 import typer.main
 import yaml
+from helpers.children import KT, child
 from typer.testing import CliRunner
 
 from llamafactory_kt.cli import app
@@ -63,12 +64,17 @@ def test_examples_are_command_lines(line, monkeypatch, tmp_path):
     parsed(line)
 
 
-def test_completion():
-    asked = {"_LLAMAFACTORY_KT_COMPLETE": "complete_bash", "COMP_WORDS": "llamafactory-kt es", "COMP_CWORD": "1"}
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("es", "estimate"), ("convert --format sglang-", "sglang-merged"), ("quantize --method i", "int8 int4"), ("bench --synthetic m", "mixtral-8x7b")],
+)  # fmt: skip
+def test_completion(words, offered):
+    line = f"llamafactory-kt {words}"
+    asked = {"_LLAMAFACTORY_KT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
     done = subprocess.run(
         [sys.executable, "-m", "llamafactory_kt"], capture_output=True, text=True, env={**os.environ, **asked}
     )
-    assert done.stdout.split() == ["estimate"], done.stderr
+    assert done.stdout.split() == offered.split(), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -128,8 +134,7 @@ def test_a_configuration_is_not_overwritten(tmp_path, monkeypatch):
 
 def test_overrides_of_serve_stand_before_sglangs_options(standin):
     config, _ = standin()
-    words = ["serve", str(config), "kt_num_threads=3", "--dry-run", "--", "--served-model-name", "a=b"]
-    done = subprocess.run([sys.executable, "-m", "llamafactory_kt", *words], capture_output=True, text=True)
+    done = child(KT, "serve", config, "kt_num_threads=3", "--dry-run", "--", "--served-model-name", "a=b")
     assert done.returncode == 0, done.stderr
     assert "--kt-cpuinfer 3" in done.stdout and done.stdout.rstrip().endswith("--served-model-name a=b")
 
@@ -148,14 +153,15 @@ def test_an_output_is_replaced_only_if_it_is_one(tmp_path):
         folder.mkdir()
         (folder / "stats.json").write_text("[]")
     assert [file.name for file in out.iterdir()] == ["stats.json"] and (out / "stats.json").read_text() == "[]"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(KTAdapterError, match="is a directory, and a file is"), replacing(tmp_path / "empty") as file:
+        file.write_text("x")
+    (tmp_path / "empty").rmdir()
     assert list(tmp_path.iterdir()) == [out]
 
 
 def test_piped_output_is_whole(demo, monkeypatch):
     """However narrow the terminal is said to be, and whoever asks for colors."""
-    done = subprocess.run(
-        [sys.executable, "-m", "llamafactory_kt", "inspect", demo / "adapter", "--values"], capture_output=True, text=True,
-        env={**os.environ, "COLUMNS": "40", "FORCE_COLOR": "1"},
-    )  # fmt: skip
+    done = child(KT, "inspect", demo / "adapter", "--values", COLUMNS="40", FORCE_COLOR="1")
     assert done.returncode == 0 and "\x1b" not in done.stdout and "%|" not in done.stderr
     assert "r / alpha / scaling" in done.stdout and "most changed experts" in done.stdout

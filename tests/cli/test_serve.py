@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+from helpers.children import KT, child
 from helpers.sglang import notes
 
 from llamafactory_kt.serving.server import free_port
@@ -45,6 +46,5 @@ def test_serve(standin, tmp_path):
 def test_serve_wants_a_configuration_for_kt(tmp_path):
     for content, message in (("use_kt: false", "with use_kt: true"), ("a: [", "is not valid YAML")):
         (tmp_path / "c.yaml").write_text(content)
-        run = [sys.executable, "-m", "llamafactory_kt", "serve", tmp_path / "c.yaml"]
-        result = subprocess.run(run, capture_output=True, text=True)
+        result = child(KT, "serve", tmp_path / "c.yaml")
         assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr

@@ -202,7 +202,6 @@ def test_the_log(monkeypatch, level, short):
             ("llamafactory_kt.autotune.choose", logging.INFO, "Measuring engines", True),
             ("llamafactory_kt.exchange", logging.WARNING, "kt_lora_scope", True),
             ("transformers.modeling_utils", logging.WARNING, "some weights", True),
-            ("transformers.modeling_utils", logging.WARNING, "`torch_dtype` is deprecated!", False),
         ):
             record = logging.LogRecord(name, severity, "x.py", 1, text, (), None)
             assert all(bool(handler.filter(record)) is (matters or not short) for handler in handlers), text

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -184,12 +182,17 @@ def test_adapters_of_other_tools_into_peft(tmp_path, source):
 def test_sglang_directories_equal_those_of_kt_kernels_own_converter(tmp_path):
     """kt-kernel converts its bundles for SGLang, expert-only and merged; both are compared tensor by tensor."""
     bundle = DATA / "qwen3_moe-tiny-kt-bundle"
-    command = [sys.executable, "-m", "kt_kernel.sft.convert_kt_to_sglang_adapter", "--base-model-name-or-path", "base"]
-    subprocess.run(
-        [*command, "--expert-output-dir", tmp_path / "experts", bundle, tmp_path / "merged"],
-        check=True,
-        capture_output=True,
-    )
+    code = "import runpy; runpy.run_module('kt_kernel.sft.convert_kt_to_sglang_adapter', run_name='__main__')"
+    words = [
+        "--base-model-name-or-path",
+        "base",
+        "--expert-output-dir",
+        tmp_path / "experts",
+        bundle,
+        tmp_path / "merged",
+    ]
+    result = child(code, *words)
+    assert result.returncode == 0, result.stderr
     for theirs, format in (("experts", "sglang"), ("merged", "sglang-merged")):
         convert_peft_to_kt_format(bundle, tmp_path / format, format=format)
         found, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in (format, theirs))

@@ -26,6 +26,7 @@ from llamafactory_kt.ground.errors import KTError
 from llamafactory_kt.ground.machine import missing_cpu_flags
 from llamafactory_kt.tools.doctor import Status, diagnose, machine
 from llamafactory_kt.tools.doctor.environment import variables
+from llamafactory_kt.tools.quantize import quantize_model
 
 DISTURBING = ("TORCH_DEVICE_BACKEND_AUTOLOAD", "LLAMAFACTORY_KT_DISABLE", "USE_V1", "KT_KERNEL_CPU_VARIANT")
 
@@ -233,6 +234,19 @@ def test_all_mistakes_are_found_at_once(look, tmp_path, model):
     assert all(part in text for part, text in zip(wanted, look.texts, strict=True)), look.texts
 
 
+@needs_native
+def test_quantized_files(look, tmp_path, model):
+    """They must be there, for this method and from this model."""
+    keys = {"model_name_or_path": str(model), "kt_backend": "INT4", "kt_weight_path": str(tmp_path / "int4")}
+    (tmp_path / "int4").mkdir()
+    found = look(**keys)["kt_weight_path"]
+    assert found.status is Status.ERROR and "int4 holds no integers of layer 1. " in found.text
+    quantize_model(model, tmp_path / "int4", "int4")
+    assert look(**keys)["kt_weight_path"].text == f"{tmp_path / 'int4'}: all layers, for INT4"
+    found = look("kt_backend=INT8", **keys)["kt_weight_path"]
+    assert found.status is Status.ERROR and "was made with method INT4, wanted INT8" in found.text
+
+
 def test_a_model_without_a_tokenizer(look, tmp_path, model):
     bare = tmp_path / "bare"
     shutil.copytree(model, bare, ignore=shutil.ignore_patterns("tokenizer*"))
@@ -252,17 +266,21 @@ def test_links_are_those_of_the_installed_package(monkeypatch):
     assert finding.see("engines.md") == " See https://example.org/docs/engines.md."
 
 
-def test_problems_come_first(demo, tmp_path):
-    """What is in order is counted; -v lists it, last."""
+def test_problems_come_first(look, demo, tmp_path):
+    """What is in order is counted; -v lists it, last. Lines have no blanks at their ends."""
     config = write(tmp_path / "c.yaml", model_name_or_path=str(demo / "model"), template="none")
     texts = []
     for words in ([], ["-v"]):
         result = CliRunner().invoke(app, ["doctor", str(config), *words])
-        assert result.exit_code == 1
+        assert result.exit_code == 1 and " \n" not in result.stdout
         texts.append([line.split()[0] for line in result.stdout.splitlines() if line[:1] in "oew"])
     short, long = texts
     assert short[0] == long[0] == "error" and "ok" not in short and long[-1] == "ok"
     assert sorted(long, key=["error", "warning", "ok"].index) == long
+    config = write(tmp_path / "c.yaml", model_name_or_path=str(demo / "model"), kt_bakend="x", temperature="hot")
+    result = CliRunner().invoke(app, ["doctor", str(config)])
+    assert "did you mean kt_backend?" in result.stdout and "temperature must be a number" in result.stdout
+    assert result.stdout.count("→ Correct the file.") == 1, "said once"
 
 
 @needs_native

@@ -14,18 +14,19 @@ from helpers.adapters import make_adapter
 from helpers.marks import ENGINES
 from helpers.models import make_model, moe_layers
 from helpers.references import merged_float32, rel
+from rich.console import Console
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from llamafactory_kt.adapters import open_adapters
-from llamafactory_kt.cli import app
+from llamafactory_kt.cli import app, checks
 from llamafactory_kt.engines.registry import get_engine
 from llamafactory_kt.ground.errors import KTConfigError
 from llamafactory_kt.integration.chat import LoadedChat
 from llamafactory_kt.integration.prompts import make_prompts
 from llamafactory_kt.model.state import kt_state
-from llamafactory_kt.tools.verify import record_inputs, verify_layers
-from llamafactory_kt.tools.verify.compare import compare
+from llamafactory_kt.tools.verify import LayerResult, record_inputs, verify_layers
+from llamafactory_kt.tools.verify.compare import Comparison, compare
 from llamafactory_kt.tools.verify.reference import Reference
 
 
@@ -60,13 +61,25 @@ def test_layers_and_the_table(tmp_path, demo):
     status, output = command(config, "kt_backend=torch", "--layers", "1,3-3")
     assert status == 0 and " none " in output
     assert "All 2 layers are right (others were not asked for); engine torch; worst: layer " in output
-    for layers, message in (("0-2", "0 have no routed experts"), ("x", "numbers and ranges")):
+    for layers, message in (("0-2", "no routed experts in 0; the model has them in 1-"), ("x", "numbers and ranges")):
         result = CliRunner().invoke(app, ["verify", str(config), "kt_backend=torch", "--layers", layers])
         assert result.exit_code == 2 and message in result.output
     result = CliRunner().invoke(app, ["verify", str(config), "use_kt=false"])
     assert isinstance(result.exception, KTConfigError) and "does not ask for use_kt" in str(result.exception)
     result = CliRunner().invoke(app, ["verify", str(config), "templat=deepseek"])
     assert isinstance(result.exception, KTConfigError) and "did you mean template?" in str(result.exception)
+
+
+@pytest.mark.parametrize(("columns", "framed"), [(80, False), (85, True)])
+def test_a_narrow_terminal(monkeypatch, capsys, columns, framed):
+    """Has the whole words of all columns."""
+    monkeypatch.setattr(checks, "console", lambda: Console(width=columns))
+    found = Comparison(0.0017, 0.0017, 1.28, 1.0, 1.0, "")
+    layer = LayerResult(47, "native", found, [found])
+    checks._show([layer], [], layer, False)
+    table = capsys.readouterr().out.rstrip().splitlines()
+    assert max(map(len, table)) <= columns and ("│ 47 " in table[3]) is framed
+    assert [title in table[1] for title in ("with LoRA", "strength", "cosine", "expert")] == [True] * 4
 
 
 @pytest.fixture(scope="module", params=ENGINES)

@@ -146,6 +146,13 @@ def _share_log() -> None:
         handler.filters = [*handler.filters, _escape]
     logger.setLevel(stock.level)
     logger.propagate = False
+    for name in ("configuration_utils", "modeling_utils"):
+        logging.getLogger(f"transformers.{name}").addFilter(_concerns_users)
+
+
+def _concerns_users(record: logging.LogRecord) -> bool:
+    """Not what LLaMA-Factory's own code does, whatever a user asks for."""
+    return "`torch_dtype` is deprecated" not in str(record.msg)
 
 
 def _escape(record: logging.LogRecord) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from ...apply import choose_adapter, switch_adapter
 from ...ground.atomic_output import replacing
 from ...ground.errors import KTConfigError, KTDataError, KTModelError, KTOutputError, KTPathError
+from ...ground.streams import terminal_width
 from ...model.state import KTState, has_kt_experts, kt_state
 from ...settings.values import suggestion
 from .generating import SETTINGS, read_setting
@@ -113,7 +115,11 @@ def _command(name: str, argument: str, help: str) -> Callable[[Run], Run]:
 @_command("/help", "", "this list")
 def _help(conversation: Conversation, rest: str) -> str:
     width = max(len(_usage(name)) for name in COMMANDS)
-    rows = [f"  {_usage(name):{width}}  {command.help}" for name, command in COMMANDS.items()]
+    columns, indent = terminal_width(1000), " " * (width + 4)  # as many as there are in a pipe
+    rows = [
+        textwrap.fill(f"  {_usage(name):{width}}  {command.help}", columns, subsequent_indent=indent)
+        for name, command in COMMANDS.items()
+    ]
     keys = (
         'Ctrl-C stops an answer, Ctrl-D leaves. """ begins and ends a question of several lines; what is pasted is one.'
     )

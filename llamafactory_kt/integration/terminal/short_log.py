@@ -35,8 +35,6 @@ def keep_log_short() -> None:
 
 
 def _matters(record: logging.LogRecord) -> bool:
-    if "`torch_dtype` is deprecated" in str(record.msg):  # in LLaMA-Factory's own code, whatever a user does
-        return False
     name = f"{record.name}."
     ours = name.startswith(f"{_OURS}.") and not name.startswith(_DETAILS)
     return ours or record.levelno >= logging.WARNING

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ...adapters import AdapterSet
     from ...checkpoint.layout import CheckpointLayout
     from ...checkpoint.opening import MoEModel
+    from ...engines.options import EngineOptions
 
 _RESIZE = ("resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config")
 """keys with which LLaMA-Factory resizes embeddings"""
@@ -49,7 +50,11 @@ def configuration(config: Path, overrides: Sequence[str] = ()) -> Findings:
         values = read_yaml(config, overrides)
         found = yield from _parsed(config, values)
     except KTError as problem:
-        yield error("configuration", describe(problem), "Correct the file.")
+        there = config.is_file()
+        advice = (
+            "Correct the file." if there else "Give the YAML that llamafactory-cli chat takes, and keys as key=value."
+        )
+        yield error("configuration", describe(problem), advice)
         return
     finally:
         logger.removeHandler(logged)
@@ -62,7 +67,11 @@ def configuration(config: Path, overrides: Sequence[str] = ()) -> Findings:
     args, data_args, whole = found
     if not args.use_kt:
         text = f"{config} does not ask for use_kt"
-        yield warning("configuration", text, "use_kt: true puts the experts into kt-kernel.")
+        yield warning(
+            "configuration",
+            text,
+            "use_kt: true computes the routed experts on the CPU; without it, the chat is LLaMA-Factory's own.",
+        )
         return
     if whole:
         yield ok("configuration", f"{config} parses; kt_backend: {args.kt_backend}")
@@ -237,6 +246,26 @@ def _fitting(check: str, opened: Callable[[], AdapterSet], args: Any, moe: MoEMo
     return adapters
 
 
+def _packed(moe: MoEModel, layout: CheckpointLayout, backend: str, options: EngineOptions) -> Findings:
+    """Let engines open the files that they would read in place of the checkpoint's experts."""
+    from ...engines.options import EngineSpec
+    from ...engines.registry import get_engine
+
+    engine = get_engine(backend)
+    try:
+        for module in moe.experts:
+            tensors = layout.layer(module.name)
+            spec = EngineSpec(
+                module.layer, module.shape, module.num_experts_per_tok, lora_rank=0,
+                fingerprint=tensors.fingerprint, formula=module.formula, read_biases=tensors.biases,
+            )  # fmt: skip
+            engine(spec, tensors.experts, options)
+    except KTError as problem:
+        yield error("kt_weight_path", describe(problem), "INT8 and INT4 also quantize at each load, without the key.")
+        return
+    yield ok("kt_weight_path", f"{options.packed_files}: all layers, for {backend}")
+
+
 def _memory(args: Any, moe: MoEModel, adapters: Sequence[AdapterSet], layout: CheckpointLayout | None) -> Findings:
     import torch
 
@@ -269,6 +298,8 @@ def _memory(args: Any, moe: MoEModel, adapters: Sequence[AdapterSet], layout: Ch
     layers = name_some([module.layer for module in moe.experts], 4)
     how = f"{plans[0]}" if len(plans) == 1 else f"the fastest of {'; '.join(map(str, plans))}"
     yield ok("experts", f"layers {layers} on the CPU; {how}")
+    if config.weight_path and layout is not None:
+        yield from _packed(moe, layout, plans[0].backend, places[plans[0].backend].options)
     free = available_memory()
     lora = f"their LoRA {gib(need.lora)}, " if need.lora else ""
     others = "" if gpus else f", everything else {gib(need.others)}"

@@ -32,10 +32,7 @@ LITTLE_DISK = 2**30
 def cpu() -> Findings:
     """Check model, instruction sets, cores and NUMA nodes."""
     if missing := missing_cpu_flags():
-        yield warning(
-            "CPU", f"{cpu_name()}: lacks {', '.join(missing)}, which kt-kernel's BF16 kernel needs",
-            "kt_backend: auto takes an engine that does without. In a virtual machine the host may hide the instructions.",
-        )  # fmt: skip
+        yield ok("CPU", f"{cpu_name()}: lacks {', '.join(missing)}, which kt-kernel's BF16 kernel alone needs")
     else:
         amx = not any(flag in AMX_FLAGS for flag in missing_cpu_flags("amx"))
         yield ok("CPU", f"{cpu_name()}: AVX-512 BF16{' and AMX' if amx else ', no AMX'}")

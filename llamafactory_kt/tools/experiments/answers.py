@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...ground.atomic_output import replacing, writing
+from ...ground.atomic_output import check_file, replacing, writing
 from ...ground.errors import KTDataError
 from ...integration.prompts import Prompt
 from .generating import Answer
@@ -28,7 +28,8 @@ class AnswerFile:
         self._keys = {prompt.index: _key(prompt, config) for prompt in prompts}
         self.lines: dict[int, dict[str, Any]] = {} if overwrite else self._read()
         """existing answers by index, without errors: these are tried again"""
-        self.sort()
+        self._begun = False
+        check_file(path)
 
     def _read(self) -> dict[int, dict[str, Any]]:
         if not self.path.is_file():
@@ -54,7 +55,9 @@ class AnswerFile:
         return kept
 
     def add(self, answers: list[Answer]) -> None:
-        """Append a batch and flush it to disk."""
+        """Append a batch and flush it to disk. Before the first, what the file has of other answers and of torn lines goes."""
+        if not self._begun:
+            self.sort()
         lines = {answer.index: self._line(answer) for answer in answers}
         text = "".join(map(_dump, lines.values())).encode()
         with writing(self.path), self.path.open("ab", buffering=0) as file:
@@ -70,6 +73,7 @@ class AnswerFile:
 
     def sort(self) -> None:
         """Rewrite the file in the order of the prompts."""
+        self._begun = True
         with replacing(self.path) as temporary:
             temporary.write_text("".join(_dump(self.lines[index]) for index in sorted(self.lines)), encoding="utf-8")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from functools import partial
@@ -16,6 +14,7 @@ import pytest
 import torch
 from helpers.adapters import make_adapter
 from helpers.architectures import TINY, tiny_config
+from helpers.children import KT, child
 from helpers.fp8 import make_fp8
 from helpers.loading import load
 from helpers.marks import needs_native
@@ -245,10 +244,10 @@ def test_a_name_on_the_hub(tmp_path, demo, monkeypatch, speed):
 def test_the_command(demo, tmp_path, monkeypatch):
     """Measures this machine for real, once."""
     monkeypatch.setenv("LLAMAFACTORY_KT_CACHE", str(tmp_path))
-    words = [sys.executable, "-m", "llamafactory_kt", "estimate", demo / "model"]
-    done = subprocess.run([*words, "--adapter", demo / "adapter"], capture_output=True, text=True)
+    done = child(KT, "estimate", demo / "model", "--adapter", demo / "adapter")
     assert done.returncode == 0, done.stderr
     text = done.stdout
+    assert " \n" not in text and "1.6 million parameters" in text
     assert "\x1b" not in text and "…" not in text and "%|" not in done.stderr
     assert len(re.findall(r"^ +(native|INT8|INT4) ", text, re.M)) == 21
     assert re.search(r"kt_backend .* LoRA .* at 8192 +prompt", text), "with all columns"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from llamafactory_kt import KTDataError
+from llamafactory_kt import KTAdapterError, KTDataError
 from llamafactory_kt.integration.prompts import make_prompts
 from llamafactory_kt.tools.experiments.answers import AnswerFile
 from llamafactory_kt.tools.experiments.generating import Answer
@@ -29,8 +29,15 @@ def test_the_file_of_answers(tmp_path):
     for changed, other in (({"a": 2}, prompts), (keys, make_prompts(["x", "y", "z"]))):
         with pytest.raises(KTDataError, match="line 1 answers another prompt, or was made by another configuration"):
             AnswerFile(path, other, changed)
-    assert not AnswerFile(path, prompts, {"a": 2}, overwrite=True).lines
+    kept, anew = path.read_text(), AnswerFile(path, prompts, {"a": 2}, overwrite=True)
+    assert not anew.lines and path.read_text() == kept, "until there are others: the load may fail"
+    anew.add([Answer(3, "three")])
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [3]
     path.write_text("my notes\n")
     with pytest.raises(KTDataError, match="line 1 is no answer of an earlier run"):
         AnswerFile(path, prompts, keys)
     assert path.read_text() == "my notes\n", "a file that is none of ours stays"
+    with pytest.raises(KTAdapterError, match="is a directory, and a file is to be written"):
+        AnswerFile(tmp_path, prompts, keys)
+    AnswerFile(tmp_path / "new.jsonl", prompts, keys)
+    assert [file.name for file in tmp_path.iterdir()] == ["answers.jsonl"], "nothing is left before there are answers"

@@ -4,6 +4,7 @@ prompt."""
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -87,6 +88,14 @@ def test_python(chat_model):
     assert sampled[0] == sampled[1]
 
 
+@pytest.mark.parametrize("module", ["configuration_utils", "modeling_utils"])
+def test_the_log_of_a_load(chat_model, module):
+    """Nothing of what LLaMA-Factory's own code does."""
+    logger, text = logging.getLogger(f"transformers.{module}"), "`torch_dtype` is deprecated! Use `dtype` instead!"
+    records = [logger.makeRecord(logger.name, logging.WARNING, "x.py", 1, said, (), None) for said in (text, "weights")]
+    assert [bool(logger.filter(record)) for record in records] == [False, True]
+
+
 def test_a_batch_that_fails_costs_only_the_prompt_that_fails(chat_model, monkeypatch):
     model, tokenizer = chat_model.engine.model, chat_model.engine.tokenizer
     stock = model.generate
@@ -148,3 +157,5 @@ def test_lines_that_are_malformed(tmp_path, config):
     assert lines[0]["answer_tokens"] == 4, "key=value takes precedence"
     with pytest.raises(KTConfigError, match="infer_backend: vllm cannot be used here"):
         LoadedChat.load({**config, "infer_backend": "vllm"})
+    with pytest.raises(KTConfigError, match="The configuration: Please provide `model_name_or_path`"):
+        LoadedChat.load({"template": "deepseek"})

@@ -139,13 +139,13 @@ MESSAGES: dict[str, dict[str, str]] = {
         "en": "This conversation: {tokens} tokens, {answers} of them in answers.",
         "zh": "本次对话：{tokens} 个 token，其中 {answers} 个在回答里。",
     },
-    "map_total": {"en": "All conversations: {total} tokens.", "zh": "全部对话：{total} 个 token。"},
+    "map_total": {"en": " All conversations: {total} tokens.", "zh": "全部对话：{total} 个 token。"},
     "map_point": {"en": "Point at a cell to see its figures.", "zh": "把指针移到格子上，即可查看数值。"},
     "map_cell": {
         "en": "layer {layer}, expert {expert}: {tokens} tokens, {balance} × the layer's mean",
         "zh": "第 {layer} 层，专家 {expert}：{tokens} 个 token，为该层平均值的 {balance} 倍",
     },
-    "map_scale": {"en": "tokens / mean of the layer", "zh": "token 数 / 该层平均值"},
+    "map_scale": {"en": "tokens / mean of the layer: ", "zh": "token 数 / 该层平均值："},
     "reading": {
         "en": "Reading the prompt: {read} of {prompt} tokens",
         "zh": "正在读取提示词：{read} / {prompt} 个 token",

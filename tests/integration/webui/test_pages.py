@@ -16,6 +16,12 @@ from helpers.pages import ask, choose, choose_language, field, open_page, press,
 from helpers.places import CHROMIUM
 from transformers import AutoTokenizer
 
+AT_ITS_END = """() => {
+    const log = document.querySelector('.kt-chat .bubble-wrap')
+    return log?.scrollHeight > log?.clientHeight && log.scrollHeight - log.clientHeight - log.scrollTop < 100
+}"""
+"""whether a conversation that is longer than its window shows the last words"""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -69,7 +75,7 @@ def test_webchat(browser, webchat, shots):
     drawn.append(redrawn(page, drawn[-1]))
     page.screenshot(path=shots / "webchat_zh.png", full_page=True)
     press(page, "清空历史")
-    page.get_by_text("还没有统计到任何回答。 全部对话：").wait_for()
+    page.get_by_text("还没有统计到任何回答。全部对话：").wait_for()
     press(page, "重新统计")
     page.get_by_text("全部对话：").wait_for(state="detached")
     assert prompts[0] + 20 < tokens < prompts[0] + 60, "the first question and answer, without the figures below it"
@@ -130,6 +136,19 @@ def test_answers_are_stopped_repeated_and_kept(browser, webchat, shots):
     press(second, "Stop")
     second.locator(said, has_text="Stopped before the first word").wait_for()
     second.close()
+
+    page.bring_to_front()
+    press(page, "Stop")
+    begun("· stopped")
+    page.locator(".kt-chat .bubble-wrap").evaluate("log => log.scrollTo(0, 0)")
+    press(page, "Regenerate")
+    page.wait_for_function(AT_ITS_END)
+    begun()
+    page.reload()
+    begun()
+    page.wait_for_function(AT_ITS_END)
+    role = page.locator(".block", has=page.get_by_text("Role", exact=True)).last
+    assert question.bounding_box()["y"] < role.bounding_box()["y"], "right below the conversation"
     press(page, "Clear history")
     page.locator(asked).wait_for(state="detached")
     settle(page)

@@ -16,10 +16,12 @@ _STYLE = """<style>
 .form:has(> .kt-query) {order: -2}
 .kt-submit {order: -1}
 .kt-chat [data-testid=block-label] {display: none !important}
+.kt-table :is(table, tr, th, td) {border-color: var(--border-color-primary) !important}
+.kt-table :is(th, td:first-child) {white-space: nowrap}
 </style>"""
 """For a model of ours alone. What waits for an answer's end, gradio would fade meanwhile. A field of one line, which gradio sends on Enter, shall
 look like more, grow with its text, and shrink when that has been sent. It stands next to the conversation, before role, system prompt and tools.
-"Chatbot", in every language, would cover the conversation."""
+"Chatbot", in every language, would cover the conversation. The load table's names would be broken in mid-word on a narrow page."""
 _PARTS = ("axes", "point", "cell", "scale")
 
 

@@ -141,7 +141,9 @@ def create(stock: Any, engine: Any, visible: bool) -> Any:
         opened, [browser, lang], [browser, *outputs], concurrency_limit=None, show_progress="hidden", show_api=False
     )
     gr.on(None, None, js=POINTER, show_api=False)
-    follow(engine, elements, [chatbot.change, lang.change, cleared.change])
+    # asking changes no conversation if the model is gone
+    asking = [elements["submit_btn"].click, query.submit]
+    follow(engine, elements, [chatbot.change, lang.change, cleared.change, *asking])
 
     def reset(language: str | None) -> Any:
         from ...router_stats.stats import counts_experts, reset_router_stats

@@ -19,7 +19,7 @@ from ...model.state import has_kt_experts
 from ...settings.keys import SCOPES, KTArguments
 from .. import bootstrap
 from ..patching import expect, replace, versions
-from .texts import add_components
+from .texts import add_components, is_said
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(KTArguments)}
 
@@ -150,7 +150,10 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
         loaded, form = has_kt_experts(model), getattr(engine.chatter, "_kt_form", None)
         # A change of language resets the status line to "unloaded", even if a model is loaded.
         says_loaded, says_unloaded = locales.ALERTS["info_loaded"][lang], locales.LOCALES["info_box"][lang]["value"]
-        gone = engine.chatter.engine is None and status == says_loaded  # another tab has unloaded it
+        # another tab has unloaded it
+        gone = engine.chatter.engine is None and (
+            status == says_loaded or any(is_said(name, lang, status) for name in ("switched", "loaded_so", "offer"))
+        )
         return [
             says_loaded if loaded and status == says_unloaded else says_unloaded if gone else gr.skip(),
             gr.Accordion(visible=loaded),

@@ -197,3 +197,15 @@ def say(name: str, language: str | None, /, **values: Any) -> str:
     """One of :data:`MESSAGES`, filled with ``values``."""
     texts = MESSAGES[name]
     return texts.get(language or "en", texts["en"]).format(**values)
+
+
+def is_said(name: str, language: str | None, /, text: str) -> bool:
+    """Whether a text is one of :data:`MESSAGES`, with any values.
+
+    >>> is_said("in_line", "en", say("in_line", "en", ahead=2)), is_said("in_line", "en", "Waiting in line.")
+    (True, False)
+    """
+    texts = MESSAGES[name]
+    return bool(
+        re.fullmatch(re.sub(r"\\{.*?\\}", ".*", re.escape(texts.get(language or "en", texts["en"]))), text, re.S)
+    )

@@ -140,6 +140,7 @@ def test_answers_are_stopped_repeated_and_kept(browser, webchat, shots):
     page.bring_to_front()
     press(page, "Stop")
     begun("· stopped")
+    page.set_viewport_size({"width": 640, "height": 1400})  # where the question alone is longer than its window
     page.locator(".kt-chat .bubble-wrap").evaluate("log => log.scrollTo(0, 0)")
     press(page, "Regenerate")
     page.wait_for_function(AT_ITS_END)
@@ -288,5 +289,5 @@ def test_board_left_while_it_loads(browser, board, demo):
     press(stayed, "提交")
     stayed.locator(".toast-body", has_text="模型已在另一个标签页或由其他用户卸载").wait_for()
     status(stayed, "模型未加载")
-    stayed.locator(".kt-status").wait_for(state="hidden")
+    stayed.locator(".kt-status").first.wait_for(state="hidden")
     stayed.close()

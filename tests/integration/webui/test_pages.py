@@ -143,8 +143,9 @@ def test_answers_are_stopped_repeated_and_kept(browser, webchat, shots):
     page.set_viewport_size({"width": 640, "height": 1400})  # where the question alone is longer than its window
     page.locator(".kt-chat .bubble-wrap").evaluate("log => log.scrollTo(0, 0)")
     press(page, "Regenerate")
-    page.wait_for_function(AT_ITS_END)
+    page.locator(said, has_text="stopped").wait_for(state="detached")
     begun()
+    page.wait_for_function(AT_ITS_END)
     page.reload()
     begun()
     page.wait_for_function(AT_ITS_END)

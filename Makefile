@@ -19,7 +19,7 @@ TURNS  ?= 50000
 # versions to test instead: all (the rows of tests/matrix/rows.txt), or one row such as "transformers==5.24.0 peft==0.21.2"
 MATRIX ?=
 
-.PHONY: help setup demo test gpu lint types docs site architectures soak format clean
+.PHONY: help setup demo test gpu lint types docs site architectures pictures soak format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -89,6 +89,9 @@ $(SITE)/.ready: $(CACHE)/uv/bin/uv
 
 architectures: setup ## write the table of architectures in docs/ from what the tests find with the installed transformers
 	CUDA_VISIBLE_DEVICES= PYTHONPATH=tests $(BIN)/python -m helpers.architectures
+
+pictures: setup ## the pictures of the web pages in docs/images, on a machine that does nothing else
+	CUDA_VISIBLE_DEVICES= PYTHONPATH=tests $(BIN)/python -m helpers.pictures
 
 soak: setup ## memory and answers over TURNS short turns, and a hundredth as many loads
 	LLAMAFACTORY_KT_SOAK_TURNS=$(TURNS) $(BIN)/python -m pytest tests/project/test_soak.py -rP --timeout=0 $(ARGS)

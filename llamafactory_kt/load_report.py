@@ -108,7 +108,7 @@ def load_table(rows: Rows) -> str:
     return text.rstrip()
 
 
-def load_markdown(rows: Rows) -> str:
+def load_markdown(rows: Rows, title: str = TITLE) -> str:
     """The same for a page.
 
     >>> print(load_markdown([("Layers wrapped", "3 (1-3)")]))
@@ -116,7 +116,7 @@ def load_markdown(rows: Rows) -> str:
     |---|---|
     | Layers wrapped | 3 (1-3) |
     """
-    return "\n".join([f"| {TITLE} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    return "\n".join([f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
 def layer_kinds(model: Any) -> str:

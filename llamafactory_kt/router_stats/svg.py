@@ -53,7 +53,7 @@ def heat_map_html(stats: Mapping[int, LayerStats], texts: Mapping[str, str]) -> 
     Args:
         stats: layer -> its statistics.
         texts: ``axes``, ``point`` (what to do to see a cell's figures), ``cell`` with ``{layer}``, ``{expert}``, ``{tokens}`` and
-            ``{balance}``, and ``scale``, the name of the colors.
+            ``{balance}``, and ``scale``, what stands before the colors.
     """
     experts = max(len(entry.counts) for entry in stats.values())
     side = max(NARROWEST, min(WIDEST, WIDTH // experts))
@@ -76,7 +76,7 @@ def heat_map_html(stats: Mapping[int, LayerStats], texts: Mapping[str, str]) -> 
         f'<div style="overflow-x:auto"><svg width="{width + 8}" height="{HEAD + height}" {text} text-anchor="middle">{numbers}'
         f'<image y="{HEAD}" width="{width}" height="{height}" preserveAspectRatio="none" style="image-rendering:pixelated" '
         f'href="{_picture(stats, experts, most)}"/></svg></div></div>'
-        f'<p style="font-size:12px;margin-top:6px">{html.escape(texts["axes"])} · {html.escape(texts["scale"])}: 0 <span style="display:'
+        f'<p style="font-size:12px;margin-top:6px">{html.escape(texts["axes"])} · {html.escape(texts["scale"])}0 <span style="display:'
         f'inline-block;width:120px;height:10px;background:linear-gradient(to right,{scale})"></span> {most:.1f}</p>'
     )
 

@@ -23,6 +23,11 @@ ASKING = ("user", "observation")
 """the roles of messages that ask for an answer"""
 FOCUS = "() => { if (document.querySelector('.kt-status b')) document.querySelector('.kt-query textarea')?.focus() }"
 """JavaScript: the next thing to do is to type, if a model of ours is loaded"""
+LATEST = """() => {
+    const log = document.querySelector('.kt-status b') && document.querySelector('.kt-chat .bubble-wrap')
+    log?.scrollTo(0, log.scrollHeight)
+}"""
+"""JavaScript: to the end of the conversation, which gradio then follows, also if somebody who asks has read further up"""
 
 
 def create(stock: Any, engine: Any, visible: bool) -> Any:
@@ -71,6 +76,8 @@ def create(stock: Any, engine: Any, visible: bool) -> Any:
 
     query = elements["query"]
     query.elem_classes = [*query.elem_classes, "kt-query"]
+    elements["submit_btn"].elem_classes = [*elements["submit_btn"].elem_classes, "kt-submit"]
+    chatbot.elem_classes = [*chatbot.elem_classes, "kt-chat"]
     known = elements | {"chatbot": chatbot, "messages": messages, "lang": lang}
     inputs = [known[name] for name in inspect.signature(chatter.stream).parameters]
     outputs = [chatbot, messages]
@@ -116,6 +123,7 @@ def create(stock: Any, engine: Any, visible: bool) -> Any:
     )  # its own little button
     for button in (elements["submit_btn"], elements["clear_btn"], ours["kt_stop"], ours["kt_again"]):
         button.click(None, js=FOCUS, show_api=False)
+    gr.on([elements["submit_btn"].click, query.submit, ours["kt_again"].click], None, js=LATEST, show_api=False)
 
     browser = gr.BrowserState()
     move_out(browser)
@@ -133,7 +141,9 @@ def create(stock: Any, engine: Any, visible: bool) -> Any:
         opened, [browser, lang], [browser, *outputs], concurrency_limit=None, show_progress="hidden", show_api=False
     )
     gr.on(None, None, js=POINTER, show_api=False)
-    follow(engine, elements, [chatbot.change, lang.change, cleared.change])
+    # asking changes no conversation if the model is gone
+    asking = [elements["submit_btn"].click, query.submit]
+    follow(engine, elements, [chatbot.change, lang.change, cleared.change, *asking])
 
     def reset(language: str | None) -> Any:
         from ...router_stats.stats import counts_experts, reset_router_stats
@@ -165,7 +175,7 @@ def follow(engine: Any, elements: dict[str, Any], triggers: list[Any]) -> None:
         model, loaded = _model(chatter), _ours(chatter)
         running = answer is not None and answer.running
         asked = answer is not None and bool(answer.conversation[1]) and not running
-        picture = "" if running else heat_map(model, answer, language)
+        picture = heat_map(model, answer, language)
         return [
             gr.HTML(visible=loaded, value=status_line(model, answer, language)),
             gr.Row(visible=loaded),
@@ -174,8 +184,8 @@ def follow(engine: Any, elements: dict[str, Any], triggers: list[Any]) -> None:
             gr.Button(interactive=asked),
             gr.Button(interactive=not running),
             question_field(elements["query"], loaded, language),
-            gr.skip() if running else gr.Accordion(visible=bool(picture)),
-            gr.skip() if running else picture,
+            gr.Accordion(visible=bool(picture)),
+            picture,
             f"{id(model)} {kt_state(model).weights_key}" if loaded else "",
         ]
 

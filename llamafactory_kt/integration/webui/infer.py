@@ -19,7 +19,7 @@ from ...model.state import has_kt_experts
 from ...settings.keys import SCOPES, KTArguments
 from .. import bootstrap
 from ..patching import expect, replace, versions
-from .texts import add_components
+from .texts import add_components, is_said
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(KTArguments)}
 
@@ -139,10 +139,10 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
     """The load table below the status line. All that depends on the model is renewed when the status line changes."""
     import gradio as gr
 
-    from ...load_report import load_markdown, load_rows
+    from ...load_report import load_rows
     from ..media import takes_media
     from .chat_page import follow
-    from .load_table import in_language
+    from .load_table import markdown
     from .making import move
 
     def refresh(lang: str, status: str) -> list[Any]:
@@ -150,11 +150,14 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
         loaded, form = has_kt_experts(model), getattr(engine.chatter, "_kt_form", None)
         # A change of language resets the status line to "unloaded", even if a model is loaded.
         says_loaded, says_unloaded = locales.ALERTS["info_loaded"][lang], locales.LOCALES["info_box"][lang]["value"]
-        gone = engine.chatter.engine is None and status == says_loaded  # another tab has unloaded it
+        # another tab has unloaded it
+        gone = engine.chatter.engine is None and (
+            status == says_loaded or any(is_said(name, lang, status) for name in ("switched", "loaded_so", "offer"))
+        )
         return [
             says_loaded if loaded and status == says_unloaded else says_unloaded if gone else gr.skip(),
             gr.Accordion(visible=loaded),
-            load_markdown(in_language(load_rows(model), lang)) if loaded else "",
+            markdown(load_rows(model), lang) if loaded else "",
             form.as_yaml() if loaded and form else "",
             # LLaMA-Factory shows it for names of its list, which a model given by its path has not
             gr.Column(visible=True) if loaded and takes_media(engine.chatter.engine.template) else gr.skip(),
@@ -163,7 +166,7 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
     box, lang = elements["info_box"], engine.manager.get_elem_by_id("top.lang")
     box.lines = 2  # from two lines on, a text field grows with its text
     with gr.Accordion(open=True, visible=False) as report:
-        table = gr.Markdown(elem_classes="kt-steady")
+        table = gr.Markdown(elem_classes=["kt-steady", "kt-table"])
         keys = gr.Markdown(elem_classes="kt-steady")
         fill = gr.Button(size="sm")
     move(report, after=box)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ...load_report import Rows
+from ...load_report import TITLE, Rows, load_markdown
 
 ROWS = {
     "Layers wrapped": "由引擎计算的层",
@@ -63,6 +63,17 @@ _PHRASES = tuple(
         (r"(torch|PEFT) ([\d,]+), KT experts ", r"\1 \2，KT 专家 "),
     )
 )  # fmt: skip
+
+
+def markdown(rows: Rows, language: str | None) -> str:
+    """The table as a page shows it.
+
+    >>> print(markdown([("Engine", "native on avx2")], "zh"))
+    | KTransformers 专家 | |
+    |---|---|
+    | 引擎 (Engine) | native（avx2） |
+    """
+    return load_markdown(in_language(rows, language), "KTransformers 专家" if language == "zh" else TITLE)
 
 
 def in_language(rows: Rows, language: str | None) -> Rows:

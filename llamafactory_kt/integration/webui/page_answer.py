@@ -135,9 +135,9 @@ class PageAnswer:
             raise self._error
 
     def _now(self, language: str | None) -> Shown:
-        at = self.generation
-        if at.tokens:
-            return self.conversation
+        at, last = self.generation, self.conversation[0][-1:]
+        if at.tokens and any(message["role"] != "user" and message["content"] for message in last):
+            return self.conversation  # before, the tokens may be half a character
         if not at.prompt_tokens:
             ahead = self.ahead
             return self._with(say("in_line", language, ahead=ahead) if ahead else say("begun", language))

@@ -12,9 +12,16 @@ from .texts import MESSAGES, say
 _STYLE = """<style>
 .kt-steady .html-container, .kt-steady .prose {opacity: 1 !important}
 .kt-query textarea {field-sizing: content; height: auto !important; min-height: 84px; max-height: 40vh; overflow-y: auto !important}
+.kt-query textarea::placeholder {color: color-mix(in srgb, currentcolor 60%, transparent) !important}
+.form:has(> .kt-query) {order: -2}
+.kt-submit {order: -1}
+.kt-chat [data-testid=block-label] {display: none !important}
+.kt-table :is(table, tr, th, td) {border-color: var(--border-color-primary) !important}
+.kt-table :is(th, td:first-child) {white-space: nowrap}
 </style>"""
-"""What waits for an answer's end, gradio would fade meanwhile. A field of one line, which gradio sends on Enter, shall look like more, grow with
-its text, and shrink when that has been sent."""
+"""For a model of ours alone. What waits for an answer's end, gradio would fade meanwhile. A field of one line, which gradio sends on Enter, shall
+look like more, grow with its text, and shrink when that has been sent. It stands next to the conversation, before role, system prompt and tools.
+"Chatbot", in every language, would cover the conversation. The load table's names would be broken in mid-word on a narrow page."""
 _PARTS = ("axes", "point", "cell", "scale")
 
 
@@ -54,10 +61,10 @@ def heat_map(model: Any, answer: Any, language: str | None) -> str:
     counted = answer.counted if answer is not None else {}
     first = next(iter(counted.values()), None)
     if first is None or not first.tokens:
-        return f"<p>{say('uncounted', language)} {say('map_total', language, total=total) if total else ''}</p>"
+        return f"<p>{say('uncounted', language)}{say('map_total', language, total=total) if total else ''}</p>"
     summary = say("map_summary", language, tokens=first.tokens, answers=first.tokens - first.prompt_tokens)
     texts = {part: MESSAGES[f"map_{part}"].get(language or "en", MESSAGES[f"map_{part}"]["en"]) for part in _PARTS}
-    return f"<p>{summary} {say('map_total', language, total=total)}</p>{heat_map_html(counted, texts)}"
+    return f"<p>{summary}{say('map_total', language, total=total)}</p>{heat_map_html(counted, texts)}"
 
 
 def model_path(model: Any) -> str:

@@ -141,13 +141,13 @@ MESSAGES: dict[str, dict[str, str]] = {
         "en": "This conversation: {tokens} tokens, {answers} of them in answers.",
         "zh": "本次对话：{tokens} 个 token，其中 {answers} 个在回答里。",
     },
-    "map_total": {"en": "All conversations: {total} tokens.", "zh": "全部对话：{total} 个 token。"},
+    "map_total": {"en": " All conversations: {total} tokens.", "zh": "全部对话：{total} 个 token。"},
     "map_point": {"en": "Point at a cell to see its figures.", "zh": "把指针移到格子上，即可查看数值。"},
     "map_cell": {
         "en": "layer {layer}, expert {expert}: {tokens} tokens, {balance} × the layer's mean",
         "zh": "第 {layer} 层，专家 {expert}：{tokens} 个 token，为该层平均值的 {balance} 倍",
     },
-    "map_scale": {"en": "tokens / mean of the layer", "zh": "token 数 / 该层平均值"},
+    "map_scale": {"en": "tokens / mean of the layer: ", "zh": "token 数 / 该层平均值："},
     "reading": {
         "en": "Reading the prompt: {read} of {prompt} tokens",
         "zh": "正在读取提示词：{read} / {prompt} 个 token",
@@ -206,3 +206,15 @@ def say(name: str, language: str | None, /, **values: Any) -> str:
     """One of :data:`MESSAGES`, filled with ``values``."""
     texts = MESSAGES[name]
     return texts.get(language or "en", texts["en"]).format(**values)
+
+
+def is_said(name: str, language: str | None, /, text: str) -> bool:
+    """Whether a text is one of :data:`MESSAGES`, with any values.
+
+    >>> is_said("in_line", "en", say("in_line", "en", ahead=2)), is_said("in_line", "en", "Waiting in line.")
+    (True, False)
+    """
+    texts = MESSAGES[name]
+    return bool(
+        re.fullmatch(re.sub(r"\\{.*?\\}", ".*", re.escape(texts.get(language or "en", texts["en"]))), text, re.S)
+    )

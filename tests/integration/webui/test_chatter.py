@@ -18,6 +18,8 @@ from helpers.pages import FIGURES
 from llamafactory.webui.chatter import WebChatModel
 
 from llamafactory_kt.engines.reference import ReferenceEngine
+from llamafactory_kt.integration.generation import Generation
+from llamafactory_kt.integration.webui.page_answer import PageAnswer
 from llamafactory_kt.load_report import load_rows
 from llamafactory_kt.router_stats.stats import get_router_stats
 
@@ -186,6 +188,26 @@ def test_answers_of_pages(tab, slowly):
     next(asking)
     answers.clear("page")
     assert [*asking][-1] == ([], []) and answers.last("page") is None
+
+
+def test_a_token_without_text_is_no_answer_yet():
+    """A page shows the note until there is a word, and no empty message: many a character is two tokens."""
+    generation, more, asked = Generation(), Event(), [{"role": "user", "content": "a question"}]
+
+    def stream() -> Iterator[Any]:
+        for text in ("", "a word"):
+            generation.prompt_tokens = generation.read_tokens = 7
+            generation.tokens = 1
+            yield [*asked, {"role": "assistant", "content": text}], asked
+            more.wait()
+
+    answer = PageAnswer(generation, stream, (asked, asked))
+    shown = answer.follow("en")
+    while (said := next(shown)[0][-1])["content"] != "<small>Reading the prompt: 7 of 7 tokens</small>":
+        assert said["content"] in ("a question", "<small>Waiting for the model…</small>")
+    more.set()
+    *_, (said, _) = shown
+    assert said[-2]["content"] == "a word"
 
 
 def test_pages_wait_in_line(tab, slowly):

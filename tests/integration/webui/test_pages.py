@@ -16,6 +16,12 @@ from helpers.pages import ask, choose, choose_language, field, open_page, press,
 from helpers.places import CHROMIUM
 from transformers import AutoTokenizer
 
+AT_ITS_END = """() => {
+    const log = document.querySelector('.kt-chat .bubble-wrap')
+    return log?.scrollHeight > log?.clientHeight && log.scrollHeight - log.clientHeight - log.scrollTop < 100
+}"""
+"""whether a conversation that is longer than its window shows the last words"""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -69,7 +75,7 @@ def test_webchat(browser, webchat, shots):
     drawn.append(redrawn(page, drawn[-1]))
     page.screenshot(path=shots / "webchat_zh.png", full_page=True)
     press(page, "清空历史")
-    page.get_by_text("还没有统计到任何回答。 全部对话：").wait_for()
+    page.get_by_text("还没有统计到任何回答。全部对话：").wait_for()
     press(page, "重新统计")
     page.get_by_text("全部对话：").wait_for(state="detached")
     assert prompts[0] + 20 < tokens < prompts[0] + 60, "the first question and answer, without the figures below it"
@@ -130,6 +136,21 @@ def test_answers_are_stopped_repeated_and_kept(browser, webchat, shots):
     press(second, "Stop")
     second.locator(said, has_text="Stopped before the first word").wait_for()
     second.close()
+
+    page.bring_to_front()
+    press(page, "Stop")
+    begun("· stopped")
+    page.set_viewport_size({"width": 640, "height": 1400})  # where the question alone is longer than its window
+    page.locator(".kt-chat .bubble-wrap").evaluate("log => log.scrollTo(0, 0)")
+    press(page, "Regenerate")
+    page.locator(said, has_text="stopped").wait_for(state="detached")
+    begun()
+    page.wait_for_function(AT_ITS_END)
+    page.reload()
+    begun()
+    page.wait_for_function(AT_ITS_END)
+    role = page.locator(".block", has=page.get_by_text("Role", exact=True)).last
+    assert question.bounding_box()["y"] < role.bounding_box()["y"], "right below the conversation"
     press(page, "Clear history")
     page.locator(asked).wait_for(state="detached")
     settle(page)
@@ -256,6 +277,9 @@ def test_board_left_while_it_loads(browser, board, demo):
     status(stayed, "正在加载专家")
     status(stayed, "模型已加载")
     stayed.get_by_role("row", name="LoRA 张量 (LoRA tensors) 没有 adapter").wait_for()
+    ask(stayed, PROMPTS[2], "提交", "zh")
+    press(stayed, "加载模型")
+    status(stayed, "模型已经按这里的设置加载")
     other = open_page(browser, board)
     other.get_by_role("tab", name="Chat").click()
     press(other, "卸载模型")
@@ -266,4 +290,5 @@ def test_board_left_while_it_loads(browser, board, demo):
     press(stayed, "提交")
     stayed.locator(".toast-body", has_text="模型已在另一个标签页或由其他用户卸载").wait_for()
     status(stayed, "模型未加载")
+    stayed.locator(".kt-status").first.wait_for(state="hidden")
     stayed.close()

@@ -31,7 +31,7 @@ struct PackedRows {
         for (; c + U <= whole; c += U) {
 #pragma GCC unroll 4
             for (int u = 0; u < U; u++) {
-                _mm_prefetch(reinterpret_cast<const char *>(codes + (c + u) * BYTES) + 2048, _MM_HINT_T1);
+                if (u * BYTES % 64 == 0) _mm_prefetch(reinterpret_cast<const char *>(codes + (c + u) * BYTES) + 2048, _MM_HINT_T1);
                 f(codes + (c + u) * BYTES, spread<S>(scale_of(c + u)), c + u, u);
             }
         }

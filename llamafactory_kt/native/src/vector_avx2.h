@@ -128,8 +128,11 @@ inline float float_of(bf16 v) {
 }
 template <int N>
 inline F spread(const bf16 *p) {
-    const float values[] = {float_of(p[0]), N == 1 ? 0 : float_of(p[N - 1])};
-    return spread<N>(values);
+    if constexpr (N == 1) return _mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi16(int16_t(p->bits)), _mm256_set1_epi32(int32_t(0xffff0000))));
+    int32_t both;
+    memcpy(&both, p, sizeof both);
+    const __m256i upper = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 0, 1, -1, -1, 0, 1, -1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 2, 3, -1, -1, 2, 3, -1, -1, 2, 3);
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi32(both), upper));
 }
 
 /* Codes of a cache, multiplied as pairs of shorts; these, and their sums of 32 bits, stand in vectors of floats. */

@@ -1,6 +1,6 @@
-"""Threads that compute experts: at the end of the process, and after a fork.
+"""Threads that load or compute experts: at the end of the process, and after a fork.
 
-Chats generate in daemon threads. Python kills these at exit wherever they are. A thread killed inside C++ code (the
+Chats generate in daemon threads, and pages load in them. Python kills these at exit wherever they are. A thread killed inside C++ code (the
 kernel's or torch's) ends the process with SIGABRT, so we stop these threads and wait for them first.
 
 A forked child has none of its parent's threads, neither kt-kernel's workers nor OpenMP's. Waiting for them would hang,
@@ -26,7 +26,7 @@ _closing = threading.Event()
 
 
 def register_thread() -> None:
-    """Register the current thread as one that computes experts; end it silently if the process is ending.
+    """Register the current thread as one that loads or computes experts; end it silently if the process is ending.
 
     Raises:
         SystemExit: The process is ending.
@@ -67,7 +67,7 @@ def die_with_parent() -> None:
 
 
 def join_threads() -> None:
-    """Stop the threads that compute experts at their next layer, and wait for all of them, 5 seconds at most."""
+    """Stop the threads that load or compute experts at their next layer, and wait for all of them, 5 seconds at most."""
     _closing.set()
     deadline = time.monotonic() + 5.0
     for thread in list(_callers):

@@ -142,7 +142,7 @@ def test_wheels(tmp_path, compiler, monkeypatch):
         pytest.skip("the kernels have not been built")
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(
-        ".git", "tests", "docs", "__pycache__", ".*_cache", *(["*.so"] if compiler else [])
+        ".git", "tests", "images", "__pycache__", ".*_cache", *(["*.so"] if compiler else [])
     )
     shutil.copytree(ROOT, source, ignore=ignored)
     if compiler:

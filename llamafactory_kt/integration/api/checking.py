@@ -85,6 +85,11 @@ def _log(request: Sampled) -> None:
 
 
 def _cut(value: Any) -> Any:
+    """A request as the log shows it, without the most of its long texts.
+
+    >>> _cut({"messages": ["x" * 2000, "short"]})["messages"][0][998:], _cut(["short", 1])
+    ('xx... (2000 characters)', ['short', 1])
+    """
     if isinstance(value, dict):
         return {key: _cut(one) for key, one in value.items()}
     if isinstance(value, list):

@@ -14,6 +14,7 @@ from typing import Any
 from ...ground.errors import KTError, describe, traceback_wanted
 from ...ground.machine import gib
 from ...ground.paging import give_back_memory
+from ...ground.process import register_thread
 from ...ground.progress import LoadProgress, MeasureProgress, watch_loads
 from .texts import in_page_words, say
 
@@ -48,6 +49,7 @@ class PageLoad:
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
+            register_thread()
             with watch_loads(self._note):
                 work()
             self._stopped = False
@@ -63,6 +65,7 @@ class PageLoad:
 
     def _note(self, progress: LoadProgress | MeasureProgress) -> None:
         self._progress = progress
+        register_thread()
         if self._stopped:
             raise _Stopped
 

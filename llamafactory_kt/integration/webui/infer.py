@@ -161,6 +161,8 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
             form.as_yaml() if loaded and form else "",
             # LLaMA-Factory shows it for names of its list, which a model given by its path has not
             gr.Column(visible=True) if loaded and takes_media(engine.chatter.engine.template) else gr.skip(),
+            # LLaMA-Factory shows it after its own Load alone: the page may have followed another's, or miss that event
+            gr.Column(visible=True) if loaded else gr.skip(),
         ]
 
     box, lang = elements["info_box"], engine.manager.get_elem_by_id("top.lang")
@@ -175,7 +177,7 @@ def _create_report(engine: Any, elements: dict[str, Any], locales: Any) -> dict[
         follow(engine, elements, triggers)
         triggers = [*triggers, elements["kt_loaded"].change]
     gr.on(
-        triggers, refresh, [lang, box], [box, report, table, keys, elements["mm_box"]],
+        triggers, refresh, [lang, box], [box, report, table, keys, elements["mm_box"], elements["chat_box"]],
         trigger_mode="always_last", show_progress="hidden", show_api=False,
     )  # fmt: skip
     _follow_load(engine, elements)
@@ -197,15 +199,14 @@ def _follow_load(engine: Any, elements: dict[str, Any]) -> None:
 
     from .background_load import running_load
 
-    def opened(language: str, seen: bool) -> Iterator[tuple[Any, Any, bool]]:
+    def opened(language: str, seen: bool) -> Iterator[tuple[Any, bool]]:
         if not seen and (load := running_load(engine.chatter)) is not None:
             for status in load.report(language):
-                yield status, gr.skip(), True
-            yield gr.skip(), gr.Column(visible=engine.chatter.loaded), True
-        yield gr.skip(), gr.skip(), True
+                yield status, True
+        yield gr.skip(), True
 
     seen, lang = gr.State(False), engine.manager.get_elem_by_id("top.lang")  # which a page gets when it is opened
     lang.change(
-        opened, [lang, seen], [elements["info_box"], elements["chat_box"], seen],
+        opened, [lang, seen], [elements["info_box"], seen],
         concurrency_limit=None, show_progress="hidden", show_api=False,
     )  # fmt: skip

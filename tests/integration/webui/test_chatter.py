@@ -13,6 +13,7 @@ from typing import Any
 import gradio
 import pytest
 from helpers.chats import EXPECTED, PROMPTS
+from helpers.children import child
 from helpers.image_text import make_image_text_model
 from helpers.pages import FIGURES
 from llamafactory.webui.chatter import WebChatModel
@@ -243,8 +244,28 @@ def test_a_load_that_is_stopped(tab, monkeypatch):
         each for each in tab.page.fns.values() if getattr(each.fn, "__name__", "") == "opened" and box in each.outputs
     )
     said = [status for status, *_ in opened.fn("zh", False)]
-    assert said[-3].startswith("模型已加载"), "a page that is opened meanwhile follows"
+    assert said[-2].startswith("模型已加载"), "a page that is opened meanwhile follows"
     assert [*loading][-1].startswith("Model loaded")
+
+
+def test_a_load_ends_with_its_process():
+    """A thread that Python killed in PyTorch's C++ would abort it."""
+    code = """
+    import threading, time
+    from llamafactory_kt.ground.progress import with_progress
+    from llamafactory_kt.integration.webui.background_load import PageLoad
+    begun = threading.Event()
+    def work():
+        try:
+            for _ in with_progress(range(3000), [1] * 3000):
+                begun.set(), time.sleep(0.01)
+        finally:
+            print("ended", flush=True)
+    PageLoad(work, switching=False, debug=False)
+    begun.wait()
+    """
+    done = child(code)
+    assert (done.returncode, done.stdout) == (0, "ended\n"), done.stderr
 
 
 def test_errors_name_the_fields(tab, tmp_path):

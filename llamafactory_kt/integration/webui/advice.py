@@ -12,6 +12,8 @@ _ROW = re.compile(r"^\| (.*`.*) \| (.+) \|$", re.MULTILINE)
 _QUOTE = re.compile(r"`([^`]+)`")
 _SEE = re.compile(r"见\[([^]]+)\]\([^)]+\)")
 _LINK = re.compile(r"\[([^]]+)\]\([^)]+\)")
+_OF_PYTHON = re.compile(r"Python 里的[^。]*也会报[^。]*。")
+"""a sentence about errors that no page shows"""
 _AS_ABOVE = re.compile(r"^同上[，。：]?")
 _HOLE = "…"
 _FEWEST_LETTERS = 10
@@ -42,7 +44,7 @@ def _quotes() -> tuple[_Quote, ...]:
     """The quotes of the page's tables, with what stands beside them."""
     quotes, above = [], ""
     for messages, explained in _ROW.findall(travelling("docs/messages_zh.md").read_text(encoding="utf-8")):
-        said = _QUOTE.sub(r"\1", _LINK.sub(r"\1", _SEE.sub("见文档“\\1”", explained)))
+        said = _QUOTE.sub(r"\1", _LINK.sub(r"\1", _SEE.sub("见文档“\\1”", _OF_PYTHON.sub("", explained))))
         if _AS_ABOVE.match(said):
             said = above + _AS_ABOVE.sub("", said)
         for quote in _QUOTE.findall(messages):

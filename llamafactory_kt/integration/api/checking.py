@@ -16,7 +16,7 @@ from ...ground.errors import KTError, describe
 from ..generation import Generation
 from ..known_versions import PARAMETERS, REQUEST
 from ..sglang_engine import KTSGLangEngine
-from . import completions, protocol, sampling
+from . import completions, sampling
 from .answers import Question
 from .completions import TextRequest
 from .conversation import read_conversation
@@ -24,7 +24,8 @@ from .errors import CONTEXT_LENGTH_EXCEEDED, BadRequest
 from .forms import ChatForm, TextForm
 from .grammar import GrammarsOfChat
 from .models import Models
-from .protocol import ChatRequest
+from .protocol import chat_request
+from .protocol.chat_request import ChatRequest
 from .sampling import Sampled
 
 logger = logging.getLogger("llamafactory_kt")
@@ -106,7 +107,7 @@ def _check(request: Sampled, engine: Any) -> None:
     except (RecursionError, ValueError):
         raise BadRequest("The request is nested too deeply.") from None
     is_chat = isinstance(request, ChatRequest)
-    problems = list(sampling.problems(request, engine, (protocol if is_chat else completions).REFUSED))
+    problems = list(sampling.problems(request, engine, (chat_request if is_chat else completions).REFUSED))
     if isinstance(request, ChatRequest):
         problems += _problems_of_chat(request, engine)
     if problems:

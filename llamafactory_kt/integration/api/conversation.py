@@ -15,7 +15,9 @@ from typing import Any
 
 from .attached.attachments import Media, read_media
 from .errors import BadRequest
-from .protocol import ChatRequest, FunctionDefinition, Message
+from .protocol.chat_request import ChatRequest
+from .protocol.messages import Message
+from .protocol.tools import FunctionDefinition
 
 ASKING, ANSWERING = ("user", "observation"), ("assistant", "function")
 """roles of LLaMA-Factory's ``data_utils.Role``, by side"""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ...decoding.choosing import Chosen
-from . import protocol
+from .protocol.tools import Function
 
 Tokens = Sequence[tuple[int, Chosen, dict[str, Any]]]
 """of :meth:`TokensOfText.take`"""
@@ -66,7 +66,7 @@ class ChatForm:
             found = self._template.extract_tool(text)
             calls = found[: self._most] if isinstance(found, list) else []
             for call in calls:
-                protocol.Function(name=call.name, arguments=call.arguments)  # else the client could not send it back
+                Function(name=call.name, arguments=call.arguments)  # else the client could not send it back
         except Exception:  # what a model writes may be almost a call, at which templates' parsers fail
             calls = []
         return (None if calls else text), [

@@ -11,7 +11,8 @@ from ...decoding.choosing import Matcher
 from ...decoding.grammar import INSTALL, Grammars, is_installed
 from ...ground.errors import KTError
 from .errors import BadRequest
-from .protocol import ChatRequest, FunctionDefinition
+from .protocol.chat_request import ChatRequest
+from .protocol.tools import FunctionDefinition
 from .sampling import vocabulary_size
 
 _MARK = {"llamafactory_kt": 1}

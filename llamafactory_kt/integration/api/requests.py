@@ -30,7 +30,7 @@ from .errors import answer_errors
 from .grammar import GrammarsOfChat
 from .metrics import CountRequests, Metrics
 from .models import Models, healthy
-from .protocol import ChatRequest
+from .protocol.chat_request import ChatRequest
 from .sampling import Sampled
 from .turns import AdapterTurns
 

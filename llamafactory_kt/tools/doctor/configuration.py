@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
-from functools import partial
+from collections.abc import Generator, Mapping, Sequence
 from logging.handlers import BufferingHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ...ground.errors import KTConfigError, KTError, KTMemoryError, describe, name_some
-from ...ground.machine import available_memory, gib
+from ...ground.errors import KTConfigError, KTError, describe, name_some
+from ...ground.machine import gib
+from .adapters import RESIZE, adapters_of, choices_of
 from .finding import Finding, Findings, error, ok, see, warning
+from .load import memory_of
 
 if TYPE_CHECKING:
-    from ...adapters import AdapterSet
-    from ...checkpoint.layout import CheckpointLayout
     from ...checkpoint.opening import MoEModel
-    from ...engines.options import EngineOptions
-
-_RESIZE = ("resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config")
-"""keys with which LLaMA-Factory resizes embeddings"""
 
 
 _OF_FILES = (
@@ -33,7 +28,7 @@ _OF_FILES = (
     "template",
     "trust_remote_code",
     "cache_dir",
-    *_RESIZE,
+    *RESIZE,
 )
 """keys that say which files a chat reads; with these alone, they are looked at where others are wrong"""
 
@@ -62,7 +57,7 @@ def configuration(config: Path, overrides: Sequence[str] = ()) -> Findings:
         yield warning("configuration", message, "Remove the key for chats.")
     if found is None:
         if (named := _named(values)).adapter_name_or_path or named.kt_moe_lora_path:
-            yield from _adapters(named, None)
+            yield from adapters_of(named, None)
         return
     args, data_args, whole = found
     if not args.use_kt:
@@ -130,8 +125,8 @@ def _model(args: Any, data_args: Any, whole: bool, values: Mapping[str, Any]) ->
             describe(problem),
             f"Give a folder with config.json and safetensors files, or a name on a hub that this machine reaches.{see('architectures.md')}",
         )
-        yield from _adapters(args, None)
-        yield from _choices(args, None)
+        yield from adapters_of(args, None)
+        yield from choices_of(args, None)
         return
     first = moe.experts[0]
     yield ok(
@@ -144,10 +139,10 @@ def _model(args: Any, data_args: Any, whole: bool, values: Mapping[str, Any]) ->
         yield from _template(args, data_args if data_args.template == values.get("template") else None, moe)
     layout = yield from _checkpoint(args, moe)
     lost = values.get("adapter_name_or_path") and not args.adapter_name_or_path  # which has been reported
-    adapters = AdapterSet() if lost else (yield from _adapters(args, moe))
-    choices = yield from _choices(args, moe)
+    adapters = AdapterSet() if lost else (yield from adapters_of(args, moe))
+    choices = yield from choices_of(args, moe)
     if whole:  # else it is not known how the experts are to be kept
-        yield from _memory(args, moe, [adapters, *choices], layout)
+        yield from memory_of(args, moe, [adapters, *choices], layout)
 
 
 def _template(args: Any, data_args: Any, moe: MoEModel) -> Findings:
@@ -195,121 +190,3 @@ def _checkpoint(args: Any, moe: MoEModel) -> Any:
     size = sum(file.stat().st_size for file in moe.files)
     yield ok("checkpoint", f"{len(moe.files)} file(s), {gib(size)}, experts in {', '.join(sorted(layout.dtypes()))}")
     return layout
-
-
-def _adapters(args: Any, moe: MoEModel | None) -> Any:
-    """Check headers and, with a model, fit; returns the adapters that can be applied."""
-    from ...adapters import AdapterSet
-    from ...integration.chat_config import open_configured
-
-    if not args.adapter_name_or_path and not args.kt_moe_lora_path:
-        yield ok("adapter", "none")
-        return AdapterSet()
-    return (yield from _fitting("adapter", partial(open_configured, args), args, moe))
-
-
-def _choices(args: Any, moe: MoEModel | None) -> Any:
-    """The same for those in ``kt_adapters``; returns a list."""
-    from ...integration.chat_config import open_choice
-
-    found = []
-    for name in args.kt_adapters or {}:
-        found.append((yield from _fitting(f"adapter {name}", partial(open_choice, args, name), args, moe)))
-    return found
-
-
-def _fitting(check: str, opened: Callable[[], AdapterSet], args: Any, moe: MoEModel | None) -> Any:
-    """What :func:`_adapters` says of one set of adapters."""
-    from ...adapters import AdapterSet
-
-    try:
-        adapters = opened()
-        if moe is None:
-            for adapter in adapters.adapters:
-                yield ok(check, f"{adapter.directory}: {adapter.format}; without a model its fit is not known")
-            return adapters
-        resizes = any(getattr(args, key, None) for key in _RESIZE)
-        parts = moe.fit(adapters, args.kt_lora_scope, resizes=resizes)
-    except KTError as problem:
-        yield error(check, describe(problem), "llamafactory-kt inspect shows what the adapter holds.")
-        return AdapterSet()
-    for adapter, part in parts:
-        consumed = f"{len(part.tensors)} tensors to PEFT, {len(adapter.expert_names)} to the experts"
-        text = f"{adapter.directory}: {adapter.format}; {consumed}; expert LoRA in {len(adapter.layers)} layers"
-        if part.left_out:
-            text = f"{text}; {len(part.left_out)} left out"
-            yield warning(check, text, "kt_lora_scope: all applies the whole adapter.")
-        elif not adapter.layers:
-            yield warning(check, text, "It changes no routed expert. If it should, train it with the experts.")
-        else:
-            yield ok(check, text)
-    return adapters
-
-
-def _packed(moe: MoEModel, layout: CheckpointLayout, backend: str, options: EngineOptions) -> Findings:
-    """Let engines open the files that they would read in place of the checkpoint's experts."""
-    from ...engines.options import EngineSpec
-    from ...engines.registry import get_engine
-
-    engine = get_engine(backend)
-    try:
-        for module in moe.experts:
-            tensors = layout.layer(module.name)
-            spec = EngineSpec(
-                module.layer, module.shape, module.num_experts_per_tok, lora_rank=0,
-                fingerprint=tensors.fingerprint, formula=module.formula, read_biases=tensors.biases,
-            )  # fmt: skip
-            engine(spec, tensors.experts, options)
-    except KTError as problem:
-        yield error("kt_weight_path", describe(problem), "INT8 and INT4 also quantize at each load, without the key.")
-        return
-    yield ok("kt_weight_path", f"{options.packed_files}: all layers, for {backend}")
-
-
-def _memory(args: Any, moe: MoEModel, adapters: Sequence[AdapterSet], layout: CheckpointLayout | None) -> Findings:
-    import torch
-
-    from ...autotune.plan import candidates
-    from ...checkpoint.discovery import formulas
-    from ...integration.chat_config import experts_config
-    from ...model.memory import placements, without_decoding
-
-    config, gpus = experts_config(args), torch.cuda.device_count()
-    request, computed = config.plan_request(on_gpu=gpus > 0), formulas(moe.experts)
-    try:
-        plans = candidates(config.backend, request, merged=config.merge_adapter, formulas=computed)
-        plans = without_decoding(plans, layout, config)
-    except KTError as problem:
-        yield error(
-            "experts", describe(problem), f"kt_backend: auto takes the fastest engine that can.{see('engines.md')}"
-        )
-        return
-    try:
-        places = placements(moe, layout, adapters, config, plans, on_gpu=gpus > 0)
-    except KTMemoryError as problem:
-        yield error(
-            "CPU memory",
-            describe(problem),
-            f"llamafactory-kt estimate {args.model_name_or_path} compares precisions.{see('chat-guide.md#memory')}",
-        )
-        return
-    plans = [plan for plan in plans if plan.backend in places]
-    need, mapped = places[plans[0].backend].need, places[plans[0].backend].options.mapped
-    layers = name_some([module.layer for module in moe.experts], 4)
-    how = f"{plans[0]}" if len(plans) == 1 else f"the fastest of {'; '.join(map(str, plans))}"
-    yield ok("experts", f"layers {layers} on the CPU; {how}")
-    if config.weight_path and layout is not None:
-        yield from _packed(moe, layout, plans[0].backend, places[plans[0].backend].options)
-    free = available_memory()
-    lora = f"their LoRA {gib(need.lora)}, " if need.lora else ""
-    others = "" if gpus else f", everything else {gib(need.others)}"
-    text = (
-        f"about {gib(need.on_cpu)} while loading (experts {gib(need.experts)}, {lora}temporary buffers "
-        f"{gib(need.loading)}{others}); {gib(free)} free"
-    )
-    yield ok("CPU memory", f"{text}; weights stay in the mapped files" if mapped else text)
-    if gpus:
-        free = sum(torch.cuda.mem_get_info(number)[0] for number in range(gpus))
-        text = f"about {gib(need.others)} for everything but routed experts, plus a chat's KV cache; {gib(free)} free on {gpus} GPU(s)"
-        advice = "Free GPU memory, use more GPUs, or hide them (CUDA_VISIBLE_DEVICES=)."
-        yield error("GPU memory", text, advice) if need.others > free else ok("GPU memory", text)

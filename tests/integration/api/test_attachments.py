@@ -23,7 +23,7 @@ from llamafactory.api import common
 from llamafactory_kt.integration.api.attached import attachments, fetch
 from llamafactory_kt.integration.api.attached.attachments import Media, read_media
 from llamafactory_kt.integration.api.errors import BadRequest
-from llamafactory_kt.integration.api.protocol import Message
+from llamafactory_kt.integration.api.protocol.messages import Message
 
 
 def read(url: str, kind: str = "image", media: Media | None = None) -> Media:

@@ -15,7 +15,7 @@ from llamafactory.data.tool_utils import TOOLS
 
 from llamafactory_kt.integration.api.conversation import read_conversation
 from llamafactory_kt.integration.api.errors import BadRequest
-from llamafactory_kt.integration.api.protocol import ChatRequest
+from llamafactory_kt.integration.api.protocol.chat_request import ChatRequest
 
 
 def call(name: str, arguments: str, number: int = 1) -> dict:

@@ -51,7 +51,7 @@ def test_what_it_is_not_asked_for(keys):
     from llamafactory_kt.integration.api.checking import prepare_chat
     from llamafactory_kt.integration.api.errors import BadRequest
     from llamafactory_kt.integration.api.models import Models
-    from llamafactory_kt.integration.api.protocol import ChatRequest
+    from llamafactory_kt.integration.api.protocol.chat_request import ChatRequest
     from llamafactory_kt.integration.sglang_engine import KTSGLangEngine
 
     class Engine(KTSGLangEngine):

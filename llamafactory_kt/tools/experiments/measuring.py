@@ -89,10 +89,7 @@ def run_group(
     # Load the largest rank first, so that the kernels have room for the others.
     first = max(group, key=_rank) if len(group) > 1 else group[0]
     chat, current = LoadedChat.load(first.config), _adapter_state(first) if first.part == "on" else None
-    ready = time.perf_counter() - started
-    for _ in answer_all(chat, prompts[:1], max_new_tokens=2):
-        pass  # what is done once, for the first tokens, is no variant's own
-    started, results = time.perf_counter() - ready, []
+    results = []
     for variant in group:
         if _adapter_state(variant) != current:
             _apply(chat.model, variant)
@@ -139,6 +136,8 @@ def _measure(
 
     chat.set_generating(variant.generating)
     answers: dict[int, Answer] = {}
+    for _ in answer_all(chat, prompts[:1], max_new_tokens=4):
+        pass  # after a load or an exchange, the first tokens do what the others need not
     started = time.perf_counter()
     with tqdm(total=len(prompts), unit="prompt", desc=variant.name) as bar:
         for batch in answer_all(chat, prompts, batch_size=options.batch_size, seed=options.seed):
